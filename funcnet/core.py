@@ -1,0 +1,325 @@
+"""The protocol: what a layer, a loss and an optimizer are, and how a layer is lifted into it.
+
+::
+
+    Layer      = (init, apply, vjp)
+      init (key, x)                                         -> (params, state)
+      apply(params, x, state={}, *, key=None, train=False)  -> (y, state)
+      vjp  (params, x, state={}, *, key=None, train=True)   -> (y, pullback, state)
+           pullback(dy, *, params=True, x=True)             -> (dparams, dx)
+
+    Loss       = (apply, vjp)
+      apply(prediction, target)                             -> value
+      vjp  (prediction, target)                             -> (value, pullback)
+           pullback(dvalue=1.0)                             -> dprediction
+
+    Optimizer  = (init_state, update)
+      init_state(params)                                    -> opt_state
+      update(grads, opt_state, params)                      -> (updates, opt_state)
+"""
+
+from collections.abc import Callable, Hashable, Mapping
+from types import MappingProxyType
+from typing import Any, NamedTuple, NoReturn
+
+import optree
+from torch import Tensor
+
+from funcnet import tree
+
+Tree = Any
+"""A pytree of tensors: a tensor, or a tuple or dict of trees."""
+
+Params = Mapping[str, Any]
+"""A nested dict with string keys and tensor leaves. State is one too."""
+
+EMPTY: Params = MappingProxyType({})
+
+
+class Layer(NamedTuple):
+    """Three pure functions, ``(init, apply, vjp)``; see the module's docstring for the protocol.
+
+    A layer is made by a constructor such as `linear`, by a combinator such as `serial`, by
+    `stateless` from the short triple, or directly: ``Layer(init, apply, vjp)``.
+    """
+
+    init: Callable[..., tuple[Params, Params]]
+    apply: Callable[..., tuple[Tree, Params]]
+    vjp: Callable[..., tuple[Tree, "Pullback", Params]]
+
+    def __repr__(self) -> str:
+        name, children, *_ = anatomy(self)
+        inside = ", ".join(f"{child}={layer!r}" for child, layer in children.items())
+        return f"{name}({inside})"
+
+
+class Loss(NamedTuple):
+    """Two pure functions, ``(apply, vjp)``: a scalar of a prediction and a target."""
+
+    apply: Callable[[Tree, Tree], Tensor]
+    vjp: Callable[[Tree, Tree], tuple[Tensor, "LossPullback"]]
+
+
+class Optimizer(NamedTuple):
+    """Two pure functions, ``(init_state, update)``: from gradients to what is added to params."""
+
+    init_state: Callable[[Params], Tree]
+    update: Callable[[Tree, Tree, Params], tuple[Tree, Tree]]
+
+
+class TrainState(NamedTuple):
+    """All that a training run is: restore it, and the run goes on bit for bit.
+
+    ``step`` is a 0-d int64 tensor: the number of steps that were taken. The key of a step is
+    ``fold_in(key, step)``.
+    """
+
+    params: Params
+    state: Params
+    opt_state: Tree
+    key: Tensor
+    step: Tensor
+
+
+class Pullback:
+    """The linear map from the cotangent of a layer's output to those of its params and input.
+
+    It is a rule and the residuals that the forward pass left for it: ``pullback(dy)`` is
+    ``rule(residuals, dy, *static, params=True, x=True)``. As a pytree node its leaves are the
+    residual tensors, so optree functions map over, move, count and compress them.
+
+    Args:
+        rule: a module-level function ``(residuals, dy, *static, params, x) -> (dparams, dx)``.
+            It gets a dict of its own and may empty it, to let residuals go early. It returns
+            None for the half that was not asked for, and does not compute it.
+        residuals: a dict from names to trees; other pullbacks may be among them.
+        static: hashable arguments of the rule.
+
+    >>> import funcnet as fn
+    >>> y, pullback, _ = fn.tanh().vjp({}, torch.tensor([0.0, 1.0]))
+    >>> pullback
+    Pullback(elementwise_rule, residuals=['y'], static=('tanh',))
+    >>> pullback(torch.ones(2))
+    ({}, tensor([1.0000, 0.4200]))
+    """
+
+    __slots__ = ("residuals", "rule", "static")
+
+    def __init__(
+        self,
+        rule: Callable[..., Any],
+        residuals: Mapping[str, Tree],
+        static: tuple[Hashable, ...] = (),
+    ) -> None:
+        self.rule = rule
+        self.residuals = residuals
+        self.static = static
+
+    def __call__(self, dy: Tree, *, params: bool = True, x: bool = True) -> tuple[Tree, Tree]:
+        """``(dparams, dx)``; the half that is not asked for is None and costs nothing."""
+        return self.rule(dict(self.residuals), dy, *self.static, params=params, x=x)
+
+    def __repr__(self) -> str:
+        rule = getattr(self.rule, "__name__", self.rule)
+        return f"{type(self).__name__}({rule}, residuals={list(self.residuals)}, static={self.static})"
+
+
+class LossPullback(Pullback):
+    """The pullback of a loss: ``pullback(dvalue=1.0) -> dprediction``."""
+
+    __slots__ = ()
+
+    def __call__(self, dvalue: Tensor | float = 1.0) -> Tree:  # type: ignore[override]
+        return self.rule(dict(self.residuals), dvalue, *self.static)
+
+
+for _pullback_type in (Pullback, LossPullback):
+    optree.register_pytree_node(
+        _pullback_type,
+        lambda pullback: (
+            (pullback.residuals,),
+            (pullback.rule, pullback.static),
+            ("residuals",),
+        ),
+        lambda rule_static, children, make=_pullback_type: make(
+            rule_static[0], children[0], rule_static[1]
+        ),
+        namespace=optree.registry.__GLOBAL_NAMESPACE,
+    )
+
+
+def pull(
+    pullbacks: dict[str, Any], name: str, dy: Tree, *, params: bool, x: bool
+) -> tuple[Tree, Tree]:
+    """Take a child's pullback out of a rule's own dict and call it.
+
+    In a training step nothing else holds the child's residuals by then, so they are freed as
+    the backward pass consumes them, layer by layer. A pullback that somebody keeps keeps them.
+    """
+    pullback = pullbacks.pop(name)
+    rule, residuals, static = pullback.rule, dict(pullback.residuals), pullback.static
+    del pullback
+    return rule(residuals, dy, *static, params=params, x=x)
+
+
+class Anatomy(NamedTuple):
+    """What a layer is made of, for code that walks a model: `map_layers`, `summary`.
+
+    ``rebuild`` makes the same combinator of other children. A layer with ``takes_key`` False
+    ignores the key, so nobody need fold one for it.
+    """
+
+    name: str
+    children: Mapping[str, Layer] = EMPTY
+    rebuild: Callable[[Mapping[str, Layer]], Layer] | None = None
+    takes_key: bool = True
+
+
+def with_anatomy(layer: Layer, anatomy: Anatomy) -> Layer:
+    """Record what a layer is made of. Its ``init`` must be a function of this layer alone."""
+    layer.init.anatomy = (layer, anatomy)  # type: ignore[attr-defined]
+    return layer
+
+
+def anatomy(layer: Layer) -> Anatomy:
+    """What a layer is made of; a layer that says nothing, or was edited, is a leaf.
+
+    >>> import funcnet as fn
+    >>> list(anatomy(fn.serial(fn.linear(3), fn.relu())).children)
+    ['0', '1']
+    """
+    described, found = getattr(layer.init, "anatomy", (None, None))
+    # After layer._replace(vjp=...) the record no longer tells what the layer does.
+    if found is not None and all(ours is theirs for ours, theirs in zip(layer, described)):
+        return found
+    return Anatomy(function_name(layer.apply))
+
+
+def map_layers(
+    function: Callable[[str, Layer], Layer], layer: Layer, path: str = ""
+) -> Layer:
+    """A model rebuilt with ``function(path, layer)`` in place of each layer, children first.
+
+    ``path`` is the dotted path of the layer's parameters, "" for the model itself.
+
+    >>> import funcnet as fn
+    >>> paths = []
+    >>> _ = map_layers(lambda path, layer: paths.append(path) or layer,
+    ...                fn.serial(fn.linear(3), fn.relu()))
+    >>> paths
+    ['0', '1', '']
+    """
+    _, children, rebuild, _ = anatomy(layer)
+    if rebuild is not None:
+        layer = rebuild(
+            {
+                name: map_layers(function, child, ".".join(part for part in (path, name) if part))
+                for name, child in children.items()
+            }
+        )
+    return function(path, layer)
+
+
+def function_name(function: Callable[..., Any]) -> str:
+    """``linear`` for the function ``linear.<locals>.apply``."""
+    return getattr(function, "__qualname__", type(function).__name__).split(".")[0]
+
+
+def stateless(
+    init: Callable[[Tensor, Tree], Params],
+    apply: Callable[[Params, Tree], Tree],
+    vjp: Callable[[Params, Tree], tuple[Tree, Pullback]],
+    *,
+    name: str | None = None,
+) -> Layer:
+    """A layer without state and randomness, lifted from the short triple.
+
+    Args:
+        init: ``(key, x) -> params``.
+        apply: ``(params, x) -> y``.
+        vjp: ``(params, x) -> (y, pullback)``.
+        name: what errors and summaries call the layer; by default the constructor's name.
+
+    >>> import funcnet as fn
+    >>> def scale_rule(residuals, dy, *, params, x):
+    ...     dparams = {"scale": (dy * residuals["x"]).sum()} if params else None
+    ...     return dparams, dy * residuals["scale"] if x else None
+    >>> def scale():
+    ...     def init(key, x):
+    ...         return {"scale": torch.ones((), dtype=x.dtype, device=x.device)}
+    ...     def apply(params, x):
+    ...         return params["scale"] * x
+    ...     def vjp(params, x):
+    ...         return apply(params, x), fn.Pullback(scale_rule, {"x": x, **params})
+    ...     return fn.stateless(init, apply, vjp)
+    >>> scale()
+    scale()
+    >>> fn.testing.check_layer(scale(), torch.randn(4, 3, dtype=torch.float64))
+    """
+    name = name or function_name(apply)
+
+    def lifted_init(key: Tensor, x: Tree) -> tuple[Params, Params]:
+        return init(key, x), {}
+
+    def lifted_apply(
+        params: Params,
+        x: Tree,
+        state: Params = EMPTY,
+        *,
+        key: Tensor | None = None,
+        train: bool = False,
+    ) -> tuple[Tree, Params]:
+        if state:
+            refuse_state(name, state)
+        return apply(params, x), {}
+
+    def lifted_vjp(
+        params: Params,
+        x: Tree,
+        state: Params = EMPTY,
+        *,
+        key: Tensor | None = None,
+        train: bool = True,
+    ) -> tuple[Tree, Pullback, Params]:
+        if state:
+            refuse_state(name, state)
+        y, pullback = vjp(params, x)
+        return y, pullback, {}
+
+    layer = Layer(lifted_init, lifted_apply, lifted_vjp)
+    return with_anatomy(layer, Anatomy(name, takes_key=False))
+
+
+# --- errors ------------------------------------------------------------------------------------
+
+
+def locate(error: Exception, where: str) -> None:
+    """Put a layer's place in front of an error's message, as it passes a combinator."""
+    if isinstance(error, (ValueError, TypeError)) and len(error.args) == 1:
+        error.args = (f"{where} {error.args[0]}",)
+    else:
+        error.add_note(f"in {where}")
+
+
+def refuse_state(name: str, state: Params) -> NoReturn:
+    raise ValueError(f"{name}: has no state, got state with {sorted(state)}")
+
+
+def check_floating(name: str, x: Tree) -> None:
+    """Raise TypeError unless ``x`` is a tensor of real floating-point numbers."""
+    if not isinstance(x, Tensor) or not x.is_floating_point():
+        raise TypeError(f"{name}: expects a floating-point tensor, got {tree.describe(x)}")
+
+
+def check_params(name: str, params: Params, expected: tuple[str, ...]) -> None:
+    """Raise ValueError unless ``params`` has just the expected names."""
+    if len(params) != len(expected) or not all([entry in params for entry in expected]):
+        raise ValueError(f"{name}: expects params {sorted(expected)}, got {sorted(params)}")
+
+
+def check_cotangent(name: str, dy: Tree, y: Tensor) -> None:
+    """Raise ValueError unless ``dy`` has the shape of ``y``: it must not broadcast."""
+    if not isinstance(dy, Tensor) or dy.shape != y.shape:
+        raise ValueError(
+            f"{name}: pullback expects dy of shape {tuple(y.shape)}, got {tree.describe(dy)}"
+        )

@@ -1,0 +1,296 @@
+"""Initializers: constructors of functions ``(key, shape, dtype, device) -> tensor``.
+
+Shapes have PyTorch's layout, (out, in, *kernel), so ``fan_in`` is ``in * prod(kernel)`` and
+``fan_out`` is ``out * prod(kernel)``.
+"""
+
+import math
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+
+from funcnet import random
+
+Initializer = Callable[[Tensor, tuple[int, ...], torch.dtype, torch.device], Tensor]
+
+
+def zeros() -> Initializer:
+    """All zeros.
+
+    >>> zeros()(random.key(0), (2,), torch.float32, torch.device("cpu"))
+    tensor([0., 0.])
+    """
+    return constant(0.0)
+
+
+def ones() -> Initializer:
+    """All ones.
+
+    >>> ones()(random.key(0), (2,), torch.float32, torch.device("cpu"))
+    tensor([1., 1.])
+    """
+    return constant(1.0)
+
+
+def constant(value: float) -> Initializer:
+    """All ``value``.
+
+    >>> constant(0.5)(random.key(0), (2,), torch.float32, torch.device("cpu"))
+    tensor([0.5000, 0.5000])
+    """
+
+    def initialize(
+        key: Tensor, shape: tuple[int, ...], dtype: torch.dtype, device: torch.device
+    ) -> Tensor:
+        return torch.full(shape, value, dtype=dtype, device=device)
+
+    return initialize
+
+
+def uniform(low: float = 0.0, high: float = 1.0) -> Initializer:
+    """U(low, high), as ``torch.nn.init.uniform_``.
+
+    >>> uniform(-1, 1)(random.key(42), (2,), torch.float32, torch.device("cpu"))
+    tensor([-0.0226,  0.3596])
+    """
+
+    def initialize(
+        key: Tensor, shape: tuple[int, ...], dtype: torch.dtype, device: torch.device
+    ) -> Tensor:
+        return random.uniform(key, shape, dtype, low, high, device=device)
+
+    return initialize
+
+
+def normal(mean: float = 0.0, std: float = 1.0) -> Initializer:
+    """N(mean, std^2), as ``torch.nn.init.normal_``.
+
+    >>> normal(std=0.1)(random.key(42), (2,), torch.float32, torch.device("cpu"))
+    tensor([-0.0028,  0.0467])
+    """
+    _check_std("normal", std)
+
+    def initialize(
+        key: Tensor, shape: tuple[int, ...], dtype: torch.dtype, device: torch.device
+    ) -> Tensor:
+        return random.normal(key, shape, dtype, device=device).mul_(std).add_(mean)
+
+    return initialize
+
+
+def truncated_normal(
+    mean: float = 0.0, std: float = 1.0, low: float = -2.0, high: float = 2.0
+) -> Initializer:
+    """N(mean, std^2) cut to [low, high], as ``torch.nn.init.trunc_normal_``.
+
+    ``low`` and ``high`` are values, not numbers of standard deviations.
+
+    >>> truncated_normal()(random.key(42), (2,), torch.float32, torch.device("cpu"))
+    tensor([-0.0270,  0.4428])
+    """
+    _check_std("truncated_normal", std)
+    if std == 0.0:
+        return constant(min(max(mean, low), high))
+
+    def initialize(
+        key: Tensor, shape: tuple[int, ...], dtype: torch.dtype, device: torch.device
+    ) -> Tensor:
+        lower, upper = (low - mean) / std, (high - mean) / std
+        unit = random.truncated_normal(key, lower, upper, shape, dtype, device=device)
+        return unit.mul_(std).add_(mean).clamp_(low, high)
+
+    return initialize
+
+
+def variance_scaling(scale: float, mode: str, distribution: str) -> Initializer:
+    """Variance ``scale / n``, where n is fan_in, fan_out or their mean.
+
+    Args:
+        scale: a positive number.
+        mode: "fan_in", "fan_out" or "fan_avg".
+        distribution: "uniform", "normal", or "truncated_normal" at two standard deviations.
+
+    Source: He et al. 2015; ``jax.nn.initializers.variance_scaling``.
+
+    >>> variance_scaling(1.0, "fan_in", "uniform")(
+    ...     random.key(42), (1, 3), torch.float32, torch.device("cpu"))
+    tensor([[-0.0226,  0.3596,  0.2325]])
+    """
+    if not scale > 0:
+        raise ValueError(f"variance_scaling: scale must be positive, got {scale}")
+    if mode not in ("fan_in", "fan_out", "fan_avg"):
+        raise ValueError(f"variance_scaling: mode must be fan_in, fan_out or fan_avg, got {mode!r}")
+    if distribution not in ("uniform", "normal", "truncated_normal"):
+        raise ValueError(
+            "variance_scaling: distribution must be uniform, normal or truncated_normal, "
+            f"got {distribution!r}"
+        )
+
+    def initialize(
+        key: Tensor, shape: tuple[int, ...], dtype: torch.dtype, device: torch.device
+    ) -> Tensor:
+        fan_in, fan_out = fans(shape)
+        fan = {"fan_in": fan_in, "fan_out": fan_out, "fan_avg": (fan_in + fan_out) / 2}[mode]
+        std = math.sqrt(scale / max(fan, 1))
+        if distribution == "uniform":
+            bound = math.sqrt(3.0) * std
+            draw = uniform(-bound, bound)
+        elif distribution == "normal":
+            draw = normal(0.0, std)
+        else:
+            # The standard deviation of N(0, 1) cut to (-2, 2).
+            std /= 0.87962566103423978
+            draw = truncated_normal(0.0, std, -2 * std, 2 * std)
+        return draw(key, shape, dtype, device)
+
+    return initialize
+
+
+def lecun_uniform() -> Initializer:
+    """U(-b, b) with ``b = sqrt(3 / fan_in)``. Source: LeCun et al. 1998.
+
+    >>> lecun_uniform()(random.key(42), (1, 3), torch.float32, torch.device("cpu"))
+    tensor([[-0.0226,  0.3596,  0.2325]])
+    """
+    return variance_scaling(1.0, "fan_in", "uniform")
+
+
+def lecun_normal() -> Initializer:
+    """N(0, 1 / fan_in). Source: LeCun et al. 1998.
+
+    >>> lecun_normal()(random.key(42), (1, 4), torch.float32, torch.device("cpu"))
+    tensor([[-0.0142,  0.2336,  0.1479, -0.1108]])
+    """
+    return variance_scaling(1.0, "fan_in", "normal")
+
+
+def glorot_uniform(gain: float = 1.0) -> Initializer:
+    """U(-b, b) with ``b = gain sqrt(6 / (fan_in + fan_out))``; alias `xavier_uniform`.
+
+    Source: Glorot and Bengio 2010; ``torch.nn.init.xavier_uniform_``.
+
+    >>> glorot_uniform()(random.key(42), (1, 2), torch.float32, torch.device("cpu"))
+    tensor([[-0.0319,  0.5085]])
+    """
+    return variance_scaling(gain**2, "fan_avg", "uniform")
+
+
+def glorot_normal(gain: float = 1.0) -> Initializer:
+    """N(0, gain^2 2 / (fan_in + fan_out)); alias `xavier_normal`.
+
+    Source: Glorot and Bengio 2010; ``torch.nn.init.xavier_normal_``.
+
+    >>> glorot_normal()(random.key(42), (1, 3), torch.float32, torch.device("cpu"))
+    tensor([[-0.0200,  0.3303,  0.2091]])
+    """
+    return variance_scaling(gain**2, "fan_avg", "normal")
+
+
+def he_uniform(
+    negative_slope: float = 0.0, mode: str = "fan_in", nonlinearity: str = "leaky_relu"
+) -> Initializer:
+    """U(-b, b) with ``b = gain sqrt(3 / fan)``; alias `kaiming_uniform`.
+
+    ``gain = sqrt(2 / (1 + negative_slope^2))``, or that of ``nonlinearity``; see `gain`.
+
+    Source: He et al. 2015; ``torch.nn.init.kaiming_uniform_``.
+
+    >>> he_uniform()(random.key(42), (1, 6), torch.float32, torch.device("cpu"))[0, :2]
+    tensor([-0.0226,  0.3596])
+    """
+    return variance_scaling(gain(nonlinearity, negative_slope) ** 2, mode, "uniform")
+
+
+def he_normal(
+    negative_slope: float = 0.0, mode: str = "fan_in", nonlinearity: str = "leaky_relu"
+) -> Initializer:
+    """N(0, gain^2 / fan); alias `kaiming_normal`; the gain is that of `he_uniform`.
+
+    Source: He et al. 2015; ``torch.nn.init.kaiming_normal_``.
+
+    >>> he_normal()(random.key(42), (1, 8), torch.float32, torch.device("cpu"))[0, :2]
+    tensor([-0.0142,  0.2336])
+    """
+    return variance_scaling(gain(nonlinearity, negative_slope) ** 2, mode, "normal")
+
+
+xavier_uniform, xavier_normal = glorot_uniform, glorot_normal
+kaiming_uniform, kaiming_normal = he_uniform, he_normal
+
+
+def orthogonal(gain: float = 1.0) -> Initializer:
+    """A matrix with orthonormal rows or columns, whichever are fewer, times ``gain``.
+
+    A shape of more than two dimensions is flattened to (shape[0], prod(shape[1:])).
+
+    Source: Saxe, McClelland and Ganguli 2014; ``torch.nn.init.orthogonal_``.
+
+    >>> weight = orthogonal()(random.key(0), (2, 5), torch.float64, torch.device("cpu"))
+    >>> torch.allclose(weight @ weight.T, torch.eye(2, dtype=torch.float64))
+    True
+    """
+
+    def initialize(
+        key: Tensor, shape: tuple[int, ...], dtype: torch.dtype, device: torch.device
+    ) -> Tensor:
+        if len(shape) < 2:
+            raise ValueError(f"orthogonal: expects at least two dimensions, got shape {shape}")
+        rows, columns = shape[0], math.prod(shape[1:])
+        # LAPACK has no half precision.
+        exact = dtype if dtype in (torch.float32, torch.float64) else torch.float32
+        tall = (max(rows, columns), min(rows, columns))
+        q, r = torch.linalg.qr(random.normal(key, tall, exact, device=device))
+        # With the signs of r's diagonal, q is uniform over the orthogonal matrices.
+        q = q * torch.sign(torch.diagonal(r))
+        matrix = q if rows >= columns else q.mT
+        return (gain * matrix).reshape(shape).to(dtype)
+
+    return initialize
+
+
+def torch_linear() -> Initializer:
+    """U(-b, b) with ``b = 1 / sqrt(fan_in)``: the weights of torch's linear and conv layers.
+
+    Source: ``kaiming_uniform_(a=sqrt(5))`` in ``torch.nn.Linear.reset_parameters``.
+
+    >>> torch_linear()(random.key(42), (1, 4), torch.float32, torch.device("cpu"))
+    tensor([[-0.0113,  0.1798,  0.1163,  0.0610]])
+    """
+    return he_uniform(negative_slope=math.sqrt(5.0))
+
+
+def gain(nonlinearity: str, param: float | None = None) -> float:
+    """The factor that keeps the variance through a nonlinearity, ``torch.nn.init.calculate_gain``.
+
+    ``param`` is leaky_relu's negative slope, 0.01 by default.
+
+    >>> gain("tanh")
+    1.6666666666666667
+    """
+    if nonlinearity == "leaky_relu":
+        return math.sqrt(2.0 / (1.0 + (0.01 if param is None else param) ** 2))
+    gains = {"tanh": 5.0 / 3.0, "relu": math.sqrt(2.0), "selu": 0.75}
+    gains |= dict.fromkeys(("linear", "conv1d", "conv2d", "conv3d", "sigmoid"), 1.0)
+    if nonlinearity not in gains:
+        raise ValueError(
+            f"gain: expects one of {sorted([*gains, 'leaky_relu'])}, got {nonlinearity!r}"
+        )
+    return gains[nonlinearity]
+
+
+def fans(shape: tuple[int, ...]) -> tuple[int, int]:
+    """``(fan_in, fan_out)`` of a weight of shape (out, in, *kernel).
+
+    >>> fans((8, 3, 5, 5))
+    (75, 200)
+    """
+    if len(shape) < 2:
+        raise ValueError(f"fan_in and fan_out need at least two dimensions, got shape {shape}")
+    kernel = math.prod(shape[2:])
+    return shape[1] * kernel, shape[0] * kernel
+
+
+def _check_std(name: str, std: float) -> None:
+    if std < 0:
+        raise ValueError(f"{name}: std must be >= 0, got {std}")
