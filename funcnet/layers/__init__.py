@@ -1,0 +1,1 @@
+"""Layers, by kind; all are in `funcnet`'s top level."""

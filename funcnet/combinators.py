@@ -1,0 +1,646 @@
+"""Combinators: constructors of layers from layers.
+
+Parameters, state and pullbacks of the children are dicts by child name, sparse: a child without
+them has no entry. A child's key is folded from the combinator's by the child's name, so adding a
+layer changes no other layer's noise. `residual` and `shared` have one child and add nothing: its
+parameters are theirs.
+"""
+
+from collections.abc import Callable, Mapping
+from functools import reduce
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from funcnet import tree
+from funcnet.core import (
+    EMPTY,
+    Anatomy,
+    Layer,
+    Params,
+    Pullback,
+    Tree,
+    anatomy,
+    check_cotangent,
+    check_params,
+    locate,
+    pull,
+    stateless,
+    with_anatomy,
+)
+from funcnet.layers.shape import concat
+from funcnet.random import fold_in
+
+__all__ = [
+    "add", "branch", "concat", "fan_out", "multiply", "parallel", "residual", "serial", "shared",
+]  # fmt: skip
+
+
+class _Child:
+    """A named child as the loops below need it."""
+
+    __slots__ = ("apply", "init", "name", "place", "takes_key", "vjp")
+
+    def __init__(self, parent: str, name: str, layer: Layer) -> None:
+        self.init, self.apply, self.vjp = layer
+        self.name = name
+        self.place = f"{parent}[{name!r}]"
+        self.takes_key = anatomy(layer).takes_key
+
+    def key(self, key: Tensor | None) -> Tensor | None:
+        return fold_in(key, self.name) if self.takes_key and key is not None else None
+
+
+def _named(parent: str, layers: tuple[Layer, ...], named: Mapping[str, Layer]) -> dict[str, Layer]:
+    if layers and named:
+        raise TypeError(f"{parent}: expects layers by position or by name, not both")
+    children = dict(named) or {str(position): layer for position, layer in enumerate(layers)}
+    for name, layer in children.items():
+        if not isinstance(layer, Layer):
+            hint = "; call its constructor" if callable(layer) else ""
+            raise TypeError(
+                f"{parent}[{name!r}]: expects a Layer, got {type(layer).__name__}{hint}"
+            )
+        if not name or "." in name:
+            raise ValueError(f"{parent}: a name must not be empty or have a dot, got {name!r}")
+    return children
+
+
+def _check_names(parent: str, what: str, found: Params, children: Mapping[str, Layer]) -> None:
+    if not found.keys() <= children.keys():
+        extra = sorted(found.keys() - children.keys())
+        raise ValueError(f"{parent}: {what} has {extra}, but the layers are {list(children)}")
+
+
+def _init_in_turn(
+    child: _Child, key: Tensor, example: Tree, device: torch.device
+) -> tuple[Params, Params, Tree]:
+    """The child's params and state, and an example of its output, found on the meta device."""
+    try:
+        params, state = child.init(fold_in(key, child.name), tree.placeholder(example, device))
+        meta_key = torch.empty(2, dtype=torch.int64, device="meta") if child.takes_key else None
+        y, _ = child.apply(tree.to_meta(params), example, tree.to_meta(state), key=meta_key)
+    except Exception as error:
+        locate(error, child.place)
+        raise
+    return params, state, y
+
+
+def serial(*layers: Layer, **named: Layer) -> Layer:
+    """Layers one after another: ``y = f_n(... f_1(x))``.
+
+    Args:
+        layers: children, named "0", "1", ... as in ``torch.nn.Sequential``; or
+        named: children by name.
+
+    Params: ``{name: params of the child}``, so that dotted paths are Sequential's.
+    VJP: the children's pullbacks, last to first.
+    Raises: the children's errors, with ``serial['name']`` in front.
+    Source: ``torch.nn.Sequential``.
+
+    >>> import funcnet as fn
+    >>> net = fn.serial(hidden=fn.linear(25), act=fn.relu(), out=fn.linear(2))
+    >>> params, _ = net.init(fn.key(0), torch.ones(100, 3))
+    >>> {path: tuple(leaf.shape) for path, leaf in fn.tree.to_dotted(params).items()}
+    {'hidden.weight': (25, 3), 'hidden.bias': (25,), 'out.weight': (2, 25), 'out.bias': (2,)}
+    """
+    return _serial(_named("serial", layers, named))
+
+
+def serial_rule(
+    residuals: dict[str, Any],
+    dy: Tree,
+    names: tuple[str, ...],
+    learned: frozenset[str],
+    *,
+    params: bool,
+    x: bool,
+) -> tuple[Params | None, Tree]:
+    """The children's pullbacks from the last to the first that is needed."""
+    dparams: dict[str, Params] = dict.fromkeys([name for name in names if name in learned], EMPTY)
+    remaining = len(learned) if params else 0
+    for name in reversed(names):
+        learns = params and name in learned
+        remaining -= learns
+        if not x and remaining == 0 and not learns:
+            return (dparams if params else None), None
+        try:
+            dchild, dy = pull(residuals, name, dy, params=learns, x=x or remaining > 0)
+            if dy is None and remaining:
+                raise TypeError("passes no cotangent to the layers before it, which have params")
+        except Exception as error:
+            locate(error, f"serial[{name!r}]")
+            raise
+        if learns:
+            dparams[name] = dchild
+    return (dparams if params else None), dy if x else None
+
+
+def _serial(layers: Mapping[str, Layer]) -> Layer:
+    children = [_Child("serial", name, layer) for name, layer in layers.items()]
+    names = tuple(layers)
+
+    def init(key: Tensor, x: Tree) -> tuple[Params, Params]:
+        params, state = {}, {}
+        device = tree.device_of(x)
+        example = tree.to_meta(x)
+        for child in children:
+            own, own_state, example = _init_in_turn(child, key, example, device)
+            if own:
+                params[child.name] = own
+            if own_state:
+                state[child.name] = own_state
+        return params, state
+
+    def apply(
+        params: Params,
+        x: Tree,
+        state: Params = EMPTY,
+        *,
+        key: Tensor | None = None,
+        train: bool = False,
+    ) -> tuple[Tree, Params]:
+        _check_names("serial", "params", params, layers)
+        if state:
+            _check_names("serial", "state", state, layers)
+        new_state = {}
+        for child in children:
+            name = child.name
+            try:
+                x, own = child.apply(
+                    params.get(name, EMPTY),
+                    x,
+                    state.get(name, EMPTY),
+                    key=child.key(key),
+                    train=train,
+                )
+            except Exception as error:
+                locate(error, child.place)
+                raise
+            if own:
+                new_state[name] = own
+        return x, new_state
+
+    def vjp(
+        params: Params,
+        x: Tree,
+        state: Params = EMPTY,
+        *,
+        key: Tensor | None = None,
+        train: bool = True,
+    ) -> tuple[Tree, Pullback, Params]:
+        _check_names("serial", "params", params, layers)
+        if state:
+            _check_names("serial", "state", state, layers)
+        new_state, pullbacks = {}, {}
+        for child in children:
+            name = child.name
+            try:
+                x, pullbacks[name], own = child.vjp(
+                    params.get(name, EMPTY),
+                    x,
+                    state.get(name, EMPTY),
+                    key=child.key(key),
+                    train=train,
+                )
+            except Exception as error:
+                locate(error, child.place)
+                raise
+            if own:
+                new_state[name] = own
+        return x, Pullback(serial_rule, pullbacks, (names, frozenset(params))), new_state
+
+    return with_anatomy(Layer(init, apply, vjp), _anatomy("serial", layers, _serial))
+
+
+def _anatomy(
+    name: str, layers: Mapping[str, Layer], rebuild: Callable[[Mapping[str, Layer]], Layer]
+) -> Anatomy:
+    takes_key = any(anatomy(layer).takes_key for layer in layers.values())
+    return Anatomy(name, layers, rebuild, takes_key)
+
+
+def parallel(*layers: Layer, **named: Layer) -> Layer:
+    """Layers side by side: the i-th layer is applied to the i-th input.
+
+    Inputs: x, a tuple with one tree a layer, or, for named layers, a dict with their names.
+    Returns: y, a tuple or dict like x.
+    Params: ``{name: params of the child}``.
+    VJP: the children's, side by side.
+
+    >>> import funcnet as fn
+    >>> net = fn.parallel(fn.relu(), fn.tanh())
+    >>> net.apply({}, (torch.tensor([-1.0]), torch.tensor([0.0])))[0]
+    (tensor([0.]), tensor([0.]))
+    """
+    return _side_by_side("parallel", _named("parallel", layers, named))
+
+
+def branch(*layers: Layer, **named: Layer) -> Layer:
+    """Several layers of one input: ``y = (f_1(x), ..., f_n(x))``.
+
+    Returns: y, a tuple, or for named layers a dict.
+    Params: ``{name: params of the child}``.
+    VJP: dx is the sum of the children's.
+
+    >>> import funcnet as fn
+    >>> fn.branch(fn.relu(), fn.identity()).apply({}, torch.tensor([-1.0]))[0]
+    (tensor([0.]), tensor([-1.]))
+    """
+    return _side_by_side("branch", _named("branch", layers, named))
+
+
+def side_by_side_rule(
+    residuals: dict[str, Any],
+    dy: Tree,
+    kind: str,
+    names: tuple[str, ...],
+    learned: frozenset[str],
+    as_dict: bool,
+    *,
+    params: bool,
+    x: bool,
+) -> tuple[Params | None, Tree]:
+    """Each child's pullback of its own cotangent; one common input gets the sum."""
+    dparams: dict[str, Params] = {}
+    dx = []
+    for name, own_dy in zip(names, _pieces(kind, "pullback", dy, names, as_dict), strict=True):
+        learns = params and name in learned
+        try:
+            dchild, own_dx = pull(residuals, name, own_dy, params=learns, x=x)
+        except Exception as error:
+            locate(error, f"{kind}[{name!r}]")
+            raise
+        if learns:
+            dparams[name] = dchild
+        dx.append(own_dx)
+    if not x:
+        return (dparams if params else None), None
+    together = _sum(dx) if kind == "branch" else _collect(names, dx, as_dict)
+    return (dparams if params else None), together
+
+
+def _pieces(kind: str, what: str, x: Tree, names: tuple[str, ...], as_dict: bool) -> list[Tree]:
+    """One tree for each child of a tuple or dict of them."""
+    if as_dict and isinstance(x, Mapping):
+        if x.keys() != set(names):
+            raise ValueError(f"{kind}: {what} expects a dict with {list(names)}, got {sorted(x)}")
+        return [x[name] for name in names]
+    if not as_dict and isinstance(x, tuple) and len(x) == len(names):
+        return list(x)
+    form = f"a dict with {list(names)}" if as_dict else f"a tuple of {len(names)}"
+    got = f"a tuple of {len(x)}" if isinstance(x, tuple) else tree.describe(x)
+    raise ValueError(f"{kind}: {what} expects {form}, got {got}")
+
+
+def _collect(names: tuple[str, ...], values: list[Tree], as_dict: bool) -> Tree:
+    return dict(zip(names, values, strict=True)) if as_dict else tuple(values)
+
+
+def _sum(cotangents: list[Tree]) -> Tree:
+    """The sum of cotangents of one value; None is the cotangent of an integer."""
+    present = [cotangent for cotangent in cotangents if cotangent is not None]
+    if not present:
+        return None
+    return reduce(lambda a, b: tree.map(torch.add, a, b), present)
+
+
+def _side_by_side(kind: str, layers: Mapping[str, Layer]) -> Layer:
+    children = [_Child(kind, name, layer) for name, layer in layers.items()]
+    names = tuple(layers)
+    positional = names == tuple(str(position) for position in range(len(names)))
+
+    def inputs(x: Tree) -> tuple[list[Tree], bool]:
+        if kind == "branch":
+            return [x] * len(children), not positional
+        as_dict = not positional and not isinstance(x, tuple)
+        return _pieces(kind, "x", x, names, as_dict), as_dict
+
+    def run(
+        call: str, params: Params, x: Tree, state: Params, key: Tensor | None, train: bool
+    ) -> tuple[list[tuple[Any, ...]], bool, Params]:
+        """The children's results, whether they form a dict, and the new state."""
+        _check_names(kind, "params", params, layers)
+        _check_names(kind, "state", state, layers)
+        pieces, as_dict = inputs(x)
+        results, new_state = [], {}
+        for child, piece in zip(children, pieces, strict=True):
+            name = child.name
+            try:
+                result = getattr(child, call)(
+                    params.get(name, EMPTY),
+                    piece,
+                    state.get(name, EMPTY),
+                    key=child.key(key),
+                    train=train,
+                )
+            except Exception as error:
+                locate(error, child.place)
+                raise
+            results.append(result)
+            if result[-1]:
+                new_state[name] = result[-1]
+        return results, as_dict, new_state
+
+    def init(key: Tensor, x: Tree) -> tuple[Params, Params]:
+        params, state = {}, {}
+        for child, piece in zip(children, inputs(x)[0], strict=True):
+            try:
+                own, own_state = child.init(fold_in(key, child.name), piece)
+            except Exception as error:
+                locate(error, child.place)
+                raise
+            if own:
+                params[child.name] = own
+            if own_state:
+                state[child.name] = own_state
+        return params, state
+
+    def apply(
+        params: Params,
+        x: Tree,
+        state: Params = EMPTY,
+        *,
+        key: Tensor | None = None,
+        train: bool = False,
+    ) -> tuple[Tree, Params]:
+        results, as_dict, new_state = run("apply", params, x, state, key, train)
+        return _collect(names, [y for y, _ in results], as_dict), new_state
+
+    def vjp(
+        params: Params,
+        x: Tree,
+        state: Params = EMPTY,
+        *,
+        key: Tensor | None = None,
+        train: bool = True,
+    ) -> tuple[Tree, Pullback, Params]:
+        results, as_dict, new_state = run("vjp", params, x, state, key, train)
+        y = _collect(names, [y for y, _, _ in results], as_dict)
+        pullbacks = {name: result[1] for name, result in zip(names, results, strict=True)}
+        static = (kind, names, frozenset(params), as_dict)
+        return y, Pullback(side_by_side_rule, pullbacks, static), new_state
+
+    return with_anatomy(
+        Layer(init, apply, vjp),
+        _anatomy(kind, layers, lambda layers: _side_by_side(kind, layers)),
+    )
+
+
+def residual_rule(
+    residuals: dict[str, Any], dy: Tree, *, params: bool, x: bool
+) -> tuple[Params | None, Tree]:
+    """``dx = dy + df``."""
+    dparams, dx = pull(residuals, "layer", dy, params=params, x=x)
+    return dparams, _sum([dy, dx]) if x else None
+
+
+def residual(layer: Layer) -> Layer:
+    """``y = x + f(x)``, for a layer that keeps the shape.
+
+    Params, state and key: those of the layer, with nothing in between.
+    VJP: ``dx = dy + df(dy)``.
+    Source: He et al. 2016.
+
+    >>> import funcnet as fn
+    >>> fn.residual(fn.relu()).apply({}, torch.tensor([-1.0, 2.0]))[0]
+    tensor([-1.,  4.])
+    """
+    _named("residual", (layer,), {})
+
+    def join(x: Tree, y: Tree) -> Tree:
+        if tree.describe(x) != tree.describe(y):
+            raise ValueError(
+                f"residual: the layer must keep the shape and dtype {tree.describe(x)}, "
+                f"got {tree.describe(y)}"
+            )
+        return tree.map(torch.add, x, y)
+
+    def apply(
+        params: Params,
+        x: Tree,
+        state: Params = EMPTY,
+        *,
+        key: Tensor | None = None,
+        train: bool = False,
+    ) -> tuple[Tree, Params]:
+        y, state = _within("residual", layer.apply, params, x, state, key=key, train=train)
+        return join(x, y), state
+
+    def vjp(
+        params: Params,
+        x: Tree,
+        state: Params = EMPTY,
+        *,
+        key: Tensor | None = None,
+        train: bool = True,
+    ) -> tuple[Tree, Pullback, Params]:
+        y, pullback, state = _within("residual", layer.vjp, params, x, state, key=key, train=train)
+        return join(x, y), Pullback(residual_rule, {"layer": pullback}), state
+
+    def init(key: Tensor, x: Tree) -> tuple[Params, Params]:
+        return _within("residual", layer.init, key, x)
+
+    return with_anatomy(
+        Layer(init, apply, vjp),
+        Anatomy(
+            "residual",
+            {"layer": layer},
+            lambda children: residual(children["layer"]),
+            anatomy(layer).takes_key,
+        ),
+    )
+
+
+def _within(where: str, function: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+    try:
+        return function(*args, **kwargs)
+    except Exception as error:
+        locate(error, where)
+        raise
+
+
+def shared_rule(
+    residuals: dict[str, Any], dy: tuple[Tree, ...], *, params: bool, x: bool
+) -> tuple[Params | None, tuple[Tree, ...] | None]:
+    """The gradients of all uses are summed."""
+    names = list(residuals)
+    if not isinstance(dy, tuple) or len(dy) != len(names):
+        raise ValueError(
+            f"shared: pullback expects a tuple of {len(names)}, got {tree.describe(dy)}"
+        )
+    dparams, dx = None, []
+    for name, own_dy in zip(names, dy, strict=True):
+        own_dparams, own_dx = pull(residuals, name, own_dy, params=params, x=x)
+        if params:
+            dparams = own_dparams if dparams is None else _sum([dparams, own_dparams])
+        dx.append(own_dx)
+    return dparams, tuple(dx) if x else None
+
+
+def shared(layer: Layer) -> Layer:
+    """One layer, with one set of parameters, applied to each of a tuple of inputs.
+
+    State passes from one use to the next; the key is folded by the position of the input.
+
+    Inputs: x, a tuple of trees of one shape.
+    Returns: y, a tuple.
+    Params: those of the layer.
+    VJP: ``dparams`` is the sum over the uses.
+    Source: siamese networks, Bromley et al. 1993.
+
+    >>> import funcnet as fn
+    >>> net = fn.shared(fn.linear(1, bias=False))
+    >>> y, pullback, _ = net.vjp({"weight": torch.ones(1, 2)}, (torch.ones(2), torch.zeros(2)))
+    >>> y
+    (tensor([1.]), tensor([0.]))
+    >>> pullback((torch.ones(1), torch.ones(1)))[0]
+    {'weight': tensor([[1., 1.]])}
+    """
+    _named("shared", (layer,), {})
+    takes_key = anatomy(layer).takes_key
+
+    def uses(x: tuple[Tree, ...], key: Tensor | None) -> list[tuple[Tree, Tensor | None]]:
+        if not isinstance(x, tuple) or not x:
+            raise ValueError(f"shared: expects a tuple of inputs, got {tree.describe(x)}")
+        keyed = takes_key and key is not None
+        return [(piece, fold_in(key, use) if keyed else None) for use, piece in enumerate(x)]
+
+    def init(key: Tensor, x: tuple[Tree, ...]) -> tuple[Params, Params]:
+        return _within("shared", layer.init, key, uses(x, None)[0][0])
+
+    def apply(
+        params: Params,
+        x: tuple[Tree, ...],
+        state: Params = EMPTY,
+        *,
+        key: Tensor | None = None,
+        train: bool = False,
+    ) -> tuple[tuple[Tree, ...], Params]:
+        y = []
+        for use, (piece, own_key) in enumerate(uses(x, key)):
+            own_y, state = _within(
+                f"shared[{use}]", layer.apply, params, piece, state, key=own_key, train=train
+            )
+            y.append(own_y)
+        return tuple(y), state
+
+    def vjp(
+        params: Params,
+        x: tuple[Tree, ...],
+        state: Params = EMPTY,
+        *,
+        key: Tensor | None = None,
+        train: bool = True,
+    ) -> tuple[tuple[Tree, ...], Pullback, Params]:
+        y, pullbacks = [], {}
+        for use, (piece, own_key) in enumerate(uses(x, key)):
+            own_y, pullbacks[str(use)], state = _within(
+                f"shared[{use}]", layer.vjp, params, piece, state, key=own_key, train=train
+            )
+            y.append(own_y)
+        return tuple(y), Pullback(shared_rule, pullbacks), state
+
+    return with_anatomy(
+        Layer(init, apply, vjp),
+        Anatomy(
+            "shared", {"layer": layer}, lambda children: shared(children["layer"]), takes_key
+        ),
+    )
+
+
+# --- layers of tuples --------------------------------------------------------------------------
+
+
+def fan_out_rule(
+    residuals: dict[str, Any], dy: tuple[Tree, ...], n: int, *, params: bool, x: bool
+) -> tuple[Params | None, Tree]:
+    """dx is the sum of the dy."""
+    if not isinstance(dy, tuple) or len(dy) != n:
+        raise ValueError(f"fan_out: pullback expects a tuple of {n}, got {tree.describe(dy)}")
+    return ({} if params else None), _sum(list(dy)) if x else None
+
+
+def fan_out(n: int) -> Layer:
+    """``y = (x, ..., x)``, n times; dx is the sum of the dy.
+
+    >>> fan_out(2).apply({}, torch.ones(1))[0]
+    (tensor([1.]), tensor([1.]))
+    """
+    if n < 1:
+        raise ValueError(f"fan_out: n must be at least 1, got {n}")
+
+    def apply(params: Params, x: Tree) -> tuple[Tree, ...]:
+        check_params("fan_out", params, ())
+        return (x,) * n
+
+    def vjp(params: Params, x: Tree) -> tuple[tuple[Tree, ...], Pullback]:
+        return apply(params, x), Pullback(fan_out_rule, {}, (n,))
+
+    return stateless(lambda key, x: {}, apply, vjp, name="fan_out")
+
+
+def _check_alike(name: str, x: tuple[Tensor, ...]) -> None:
+    if not isinstance(x, tuple) or not x or len({tree.describe(part) for part in x}) != 1:
+        raise ValueError(
+            f"{name}: expects a tuple of tensors of one shape and dtype, got {tree.describe(x)}"
+        )
+
+
+def add_rule(
+    residuals: dict[str, Any], dy: Tensor, n: int, *, params: bool, x: bool
+) -> tuple[Params | None, tuple[Tensor, ...] | None]:
+    """Each dx is dy."""
+    return ({} if params else None), (dy,) * n if x else None
+
+
+def add() -> Layer:
+    """The sum of a tuple of tensors of one shape; each gets dy.
+
+    >>> add().apply({}, (torch.ones(2), torch.ones(2)))[0]
+    tensor([2., 2.])
+    """
+
+    def apply(params: Params, x: tuple[Tensor, ...]) -> Tensor:
+        check_params("add", params, ())
+        _check_alike("add", x)
+        return reduce(torch.add, x)
+
+    def vjp(params: Params, x: tuple[Tensor, ...]) -> tuple[Tensor, Pullback]:
+        return apply(params, x), Pullback(add_rule, {}, (len(x),))
+
+    return stateless(lambda key, x: {}, apply, vjp, name="add")
+
+
+def multiply_rule(
+    residuals: dict[str, Any], dy: Tensor, *, params: bool, x: bool
+) -> tuple[Params | None, tuple[Tensor, ...] | None]:
+    """Each dx is dy times the other factors, which is right at zeros too."""
+    if not x:
+        return ({} if params else None), None
+    factors = residuals["x"]
+    check_cotangent("multiply", dy, factors[0])
+    dx = [
+        reduce(torch.mul, factors[:place] + factors[place + 1 :], dy)
+        for place in range(len(factors))
+    ]
+    return ({} if params else None), tuple(dx)
+
+
+def multiply() -> Layer:
+    """The product of a tuple of tensors of one shape; each gets dy times the other factors.
+
+    >>> multiply().apply({}, (torch.full((2,), 2.0), torch.full((2,), 3.0)))[0]
+    tensor([6., 6.])
+    """
+
+    def apply(params: Params, x: tuple[Tensor, ...]) -> Tensor:
+        check_params("multiply", params, ())
+        _check_alike("multiply", x)
+        return reduce(torch.mul, x)
+
+    def vjp(params: Params, x: tuple[Tensor, ...]) -> tuple[Tensor, Pullback]:
+        return apply(params, x), Pullback(multiply_rule, {"x": x})
+
+    return stateless(lambda key, x: {}, apply, vjp, name="multiply")
