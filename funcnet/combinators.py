@@ -7,7 +7,6 @@ parameters are theirs.
 """
 
 from collections.abc import Callable, Mapping
-from functools import reduce
 from typing import Any
 
 import torch
@@ -22,20 +21,12 @@ from funcnet.core import (
     Pullback,
     Tree,
     anatomy,
-    check_cotangent,
-    check_params,
     locate,
     pull,
-    stateless,
+    sum_cotangents,
     with_anatomy,
 )
-from funcnet.layers.shape import concat
 from funcnet.random import fold_in
-
-__all__ = [
-    "add", "branch", "concat", "fan_out", "multiply", "parallel", "residual", "serial", "shared",
-]  # fmt: skip
-
 
 class _Child:
     """A named child as the loops below need it."""
@@ -277,7 +268,7 @@ def side_by_side_rule(
         dx.append(own_dx)
     if not x:
         return (dparams if params else None), None
-    together = _sum(dx) if kind == "branch" else _collect(names, dx, as_dict)
+    together = sum_cotangents(dx) if kind == "branch" else _collect(names, dx, as_dict)
     return (dparams if params else None), together
 
 
@@ -296,14 +287,6 @@ def _pieces(kind: str, what: str, x: Tree, names: tuple[str, ...], as_dict: bool
 
 def _collect(names: tuple[str, ...], values: list[Tree], as_dict: bool) -> Tree:
     return dict(zip(names, values, strict=True)) if as_dict else tuple(values)
-
-
-def _sum(cotangents: list[Tree]) -> Tree:
-    """The sum of cotangents of one value; None is the cotangent of an integer."""
-    present = [cotangent for cotangent in cotangents if cotangent is not None]
-    if not present:
-        return None
-    return reduce(lambda a, b: tree.map(torch.add, a, b), present)
 
 
 def _side_by_side(kind: str, layers: Mapping[str, Layer]) -> Layer:
@@ -393,7 +376,7 @@ def residual_rule(
 ) -> tuple[Params | None, Tree]:
     """``dx = dy + df``."""
     dparams, dx = pull(residuals, "layer", dy, params=params, x=x)
-    return dparams, _sum([dy, dx]) if x else None
+    return dparams, sum_cotangents([dy, dx]) if x else None
 
 
 def residual(layer: Layer) -> Layer:
@@ -446,8 +429,8 @@ def residual(layer: Layer) -> Layer:
         Layer(init, apply, vjp),
         Anatomy(
             "residual",
-            {"layer": layer},
-            lambda children: residual(children["layer"]),
+            {"": layer},
+            lambda children: residual(children[""]),
             anatomy(layer).takes_key,
         ),
     )
@@ -474,7 +457,7 @@ def shared_rule(
     for name, own_dy in zip(names, dy, strict=True):
         own_dparams, own_dx = pull(residuals, name, own_dy, params=params, x=x)
         if params:
-            dparams = own_dparams if dparams is None else _sum([dparams, own_dparams])
+            dparams = own_dparams if dparams is None else sum_cotangents([dparams, own_dparams])
         dx.append(own_dx)
     return dparams, tuple(dx) if x else None
 
@@ -545,102 +528,6 @@ def shared(layer: Layer) -> Layer:
     return with_anatomy(
         Layer(init, apply, vjp),
         Anatomy(
-            "shared", {"layer": layer}, lambda children: shared(children["layer"]), takes_key
+            "shared", {"": layer}, lambda children: shared(children[""]), takes_key
         ),
     )
-
-
-# --- layers of tuples --------------------------------------------------------------------------
-
-
-def fan_out_rule(
-    residuals: dict[str, Any], dy: tuple[Tree, ...], n: int, *, params: bool, x: bool
-) -> tuple[Params | None, Tree]:
-    """dx is the sum of the dy."""
-    if not isinstance(dy, tuple) or len(dy) != n:
-        raise ValueError(f"fan_out: pullback expects a tuple of {n}, got {tree.describe(dy)}")
-    return ({} if params else None), _sum(list(dy)) if x else None
-
-
-def fan_out(n: int) -> Layer:
-    """``y = (x, ..., x)``, n times; dx is the sum of the dy.
-
-    >>> fan_out(2).apply({}, torch.ones(1))[0]
-    (tensor([1.]), tensor([1.]))
-    """
-    if n < 1:
-        raise ValueError(f"fan_out: n must be at least 1, got {n}")
-
-    def apply(params: Params, x: Tree) -> tuple[Tree, ...]:
-        check_params("fan_out", params, ())
-        return (x,) * n
-
-    def vjp(params: Params, x: Tree) -> tuple[tuple[Tree, ...], Pullback]:
-        return apply(params, x), Pullback(fan_out_rule, {}, (n,))
-
-    return stateless(lambda key, x: {}, apply, vjp, name="fan_out")
-
-
-def _check_alike(name: str, x: tuple[Tensor, ...]) -> None:
-    if not isinstance(x, tuple) or not x or len({tree.describe(part) for part in x}) != 1:
-        raise ValueError(
-            f"{name}: expects a tuple of tensors of one shape and dtype, got {tree.describe(x)}"
-        )
-
-
-def add_rule(
-    residuals: dict[str, Any], dy: Tensor, n: int, *, params: bool, x: bool
-) -> tuple[Params | None, tuple[Tensor, ...] | None]:
-    """Each dx is dy."""
-    return ({} if params else None), (dy,) * n if x else None
-
-
-def add() -> Layer:
-    """The sum of a tuple of tensors of one shape; each gets dy.
-
-    >>> add().apply({}, (torch.ones(2), torch.ones(2)))[0]
-    tensor([2., 2.])
-    """
-
-    def apply(params: Params, x: tuple[Tensor, ...]) -> Tensor:
-        check_params("add", params, ())
-        _check_alike("add", x)
-        return reduce(torch.add, x)
-
-    def vjp(params: Params, x: tuple[Tensor, ...]) -> tuple[Tensor, Pullback]:
-        return apply(params, x), Pullback(add_rule, {}, (len(x),))
-
-    return stateless(lambda key, x: {}, apply, vjp, name="add")
-
-
-def multiply_rule(
-    residuals: dict[str, Any], dy: Tensor, *, params: bool, x: bool
-) -> tuple[Params | None, tuple[Tensor, ...] | None]:
-    """Each dx is dy times the other factors, which is right at zeros too."""
-    if not x:
-        return ({} if params else None), None
-    factors = residuals["x"]
-    check_cotangent("multiply", dy, factors[0])
-    dx = [
-        reduce(torch.mul, factors[:place] + factors[place + 1 :], dy)
-        for place in range(len(factors))
-    ]
-    return ({} if params else None), tuple(dx)
-
-
-def multiply() -> Layer:
-    """The product of a tuple of tensors of one shape; each gets dy times the other factors.
-
-    >>> multiply().apply({}, (torch.full((2,), 2.0), torch.full((2,), 3.0)))[0]
-    tensor([6., 6.])
-    """
-
-    def apply(params: Params, x: tuple[Tensor, ...]) -> Tensor:
-        check_params("multiply", params, ())
-        _check_alike("multiply", x)
-        return reduce(torch.mul, x)
-
-    def vjp(params: Params, x: tuple[Tensor, ...]) -> tuple[Tensor, Pullback]:
-        return apply(params, x), Pullback(multiply_rule, {"x": x})
-
-    return stateless(lambda key, x: {}, apply, vjp, name="multiply")

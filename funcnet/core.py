@@ -19,10 +19,12 @@
 """
 
 from collections.abc import Callable, Hashable, Mapping
+from functools import reduce
 from types import MappingProxyType
 from typing import Any, NamedTuple, NoReturn
 
 import optree
+import torch
 from torch import Tensor
 
 from funcnet import tree
@@ -49,7 +51,9 @@ class Layer(NamedTuple):
 
     def __repr__(self) -> str:
         name, children, *_ = anatomy(self)
-        inside = ", ".join(f"{child}={layer!r}" for child, layer in children.items())
+        inside = ", ".join(
+            f"{child}={layer!r}" if child else repr(layer) for child, layer in children.items()
+        )
         return f"{name}({inside})"
 
 
@@ -162,9 +166,18 @@ def pull(
     return rule(residuals, dy, *static, params=params, x=x)
 
 
+def sum_cotangents(cotangents: list[Tree]) -> Tree:
+    """The sum of cotangents of one value; None is the cotangent of an integer."""
+    present = [cotangent for cotangent in cotangents if cotangent is not None]
+    if not present:
+        return None
+    return reduce(lambda a, b: tree.map(torch.add, a, b), present)
+
+
 class Anatomy(NamedTuple):
     """What a layer is made of, for code that walks a model: `map_layers`, `summary`.
 
+    ``children`` is by name; a child whose parameters are its parent's own is named "".
     ``rebuild`` makes the same combinator of other children. A layer with ``takes_key`` False
     ignores the key, so nobody need fold one for it.
     """

@@ -1,0 +1,115 @@
+"""Finding the first layer that makes a NaN or an infinity."""
+
+from typing import Any
+
+import optree
+import torch
+from torch import Tensor
+
+from funcnet.core import (
+    EMPTY,
+    Anatomy,
+    Layer,
+    Params,
+    Pullback,
+    Tree,
+    anatomy,
+    map_layers,
+    pull,
+    with_anatomy,
+)
+
+
+def check_finite(model: Layer) -> Layer:
+    """The model with every layer's output, and every cotangent it passes back, checked.
+
+    The first value that is NaN or infinite raises ValueError with the layer's path. The values
+    are read, so this is for eager mode and for debugging: it waits for the device.
+
+    >>> import funcnet as fn
+    >>> net = check_finite(fn.serial(fn.identity(), fn.softplus()))
+    >>> net.apply({}, torch.tensor([1.0, float("inf")]))
+    Traceback (most recent call last):
+    ...
+    ValueError: serial['0'] identity: x is not finite: 1 of 2 values
+    """
+
+    def guarded(_: str, layer: Layer) -> Layer:
+        return layer if anatomy(layer).children else _guard(layer)
+
+    return map_layers(guarded, model)
+
+
+def require_finite(name: str, what: str, values: Tree) -> None:
+    """Raise ValueError if a floating-point tensor of a tree is not finite.
+
+    >>> require_finite("loss", "value", torch.tensor(float("nan")))
+    Traceback (most recent call last):
+    ...
+    ValueError: loss: value is not finite: 1 of 1 values
+    """
+    for leaf in optree.tree_leaves(values):
+        if not isinstance(leaf, Tensor) or not (leaf.is_floating_point() or leaf.is_complex()):
+            continue
+        if leaf.is_meta:
+            continue
+        wrong = ~torch.isfinite(leaf)
+        try:
+            count = int(wrong.sum())
+        except RuntimeError:
+            raise TypeError(
+                "check_finite reads values, which tensors do not have under jit and vmap; "
+                "use it in eager mode"
+            ) from None
+        if count:
+            raise ValueError(f"{name}: {what} is not finite: {count} of {leaf.numel()} values")
+
+
+def finite_rule(
+    residuals: dict[str, Any], dy: Tree, name: str, *, params: bool, x: bool
+) -> tuple[Params | None, Tree]:
+    """The layer's own pullback, with what goes in and what comes out checked."""
+    require_finite(name, "dy", dy)
+    dparams, dx = pull(residuals, "layer", dy, params=params, x=x)
+    require_finite(name, "dparams", dparams)
+    require_finite(name, "dx", dx)
+    return dparams, dx
+
+
+def _guard(layer: Layer) -> Layer:
+    name = anatomy(layer).name
+
+    def apply(
+        params: Params,
+        x: Tree,
+        state: Params = EMPTY,
+        *,
+        key: Tensor | None = None,
+        train: bool = False,
+    ) -> tuple[Tree, Params]:
+        require_finite(name, "x", x)
+        require_finite(name, "params", params)
+        y, state = layer.apply(params, x, state, key=key, train=train)
+        require_finite(name, "output", y)
+        return y, state
+
+    def vjp(
+        params: Params,
+        x: Tree,
+        state: Params = EMPTY,
+        *,
+        key: Tensor | None = None,
+        train: bool = True,
+    ) -> tuple[Tree, Pullback, Params]:
+        require_finite(name, "x", x)
+        require_finite(name, "params", params)
+        y, pullback, state = layer.vjp(params, x, state, key=key, train=train)
+        require_finite(name, "output", y)
+        return y, Pullback(finite_rule, {"layer": pullback}, (name,)), state
+
+    def init(key: Tensor, x: Tree) -> tuple[Params, Params]:
+        return layer.init(key, x)
+
+    return with_anatomy(
+        Layer(init, apply, vjp), Anatomy(name, takes_key=anatomy(layer).takes_key)
+    )

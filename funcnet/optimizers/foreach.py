@@ -1,0 +1,160 @@
+"""Arithmetic on lists of leaves, for optimizers.
+
+One call of a ``torch._foreach_*`` operator does what a loop over the leaves would do. vmap has no
+rules for these operators, so there the loop runs. No function changes a list or a tensor that it
+is given, but those that say "in place" may reuse the tensors of their first argument, which the
+caller made itself.
+"""
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+Leaves = list[Tensor]
+
+
+class Constant:
+    """A Python number that multiplies lists of leaves.
+
+    On CPU ``_foreach_mul`` by a 0-d tensor takes half the time of that by a number, for which
+    it makes a tensor a leaf. Half precision keeps the number, which is then not rounded to it.
+    """
+
+    __slots__ = ("tensors", "value")
+
+    def __init__(self, value: float) -> None:
+        self.value = value
+        self.tensors = {
+            dtype: torch.tensor(value, dtype=dtype, device="cpu")
+            for dtype in (torch.float32, torch.float64)
+        }
+
+
+Factor = Constant | Tensor | float
+
+
+def _common_dtype(leaves: Leaves) -> torch.dtype | None:
+    """The dtype of all leaves, if they have one and lie on the CPU."""
+    dtype = leaves[0].dtype
+    if leaves[0].is_cpu and all([leaf.dtype is dtype for leaf in leaves]):
+        return dtype
+    return None
+
+
+def _scalar(leaves: Leaves, factor: Factor) -> float | Tensor | None:
+    """The factor in the form that is fastest for these leaves, None for one a leaf."""
+    if isinstance(factor, Tensor):
+        if all([leaf.dtype is factor.dtype for leaf in leaves]):
+            return factor
+        dtype = _common_dtype(leaves)
+        # Rounding the factor to half precision would cost accuracy.
+        return factor.to(dtype) if dtype in (torch.float32, torch.float64) else None
+    if isinstance(factor, Constant):
+        return factor.tensors.get(_common_dtype(leaves), factor.value)  # type: ignore[arg-type]
+    return factor
+
+
+def _each(
+    foreach: Callable[..., Any], one: Callable[..., Tensor], lists: tuple[Leaves, ...], *args: Any
+) -> Leaves:
+    if not lists[0]:
+        return []
+    try:
+        return list(foreach(*lists, *args) or lists[0])
+    except RuntimeError:  # vmap; what is really wrong is wrong for one leaf too
+        return [one(*leaves, *args) for leaves in zip(*lists, strict=True)]
+
+
+def multiply(leaves: Leaves, factor: Factor) -> Leaves:
+    """``leaf * factor``."""
+    return _multiply(torch._foreach_mul, leaves, factor)
+
+
+def multiply_in_place(leaves: Leaves, factor: Factor) -> Leaves:
+    """``leaf * factor``, in place."""
+    return _multiply(torch._foreach_mul_, leaves, factor)
+
+
+def _multiply(foreach: Callable[..., Any], leaves: Leaves, factor: Factor) -> Leaves:
+    if not leaves:
+        return []
+    scalar = _scalar(leaves, factor)
+    if scalar is None:
+        return [(leaf * factor).to(leaf.dtype) for leaf in leaves]  # type: ignore[operator]
+    return _each(foreach, torch.mul, (leaves,), scalar)
+
+
+def add(leaves: Leaves, others: Leaves) -> Leaves:
+    """``leaf + other``."""
+    return _each(torch._foreach_add, torch.add, (leaves, others))
+
+
+def subtract(leaves: Leaves, others: Leaves) -> Leaves:
+    """``leaf - other``."""
+    return _each(torch._foreach_sub, torch.sub, (leaves, others))
+
+
+def add_in_place(leaves: Leaves, others: Leaves) -> Leaves:
+    """``leaf + other``, in place."""
+    return _each(torch._foreach_add_, torch.add, (leaves, others))
+
+
+def add_scalar_in_place(leaves: Leaves, scalar: Factor) -> Leaves:
+    """``leaf + scalar``, in place."""
+    if not leaves:
+        return []
+    ready = _scalar(leaves, scalar)
+    if ready is None:
+        return [(leaf + scalar).to(leaf.dtype) for leaf in leaves]  # type: ignore[operator]
+    return _each(torch._foreach_add_, torch.add, (leaves,), ready)
+
+
+def lerp(leaves: Leaves, others: Leaves, weight: float) -> Leaves:
+    """``leaf + weight (other - leaf)``."""
+    return _each(torch._foreach_lerp, torch.lerp, (leaves, others), weight)
+
+
+def add_square_in_place(leaves: Leaves, others: Leaves, weight: float) -> Leaves:
+    """``leaf + weight other^2``, in place."""
+    return _each(
+        lambda a, b: torch._foreach_addcmul_(a, b, b, weight),
+        lambda a, b: torch.addcmul(a, b, b, value=weight),
+        (leaves, others),
+    )
+
+
+def divide(leaves: Leaves, others: Leaves) -> Leaves:
+    """``leaf / other``."""
+    return _each(torch._foreach_div, torch.div, (leaves, others))
+
+
+def negate(leaves: Leaves) -> Leaves:
+    """``-leaf``."""
+    return _each(torch._foreach_neg, torch.neg, (leaves,))
+
+
+def sign(leaves: Leaves) -> Leaves:
+    """``sign(leaf)``."""
+    return _each(torch._foreach_sign, torch.sign, (leaves,))
+
+
+def sqrt(leaves: Leaves) -> Leaves:
+    """``sqrt(leaf)``."""
+    return _each(torch._foreach_sqrt, torch.sqrt, (leaves,))
+
+
+def square(leaves: Leaves) -> Leaves:
+    """``leaf^2``."""
+    return _each(torch._foreach_mul, torch.mul, (leaves, leaves))
+
+
+def maximum(leaves: Leaves, others: Leaves) -> Leaves:
+    """``max(leaf, other)``."""
+    return _each(torch._foreach_maximum, torch.maximum, (leaves, others))
+
+
+def zeros_like(leaves: Leaves) -> Leaves:
+    """Zeros in the shapes of the leaves."""
+    return [torch.zeros_like(leaf) for leaf in leaves]

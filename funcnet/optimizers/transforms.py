@@ -1,0 +1,344 @@
+"""Transforms of gradients, from which optimizers are chained.
+
+Each is an `Optimizer` itself: ``update`` takes what the transform before it gave for the
+gradients and returns what the next one takes; what the last one gives is added to the params.
+``g`` is the incoming tree, ``p`` the params.
+"""
+
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from funcnet import tree
+from funcnet.core import Optimizer, Params, Tree
+from funcnet.optimizers import foreach
+from funcnet.optimizers.foreach import Constant, Leaves
+
+LearningRate = float | Tensor | Callable[[Tensor], float | Tensor]
+"""A number, a 0-d tensor, or a function of the number of updates so far (0-d int64)."""
+
+
+def chain(*transforms: Optimizer) -> Optimizer:
+    """One transform after another; the state is the tuple of theirs.
+
+    >>> import funcnet as fn
+    >>> optimizer = fn.chain(fn.trace(0.9), fn.scale_by_learning_rate(0.1))
+    >>> params = {"w": torch.ones(1)}
+    >>> updates, state = optimizer.update(params, optimizer.init_state(params), params)
+    >>> updates
+    {'w': tensor([-0.1000])}
+    """
+
+    def init_state(params: Params) -> tuple[Tree, ...]:
+        return tuple([transform.init_state(params) for transform in transforms])
+
+    def update(
+        grads: Tree, opt_state: tuple[Tree, ...], params: Params
+    ) -> tuple[Tree, tuple[Tree, ...]]:
+        if len(opt_state) != len(transforms):
+            raise ValueError(
+                f"chain: expects a state of {len(transforms)} transforms, got {len(opt_state)}"
+            )
+        states = []
+        for transform, state in zip(transforms, opt_state, strict=True):
+            grads, state = transform.update(grads, state, params)
+            states.append(state)
+        return grads, tuple(states)
+
+    return Optimizer(init_state, update)
+
+
+def apply_updates(params: Params, updates: Tree) -> Params:
+    """``params + updates``, leaf by leaf.
+
+    >>> apply_updates({"w": torch.ones(1)}, {"w": torch.ones(1)})
+    {'w': tensor([2.])}
+    """
+    leaves, treedef = _flatten(params)
+    added = foreach.add(leaves, _flatten.like(treedef, updates, "updates"))
+    return treedef.unflatten(added)
+
+
+_flatten = tree.Flattener()
+
+
+def _leafwise(
+    name: str,
+    function: Callable[..., Leaves],
+    *,
+    with_params: bool = False,
+) -> Optimizer:
+    """A transform without state: ``function(g)``, or ``function(g, p)``, of lists of leaves."""
+    flatten = tree.Flattener()
+
+    def update(grads: Tree, opt_state: tuple[()], params: Params) -> tuple[Tree, tuple[()]]:
+        leaves, treedef = flatten(grads)
+        rest = [flatten.like(treedef, params, f"{name}: params")] if with_params else []
+        return treedef.unflatten(function(leaves, *rest)), ()
+
+    return Optimizer(lambda params: (), update)
+
+
+class CountState(NamedTuple):
+    """The number of updates so far, a 0-d int64 tensor."""
+
+    count: Tensor
+
+
+def _count_for(params: Params) -> Tensor:
+    leaves = tree.leaves(params)
+    device = leaves[0].device if leaves else torch.device("cpu")
+    return torch.zeros((), dtype=torch.int64, device=device)
+
+
+def scale_by_learning_rate(lr: LearningRate) -> Optimizer:
+    """``-lr g``.
+
+    Args:
+        lr: a number >= 0, a 0-d tensor, or a function of the number of updates so far.
+
+    >>> import funcnet as fn
+    >>> halving = fn.scale_by_learning_rate(lambda step: 0.5**step)
+    >>> state = halving.init_state({})
+    >>> _, state = halving.update({"w": torch.ones(1)}, state, {})
+    >>> halving.update({"w": torch.ones(1)}, state, {})[0]
+    {'w': tensor([-0.5000])}
+    """
+    if callable(lr):
+        schedule: Any = lr
+        flatten = tree.Flattener()
+
+        def update(grads: Tree, opt_state: CountState, params: Params) -> tuple[Tree, CountState]:
+            leaves, treedef = flatten(grads)
+            rate = schedule(opt_state.count)
+            scaled = foreach.multiply(leaves, -rate)
+            return treedef.unflatten(scaled), CountState(opt_state.count + 1)
+
+        return Optimizer(lambda params: CountState(_count_for(params)), update)
+    check_at_least("scale_by_learning_rate", "lr", lr, 0.0)
+    if isinstance(lr, Tensor) and lr.dim() != 0:
+        raise ValueError(
+            f"scale_by_learning_rate: lr must be a 0-d tensor, got {tuple(lr.shape)}"
+        )
+    factor = -lr if isinstance(lr, Tensor) else Constant(-lr)
+    return _leafwise("scale_by_learning_rate", lambda leaves: foreach.multiply(leaves, factor))
+
+
+def scale(factor: float | Tensor) -> Optimizer:
+    """``factor g``.
+
+    >>> import funcnet as fn
+    >>> fn.scale(2.0).update({"w": torch.ones(1)}, (), {})[0]
+    {'w': tensor([2.])}
+    """
+    ready = factor if isinstance(factor, Tensor) else Constant(factor)
+    return _leafwise("scale", lambda leaves: foreach.multiply(leaves, ready))
+
+
+def negate() -> Optimizer:
+    """``-g``: maximize instead of minimize.
+
+    >>> import funcnet as fn
+    >>> fn.negate().update({"w": torch.ones(1)}, (), {})[0]
+    {'w': tensor([-1.])}
+    """
+    return _leafwise("negate", foreach.negate)
+
+
+def scale_by_sign() -> Optimizer:
+    """``sign(g)``. Source: Bernstein et al. 2018.
+
+    >>> import funcnet as fn
+    >>> fn.scale_by_sign().update({"w": torch.tensor([-3.0, 0.0])}, (), {})[0]
+    {'w': tensor([-1., 0.])}
+    """
+    return _leafwise("scale_by_sign", foreach.sign)
+
+
+def add_decayed_weights(weight_decay: float) -> Optimizer:
+    """``g + weight_decay p``.
+
+    >>> import funcnet as fn
+    >>> fn.add_decayed_weights(0.1).update({"w": torch.zeros(1)}, (), {"w": torch.ones(1)})[0]
+    {'w': tensor([0.1000])}
+    """
+    check_at_least("add_decayed_weights", "weight_decay", weight_decay, 0.0)
+    factor = Constant(weight_decay)
+    return _leafwise(
+        "add_decayed_weights",
+        lambda leaves, params: foreach.add_in_place(foreach.multiply(params, factor), leaves),
+        with_params=True,
+    )
+
+
+class TraceState(NamedTuple):
+    """The momentum buffer, a tree like params, and the number of updates so far."""
+
+    trace: Tree
+    count: Tensor
+
+
+def trace(momentum: float, dampening: float = 0.0, nesterov: bool = False) -> Optimizer:
+    """Momentum: ``b = momentum b + (1 - dampening) g``, starting from b = g; gives b.
+
+    With ``nesterov`` it gives ``g + momentum b``. Source: ``torch.optim.SGD``; Sutskever et al.
+    2013.
+
+    >>> import funcnet as fn
+    >>> momentum = fn.trace(0.9)
+    >>> g = {"w": torch.ones(1)}
+    >>> _, state = momentum.update(g, momentum.init_state(g), g)
+    >>> momentum.update(g, state, g)[0]
+    {'w': tensor([1.9000])}
+    """
+    check_at_least("trace", "momentum", momentum, 0.0)
+    if nesterov and (momentum <= 0 or dampening != 0):
+        raise ValueError("trace: nesterov needs momentum > 0 and dampening = 0")
+    flatten = tree.Flattener()
+    decay = Constant(momentum)
+
+    def init_state(params: Params) -> TraceState:
+        return TraceState(tree.map(torch.zeros_like, params), _count_for(params))
+
+    def update(grads: Tree, opt_state: TraceState, params: Params) -> tuple[Tree, TraceState]:
+        g, treedef = flatten(grads)
+        old = flatten.like(treedef, opt_state.trace, "trace: state")
+        count = opt_state.count
+        fresh = g
+        if dampening:
+            first = (count == 0).to(torch.float64)
+            fresh = foreach.multiply(g, 1.0 - dampening * (1.0 - first))
+        b = foreach.add_in_place(foreach.multiply(old, decay), fresh)
+        new = g if nesterov else b
+        if nesterov:
+            new = foreach.add_in_place(foreach.multiply(b, decay), g)
+        return treedef.unflatten(new), TraceState(treedef.unflatten(b), count + 1)
+
+    return Optimizer(init_state, update)
+
+
+class AdamState(NamedTuple):
+    """The number of updates so far, and running means like params; ``nu_max`` for amsgrad."""
+
+    count: Tensor
+    mu: Tree
+    nu: Tree
+    nu_max: Tree
+
+
+def scale_by_adam(
+    betas: tuple[float, float] = (0.9, 0.999), eps: float = 1e-8, amsgrad: bool = False
+) -> Optimizer:
+    """``m' / (sqrt(v') + eps)`` with running means of g and g^2.
+
+    ``m = b1 m + (1 - b1) g``, ``v = b2 v + (1 - b2) g^2``, ``m' = m / (1 - b1^t)``,
+    ``v' = v / (1 - b2^t)``; with ``amsgrad`` the greatest v so far stands for v in v'.
+
+    Source: Kingma and Ba 2014; Reddi et al. 2018; ``torch.optim.Adam``.
+
+    >>> import funcnet as fn
+    >>> adam = fn.scale_by_adam()
+    >>> g = {"w": torch.tensor([2.0])}
+    >>> adam.update(g, adam.init_state(g), g)[0]
+    {'w': tensor([1.0000])}
+    """
+    for position, beta in enumerate(betas):
+        if not 0.0 <= beta < 1.0:
+            raise ValueError(f"scale_by_adam: betas[{position}] must be in [0, 1), got {beta}")
+    check_at_least("scale_by_adam", "eps", eps, 0.0)
+    flatten = tree.Flattener()
+    beta1, beta2 = betas
+    decay = Constant(beta2)
+
+    def init_state(params: Params) -> AdamState:
+        def zeros() -> Tree:
+            return tree.map(torch.zeros_like, params)
+
+        return AdamState(_count_for(params), zeros(), zeros(), zeros() if amsgrad else ())
+
+    def update(grads: Tree, opt_state: AdamState, params: Params) -> tuple[Tree, AdamState]:
+        g, treedef = flatten(grads)
+        mu = flatten.like(treedef, opt_state.mu, "scale_by_adam: mu")
+        nu = flatten.like(treedef, opt_state.nu, "scale_by_adam: nu")
+        count = opt_state.count + 1
+        mu = foreach.lerp(mu, g, 1.0 - beta1)
+        nu = foreach.add_square_in_place(foreach.multiply(nu, decay), g, 1.0 - beta2)
+        nu_max, top = (), nu
+        if amsgrad:
+            top = foreach.maximum(
+                flatten.like(treedef, opt_state.nu_max, "scale_by_adam: nu_max"), nu
+            )
+            nu_max = treedef.unflatten(top)
+        # m / (1 - b1^t) / (sqrt(v / (1 - b2^t)) + eps) = m / (sqrt(v) spread + floor)
+        time = count.to(torch.float64)
+        correction = 1.0 - beta1**time
+        spread = correction / (1.0 - beta2**time).sqrt()
+        root = foreach.multiply_in_place(foreach.sqrt(top), spread)
+        root = foreach.add_scalar_in_place(root, correction * eps)
+        new = foreach.divide(mu, root)
+        state = AdamState(count, treedef.unflatten(mu), treedef.unflatten(nu), nu_max)
+        return treedef.unflatten(new), state
+
+    return Optimizer(init_state, update)
+
+
+class RmsState(NamedTuple):
+    """The running means of g^2 and, if centered, of g; trees like params."""
+
+    nu: Tree
+    mu: Tree
+
+
+def scale_by_rms(alpha: float = 0.99, eps: float = 1e-8, centered: bool = False) -> Optimizer:
+    """``g / (sqrt(v) + eps)`` with ``v = alpha v + (1 - alpha) g^2``.
+
+    With ``centered``, v is less the square of the running mean of g. Source: Hinton's lecture
+    6e; Graves 2013; ``torch.optim.RMSprop``.
+
+    >>> import funcnet as fn
+    >>> rms = fn.scale_by_rms()
+    >>> g = {"w": torch.tensor([2.0])}
+    >>> rms.update(g, rms.init_state(g), g)[0]
+    {'w': tensor([10.])}
+    """
+    check_at_least("scale_by_rms", "alpha", alpha, 0.0)
+    check_at_least("scale_by_rms", "eps", eps, 0.0)
+    flatten = tree.Flattener()
+    decay, floor = Constant(alpha), Constant(eps)
+
+    def init_state(params: Params) -> RmsState:
+        def zeros() -> Tree:
+            return tree.map(torch.zeros_like, params)
+
+        return RmsState(zeros(), zeros() if centered else ())
+
+    def update(grads: Tree, opt_state: RmsState, params: Params) -> tuple[Tree, RmsState]:
+        g, treedef = flatten(grads)
+        nu = flatten.like(treedef, opt_state.nu, "scale_by_rms: nu")
+        nu = foreach.add_square_in_place(foreach.multiply(nu, decay), g, 1.0 - alpha)
+        mu, power = (), nu
+        if centered:
+            mean = flatten.like(treedef, opt_state.mu, "scale_by_rms: mu")
+            mean = foreach.lerp(mean, g, 1.0 - alpha)
+            mu = treedef.unflatten(mean)
+            power = foreach.subtract(nu, foreach.square(mean))
+        root = foreach.add_scalar_in_place(foreach.sqrt(power), floor)
+        new = foreach.divide(g, root)
+        return treedef.unflatten(new), RmsState(treedef.unflatten(nu), mu)
+
+    return Optimizer(init_state, update)
+
+
+def check_at_least(name: str, option: str, value: Any, least: float) -> None:
+    """Raise ValueError for a number below ``least``; a tensor may stand for many."""
+    if isinstance(value, Tensor):
+        return
+    if not value >= least:
+        raise ValueError(f"{name}: {option} must be >= {least:g}, got {value}")
+
+
+def optional(condition: object, transform: Callable[[], Optimizer]) -> Sequence[Optimizer]:
+    """The transform if the condition holds, for building a chain."""
+    return (transform(),) if condition else ()

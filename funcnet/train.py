@@ -1,0 +1,153 @@
+"""The training step: a pure function of a train state and a batch."""
+
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from funcnet.core import (
+    EMPTY,
+    Layer,
+    Loss,
+    Optimizer,
+    Params,
+    TrainState,
+    Tree,
+    anatomy,
+    pull,
+)
+from funcnet.finite import check_finite as checked_layers
+from funcnet.finite import require_finite
+from funcnet.optimizers.transforms import apply_updates
+from funcnet.random import fold_in
+
+Metric = Callable[[Tree, Tree], Tensor]
+Batch = tuple[Tree, Tree]
+
+
+def init_train_state(model: Layer, optimizer: Optimizer, key: Tensor, x: Tree) -> TrainState:
+    """The state of a run before its first step.
+
+    Args:
+        model: makes params and state, by ``init(key, x)``.
+        optimizer: makes its state from the params.
+        key: of the run; step t draws from ``fold_in(key, t)``.
+        x: an example input, of which only shape, dtype and device matter.
+
+    >>> import funcnet as fn
+    >>> start = init_train_state(fn.linear(2), fn.sgd(0.1), fn.key(0), torch.ones(5, 3))
+    >>> start.step, start.params["weight"].shape
+    (tensor(0), torch.Size([2, 3]))
+    """
+    params, state = model.init(key, x)
+    step = torch.zeros((), dtype=torch.int64)
+    return TrainState(params, state, optimizer.init_state(params), key, step)
+
+
+def _forward_backward(
+    model: Layer, loss: Loss, metrics: Mapping[str, Metric], check_finite: bool
+) -> Callable[..., tuple[Tensor, Params, Params, dict[str, Tensor]]]:
+    """``(params, batch, state, key, train) -> (value, grads, state, metrics)``."""
+    if check_finite:
+        model = checked_layers(model)
+
+    def run(
+        params: Params, batch: Batch, state: Params, key: Tensor | None, train: bool
+    ) -> tuple[Tensor, Params, Params, dict[str, Tensor]]:
+        try:
+            x, target = batch
+        except (TypeError, ValueError):
+            raise ValueError(f"expects a batch (x, target), got {type(batch).__name__}") from None
+        prediction, pullback, state = model.vjp(params, x, state, key=key, train=train)
+        value, loss_pullback = loss.vjp(prediction, target)
+        measured = {name: metric(prediction, target) for name, metric in metrics.items()}
+        if check_finite:
+            require_finite("loss", "value", value)
+        # From here on the backward pass alone holds the residuals, and drops them as it goes.
+        pullbacks = {"model": pullback}
+        del prediction, pullback
+        dprediction = loss_pullback()
+        del loss_pullback
+        if check_finite:
+            require_finite("loss", "dprediction", dprediction)
+        grads, _ = pull(pullbacks, "model", dprediction, params=True, x=False)
+        return value, grads, state, measured
+
+    return run
+
+
+def value_and_grad(
+    model: Layer, loss: Loss, *, check_finite: bool = False
+) -> Callable[..., tuple[Tensor, Params, Params]]:
+    """The forward and backward half of a training step, for loops of one's own.
+
+    Returns:
+        ``(params, batch, state={}, *, key=None, train=True) -> (value, grads, state)``, where
+        ``batch`` is ``(x, target)``, ``value`` the loss and ``grads`` a tree like ``params``.
+
+    >>> import funcnet as fn
+    >>> f = value_and_grad(fn.linear(1, bias=False), fn.mse())
+    >>> value, grads, _ = f({"weight": torch.ones(1, 1)}, (torch.ones(4, 1), torch.zeros(4, 1)))
+    >>> value, grads
+    (tensor(1.), {'weight': tensor([[2.]])})
+    """
+    run = _forward_backward(model, loss, {}, check_finite)
+
+    def value_and_grads(
+        params: Params,
+        batch: Batch,
+        state: Params = EMPTY,
+        *,
+        key: Tensor | None = None,
+        train: bool = True,
+    ) -> tuple[Tensor, Params, Params]:
+        value, grads, state, _ = run(params, batch, state, key, train)
+        return value, grads, state
+
+    return value_and_grads
+
+
+def train_step(
+    model: Layer,
+    loss: Loss,
+    optimizer: Optimizer,
+    *,
+    metrics: Mapping[str, Metric] | None = None,
+    check_finite: bool = False,
+) -> Callable[[TrainState, Batch], tuple[TrainState, dict[str, Tensor]]]:
+    """The pure training step ``step(train_state, batch) -> (train_state, metrics)``.
+
+    Args:
+        model, loss, optimizer: what the step is made of.
+        metrics: functions ``(prediction, target) -> tensor`` by name, beside the "loss", which
+            is that of the params before the update.
+        check_finite: raise ValueError with the path of the first layer whose output or cotangent
+            is NaN or infinite. Eager mode only.
+
+    The key of the step is ``fold_in(train_state.key, train_state.step)``.
+
+    >>> import funcnet as fn
+    >>> step = train_step(fn.linear(1), fn.mse(), fn.sgd(0.1))
+    >>> x, target = torch.ones(4, 1), torch.zeros(4, 1)
+    >>> state = fn.init_train_state(fn.linear(1), fn.sgd(0.1), fn.key(0), x)
+    >>> state, metrics = step(state, (x, target))
+    >>> state.step, list(metrics)
+    (tensor(1), ['loss'])
+    """
+    metrics = dict(metrics or {})
+    if "loss" in metrics:
+        raise ValueError("train_step: the metric 'loss' is there already, pick another name")
+    run = _forward_backward(model, loss, metrics, check_finite)
+    takes_key = anatomy(model).takes_key
+
+    def step(train_state: TrainState, batch: Batch) -> tuple[TrainState, dict[str, Any]]:
+        params, state, opt_state, key, count = train_state
+        step_key = fold_in(key, count) if takes_key else None
+        value, grads, state, measured = run(params, batch, state, step_key, True)
+        updates, opt_state = optimizer.update(grads, opt_state, params)
+        params = apply_updates(params, updates)
+        new_state = TrainState(params, state, opt_state, key, count + 1)
+        return new_state, {"loss": value, **measured}
+
+    return step
