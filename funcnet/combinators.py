@@ -31,13 +31,14 @@ from funcnet.random import fold_in
 class _Child:
     """A named child as the loops below need it."""
 
-    __slots__ = ("apply", "init", "name", "place", "takes_key", "vjp")
+    __slots__ = ("apply", "init", "name", "place", "short_apply", "short_vjp", "takes_key", "vjp")
 
     def __init__(self, parent: str, name: str, layer: Layer) -> None:
         self.init, self.apply, self.vjp = layer
         self.name = name
         self.place = f"{parent}[{name!r}]"
         self.takes_key = anatomy(layer).takes_key
+        self.short_apply, self.short_vjp = anatomy(layer).short or (None, None)
 
     def key(self, key: Tensor | None) -> Tensor | None:
         return fold_in(key, self.name) if self.takes_key and key is not None else None
@@ -159,6 +160,9 @@ def _serial(layers: Mapping[str, Layer]) -> Layer:
         for child in children:
             name = child.name
             try:
+                if child.short_apply is not None and name not in state:
+                    x = child.short_apply(params.get(name, EMPTY), x)
+                    continue
                 x, own = child.apply(
                     params.get(name, EMPTY),
                     x,
@@ -188,6 +192,9 @@ def _serial(layers: Mapping[str, Layer]) -> Layer:
         for child in children:
             name = child.name
             try:
+                if child.short_vjp is not None and name not in state:
+                    x, pullbacks[name] = child.short_vjp(params.get(name, EMPTY), x)
+                    continue
                 x, pullbacks[name], own = child.vjp(
                     params.get(name, EMPTY),
                     x,

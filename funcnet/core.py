@@ -179,13 +179,15 @@ class Anatomy(NamedTuple):
 
     ``children`` is by name; a child whose parameters are its parent's own is named "".
     ``rebuild`` makes the same combinator of other children. A layer with ``takes_key`` False
-    ignores the key, so nobody need fold one for it.
+    ignores the key, so nobody need fold one for it. ``short`` is the ``(apply, vjp)`` of the
+    short triple that a stateless layer was lifted from.
     """
 
     name: str
     children: Mapping[str, Layer] = EMPTY
     rebuild: Callable[[Mapping[str, Layer]], Layer] | None = None
     takes_key: bool = True
+    short: tuple[Callable[..., Any], Callable[..., Any]] | None = None
 
 
 def with_anatomy(layer: Layer, anatomy: Anatomy) -> Layer:
@@ -222,7 +224,7 @@ def map_layers(
     >>> paths
     ['0', '1', '']
     """
-    _, children, rebuild, _ = anatomy(layer)
+    _, children, rebuild, *_ = anatomy(layer)
     if rebuild is not None:
         layer = rebuild(
             {
@@ -300,7 +302,7 @@ def stateless(
         return y, pullback, {}
 
     layer = Layer(lifted_init, lifted_apply, lifted_vjp)
-    return with_anatomy(layer, Anatomy(name, takes_key=False))
+    return with_anatomy(layer, Anatomy(name, takes_key=False, short=(apply, vjp)))
 
 
 # --- errors ------------------------------------------------------------------------------------

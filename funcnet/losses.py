@@ -14,9 +14,6 @@ from torch.nn import functional as F
 from funcnet import tree
 from funcnet.core import Loss, LossPullback
 
-aten = torch.ops.aten
-_MEAN, _SUM = 1, 2  # aten's codes of the reductions
-
 
 # --- losses that compare element by element ----------------------------------------------------
 
@@ -40,9 +37,6 @@ def _bce_derivative(prediction: Tensor, target: Tensor) -> Tensor:
 
 # fmt: off
 POINTWISE: dict[str, Pointwise] = {
-    "mse": Pointwise(
-        lambda y, t: (y - t).square(),
-        lambda y, t: 2 * (y - t)),
     "mae": Pointwise(
         lambda y, t: (y - t).abs(),
         lambda y, t: torch.sign(y - t)),
@@ -108,6 +102,16 @@ def _check_reduction(name: str, reduction: str, *more: str) -> None:
 
 def _check_pair(name: str, prediction: Tensor, target: Tensor) -> None:
     """Two floating tensors of one shape and dtype: a loss must not broadcast."""
+    try:
+        fits = (
+            prediction.dtype is target.dtype
+            and prediction.is_floating_point()
+            and prediction.shape == target.shape
+        )
+    except AttributeError:
+        fits = False
+    if fits:
+        return
     if not isinstance(prediction, Tensor) or not prediction.is_floating_point():
         raise TypeError(
             f"{name}: expects a floating-point prediction, got {tree.describe(prediction)}"
@@ -148,12 +152,10 @@ def _pointwise(
     return Loss(apply, vjp)
 
 
-def mse_rule(
-    residuals: dict[str, Tensor], dvalue: Tensor | float, reduction: str
-) -> Tensor:
+def mse_rule(residuals: dict[str, Tensor], dvalue: Tensor | float, reduction: str) -> Tensor:
     """``dprediction = d 2 (prediction - target) / n``."""
-    prediction, target = residuals["prediction"], residuals["target"]
-    return (prediction - target) * _scaled(2 * dvalue, _count(prediction, reduction))
+    error = residuals["error"]
+    return error * _scaled(2 * dvalue, _count(error, reduction))
 
 
 def mse(reduction: str = "mean") -> Loss:
@@ -170,18 +172,16 @@ def mse(reduction: str = "mean") -> Loss:
     (tensor(2.5000), tensor([1., 2.]))
     """
     _check_reduction("mse", reduction, "half_mean")
-    fused = aten.mse_loss.default
-    code = _MEAN if reduction == "mean" else _SUM
     static = (reduction,)
 
-    def apply(prediction: Tensor, target: Tensor) -> Tensor:
-        _check_pair("mse", prediction, target)
-        value = fused(prediction, target, code)
-        return value / _count(prediction, reduction) if reduction == "half_mean" else value
-
     def vjp(prediction: Tensor, target: Tensor) -> tuple[Tensor, LossPullback]:
-        residuals = {"prediction": prediction, "target": target}
-        return apply(prediction, target), LossPullback(mse_rule, residuals, static)
+        _check_pair("mse", prediction, target)
+        error = prediction - target
+        value = _reduced(error.square(), reduction)
+        return value, LossPullback(mse_rule, {"error": error}, static)
+
+    def apply(prediction: Tensor, target: Tensor) -> Tensor:
+        return vjp(prediction, target)[0]
 
     return Loss(apply, vjp)
 

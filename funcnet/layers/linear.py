@@ -15,18 +15,38 @@ def linear_rule(
 ) -> tuple[Params | None, Tensor | None]:
     """``dweight = dy^T x``, ``dbias = sum dy``, ``dx = dy weight``."""
     inputs, weight = residuals["x"], residuals["weight"]
-    if dy.shape[-1:] != weight.shape[:1] or dy.shape[:-1] != inputs.shape[:-1]:
-        expected = (*inputs.shape[:-1], weight.shape[0])
-        raise ValueError(f"linear: pullback expects dy of shape {expected}, got {tuple(dy.shape)}")
-    dparams = None
-    if params:
-        rows, columns = dy, inputs
-        if rows.dim() != 2:
-            rows, columns = dy.reshape(-1, dy.shape[-1]), inputs.reshape(-1, inputs.shape[-1])
-        dparams = {"weight": rows.t().mm(columns)}
-        if bias:
-            dparams["bias"] = rows.sum(0)
-    return dparams, dy.matmul(weight) if x else None
+    rows, columns = dy, inputs
+    if dy.dim() != 2:
+        rows, columns = dy.reshape(-1, dy.shape[-1]), inputs.reshape(-1, inputs.shape[-1])
+    try:
+        dparams = dx = None
+        if params:
+            dparams = {"weight": rows.t().mm(columns)}
+            if bias:
+                dparams["bias"] = rows.sum(0)
+        if x:
+            dx = rows.mm(weight)
+            if dx.shape != inputs.shape:
+                dx = dx.reshape(inputs.shape)
+    except RuntimeError:
+        raise ValueError(
+            f"linear: pullback expects dy of shape {(*inputs.shape[:-1], len(weight))}, "
+            f"got {tuple(dy.shape)}"
+        ) from None
+    return dparams, dx
+
+
+def _misfit(params: Params, x: Tensor, names: tuple[str, ...]) -> Exception:
+    """What is wrong with arguments that do not fit."""
+    check_floating("linear", x)
+    check_params("linear", params, names)
+    weight = params["weight"]
+    if x.dtype != weight.dtype:
+        return TypeError(f"linear: weight is {weight.dtype}, x is {x.dtype}")
+    return ValueError(
+        f"linear: weight expects {weight.shape[1]} features in the last dimension, "
+        f"got {tuple(x.shape)}"
+    )
 
 
 def linear(
@@ -84,17 +104,19 @@ def linear(
         return params
 
     def apply(params: Params, x: Tensor) -> Tensor:
-        check_floating("linear", x)
-        check_params("linear", params, names)
-        weight = params["weight"]
-        if x.dtype != weight.dtype:
-            raise TypeError(f"linear: weight is {weight.dtype}, x is {x.dtype}")
-        if x.shape[-1:] != weight.shape[1:]:
-            raise ValueError(
-                f"linear: weight expects {weight.shape[1]} features in the last dimension, "
-                f"got {tuple(x.shape)}"
+        try:
+            weight = params["weight"]
+            offset = params["bias"] if bias else None
+            fits = (
+                len(params) == len(names)
+                and x.dtype is weight.dtype
+                and x.shape[-1] == weight.shape[1]
             )
-        return F.linear(x, weight, params["bias"] if bias else None)
+        except (KeyError, AttributeError, IndexError):
+            fits = False
+        if not fits:
+            raise _misfit(params, x, names)
+        return F.linear(x, weight, offset)
 
     def vjp(params: Params, x: Tensor) -> tuple[Tensor, Pullback]:
         y = apply(params, x)
