@@ -44,7 +44,7 @@ def dropout(p: float = 0.5) -> Layer:
 
     >>> import funcnet as fn
     >>> fn.dropout(0.5).apply({}, torch.ones(6), key=fn.key(0), train=True)[0]
-    tensor([0., 0., 2., 0., 2., 2.])
+    tensor([0., 0., 2., 2., 0., 2.])
     """
     if not 0.0 <= p <= 1.0:
         raise ValueError(f"dropout: p must be in [0, 1], got {p}")

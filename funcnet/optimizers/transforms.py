@@ -301,7 +301,7 @@ def scale_by_rms(alpha: float = 0.99, eps: float = 1e-8, centered: bool = False)
     >>> rms = fn.scale_by_rms()
     >>> g = {"w": torch.tensor([2.0])}
     >>> rms.update(g, rms.init_state(g), g)[0]
-    {'w': tensor([10.])}
+    {'w': tensor([10.0000])}
     """
     check_at_least("scale_by_rms", "alpha", alpha, 0.0)
     check_at_least("scale_by_rms", "eps", eps, 0.0)
