@@ -484,7 +484,7 @@ def shared(layer: Layer) -> Layer:
     >>> net = fn.shared(fn.linear(1, bias=False))
     >>> y, pullback, _ = net.vjp({"weight": torch.ones(1, 2)}, (torch.ones(2), torch.zeros(2)))
     >>> y
-    (tensor([1.]), tensor([0.]))
+    (tensor([2.]), tensor([0.]))
     >>> pullback((torch.ones(1), torch.ones(1)))[0]
     {'weight': tensor([[1., 1.]])}
     """

@@ -87,7 +87,7 @@ def truncated_normal(
     ``low`` and ``high`` are values, not numbers of standard deviations.
 
     >>> truncated_normal()(random.key(42), (2,), torch.float32, torch.device("cpu"))
-    tensor([-0.0270,  0.4428])
+    tensor([-0.0270,  0.4444])
     """
     _check_std("truncated_normal", std)
     if std == 0.0:
@@ -160,7 +160,7 @@ def lecun_normal() -> Initializer:
     """N(0, 1 / fan_in). Source: LeCun et al. 1998.
 
     >>> lecun_normal()(random.key(42), (1, 4), torch.float32, torch.device("cpu"))
-    tensor([[-0.0142,  0.2336,  0.1479, -0.1108]])
+    tensor([[-0.0142,  0.2336,  0.1479,  0.0768]])
     """
     return variance_scaling(1.0, "fan_in", "normal")
 
