@@ -3,7 +3,7 @@
 The protocol is in `funcnet.core`; all public names are here.
 """
 
-from funcnet import initializers, random, tree
+from funcnet import initializers, random, testing, tree
 from funcnet.combinators import branch, parallel, residual, serial, shared
 from funcnet.core import (
     Layer,
@@ -82,6 +82,7 @@ from funcnet.optimizers.transforms import (
     trace,
 )
 from funcnet.random import fold_in, key
+from funcnet.summary import summary
 from funcnet.train import init_train_state, train_step, value_and_grad
 
 __version__ = "0.1.0"

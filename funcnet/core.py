@@ -20,7 +20,6 @@
 
 from collections.abc import Callable, Hashable, Mapping
 from functools import reduce
-from types import MappingProxyType
 from typing import Any, NamedTuple, NoReturn
 
 import optree
@@ -35,7 +34,8 @@ Tree = Any
 Params = Mapping[str, Any]
 """A nested dict with string keys and tensor leaves. State is one too."""
 
-EMPTY: Params = MappingProxyType({})
+EMPTY: Params = {}
+"""What stands for absent params and state. Nothing writes to it."""
 
 
 class Layer(NamedTuple):

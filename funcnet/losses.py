@@ -70,7 +70,7 @@ def pointwise_rule(
     prediction, target = residuals["prediction"], residuals["target"]
     derivative = POINTWISE[name].derivative(prediction, target, *options)
     if "weight" in residuals:
-        derivative = derivative * residuals["weight"]
+        derivative = derivative * residuals["weight"].to(prediction.dtype)
     return derivative * _scaled(dvalue, _count(prediction, reduction))
 
 
@@ -141,7 +141,7 @@ def _pointwise(
         _check_pair(name, prediction, target)
         check(prediction, target)
         elements = element(prediction, target, *options)
-        return _reduced(elements if weight is None else elements * weight, reduction)
+        return _reduced(elements if weight is None else elements * weight.to(elements.dtype), reduction)
 
     def vjp(prediction: Tensor, target: Tensor) -> tuple[Tensor, LossPullback]:
         residuals = {"prediction": prediction, "target": target}
@@ -305,10 +305,12 @@ def bce_with_logits_rule(
 ) -> Tensor:
     """``d ((1 - t) s - pos_weight t (1 - s)) / n`` with ``s = sigmoid(y)``."""
     logits, target = residuals["prediction"], residuals["target"]
-    positive = target * residuals["pos_weight"] if "pos_weight" in residuals else target
+    positive = target
+    if "pos_weight" in residuals:
+        positive = target * residuals["pos_weight"].to(target.dtype)
     gradient = (1 - target) * torch.sigmoid(logits) - positive * torch.sigmoid(-logits)
     if "weight" in residuals:
-        gradient = gradient * residuals["weight"]
+        gradient = gradient * residuals["weight"].to(gradient.dtype)
     return gradient * _scaled(dvalue, _count(logits, reduction))
 
 
@@ -334,8 +336,9 @@ def bce_with_logits(
 
     def apply(prediction: Tensor, target: Tensor) -> Tensor:
         _check_pair("bce_with_logits", prediction, target)
+        ready = {name: value.to(prediction.dtype) for name, value in given.items()}
         return F.binary_cross_entropy_with_logits(
-            prediction, target, weight, reduction=reduction, pos_weight=pos_weight
+            prediction, target, reduction=reduction, **ready
         )
 
     def vjp(prediction: Tensor, target: Tensor) -> tuple[Tensor, LossPullback]:
@@ -367,6 +370,7 @@ def _class_dim(prediction: Tensor) -> int:
 def _along(weight: Tensor, prediction: Tensor) -> Tensor:
     """Weights by class in a shape that broadcasts against the prediction."""
     dim = _class_dim(prediction)
+    weight = weight.to(prediction.dtype)
     return weight.reshape([-1 if d == dim else 1 for d in range(prediction.dim())])
 
 

@@ -110,15 +110,15 @@ def _hash_range(
     device = torch.device(device) if device is not None else key.device
     k0, k1 = _key_words(key, device)
     blocks = []
-    for start in range(0, size, _BLOCK) or (0,):
-        stop = min(size, start + _BLOCK)
+    block = max(size, 1) if device.type == "meta" else _BLOCK
+    for start in range(0, size, block) or (0,):
+        stop = min(size, start + block)
         # 2**32 is a multiple of the block's size, so the high word is one number a block.
         high, low = start >> 32, start & _MASK
         counter = torch.arange(low, low + stop - start, device=device).to(torch.int32)
         blocks.append(finish(*_threefry_tensors(k0, k1, _signed(high), counter)))
-    return (blocks[0] if len(blocks) == 1 else torch.cat(blocks)).reshape(
-        *shape, *blocks[0].shape[1:]
-    )
+    hashed = blocks[0] if len(blocks) == 1 else torch.cat(blocks)
+    return hashed.reshape((*shape, *hashed.shape[1:]))
 
 
 def _unsigned(word: Tensor) -> Tensor:

@@ -105,7 +105,10 @@ def embedding(
                 f"got {tuple(params['weight'].shape)}"
             )
         try:
-            return F.embedding(x, params["weight"])
+            # What is passed beside the weight says how autograd treats it, as in torch.nn.
+            return F.embedding(
+                x, params["weight"], padding_idx, scale_grad_by_freq=scale_grad_by_freq
+            )
         except IndexError:
             raise ValueError(
                 f"embedding: expects indices in [0, {num_embeddings}), "

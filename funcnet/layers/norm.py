@@ -140,13 +140,16 @@ def batch_norm_rule(
             f"batch_norm: pullback expects dy of shape {tuple(inputs.shape)}, got {tuple(dy.shape)}"
         )
     mean, spread = residuals["mean"], residuals["spread"]
-    running, saved = ((None, None), (mean, spread)) if by_batch else ((mean, spread), (None, None))
+    # Without by_batch the kernel reads the running statistics alone, but vmap's rule for it wants
+    # the saved ones to be there.
+    running = (None, None) if by_batch else (mean, spread)
     dx, dweight, dbias = aten.native_batch_norm_backward(
         dy,
         inputs,
         residuals.get("weight"),
         *running,
-        *saved,
+        mean,
+        spread,
         by_batch,
         eps,
         [x, params and affine, params and affine],

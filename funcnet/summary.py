@@ -1,0 +1,124 @@
+"""A table of what a model holds, found on the meta device before anything is computed."""
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from funcnet import tree
+from funcnet.core import EMPTY, Layer, Params, Pullback, Tree, anatomy, map_layers
+
+
+class Row(NamedTuple):
+    """What one layer holds; sizes are in bytes."""
+
+    path: str
+    layer: str
+    output: str
+    params: int
+    param_bytes: int
+    state_bytes: int
+    residual_bytes: int
+
+
+class Summary(NamedTuple):
+    """The rows of a model's layers, in the order in which they run, and their total."""
+
+    rows: tuple[Row, ...]
+    total: Row
+
+    def __repr__(self) -> str:
+        header = ("path", "layer", "output", "params", "bytes", "state", "residuals")
+        body = [
+            (row.path, row.layer, row.output, *(f"{number:,}" for number in row[3:]))
+            for row in (*self.rows, self.total)
+        ]
+        widths = [max(map(len, column)) for column in zip(header, *body, strict=True)]
+
+        def line(cells: tuple[str, ...]) -> str:
+            aligned = [
+                cell.ljust(width) if column < 3 else cell.rjust(width)
+                for column, (cell, width) in enumerate(zip(cells, widths, strict=True))
+            ]
+            return "  ".join(aligned).rstrip()
+
+        rule = "  ".join("-" * width for width in widths)
+        return "\n".join([line(header), rule, *map(line, body[:-1]), rule, line(body[-1])])
+
+
+def summary(model: Layer, x: Tree, *, train: bool = True) -> Summary:
+    """Paths, output shapes, and the sizes of parameters, state and residuals, layer by layer.
+
+    Residuals are what a training step keeps from the forward for the backward pass. A storage
+    counts once, for the layer that keeps it first; parameters, kept or not, count as parameters.
+
+    Args:
+        model: any layer.
+        x: an example input; only its shape and dtype matter, and it may be on the meta device.
+        train: the mode in which the residuals are counted.
+
+    >>> import funcnet as fn
+    >>> summary(fn.serial(fn.linear(25), fn.relu(), fn.linear(2)), torch.ones(100, 2))
+    path   layer   output            params  bytes  state  residuals
+    -----  ------  ----------------  ------  -----  -----  ---------
+    0      linear  float32 (100, 25)     75    300      0        800
+    1      relu    float32 (100, 25)      0      0      0     10,000
+    2      linear  float32 (100, 2)      52    208      0          0
+    -----  ------  ----------------  ------  -----  -----  ---------
+    total                               127    508      0     10,800
+    """
+    example = tree.to_meta(x)
+    key = torch.empty(2, dtype=torch.int64, device="meta")
+    params, state = model.init(key, example)
+    counted = {_storage(leaf) for leaf in tree.leaves(params)}
+    found: dict[str, Row] = {}
+
+    def observed(path: str, layer: Layer) -> Layer:
+        name, children, *_ = anatomy(layer)
+        if children:
+            return layer
+
+        def vjp(
+            params: Params,
+            x: Tree,
+            state: Params = EMPTY,
+            *,
+            key: Tensor | None = None,
+            train: bool = True,
+        ) -> tuple[Tree, Pullback, Params]:
+            y, pullback, new_state = layer.vjp(params, x, state, key=key, train=train)
+            residual_bytes = 0
+            for leaf in tree.leaves(pullback):
+                storage = _storage(leaf)
+                if storage not in counted:
+                    counted.add(storage)
+                    residual_bytes += leaf.untyped_storage().nbytes()
+            # A shared layer runs several times.
+            earlier = found[path].residual_bytes if path in found else 0
+            leaves = tree.leaves(params)
+            found[path] = Row(
+                path,
+                name,
+                tree.describe(y),
+                sum(leaf.numel() for leaf in leaves),
+                _bytes(leaves),
+                _bytes(tree.leaves(state)),
+                earlier + residual_bytes,
+            )
+            return y, pullback, new_state
+
+        return Layer(layer.init, layer.apply, vjp)
+
+    y, pullback, _ = map_layers(observed, model).vjp(params, example, state, key=key, train=train)
+    del y, pullback  # until here no storage may be freed, and its address used again
+    rows = tuple(found.values())
+    numbers = [sum(column) for column in zip(*[row[3:] for row in rows], strict=True)]
+    return Summary(rows, Row("total", "", "", *(numbers or [0, 0, 0, 0])))
+
+
+def _storage(leaf: Tensor) -> int:
+    return leaf.untyped_storage()._cdata
+
+
+def _bytes(leaves: list[Tensor]) -> int:
+    return sum(leaf.numel() * leaf.element_size() for leaf in leaves)

@@ -1,0 +1,207 @@
+"""Every layer, combinator, loss and optimizer of the library, with arguments to check them on."""
+
+import torch
+
+import funcnet as fn
+
+DOUBLE = torch.float64
+
+
+def draw(seed, *shape):
+    return fn.random.normal(fn.key(seed), shape, DOUBLE)
+
+
+ROWS = draw(1, 5, 6)
+IMAGES = draw(2, 2, 4, 6, 6)
+PAIR = (ROWS, draw(3, 5, 6))
+TOKENS = torch.tensor([[0, 3], [4, 4], [1, 2]])
+
+ELEMENTWISE = {
+    "relu": fn.relu(),
+    "leaky_relu": fn.leaky_relu(0.1),
+    "prelu": fn.prelu(),
+    "prelu by channel": fn.prelu(6),
+    "tanh": fn.tanh(),
+    "sigmoid": fn.sigmoid(),
+    "gelu": fn.gelu(),
+    "gelu tanh": fn.gelu("tanh"),
+    "silu": fn.silu(),
+    "elu": fn.elu(0.7),
+    "celu": fn.celu(0.5),
+    "selu": fn.selu(),
+    "softplus": fn.softplus(2.0, 3.0),
+    "softsign": fn.softsign(),
+    "mish": fn.mish(),
+    "hardtanh": fn.hardtanh(-0.5, 0.7),
+    "hardsigmoid": fn.hardsigmoid(),
+    "hardswish": fn.hardswish(),
+    "relu6": fn.relu6(),
+    "logsigmoid": fn.logsigmoid(),
+    "softmax": fn.softmax(0),
+    "log_softmax": fn.log_softmax(-1),
+    "glu": fn.glu(1),
+}
+
+LAYERS = {
+    **{name: (layer, ROWS) for name, layer in ELEMENTWISE.items()},
+    "prelu of images": (fn.prelu(4), IMAGES),
+    "softmax over channels": (fn.softmax(1), IMAGES),
+    "linear": (fn.linear(3), ROWS),
+    "linear without bias": (fn.linear(3, bias=False), ROWS),
+    "linear of a vector": (fn.linear(3), ROWS[0]),
+    "linear of a stack": (fn.linear(3), IMAGES),
+    "identity": (fn.identity(), ROWS),
+    "flatten": (fn.flatten(), IMAGES),
+    "unflatten": (fn.unflatten(1, (2, -1)), ROWS),
+    "reshape": (fn.reshape(-1, 2, 3), ROWS),
+    "permute": (fn.permute(0, 2, 3, 1), IMAGES),
+    "select": (fn.select(-2), ROWS),
+    "select a slice": (fn.select(slice(1, -1), dim=0), ROWS),
+    "split": (fn.split([1, 2, 3]), ROWS),
+    "split evenly": (fn.split(4), ROWS),
+    "concat": (fn.concat(), PAIR),
+    "concat of rows": (fn.concat(0), (ROWS, ROWS[:2])),
+    "fan_out": (fn.fan_out(3), ROWS),
+    "add": (fn.add(), (*PAIR, ROWS)),
+    "multiply": (fn.multiply(), (*PAIR, ROWS)),
+    "dropout": (fn.dropout(0.3), ROWS),
+    "dropout of all": (fn.dropout(1.0), ROWS),
+    "dropout of none": (fn.dropout(0.0), ROWS),
+    "layer_norm": (fn.layer_norm(), ROWS),
+    "layer_norm of images": (fn.layer_norm((6, 6), bias=False), IMAGES),
+    "layer_norm without params": (fn.layer_norm(6, elementwise_affine=False), ROWS),
+    "batch_norm": (fn.batch_norm(), ROWS),
+    "batch_norm of images": (fn.batch_norm(momentum=None), IMAGES),
+    "batch_norm without params": (fn.batch_norm(affine=False), ROWS),
+    "batch_norm without state": (fn.batch_norm(track_running_stats=False), ROWS),
+    "conv2d": (fn.conv2d(2, 3, stride=(2, 1), padding=1), IMAGES),
+    "conv2d of groups": (fn.conv2d(8, 2, dilation=2, groups=4, bias=False), IMAGES),
+    "conv2d same": (fn.conv2d(2, 4, padding="same"), IMAGES),
+    "conv2d reflect": (fn.conv2d(2, 3, padding=2, padding_mode="reflect"), IMAGES),
+    "conv2d replicate": (fn.conv2d(2, 3, padding=2, padding_mode="replicate"), IMAGES),
+    "conv2d circular": (fn.conv2d(2, 3, padding=(2, 1), padding_mode="circular"), IMAGES),
+    "conv2d of an image": (fn.conv2d(2, 3), IMAGES[0]),
+    "max_pool2d": (fn.max_pool2d(2), IMAGES),
+    "max_pool2d overlapping": (fn.max_pool2d(3, 1, 1, ceil_mode=True), IMAGES),
+    "max_pool2d with indices": (fn.max_pool2d(2, return_indices=True), IMAGES[0]),
+    "embedding": (fn.embedding(5, 3), TOKENS),
+}
+
+COMBINATORS = {
+    "serial": (fn.serial(fn.linear(4), fn.tanh(), fn.linear(2)), ROWS),
+    "serial of nothing": (fn.serial(), ROWS),
+    "serial of all kinds": (
+        fn.serial(
+            hidden=fn.linear(4),
+            norm=fn.batch_norm(),
+            act=fn.gelu(),
+            noise=fn.dropout(0.3),
+            head=fn.serial(fn.linear(3), fn.dropout(0.1), fn.linear(2)),
+        ),
+        ROWS,
+    ),
+    "serial of images": (
+        fn.serial(fn.conv2d(3, 3), fn.relu(), fn.max_pool2d(2), fn.flatten(), fn.linear(2)),
+        IMAGES,
+    ),
+    "serial of tokens": (fn.serial(fn.embedding(5, 3), fn.flatten(), fn.linear(2)), TOKENS),
+    "parallel": (fn.parallel(fn.linear(2), fn.dropout(0.3)), PAIR),
+    "parallel by name": (
+        fn.parallel(a=fn.linear(2), b=fn.batch_norm()),
+        {"a": PAIR[0], "b": PAIR[1]},
+    ),
+    "parallel of tokens": (
+        fn.serial(fn.parallel(fn.linear(3), fn.serial(fn.embedding(5, 3, dtype=DOUBLE), fn.select(0, 1))), fn.add()),
+        (ROWS[:3], TOKENS),
+    ),
+    "branch": (fn.serial(fn.branch(fn.linear(2), fn.identity()), fn.concat()), ROWS),
+    "branch by name": (fn.branch(value=fn.linear(1), policy=fn.linear(3)), ROWS),
+    "fan out and join": (
+        fn.serial(fn.fan_out(2), fn.parallel(fn.tanh(), fn.sigmoid()), fn.multiply()),
+        ROWS,
+    ),
+    "residual": (fn.residual(fn.serial(fn.linear(6), fn.dropout(0.2), fn.batch_norm())), ROWS),
+    "shared": (fn.shared(fn.serial(fn.linear(2), fn.batch_norm(), fn.dropout(0.2))), PAIR),
+    "siamese": (fn.serial(fn.shared(fn.linear(3)), fn.concat(), fn.linear(1)), PAIR),
+    "check_finite": (fn.check_finite(fn.serial(fn.linear(3), fn.tanh())), ROWS),
+}
+# Its values are read, which vmap cannot.
+EAGER_ONLY = {"check_finite"}
+
+PROBABILITIES = torch.sigmoid(draw(5, 5, 6))
+CLASSES = torch.tensor([0, 5, 2, 2, 1])
+WEIGHT = torch.linspace(0.5, 1.5, 6, dtype=DOUBLE)
+
+LOSSES = {
+    f"{name} {reduction}": (make(reduction), prediction, target)
+    for name, make, prediction, target in [
+        ("mse", fn.mse, *PAIR),
+        ("mae", fn.mae, *PAIR),
+        ("huber", lambda r: fn.huber(r, delta=0.7), *PAIR),
+        ("smooth_l1", lambda r: fn.smooth_l1(r, beta=0.7), *PAIR),
+        ("smooth_l1 of beta 0", lambda r: fn.smooth_l1(r, beta=0.0), *PAIR),
+        ("bce", fn.bce, PROBABILITIES, PROBABILITIES.flip(0)),
+        ("bce weighted", lambda r: fn.bce(r, WEIGHT), PROBABILITIES, PROBABILITIES.flip(0)),
+        ("bce_with_logits", fn.bce_with_logits, ROWS, PROBABILITIES),
+        (
+            "bce_with_logits weighted",
+            lambda r: fn.bce_with_logits(r, WEIGHT, 2 * WEIGHT),
+            ROWS,
+            PROBABILITIES,
+        ),
+        ("cross_entropy", fn.cross_entropy, ROWS, CLASSES),
+        (
+            "cross_entropy weighted",
+            lambda r: fn.cross_entropy(r, WEIGHT, ignore_index=2, label_smoothing=0.1),
+            ROWS,
+            CLASSES,
+        ),
+        ("cross_entropy of probabilities", fn.cross_entropy, ROWS, PROBABILITIES),
+        ("cross_entropy of images", fn.cross_entropy, IMAGES, IMAGES.argmax(1).flip(0)),
+        ("cross_entropy of one", fn.cross_entropy, ROWS[0], CLASSES[0]),
+        ("nll", lambda r: fn.nll(r, WEIGHT), ROWS, CLASSES),
+        ("kl_div", fn.kl_div, ROWS, PROBABILITIES),
+        ("kl_div of logs", lambda r: fn.kl_div(r, log_target=True), *PAIR),
+        ("hinge", fn.hinge, ROWS, PAIR[1].sign()),
+    ]
+    for reduction in ("mean", "sum")
+} | {
+    "mse half_mean": (fn.mse("half_mean"), *PAIR),
+    "kl_div batchmean": (fn.kl_div("batchmean"), ROWS, PROBABILITIES),
+}
+
+PARAMS = {
+    "0": {"weight": draw(6, 4, 3), "bias": draw(7, 4)},
+    "1": {"scale": draw(8)},
+    "2": {"weight": draw(9, 2, 0)},
+}
+OPTIMIZERS = {
+    "sgd": (fn.sgd(0.1), lambda p: torch.optim.SGD(p, 0.1)),
+    "sgd of all options": (
+        fn.sgd(0.1, 0.9, 0.2, 0.01, maximize=True),
+        lambda p: torch.optim.SGD(p, 0.1, 0.9, 0.2, 0.01, maximize=True),
+    ),
+    "sgd nesterov": (
+        fn.sgd(0.1, 0.9, nesterov=True),
+        lambda p: torch.optim.SGD(p, 0.1, 0.9, nesterov=True),
+    ),
+    "sgd of a tensor": (fn.sgd(torch.tensor(0.1)), lambda p: torch.optim.SGD(p, torch.tensor(0.1))),
+    "sgd of a schedule": (fn.sgd(lambda step: 0.1 * 0.9**step), None),
+    "adam": (fn.adam(0.1), lambda p: torch.optim.Adam(p, 0.1)),
+    "adam amsgrad": (
+        fn.adam(0.1, (0.8, 0.95), 1e-3, 0.1, amsgrad=True),
+        lambda p: torch.optim.Adam(p, 0.1, (0.8, 0.95), 1e-3, 0.1, amsgrad=True),
+    ),
+    "adamw": (fn.adamw(0.1), lambda p: torch.optim.AdamW(p, 0.1)),
+    "rmsprop": (fn.rmsprop(0.1), lambda p: torch.optim.RMSprop(p, 0.1)),
+    "rmsprop centered": (
+        fn.rmsprop(0.1, 0.9, 1e-3, 0.1, 0.9, centered=True),
+        lambda p: torch.optim.RMSprop(p, 0.1, 0.9, 1e-3, 0.1, 0.9, centered=True),
+    ),
+    "signsgd": (fn.signsgd(0.1), None),
+    "signum": (fn.signsgd(0.1, 0.9, 0.1), None),
+    "scale": (fn.scale(0.5), None),
+    "negate": (fn.negate(), None),
+    "trace": (fn.trace(0.9), None),
+    "chain of nothing": (fn.chain(), None),
+}

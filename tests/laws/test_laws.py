@@ -1,0 +1,96 @@
+"""The laws of the protocol over tables of all that the library has."""
+
+import pytest
+import torch
+from cases import COMBINATORS, EAGER_ONLY, LAYERS, LOSSES, OPTIMIZERS, PARAMS
+
+import funcnet as fn
+from funcnet.testing import check_layer, check_loss, check_optimizer
+
+
+@pytest.mark.parametrize("name", [*LAYERS, *COMBINATORS])
+def test_a_layer_keeps_the_laws(name):
+    layer, x = (LAYERS | COMBINATORS)[name]
+    check_layer(layer, x, vmap=name not in EAGER_ONLY)
+
+
+@pytest.mark.parametrize(
+    "layer", [fn.embedding(5, 3, padding_idx=1), fn.embedding(5, 3, scale_grad_by_freq=True)]
+)
+def test_an_embedding_whose_rule_is_not_the_derivative_keeps_the_others(layer):
+    check_layer(layer, torch.tensor([[0, 1], [4, 4]]), derivative=False)
+
+
+@pytest.mark.parametrize("name", LOSSES)
+def test_a_loss_keeps_the_laws(name):
+    check_loss(*LOSSES[name])
+
+
+@pytest.mark.parametrize("name", OPTIMIZERS)
+def test_an_optimizer_keeps_the_laws(name):
+    optimizer, reference = OPTIMIZERS[name]
+    check_optimizer(optimizer, PARAMS, reference=reference)
+
+
+def public(kind):
+    """The constructors of a kind that funcnet exports, by name."""
+    found = set()
+    for name in dir(fn):
+        constructor = getattr(fn, name)
+        annotations = getattr(constructor, "__annotations__", {})
+        if annotations.get("return") is kind and not name.startswith("_"):
+            found.add(name)
+    return found
+
+
+def test_the_tables_have_every_layer():
+    shown = " ".join(repr(layer) for layer, _ in (LAYERS | COMBINATORS).values())
+    exempt = {"check_finite", "map_layers", "stateless"}
+    missing = {name for name in public(fn.Layer) - exempt if f"{name}(" not in shown}
+    assert not missing
+
+
+def test_the_tables_have_every_loss_and_optimizer():
+    names = " ".join([*LOSSES, *OPTIMIZERS])
+    exempt = {"chain", "add_decayed_weights", "scale_by_learning_rate"}
+    exempt |= {"scale_by_adam", "scale_by_rms", "scale_by_sign"}  # within adam, rmsprop, signsgd
+    missing = {
+        name for name in (public(fn.Loss) | public(fn.Optimizer)) - exempt if name not in names
+    }
+    assert not missing
+
+
+@pytest.mark.parametrize("name", ["serial of all kinds", "residual", "shared", "siamese"])
+def test_the_laws_hold_with_grad_mode_off(name):
+    layer, x = COMBINATORS[name]
+    with torch.no_grad():
+        check_layer(layer, x)
+
+
+@pytest.mark.parametrize("name", [*LAYERS, *COMBINATORS])
+def test_apply_and_pullback_run_under_torch_func(name):
+    layer, x = (LAYERS | COMBINATORS)[name]
+    params, state = layer.init(fn.key(0), x)
+    y, pullback, _ = layer.vjp(params, x, state, key=fn.key(1), train=False)
+    floating = [leaf for leaf in fn.tree.leaves(y) if leaf.is_floating_point()]
+    flat = [leaf for leaf in fn.tree.leaves((params, x)) if leaf.is_floating_point()]
+    if name in EAGER_ONLY or not flat:
+        assert floating
+        return
+
+    def total(leaves):
+        given = iter(leaves)
+        p, x_ = fn.tree.map(
+            lambda leaf: next(given) if leaf.is_floating_point() else leaf, (params, x)
+        )
+        y, _ = layer.apply(p, x_, state, key=fn.key(1), train=False)
+        return sum(leaf.sum() for leaf in fn.tree.leaves(y) if leaf.is_floating_point())
+
+    grads = torch.func.grad(total)(flat)
+    ones = fn.tree.map(
+        lambda leaf: torch.ones_like(leaf) if leaf.is_floating_point() else None, y
+    )
+    got = [leaf for leaf in fn.tree.leaves(pullback(ones)) if leaf is not None]
+    assert len(got) == len(grads)
+    for ours, theirs in zip(got, grads, strict=True):
+        torch.testing.assert_close(ours, theirs)
