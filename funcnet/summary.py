@@ -59,13 +59,13 @@ def summary(model: Layer, x: Tree, *, train: bool = True) -> Summary:
 
     >>> import funcnet as fn
     >>> summary(fn.serial(fn.linear(25), fn.relu(), fn.linear(2)), torch.ones(100, 2))
-    path   layer   output            params  bytes  state  residuals
-    -----  ------  ----------------  ------  -----  -----  ---------
-    0      linear  float32 (100, 25)     75    300      0        800
-    1      relu    float32 (100, 25)      0      0      0     10,000
-    2      linear  float32 (100, 2)      52    208      0          0
-    -----  ------  ----------------  ------  -----  -----  ---------
-    total                               127    508      0     10,800
+    path   layer   output             params  bytes  state  residuals
+    -----  ------  -----------------  ------  -----  -----  ---------
+    0      linear  float32 (100, 25)      75    300      0        800
+    1      relu    float32 (100, 25)       0      0      0     10,000
+    2      linear  float32 (100, 2)       52    208      0          0
+    -----  ------  -----------------  ------  -----  -----  ---------
+    total                                127    508      0     10,800
     """
     example = tree.to_meta(x)
     key = torch.empty(2, dtype=torch.int64, device="meta")
