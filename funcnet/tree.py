@@ -91,6 +91,9 @@ def check_same_structure(expected: Any, tree: Any, what: str) -> None:
     raise ValueError(f"{what}: the tree {', and '.join(faults)}")
 
 
+_TENSOR = {Tensor}
+
+
 class Flattener:
     """``optree.tree_flatten`` for a loop: it remembers the treedef that it saw last.
 
@@ -109,7 +112,7 @@ class Flattener:
             except (ValueError, TypeError):
                 found = None
             # A leaf of the old structure may be a subtree of the new one.
-            if found is not None and all([isinstance(leaf, Tensor) for leaf in found]):
+            if found is not None and set(map(type, found)) <= _TENSOR:
                 return found, treedef
         found, self._treedef = optree.tree_flatten(tree)
         return found, self._treedef

@@ -249,8 +249,6 @@ def scale_by_adam(
             raise ValueError(f"scale_by_adam: betas[{position}] must be in [0, 1), got {beta}")
     check_at_least("scale_by_adam", "eps", eps, 0.0)
     flatten = tree.Flattener()
-    beta1, beta2 = betas
-    decay = Constant(beta2)
 
     def init_state(params: Params) -> AdamState:
         def zeros() -> Tree:
@@ -262,24 +260,18 @@ def scale_by_adam(
         g, treedef = flatten(grads)
         mu = flatten.like(treedef, opt_state.mu, "scale_by_adam: mu")
         nu = flatten.like(treedef, opt_state.nu, "scale_by_adam: nu")
+        nu_max = (
+            flatten.like(treedef, opt_state.nu_max, "scale_by_adam: nu_max") if amsgrad else []
+        )
         count = opt_state.count + 1
-        mu = foreach.lerp(mu, g, 1.0 - beta1)
-        nu = foreach.add_square_in_place(foreach.multiply(nu, decay), g, 1.0 - beta2)
-        nu_max, top = (), nu
-        if amsgrad:
-            top = foreach.maximum(
-                flatten.like(treedef, opt_state.nu_max, "scale_by_adam: nu_max"), nu
-            )
-            nu_max = treedef.unflatten(top)
-        # m / (1 - b1^t) / (sqrt(v / (1 - b2^t)) + eps) = m / (sqrt(v) spread + floor)
-        time = count.to(torch.float64)
-        correction = 1.0 - beta1**time
-        spread = correction / (1.0 - beta2**time).sqrt()
-        root = foreach.multiply_in_place(foreach.sqrt(top), spread)
-        root = foreach.add_scalar_in_place(root, correction * eps)
-        new = foreach.divide(mu, root)
-        state = AdamState(count, treedef.unflatten(mu), treedef.unflatten(nu), nu_max)
-        return treedef.unflatten(new), state
+        direction, mu, nu, nu_max = foreach.adam(g, mu, nu, nu_max, count, betas, eps)
+        state = AdamState(
+            count,
+            treedef.unflatten(mu),
+            treedef.unflatten(nu),
+            treedef.unflatten(nu_max) if amsgrad else (),
+        )
+        return treedef.unflatten(direction), state
 
     return Optimizer(init_state, update)
 
