@@ -28,6 +28,7 @@ from funcnet.core import (
 )
 from funcnet.random import fold_in
 
+
 class _Child:
     """A named child as the loops below need it."""
 
@@ -38,6 +39,8 @@ class _Child:
         self.name = name
         self.place = f"{parent}[{name!r}]"
         self.takes_key = anatomy(layer).takes_key
+        self.short_apply: Callable[..., Any] | None
+        self.short_vjp: Callable[..., Any] | None
         self.short_apply, self.short_vjp = anatomy(layer).short or (None, None)
 
     def key(self, key: Tensor | None) -> Tensor | None:
@@ -494,8 +497,9 @@ def shared(layer: Layer) -> Layer:
     def uses(x: tuple[Tree, ...], key: Tensor | None) -> list[tuple[Tree, Tensor | None]]:
         if not isinstance(x, tuple) or not x:
             raise ValueError(f"shared: expects a tuple of inputs, got {tree.describe(x)}")
-        keyed = takes_key and key is not None
-        return [(piece, fold_in(key, use) if keyed else None) for use, piece in enumerate(x)]
+        if key is None or not takes_key:
+            return [(piece, None) for piece in x]
+        return [(piece, fold_in(key, use)) for use, piece in enumerate(x)]
 
     def init(key: Tensor, x: tuple[Tree, ...]) -> tuple[Params, Params]:
         return _within("shared", layer.init, key, uses(x, None)[0][0])
@@ -534,7 +538,5 @@ def shared(layer: Layer) -> Layer:
 
     return with_anatomy(
         Layer(init, apply, vjp),
-        Anatomy(
-            "shared", {"": layer}, lambda children: shared(children[""]), takes_key
-        ),
+        Anatomy("shared", {"": layer}, lambda children: shared(children[""]), takes_key),
     )

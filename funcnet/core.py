@@ -125,7 +125,9 @@ class Pullback:
 
     def __repr__(self) -> str:
         rule = getattr(self.rule, "__name__", self.rule)
-        return f"{type(self).__name__}({rule}, residuals={list(self.residuals)}, static={self.static})"
+        return (
+            f"{type(self).__name__}({rule}, residuals={list(self.residuals)}, static={self.static})"
+        )
 
 
 class LossPullback(Pullback):
@@ -137,19 +139,24 @@ class LossPullback(Pullback):
         return self.rule(dict(self.residuals), dvalue, *self.static)
 
 
-for _pullback_type in (Pullback, LossPullback):
+def _register(kind: type[Pullback]) -> None:
+    def flatten(pullback: Any) -> tuple[Any, Any, Any]:
+        return (pullback.residuals,), (pullback.rule, pullback.static), ("residuals",)
+
+    def unflatten(metadata: Any, children: Any) -> Any:
+        rule, static = metadata
+        return kind(rule, *children, static)
+
     optree.register_pytree_node(
-        _pullback_type,
-        lambda pullback: (
-            (pullback.residuals,),
-            (pullback.rule, pullback.static),
-            ("residuals",),
-        ),
-        lambda rule_static, children, make=_pullback_type: make(
-            rule_static[0], children[0], rule_static[1]
-        ),
+        kind,  # type: ignore[arg-type]
+        flatten,
+        unflatten,
         namespace=optree.registry.__GLOBAL_NAMESPACE,
     )
+
+
+_register(Pullback)
+_register(LossPullback)
 
 
 def pull(
@@ -203,16 +210,14 @@ def anatomy(layer: Layer) -> Anatomy:
     >>> list(anatomy(fn.serial(fn.linear(3), fn.relu())).children)
     ['0', '1']
     """
-    described, found = getattr(layer.init, "anatomy", (None, None))
+    described, found = getattr(layer.init, "anatomy", ((), None))
     # After layer._replace(vjp=...) the record no longer tells what the layer does.
-    if found is not None and all(ours is theirs for ours, theirs in zip(layer, described)):
+    if found is not None and layer == described:
         return found
     return Anatomy(function_name(layer.apply))
 
 
-def map_layers(
-    function: Callable[[str, Layer], Layer], layer: Layer, path: str = ""
-) -> Layer:
+def map_layers(function: Callable[[str, Layer], Layer], layer: Layer, path: str = "") -> Layer:
     """A model rebuilt with ``function(path, layer)`` in place of each layer, children first.
 
     ``path`` is the dotted path of the layer's parameters, "" for the model itself.
@@ -317,6 +322,7 @@ def locate(error: Exception, where: str) -> None:
 
 
 def refuse_state(name: str, state: Params) -> NoReturn:
+    """Raise ValueError for state given to a layer that has none."""
     raise ValueError(f"{name}: has no state, got state with {sorted(state)}")
 
 

@@ -110,6 +110,4 @@ def _guard(layer: Layer) -> Layer:
     def init(key: Tensor, x: Tree) -> tuple[Params, Params]:
         return layer.init(key, x)
 
-    return with_anatomy(
-        Layer(init, apply, vjp), Anatomy(name, takes_key=anatomy(layer).takes_key)
-    )
+    return with_anatomy(Layer(init, apply, vjp), Anatomy(name, takes_key=anatomy(layer).takes_key))

@@ -14,7 +14,6 @@ from torch.nn import functional as F
 from funcnet import tree
 from funcnet.core import Loss, LossPullback
 
-
 # --- losses that compare element by element ----------------------------------------------------
 
 
@@ -141,7 +140,9 @@ def _pointwise(
         _check_pair(name, prediction, target)
         check(prediction, target)
         elements = element(prediction, target, *options)
-        return _reduced(elements if weight is None else elements * weight.to(elements.dtype), reduction)
+        return _reduced(
+            elements if weight is None else elements * weight.to(elements.dtype), reduction
+        )
 
     def vjp(prediction: Tensor, target: Tensor) -> tuple[Tensor, LossPullback]:
         residuals = {"prediction": prediction, "target": target}
@@ -199,9 +200,9 @@ def mae(reduction: str = "mean") -> Loss:
 
 
 def huber(reduction: str = "mean", delta: float = 1.0) -> Loss:
-    """With ``e = prediction - target``: ``e^2 / 2`` where ``|e| < delta``, else ``delta (|e| - delta / 2)``.
+    """``e^2 / 2`` where ``|e| < delta``, else ``delta (|e| - delta / 2)``.
 
-    ``dprediction = d min(max(e, -delta), delta) / n``. Source: ``torch.nn.HuberLoss``.
+    ``e = prediction - target``; ``dprediction = d min(max(e, -delta), delta) / n``. Source: ``torch.nn.HuberLoss``.
 
     >>> huber().apply(torch.tensor([0.5, 3.0]), torch.tensor([0.0, 0.0]))
     tensor(1.3125)
@@ -213,9 +214,9 @@ def huber(reduction: str = "mean", delta: float = 1.0) -> Loss:
 
 
 def smooth_l1(reduction: str = "mean", beta: float = 1.0) -> Loss:
-    """With ``e = prediction - target``: ``e^2 / (2 beta)`` where ``|e| < beta``, else ``|e| - beta / 2``.
+    """``e^2 / (2 beta)`` where ``|e| < beta``, else ``|e| - beta / 2``.
 
-    ``dprediction = d min(max(e / beta, -1), 1) / n``. Source: ``torch.nn.SmoothL1Loss``.
+    ``e = prediction - target``; ``dprediction = d min(max(e / beta, -1), 1) / n``. Source: ``torch.nn.SmoothL1Loss``.
 
     >>> smooth_l1().apply(torch.tensor([0.5, 3.0]), torch.tensor([0.0, 0.0]))
     tensor(1.3125)
@@ -336,10 +337,8 @@ def bce_with_logits(
 
     def apply(prediction: Tensor, target: Tensor) -> Tensor:
         _check_pair("bce_with_logits", prediction, target)
-        ready = {name: value.to(prediction.dtype) for name, value in given.items()}
-        return F.binary_cross_entropy_with_logits(
-            prediction, target, reduction=reduction, **ready
-        )
+        ready: Any = {name: value.to(prediction.dtype) for name, value in given.items()}
+        return F.binary_cross_entropy_with_logits(prediction, target, reduction=reduction, **ready)
 
     def vjp(prediction: Tensor, target: Tensor) -> tuple[Tensor, LossPullback]:
         residuals = {"prediction": prediction, "target": target, **given}
@@ -350,17 +349,11 @@ def bce_with_logits(
     return Loss(apply, vjp)
 
 
-class _Classes(NamedTuple):
-    """A classification loss as the rule needs it: ``value = -sum q log p / denominator``.
+class _Picked(NamedTuple):
+    """A target distribution with one class an example: its weight and its place among classes."""
 
-    ``q`` is dense, shaped like the prediction; where targets are indices and nothing is smoothed,
-    it is instead ``picked``, one weight an example at class ``index``.
-    """
-
-    denominator: Tensor
-    q: Tensor | None
-    picked: Tensor | None
-    index: Tensor | None
+    weight: Tensor
+    place: Tensor
 
 
 def _class_dim(prediction: Tensor) -> int:
@@ -411,28 +404,27 @@ def _check_classes(
         )
 
 
-def _picked(
-    log_p: Tensor, target: Tensor, weight: Tensor | None, ignore_index: int
-) -> tuple[Tensor, Tensor]:
-    """The weight of each example's class, 0 where ignored, and the class, with a class dim."""
+def _picked(log_p: Tensor, target: Tensor, weight: Tensor | None, ignore_index: int) -> _Picked:
+    """The class of each example, with weight 0 where it is ignored; both have a class dim."""
     dim = _class_dim(log_p)
     kept = target != ignore_index
-    index = torch.where(kept, target, 0).unsqueeze(dim)
+    place = torch.where(kept, target, 0).unsqueeze(dim)
     kept = kept.unsqueeze(dim)
     if weight is None:
-        return kept.to(log_p.dtype), index
+        return _Picked(kept.to(log_p.dtype), place)
     expanded = _along(weight, log_p).expand_as(log_p)
-    return torch.where(kept, expanded.gather(dim, index), 0.0), index
+    return _Picked(torch.where(kept, expanded.gather(dim, place), 0.0), place)
 
 
-def _class_terms(
+def _distribution(
     log_p: Tensor,
     target: Tensor,
     reduction: str,
     weight: Tensor | None,
     ignore_index: int,
     smoothing: float,
-) -> _Classes:
+) -> tuple[Tensor | _Picked, Tensor]:
+    """q and n of ``value = -sum q log p / n``; q is dense unless it has one class an example."""
     dim = _class_dim(log_p)
     classes = log_p.shape[dim]
     one = log_p.new_ones(())
@@ -441,26 +433,23 @@ def _class_terms(
         if weight is not None:
             q = q * _along(weight, log_p)
         count = log_p.numel() // classes if classes else 0
-        return _Classes(one * count if reduction == "mean" else one, q, None, None)
-    picked, index = _picked(log_p, target, weight, ignore_index)
-    denominator = picked.sum() if reduction == "mean" else one
+        return q, one * count if reduction == "mean" else one
+    picked = _picked(log_p, target, weight, ignore_index)
+    n = picked.weight.sum() if reduction == "mean" else one
     if not smoothing:
-        return _Classes(denominator, None, picked, index)
+        return picked, n
     kept = (target != ignore_index).unsqueeze(dim)
-    spread = torch.where(kept, smoothing / classes, 0.0).to(log_p.dtype).expand_as(log_p)
+    q = torch.where(kept, smoothing / classes, 0.0).to(log_p.dtype).expand_as(log_p)
     if weight is not None:
-        spread = spread * _along(weight, log_p)
-    return _Classes(denominator, spread.scatter_add(dim, index, picked * (1 - smoothing)), None, None)
+        q = q * _along(weight, log_p)
+    return q.scatter_add(dim, picked.place, picked.weight * (1 - smoothing)), n
 
 
-def _class_value(log_p: Tensor, terms: _Classes) -> Tensor:
-    if terms.q is not None:
-        # A class of probability 0 counts 0, even where log p is -inf.
-        total = torch.where(terms.q == 0, 0.0, terms.q * log_p).sum()
-    else:
-        chosen = log_p.gather(_class_dim(log_p), terms.index)
-        total = torch.where(terms.picked == 0, 0.0, terms.picked * chosen).sum()
-    return -total / terms.denominator
+def _class_value(log_p: Tensor, q: Tensor | _Picked, n: Tensor) -> Tensor:
+    if isinstance(q, _Picked):
+        log_p, q = log_p.gather(_class_dim(log_p), q.place), q.weight
+    # A class of probability 0 counts 0, even where log p is -inf.
+    return -torch.where(q == 0, 0.0, q * log_p).sum() / n
 
 
 def cross_entropy_rule(
@@ -473,14 +462,14 @@ def cross_entropy_rule(
     """``d (p sum(q) - q) / n`` with p the softmax and q the weighted target distribution."""
     log_p = residuals["log_p"]
     dim = _class_dim(log_p)
-    terms = _class_terms(
+    q, n = _distribution(
         log_p, residuals["target"], reduction, residuals.get("weight"), ignore_index, smoothing
     )
-    scale = dvalue / terms.denominator
-    if terms.q is not None:
-        return (log_p.exp() * terms.q.sum(dim, keepdim=True) - terms.q) * scale
-    coefficient = terms.picked * scale
-    return (log_p.exp() * coefficient).scatter_add(dim, terms.index, -coefficient)
+    scale = dvalue / n
+    if isinstance(q, _Picked):
+        weight = q.weight * scale
+        return (log_p.exp() * weight).scatter_add(dim, q.place, -weight)
+    return (log_p.exp() * q.sum(dim, keepdim=True) - q) * scale
 
 
 def cross_entropy(
@@ -511,9 +500,7 @@ def cross_entropy(
     """
     _check_reduction("cross_entropy", reduction)
     if not 0.0 <= label_smoothing <= 1.0:
-        raise ValueError(
-            f"cross_entropy: label_smoothing must be in [0, 1], got {label_smoothing}"
-        )
+        raise ValueError(f"cross_entropy: label_smoothing must be in [0, 1], got {label_smoothing}")
 
     def check(prediction: Tensor, target: Tensor) -> None:
         _check_classes("cross_entropy", prediction, target, weight, ignore_index)
@@ -523,8 +510,8 @@ def cross_entropy(
     def forward(prediction: Tensor, target: Tensor) -> tuple[Tensor, Tensor]:
         check(prediction, target)
         log_p = torch.log_softmax(prediction, _class_dim(prediction))
-        terms = _class_terms(log_p, target, reduction, weight, ignore_index, label_smoothing)
-        return _class_value(log_p, terms), log_p
+        q, n = _distribution(log_p, target, reduction, weight, ignore_index, label_smoothing)
+        return _class_value(log_p, q, n), log_p
 
     def apply(prediction: Tensor, target: Tensor) -> Tensor:
         return forward(prediction, target)[0]
@@ -544,9 +531,9 @@ def nll_rule(
     residuals: dict[str, Tensor], dvalue: Tensor | float, shape: tuple[int, ...]
 ) -> Tensor:
     """``-d weight / n`` at each example's class, else 0."""
-    coefficient = -(residuals["picked"] * (dvalue / residuals["denominator"]))
+    gradient = -(residuals["weight"] * (dvalue / residuals["n"]))
     dim = 1 if len(shape) > 1 else 0
-    return coefficient.new_zeros(shape).scatter_add(dim, residuals["index"], coefficient)
+    return gradient.new_zeros(shape).scatter_add(dim, residuals["place"], gradient)
 
 
 def nll(reduction: str = "mean", weight: Tensor | None = None, ignore_index: int = -100) -> Loss:
@@ -566,23 +553,20 @@ def nll(reduction: str = "mean", weight: Tensor | None = None, ignore_index: int
     """
     _check_reduction("nll", reduction)
 
-    def forward(prediction: Tensor, target: Tensor) -> tuple[Tensor, _Classes]:
+    def forward(prediction: Tensor, target: Tensor) -> tuple[Tensor, _Picked, Tensor]:
         _check_classes("nll", prediction, target, weight, ignore_index)
         if target.is_floating_point():
             raise TypeError(f"nll: expects int64 class indices, got {tree.describe(target)}")
-        terms = _class_terms(prediction, target, reduction, weight, ignore_index, 0.0)
-        return _class_value(prediction, terms), terms
+        picked = _picked(prediction, target, weight, ignore_index)
+        n = picked.weight.sum() if reduction == "mean" else prediction.new_ones(())
+        return _class_value(prediction, picked, n), picked, n
 
     def apply(prediction: Tensor, target: Tensor) -> Tensor:
         return forward(prediction, target)[0]
 
     def vjp(prediction: Tensor, target: Tensor) -> tuple[Tensor, LossPullback]:
-        value, terms = forward(prediction, target)
-        residuals = {
-            "picked": terms.picked,
-            "index": terms.index,
-            "denominator": terms.denominator,
-        }
+        value, picked, n = forward(prediction, target)
+        residuals = {"weight": picked.weight, "place": picked.place, "n": n}
         return value, LossPullback(nll_rule, residuals, (tuple(prediction.shape),))
 
     return Loss(apply, vjp)

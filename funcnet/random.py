@@ -13,6 +13,7 @@ Words are held in int64 tensors, because torch has no arithmetic for uint32.
 import math
 import zlib
 from collections.abc import Callable, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -30,7 +31,7 @@ _BLOCK = 1 << 16
 # --- Threefry-2x32 -----------------------------------------------------------------------------
 
 
-def _signed(word: int) -> int:
+def _signed(word: Any) -> int:
     """The int32 with the bits of a 32-bit word."""
     word &= _MASK
     return word - (1 << 32) if word >> 31 else word
@@ -83,7 +84,7 @@ def _check_key(key: Tensor) -> None:
         raise ValueError(f"expected one key, got keys of shape {tuple(key.shape)}; use fn.vmap")
 
 
-def _read(tensor: Tensor) -> list[int] | int | None:
+def _read(tensor: Tensor) -> Any:
     """The values of a tensor where they can be had without waiting for a device, else None."""
     if tensor.device.type != "cpu":
         return None
@@ -165,7 +166,9 @@ def fold_in(key: Tensor, data: int | str | Tensor) -> Tensor:
         counter: int | None = data
     else:
         if not isinstance(data, Tensor) or data.is_floating_point() or data.dim() != 0:
-            raise TypeError(f"fold_in: expects an integer, a 0-d integer tensor or a str, got {data!r}")
+            raise TypeError(
+                f"fold_in: expects an integer, a 0-d integer tensor or a str, got {data!r}"
+            )
         value = _read(data)
         counter = None if value is None else value & _MASK
     words = _read(key) if counter is not None else None
@@ -355,9 +358,7 @@ def permutation(key: Tensor, x: int | Tensor, axis: int = 0, *, device: Device =
     return order
 
 
-def categorical(
-    key: Tensor, logits: Tensor, axis: int = -1, shape: Shape | None = None
-) -> Tensor:
+def categorical(key: Tensor, logits: Tensor, axis: int = -1, shape: Shape | None = None) -> Tensor:
     """Indices drawn with probabilities ``softmax(logits, axis)``, by the Gumbel-max trick.
 
     ``shape`` ends in the shape of ``logits`` without ``axis``, which is its default.

@@ -285,11 +285,12 @@ def _check_structure(call: _Call) -> None:
     _alike(call.name, "law 5: the new state is like the state", call.state, call.new_state)
     _require_module_level(call.name, call.pullback)
     leaves, treedef = optree.tree_flatten(call.pullback)
+    rebuilt: Any = treedef.unflatten(leaves)
     _equal(
         call.name,
         "law 5: the pullback is a pytree of its residuals",
         (call.dparams, call.dx),
-        optree.tree_unflatten(treedef, leaves)(call.dy),
+        rebuilt(call.dy),
     )
     again = optree.tree_structure(call.vjp()[1])
     _require(treedef == again, call.name, "law 5: the pullback's treedef is the same each time")
@@ -353,7 +354,9 @@ def _check_derivative(call: _Call, rtol: float) -> None:
     direction = _noise(random.fold_in(call.key, "direction"), inputs)
     step = 1e-6
     ahead, behind = (
-        _inner(call.dy, output(_map_floating(lambda a, d, s=sign: a + s * step * d, inputs, direction)))
+        _inner(
+            call.dy, output(_map_floating(lambda a, d, s=sign: a + s * step * d, inputs, direction))
+        )
         for sign in (1, -1)
     )
     numeric = (ahead - behind) / (2 * step)
@@ -485,7 +488,9 @@ def _require_module_level(name: str, pullback: Pullback) -> None:
         rule = getattr(node.rule, "__qualname__", "<object>")
         _require("<" not in rule, name, f"law 5: the rule {rule} is a module-level function")
         hash(node.static)
-        optree.tree_map(visit, dict(node.residuals), is_leaf=lambda leaf: isinstance(leaf, Pullback))
+        residuals: Any = node.residuals
+        for leaf in optree.tree_leaves(residuals, is_leaf=lambda r: isinstance(r, Pullback)):
+            visit(leaf)
 
     visit(pullback)
 
@@ -643,7 +648,9 @@ def _inner(a: Tree, b: Tree) -> float:
     """The sum of products; None counts nothing."""
     pairs = zip(_paths(a).values(), _paths(b).values(), strict=True)
     return math.fsum(
-        float((left * right).sum()) for left, right in pairs if left is not None and right is not None
+        float((left * right).sum())
+        for left, right in pairs
+        if left is not None and right is not None
     )
 
 
@@ -651,9 +658,7 @@ def _autograd(function: Callable[[Tree], Tree], inputs: Tree, dy: Tree) -> Tree:
     """The pullback of a function by torch's autograd; None for integers."""
     leaves, treedef = optree.tree_flatten(inputs)
     with torch.enable_grad():
-        fresh = [
-            leaf.detach().clone().requires_grad_(leaf.is_floating_point()) for leaf in leaves
-        ]
+        fresh = [leaf.detach().clone().requires_grad_(leaf.is_floating_point()) for leaf in leaves]
         outputs = function(optree.tree_unflatten(treedef, fresh))
         pairs = [
             (y, cotangent)
@@ -668,10 +673,10 @@ def _autograd(function: Callable[[Tree], Tree], inputs: Tree, dy: Tree) -> Tree:
                 )
             )
         else:
-            found = iter([None] * len(wanted))
+            found = iter([])
     grads = []
     for leaf in fresh:
-        gradient = next(found) if leaf.requires_grad else None
+        gradient = next(found, None) if leaf.requires_grad else None
         if gradient is None and leaf.requires_grad:
             gradient = torch.zeros_like(leaf)
         grads.append(None if gradient is None else gradient.detach())
@@ -681,7 +686,7 @@ def _autograd(function: Callable[[Tree], Tree], inputs: Tree, dy: Tree) -> Tree:
 def _collapse(inputs: Tree, grads: Tree) -> Tree:
     """As a layer gives it: the one None for an x of integers alone."""
     if isinstance(inputs, tuple) and len(inputs) == 2:
-        params, x = inputs
+        _, x = inputs
         if not any(leaf.is_floating_point() for leaf in tree.leaves(x)):
             return grads[0], None
     return grads

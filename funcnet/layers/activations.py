@@ -64,11 +64,14 @@ ACTIVATIONS: dict[str, Elementwise] = {
     "elu": Elementwise(
         F.elu,         lambda dy, x, alpha: aten.elu_backward(dy, alpha, 1, 1, False, x), "x"),
     "celu": Elementwise(
-        F.celu,        lambda dy, x, alpha: aten.elu_backward(dy, alpha, 1, 1 / alpha, False, x), "x"),
+        F.celu,
+        lambda dy, x, alpha: aten.elu_backward(dy, alpha, 1, 1 / alpha, False, x), "x"),
     "selu": Elementwise(
-        F.selu,        lambda dy, x: aten.elu_backward(dy, SELU_ALPHA, SELU_SCALE, 1, False, x), "x"),
+        F.selu,
+        lambda dy, x: aten.elu_backward(dy, SELU_ALPHA, SELU_SCALE, 1, False, x), "x"),
     "softplus": Elementwise(
-        F.softplus,    lambda dy, x, beta, threshold: aten.softplus_backward(dy, x, beta, threshold), "x"),
+        F.softplus,
+        lambda dy, x, beta, threshold: aten.softplus_backward(dy, x, beta, threshold), "x"),
     "softsign": Elementwise(
         F.softsign,    lambda dy, x: dy / (1 + x.abs()).square(), "x"),
     "mish": Elementwise(
@@ -316,7 +319,9 @@ def softmax(dim: int = -1) -> Layer:
 
 
 def log_softmax(dim: int = -1) -> Layer:
-    """``y = x - log sum exp(x)`` over ``dim``; ``dx = dy - exp(y) sum dy``. ``torch.nn.LogSoftmax``.
+    """``y = x - log sum exp(x)`` over ``dim``; ``dx = dy - exp(y) sum dy``.
+
+    Source: ``torch.nn.LogSoftmax``.
 
     >>> log_softmax().apply({}, torch.tensor([0.0, 0.0]))[0]
     tensor([-0.6931, -0.6931])
@@ -381,7 +386,9 @@ def _along_channels(weight: Tensor, x: Tensor) -> Tensor:
     return weight.reshape(-1, *[1] * (x.dim() - 2)) if weight.shape[0] > 1 else weight
 
 
-def prelu(num_parameters: int = 1, init: float = 0.25, *, dtype: torch.dtype | None = None) -> Layer:
+def prelu(
+    num_parameters: int = 1, init: float = 0.25, *, dtype: torch.dtype | None = None
+) -> Layer:
     """``y = x if x > 0 else weight x``, with a learned slope.
 
     Args:
@@ -396,11 +403,11 @@ def prelu(num_parameters: int = 1, init: float = 0.25, *, dtype: torch.dtype | N
     >>> prelu().apply({"weight": torch.tensor([0.1])}, torch.tensor([-1.0, 2.0]))[0]
     tensor([-0.1000,  2.0000])
     """
-    start = init
 
-    def init(key: Tensor, x: Tensor) -> Params:
+    def start(key: Tensor, x: Tensor) -> Params:
         check_floating("prelu", x)
-        return {"weight": torch.full((num_parameters,), start, dtype=dtype or x.dtype, device=x.device)}
+        kind: Any = {"dtype": dtype or x.dtype, "device": x.device}
+        return {"weight": torch.full((num_parameters,), init, **kind)}
 
     def apply(params: Params, x: Tensor) -> Tensor:
         check_floating("prelu", x)
@@ -418,4 +425,4 @@ def prelu(num_parameters: int = 1, init: float = 0.25, *, dtype: torch.dtype | N
     def vjp(params: Params, x: Tensor) -> tuple[Tensor, Pullback]:
         return apply(params, x), Pullback(prelu_rule, {"x": x, "weight": params["weight"]})
 
-    return stateless(init, apply, vjp)
+    return stateless(start, apply, vjp)

@@ -146,7 +146,9 @@ def conv2d(
             raise ValueError(f"conv2d: padding must be 'valid', 'same' or ints, got {padding!r}")
         if padding == "same" and stride != (1, 1):
             raise ValueError(f"conv2d: padding='same' needs stride 1, got {stride}")
-        totals = [d * (k - 1) if padding == "same" else 0 for d, k in zip(dilation, kernel, strict=True)]
+        totals = [
+            d * (k - 1) if padding == "same" else 0 for d, k in zip(dilation, kernel, strict=True)
+        ]
         (top, bottom), (left, right) = ((total // 2, total - total // 2) for total in totals)
     else:
         top, left = bottom, right = pair("conv2d: padding", padding, 0)
@@ -208,6 +210,8 @@ def conv2d(
 
     def vjp(params: Params, x: Tensor) -> tuple[Tensor, Pullback]:
         x = padded(params, x)
-        return convolve(params, x), Pullback(conv2d_rule, {"x": x, "weight": params["weight"]}, static)
+        return convolve(params, x), Pullback(
+            conv2d_rule, {"x": x, "weight": params["weight"]}, static
+        )
 
     return stateless(init, apply, vjp)

@@ -50,17 +50,19 @@ def dropout(p: float = 0.5) -> Layer:
         raise ValueError(f"dropout: p must be in [0, 1], got {p}")
     scale = 1.0 / (1.0 - p) if p < 1.0 else 0.0
 
-    def check(params: Params, x: Tensor, state: Params, key: Tensor | None, train: bool) -> None:
+    def mask(
+        params: Params, x: Tensor, state: Params, key: Tensor | None, train: bool
+    ) -> Tensor | None:
+        """What is kept; None for all."""
         check_floating("dropout", x)
         check_params("dropout", params, ())
         if state:
             refuse_state("dropout", state)
-        if train and p > 0.0 and key is None:
+        if not train or p == 0.0:
+            return None
+        if key is None:
             raise ValueError("dropout: needs a key when train=True, got None; pass key=fn.key(...)")
-
-    def drop(x: Tensor, key: Tensor) -> tuple[Tensor, Tensor]:
-        kept = random.bernoulli(key, 1.0 - p, x.shape, device=x.device)
-        return torch.where(kept, x * scale, 0.0), kept
+        return random.bernoulli(key, 1.0 - p, x.shape, device=x.device)
 
     def init(key: Tensor, x: Tensor) -> tuple[Params, Params]:
         check_floating("dropout", x)
@@ -74,8 +76,8 @@ def dropout(p: float = 0.5) -> Layer:
         key: Tensor | None = None,
         train: bool = False,
     ) -> tuple[Tensor, Params]:
-        check(params, x, state, key, train)
-        return (drop(x, key)[0] if train and p > 0.0 else x), {}
+        kept = mask(params, x, state, key, train)
+        return (x if kept is None else torch.where(kept, x * scale, 0.0)), {}
 
     def vjp(
         params: Params,
@@ -85,10 +87,10 @@ def dropout(p: float = 0.5) -> Layer:
         key: Tensor | None = None,
         train: bool = True,
     ) -> tuple[Tensor, Pullback, Params]:
-        check(params, x, state, key, train)
-        if not train or p == 0.0:
+        kept = mask(params, x, state, key, train)
+        if kept is None:
             return x, Pullback(identity_rule, {}), {}
-        y, kept = drop(x, key)
+        y = torch.where(kept, x * scale, 0.0)
         return y, Pullback(dropout_rule, {"kept": kept}, (scale,)), {}
 
     return with_anatomy(Layer(init, apply, vjp), Anatomy("dropout"))

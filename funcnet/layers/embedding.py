@@ -26,7 +26,8 @@ def embedding_rule(
     indices = residuals["x"]
     if dy.shape[:-1] != indices.shape:
         raise ValueError(
-            f"embedding: pullback expects dy of shape {(*indices.shape, '*')}, got {tuple(dy.shape)}"
+            f"embedding: pullback expects dy of shape {(*indices.shape, '*')}, "
+            f"got {tuple(dy.shape)}"
         )
     dweight = torch.ops.aten.embedding_dense_backward(
         dy, indices, num_embeddings, padding_idx, scale_grad_by_freq

@@ -30,7 +30,7 @@ def layer_norm_rule(
     params: bool,
     x: bool,
 ) -> tuple[Params | None, Tensor | None]:
-    """With ``n = (x - mean) rstd`` and ``g = dy weight``: ``dx = rstd (g - mean g - n mean(g n))``."""
+    """``dx = rstd (g - mean g - n mean(g n))`` with ``n = (x - mean) rstd``, ``g = dy weight``."""
     inputs = residuals["x"]
     if dy.shape != inputs.shape:
         raise ValueError(
@@ -133,7 +133,7 @@ def batch_norm_rule(
     params: bool,
     x: bool,
 ) -> tuple[Params | None, Tensor | None]:
-    """By the batch's statistics layer_norm's formula over a channel; else ``dx = dy weight rstd``."""
+    """By the batch's statistics layer_norm's formula by channel; else ``dx = dy weight rstd``."""
     inputs = residuals["x"]
     if dy.shape != inputs.shape:
         raise ValueError(

@@ -160,24 +160,26 @@ def adam(
     mu: Leaves,
     nu: Leaves,
     nu_max: Leaves,
-    count: Tensor,
+    step: Tensor,
     betas: tuple[float, float],
     eps: float,
 ) -> tuple[Leaves, Leaves, Leaves, Leaves]:
-    """Adam's direction after ``count`` gradients, and the new mu, nu and nu_max (or []).
+    """Adam's direction after ``step`` gradients, and the new mu, nu and nu_max (or []).
 
     ``torch._fused_adam_`` does it all in one call, if nothing is vmapped or differentiated.
     """
     if grads and not any([leaf.requires_grad for leaf in grads]):
         # From params of 0 and with a learning rate of -1 the kernel steps to the direction.
         direction = [torch.zeros_like(leaf) for leaf in grads]
-        copies = [[leaf.clone() for leaf in leaves] for leaves in (mu, nu, nu_max)]
+        new_mu, new_nu, new_max = ([leaf.clone() for leaf in leaves] for leaves in (mu, nu, nu_max))
         try:
             torch._fused_adam_(
                 direction,
                 grads,
-                *copies,
-                [count.to(torch.float32)] * len(grads),
+                new_mu,
+                new_nu,
+                new_max,
+                [step.to(torch.float32)] * len(grads),
                 lr=-1.0,
                 beta1=betas[0],
                 beta2=betas[1],
@@ -189,8 +191,8 @@ def adam(
         except RuntimeError:  # no kernel for this device or dtype, or no rule for vmap
             pass
         else:
-            return direction, *copies
-    return _adam_by_formula(grads, mu, nu, nu_max, count, betas, eps)
+            return direction, new_mu, new_nu, new_max
+    return _adam_by_formula(grads, mu, nu, nu_max, step, betas, eps)
 
 
 def _adam_by_formula(
@@ -198,7 +200,7 @@ def _adam_by_formula(
     mu: Leaves,
     nu: Leaves,
     nu_max: Leaves,
-    count: Tensor,
+    step: Tensor,
     betas: tuple[float, float],
     eps: float,
 ) -> tuple[Leaves, Leaves, Leaves, Leaves]:
@@ -207,7 +209,7 @@ def _adam_by_formula(
     nu = add_square_in_place(multiply(nu, beta2), grads, 1.0 - beta2)
     nu_max = maximum(nu_max, nu)
     # m / (1 - b1^t) / (sqrt(v / (1 - b2^t)) + eps) = m / (sqrt(v) spread + floor)
-    time = count.to(torch.float64)
+    time = step.to(torch.float64)
     correction = 1.0 - beta1**time
     spread = correction / (1.0 - beta2**time).sqrt()
     root = multiply_in_place(sqrt(nu_max or nu), spread)

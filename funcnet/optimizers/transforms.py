@@ -50,7 +50,7 @@ def chain(*transforms: Optimizer) -> Optimizer:
     return Optimizer(init_state, update)
 
 
-def apply_updates(params: Params, updates: Tree) -> Params:
+def apply_updates(params: Params, updates: Tree) -> Any:
     """``params + updates``, leaf by leaf.
 
     >>> apply_updates({"w": torch.ones(1)}, {"w": torch.ones(1)})
@@ -81,13 +81,13 @@ def _leafwise(
     return Optimizer(lambda params: (), update)
 
 
-class CountState(NamedTuple):
+class ScheduleState(NamedTuple):
     """The number of updates so far, a 0-d int64 tensor."""
 
-    count: Tensor
+    step: Tensor
 
 
-def _count_for(params: Params) -> Tensor:
+def _step_zero(params: Params) -> Tensor:
     leaves = tree.leaves(params)
     device = leaves[0].device if leaves else torch.device("cpu")
     return torch.zeros((), dtype=torch.int64, device=device)
@@ -110,18 +110,18 @@ def scale_by_learning_rate(lr: LearningRate) -> Optimizer:
         schedule: Any = lr
         flatten = tree.Flattener()
 
-        def update(grads: Tree, opt_state: CountState, params: Params) -> tuple[Tree, CountState]:
+        def update(
+            grads: Tree, opt_state: ScheduleState, params: Params
+        ) -> tuple[Tree, ScheduleState]:
             leaves, treedef = flatten(grads)
-            rate = schedule(opt_state.count)
+            rate = schedule(opt_state.step)
             scaled = foreach.multiply(leaves, -rate)
-            return treedef.unflatten(scaled), CountState(opt_state.count + 1)
+            return treedef.unflatten(scaled), ScheduleState(opt_state.step + 1)
 
-        return Optimizer(lambda params: CountState(_count_for(params)), update)
+        return Optimizer(lambda params: ScheduleState(_step_zero(params)), update)
     check_at_least("scale_by_learning_rate", "lr", lr, 0.0)
     if isinstance(lr, Tensor) and lr.dim() != 0:
-        raise ValueError(
-            f"scale_by_learning_rate: lr must be a 0-d tensor, got {tuple(lr.shape)}"
-        )
+        raise ValueError(f"scale_by_learning_rate: lr must be a 0-d tensor, got {tuple(lr.shape)}")
     factor = -lr if isinstance(lr, Tensor) else Constant(-lr)
     return _leafwise("scale_by_learning_rate", lambda leaves: foreach.multiply(leaves, factor))
 
@@ -177,7 +177,7 @@ class TraceState(NamedTuple):
     """The momentum buffer, a tree like params, and the number of updates so far."""
 
     trace: Tree
-    count: Tensor
+    step: Tensor
 
 
 def trace(momentum: float, dampening: float = 0.0, nesterov: bool = False) -> Optimizer:
@@ -200,21 +200,21 @@ def trace(momentum: float, dampening: float = 0.0, nesterov: bool = False) -> Op
     decay = Constant(momentum)
 
     def init_state(params: Params) -> TraceState:
-        return TraceState(tree.map(torch.zeros_like, params), _count_for(params))
+        return TraceState(tree.map(torch.zeros_like, params), _step_zero(params))
 
     def update(grads: Tree, opt_state: TraceState, params: Params) -> tuple[Tree, TraceState]:
         g, treedef = flatten(grads)
         old = flatten.like(treedef, opt_state.trace, "trace: state")
-        count = opt_state.count
+        step = opt_state.step
         fresh = g
         if dampening:
-            first = (count == 0).to(torch.float64)
+            first = (step == 0).to(torch.float64)
             fresh = foreach.multiply(g, 1.0 - dampening * (1.0 - first))
         b = foreach.add_in_place(foreach.multiply(old, decay), fresh)
         new = g if nesterov else b
         if nesterov:
             new = foreach.add_in_place(foreach.multiply(b, decay), g)
-        return treedef.unflatten(new), TraceState(treedef.unflatten(b), count + 1)
+        return treedef.unflatten(new), TraceState(treedef.unflatten(b), step + 1)
 
     return Optimizer(init_state, update)
 
@@ -222,7 +222,7 @@ def trace(momentum: float, dampening: float = 0.0, nesterov: bool = False) -> Op
 class AdamState(NamedTuple):
     """The number of updates so far, and running means like params; ``nu_max`` for amsgrad."""
 
-    count: Tensor
+    step: Tensor
     mu: Tree
     nu: Tree
     nu_max: Tree
@@ -254,19 +254,17 @@ def scale_by_adam(
         def zeros() -> Tree:
             return tree.map(torch.zeros_like, params)
 
-        return AdamState(_count_for(params), zeros(), zeros(), zeros() if amsgrad else ())
+        return AdamState(_step_zero(params), zeros(), zeros(), zeros() if amsgrad else ())
 
     def update(grads: Tree, opt_state: AdamState, params: Params) -> tuple[Tree, AdamState]:
         g, treedef = flatten(grads)
         mu = flatten.like(treedef, opt_state.mu, "scale_by_adam: mu")
         nu = flatten.like(treedef, opt_state.nu, "scale_by_adam: nu")
-        nu_max = (
-            flatten.like(treedef, opt_state.nu_max, "scale_by_adam: nu_max") if amsgrad else []
-        )
-        count = opt_state.count + 1
-        direction, mu, nu, nu_max = foreach.adam(g, mu, nu, nu_max, count, betas, eps)
+        nu_max = flatten.like(treedef, opt_state.nu_max, "scale_by_adam: nu_max") if amsgrad else []
+        step = opt_state.step + 1
+        direction, mu, nu, nu_max = foreach.adam(g, mu, nu, nu_max, step, betas, eps)
         state = AdamState(
-            count,
+            step,
             treedef.unflatten(mu),
             treedef.unflatten(nu),
             treedef.unflatten(nu_max) if amsgrad else (),
@@ -310,7 +308,8 @@ def scale_by_rms(alpha: float = 0.99, eps: float = 1e-8, centered: bool = False)
         g, treedef = flatten(grads)
         nu = flatten.like(treedef, opt_state.nu, "scale_by_rms: nu")
         nu = foreach.add_square_in_place(foreach.multiply(nu, decay), g, 1.0 - alpha)
-        mu, power = (), nu
+        mu: Tree = ()
+        power = nu
         if centered:
             mean = flatten.like(treedef, opt_state.mu, "scale_by_rms: mu")
             mean = foreach.lerp(mean, g, 1.0 - alpha)

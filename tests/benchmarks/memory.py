@@ -85,9 +85,7 @@ def main() -> None:
     print("| optimizer | torch, MiB | funcnet, MiB | ratio |")
     print("|---|---|---|---|")
     for optimizer in ("sgd", "adam"):
-        theirs, ours = (
-            statistics.median(found[peer, optimizer]) for peer in ("torch", "funcnet")
-        )
+        theirs, ours = (statistics.median(found[peer, optimizer]) for peer in ("torch", "funcnet"))
         print(f"| {optimizer} | {theirs:.1f} | {ours:.1f} | {ours / theirs:.3f} |")
 
 

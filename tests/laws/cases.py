@@ -111,7 +111,10 @@ COMBINATORS = {
         {"a": PAIR[0], "b": PAIR[1]},
     ),
     "parallel of tokens": (
-        fn.serial(fn.parallel(fn.linear(3), fn.serial(fn.embedding(5, 3, dtype=DOUBLE), fn.select(0, 1))), fn.add()),
+        fn.serial(
+            fn.parallel(fn.linear(3), fn.serial(fn.embedding(5, 3, dtype=DOUBLE), fn.select(0, 1))),
+            fn.add(),
+        ),
         (ROWS[:3], TOKENS),
     ),
     "branch": (fn.serial(fn.branch(fn.linear(2), fn.identity()), fn.concat()), ROWS),

@@ -87,9 +87,7 @@ def test_apply_and_pullback_run_under_torch_func(name):
         return sum(leaf.sum() for leaf in fn.tree.leaves(y) if leaf.is_floating_point())
 
     grads = torch.func.grad(total)(flat)
-    ones = fn.tree.map(
-        lambda leaf: torch.ones_like(leaf) if leaf.is_floating_point() else None, y
-    )
+    ones = fn.tree.map(lambda leaf: torch.ones_like(leaf) if leaf.is_floating_point() else None, y)
     got = [leaf for leaf in fn.tree.leaves(pullback(ones)) if leaf is not None]
     assert len(got) == len(grads)
     for ours, theirs in zip(got, grads, strict=True):
