@@ -144,8 +144,8 @@ def _register(kind: type[Pullback]) -> None:
         return (pullback.residuals,), (pullback.rule, pullback.static), ("residuals",)
 
     def unflatten(metadata: Any, children: Any) -> Any:
-        rule, static = metadata
-        return kind(rule, *children, static)
+        (rule, static), (residuals,) = metadata, children
+        return kind(rule, residuals, static)
 
     optree.register_pytree_node(
         kind,  # type: ignore[arg-type]

@@ -112,7 +112,7 @@ class Flattener:
             except (ValueError, TypeError):
                 found = None
             # A leaf of the old structure may be a subtree of the new one.
-            if found is not None and set(map(type, found)) <= _TENSOR:
+            if found is not None and {type(leaf) for leaf in found} <= _TENSOR:
                 return found, treedef
         found, self._treedef = optree.tree_flatten(tree)
         return found, self._treedef

@@ -1,5 +1,7 @@
 """The fully connected layer."""
 
+import math
+
 import torch
 from torch import Tensor
 from torch.nn import functional as F
@@ -11,40 +13,44 @@ from funcnet.random import fold_in
 
 
 def linear_rule(
-    residuals: dict[str, Tensor], dy: Tensor, bias: bool, *, params: bool, x: bool
+    residuals: dict[str, Tensor],
+    dy: Tensor,
+    bias: bool,
+    shape: tuple[int, ...],
+    *,
+    params: bool,
+    x: bool,
 ) -> tuple[Params | None, Tensor | None]:
-    """``dweight = dy^T x``, ``dbias = sum dy``, ``dx = dy weight``."""
+    """``dweight = dy^T x``, ``dbias = sum dy``, ``dx = dy weight``; ``shape`` is that of y."""
+    if dy.shape != shape:
+        raise ValueError(f"linear: pullback expects dy of shape {shape}, got {tuple(dy.shape)}")
     inputs, weight = residuals["x"], residuals["weight"]
-    rows, columns = dy, inputs
-    if dy.dim() != 2:
-        rows, columns = dy.reshape(-1, dy.shape[-1]), inputs.reshape(-1, inputs.shape[-1])
-    try:
-        dparams = dx = None
-        if params:
-            dparams = {"weight": rows.t().mm(columns)}
-            if bias:
-                dparams["bias"] = rows.sum(0)
-        if x:
-            dx = rows.mm(weight)
-            if dx.shape != inputs.shape:
-                dx = dx.reshape(inputs.shape)
-    except RuntimeError:
-        raise ValueError(
-            f"linear: pullback expects dy of shape {(*inputs.shape[:-1], len(weight))}, "
-            f"got {tuple(dy.shape)}"
-        ) from None
-    return dparams, dx
+    dparams = None
+    if params:
+        rows, columns = dy, inputs
+        if dy.dim() != 2:
+            n = math.prod(shape[:-1])
+            rows, columns = dy.reshape(n, shape[-1]), inputs.reshape(n, inputs.shape[-1])
+        dparams = {"weight": rows.t().mm(columns)}
+        if bias:
+            dparams["bias"] = rows.sum(0)
+    return dparams, dy.matmul(weight) if x else None
 
 
-def _misfit(params: Params, x: Tensor, names: tuple[str, ...]) -> Exception:
+def _misfit(params: Params, x: Tensor, names: tuple[str, ...], size: int) -> Exception:
     """What is wrong with arguments that do not fit."""
     check_floating("linear", x)
     check_params("linear", params, names)
-    weight = params["weight"]
-    if x.dtype != weight.dtype:
-        return TypeError(f"linear: weight is {weight.dtype}, x is {x.dtype}")
+    for name, expected in (("weight", 2), ("bias", 1)):
+        if name in params and params[name].dtype != x.dtype:
+            return TypeError(f"linear: {name} is {params[name].dtype}, x is {x.dtype}")
+        if name in params and (params[name].dim(), *params[name].shape[:1]) != (expected, size):
+            return ValueError(
+                f"linear: expects {name} for {size} features of y, "
+                f"got shape {tuple(params[name].shape)}"
+            )
     return ValueError(
-        f"linear: weight expects {weight.shape[1]} features in the last dimension, "
+        f"linear: weight expects {params['weight'].shape[1]} features in the last dimension, "
         f"got {tuple(x.shape)}"
     )
 
@@ -110,16 +116,18 @@ def linear(
             fits = (
                 len(params) == len(names)
                 and x.dtype is weight.dtype
-                and x.shape[-1] == weight.shape[1]
+                and weight.shape == (out_features, x.shape[-1])
+                and (offset is None or offset.shape == (out_features,))
             )
         except (KeyError, AttributeError, IndexError):
             fits = False
-        if not fits:
-            raise _misfit(params, x, names)
+        if not fits or (offset is not None and offset.dtype is not x.dtype):
+            raise _misfit(params, x, names, out_features)
         return F.linear(x, weight, offset)
 
     def vjp(params: Params, x: Tensor) -> tuple[Tensor, Pullback]:
         y = apply(params, x)
-        return y, Pullback(linear_rule, {"x": x, "weight": params["weight"]}, (bias,))
+        residuals = {"x": x, "weight": params["weight"]}
+        return y, Pullback(linear_rule, residuals, (bias, tuple(y.shape)))
 
     return stateless(init, apply, vjp)

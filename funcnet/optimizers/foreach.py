@@ -33,6 +33,7 @@ class Constant:
 
 
 Factor = Constant | Tensor | float
+_ONE = Constant(1.0)
 
 
 def _common_dtype(leaves: Leaves) -> torch.dtype | None:
@@ -171,7 +172,8 @@ def adam(
     if grads and not any([leaf.requires_grad for leaf in grads]):
         # From params of 0 and with a learning rate of -1 the kernel steps to the direction.
         direction = [torch.zeros_like(leaf) for leaf in grads]
-        new_mu, new_nu, new_max = ([leaf.clone() for leaf in leaves] for leaves in (mu, nu, nu_max))
+        # Multiplying by 1 copies a list in one call.
+        new_mu, new_nu, new_max = (multiply(leaves, _ONE) for leaves in (mu, nu, nu_max))
         try:
             torch._fused_adam_(
                 direction,

@@ -1,0 +1,339 @@
+"""Helpers for trees, and the flattener that remembers."""
+
+from collections import OrderedDict, defaultdict, namedtuple
+
+import optree
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+import funcnet as fn
+from funcnet import tree
+
+W, B = torch.ones(2, 3), torch.zeros(2)
+
+
+# --- paths -------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("path", "expected"), [((), ""), (("a",), "a"), (("a", "b"), "a.b"), ((0, "w", 1), "0.w.1")]
+)
+def test_path_string_is_dotted(path, expected):
+    assert tree.path_string(path) == expected
+
+
+DOTTED = {
+    "empty": ({}, {}),
+    "flat": ({"w": W}, {"w": W}),
+    "nested": ({"0": {"weight": W, "bias": B}, "1": {"x": {"y": B}}}, None),
+    "order kept": ({"b": {"z": W, "a": B}, "a": {"c": W}}, None),
+}
+
+
+@pytest.mark.parametrize("nested", [nested for nested, _ in DOTTED.values()], ids=DOTTED)
+def test_from_dotted_is_the_inverse_of_to_dotted(nested):
+    flat = tree.to_dotted(nested)
+    back = tree.from_dotted(flat)
+    assert optree.tree_structure(back) == optree.tree_structure(nested)
+    assert all(a is b for a, b in zip(tree.leaves(back), tree.leaves(nested), strict=True))
+    assert list(tree.to_dotted(back)) == list(flat)
+
+
+def test_dotted_names_are_those_of_the_state_dict_in_its_order():
+    net = fn.serial(fn.linear(4), fn.relu(), fn.serial(fn.linear(2), fn.linear(3)))
+    params, _ = net.init(fn.key(0), torch.ones(1, 5))
+    peer = torch.nn.Sequential(
+        torch.nn.Linear(5, 4),
+        torch.nn.ReLU(),
+        torch.nn.Sequential(torch.nn.Linear(4, 2), torch.nn.Linear(2, 3)),
+    )
+    assert list(tree.to_dotted(params)) == list(peer.state_dict())
+    assert optree.tree_structure(tree.from_dotted(peer.state_dict())) == optree.tree_structure(
+        params
+    )
+
+
+def test_to_dotted_leaves_empty_children_out():
+    assert tree.to_dotted({"a": {}, "b": {"c": {}}, "w": W}) == {"w": W}
+
+
+@pytest.mark.parametrize("flat", [{"a": W, "a.b": B}, {"a.b": B, "a": W}])
+def test_from_dotted_refuses_a_name_that_is_both_a_leaf_and_a_child(flat):
+    with pytest.raises(ValueError, match="'a"):
+        tree.from_dotted(flat)
+
+
+def test_helpers_do_not_change_their_tree():
+    nested = {"a": {"w": W}, "b": B}
+    flat = {"a.w": W, "b": B}
+    tree.to_dotted(nested)["c"] = W
+    tree.from_dotted(flat)["a"]["v"] = W
+    assert list(nested) == ["a", "b"]
+    assert list(nested["a"]) == ["w"]
+    assert list(flat) == ["a.w", "b"]
+
+
+names = st.text("abcxyz01", min_size=1, max_size=3)
+param_trees = st.recursive(
+    st.builds(lambda: torch.zeros(1)),
+    lambda children: st.dictionaries(names, children, min_size=1, max_size=3),
+    max_leaves=8,
+)
+nested_dicts = st.dictionaries(names, param_trees, max_size=4)
+
+
+@given(nested_dicts)
+@settings(max_examples=100, deadline=None)
+def test_dotted_round_trip_of_any_parameter_tree(nested):
+    flat = tree.to_dotted(nested)
+    assert sorted(flat) == sorted(tree.path_string(path) for path in optree.tree_paths(nested))
+    back = tree.from_dotted(flat)
+    assert optree.tree_structure(back) == optree.tree_structure(nested)
+    assert all(a is b for a, b in zip(tree.leaves(back), tree.leaves(nested), strict=True))
+
+
+# --- maps and checks ---------------------------------------------------------------------------
+
+
+def test_map_applies_leaf_by_leaf_and_refuses_another_structure():
+    assert tree.map(lambda a, b: a + b, {"x": 1, "y": (2, 3)}, {"x": 10, "y": (20, 30)}) == {
+        "x": 11,
+        "y": (22, 33),
+    }
+    with pytest.raises(ValueError, match="y"):
+        tree.map(lambda a, b: a + b, {"x": 1}, {"x": 1, "y": 2})
+
+
+def test_leaves_are_in_the_order_of_the_names():
+    assert tree.leaves({"b": 1, "a": (2, {"d": 3, "c": 4})}) == [2, 4, 3, 1]
+
+
+@pytest.mark.parametrize(
+    ("expected", "found"),
+    [
+        ({}, {}),
+        ({"a": 1, "b": {"c": 2}}, {"b": {"c": None if False else 5}, "a": 4}),
+        ((1, [2]), (3, [4])),
+        (1, 2),
+    ],
+)
+def test_same_structures_pass(expected, found):
+    assert tree.check_same_structure(expected, found, "grads") is None
+
+
+@pytest.mark.parametrize(
+    ("expected", "found", "message"),
+    [
+        ({"a": 1}, {}, "grads: the tree has no leaf 'a'"),
+        ({}, {"a": 1}, "grads: the tree has 'a', which was not expected"),
+        (
+            {"a": {"w": 1}},
+            {"a": {"v": 1}},
+            "grads: the tree has no leaf 'a.w', and has 'a.v', which was not expected",
+        ),
+        (
+            {"a": 1},
+            {"a": {"w": 1}},
+            "grads: the tree has no leaf 'a', and has 'a.w', which was not expected",
+        ),
+        ({"a": (1, 2)}, {"a": (1,)}, "grads: the tree has no leaf 'a.1'"),
+        ({"a": 1}, {"a": None}, "grads: the tree has no leaf 'a'"),
+        ({"a": 1, "b": 1, "c": 1}, {"c": 1}, "grads: the tree has no leaf 'a'"),
+    ],
+)
+def test_another_structure_is_refused_with_the_first_path_that_differs(expected, found, message):
+    with pytest.raises(ValueError, match=f"^{message.replace('.', '[.]')}$"):
+        tree.check_same_structure(expected, found, "grads")
+
+
+@pytest.mark.parametrize(
+    ("expected", "found"),
+    [({"a": (1, 2)}, {"a": [1, 2]}), ({"a": {}}, {}), ({0: 1}, {"0": 1}), ({"a": ()}, {"a": {}})],
+)
+def test_a_difference_without_a_path_is_refused_too(expected, found):
+    with pytest.raises(ValueError, match="^grads: the tree is a PyTreeSpec.*expected PyTreeSpec"):
+        tree.check_same_structure(expected, found, "grads")
+
+
+def test_to_meta_keeps_shapes_and_dtypes_and_what_is_no_tensor():
+    found = tree.to_meta({"w": W.half(), "n": (torch.tensor(1), 3, None)})
+    assert found["w"].device.type == found["n"][0].device.type == "meta"
+    assert (found["w"].shape, found["w"].dtype) == (W.shape, torch.float16)
+    assert found["n"][0].dtype == torch.int64
+    assert found["n"][1:] == (3, None)
+
+
+def test_placeholder_has_shape_dtype_and_device_and_owns_one_element():
+    found = tree.placeholder({"w": torch.ones(1000, 7, dtype=F64_), "m": W.to("meta")}, CPU)
+    assert (found["w"].shape, found["w"].dtype) == ((1000, 7), F64_)
+    assert found["w"].untyped_storage().nbytes() == 8
+    assert (found["m"].shape, found["m"].device) == (W.shape, CPU)
+
+
+F64_, CPU = torch.float64, torch.device("cpu")
+
+
+def test_device_of_is_that_of_the_first_tensor():
+    assert tree.device_of({"a": 1, "b": (W.to("meta"), W)}).type == "meta"
+    assert tree.device_of(W) == CPU
+    for empty in ({}, (), None, {"a": 1}):
+        with pytest.raises(ValueError, match="at least one tensor"):
+            tree.device_of(empty)
+
+
+@pytest.mark.parametrize(
+    ("value", "expected"),
+    [
+        (W, "float32 (2, 3)"),
+        (torch.tensor(1), "int64 ()"),
+        ((W, B), "(float32 (2, 3), float32 (2,))"),
+        ({"a": W, "b": (B,)}, "{'a': float32 (2, 3), 'b': (float32 (2,))}"),
+        ((), "()"),
+        ({}, "{}"),
+        (None, "NoneType"),
+        (1.5, "float"),
+        ("x", "str"),
+        (W.to("meta"), "float32 (2, 3)"),
+        (W.bfloat16(), "bfloat16 (2, 3)"),
+    ],
+)
+def test_describe_shows_shapes_and_dtypes(value, expected):
+    assert tree.describe(value) == expected
+
+
+# --- the flattener -----------------------------------------------------------------------------
+
+Pair = namedtuple("Pair", ["first", "second"])
+Other = namedtuple("Other", ["first", "second"])
+
+
+def tensors():
+    return st.builds(lambda: torch.zeros(1))
+
+
+def leaf_values():
+    return st.one_of(tensors(), tensors(), st.integers(0, 3), st.none())
+
+
+def containers(children):
+    dicts = st.dictionaries(st.sampled_from("abc"), children, max_size=3)
+    return st.one_of(
+        dicts,
+        dicts.map(lambda d: dict(reversed(d.items()))),
+        dicts.map(OrderedDict),
+        dicts.map(lambda d: defaultdict(int, d)),
+        st.lists(children, max_size=3),
+        st.lists(children, max_size=3).map(tuple),
+        st.tuples(children, children).map(lambda pair: Pair(*pair)),
+        st.tuples(children, children).map(lambda pair: Other(*pair)),
+    )
+
+
+trees = st.recursive(leaf_values(), containers, max_leaves=5)
+
+
+def assert_flattens_like_optree(flatten, value):
+    found, treedef = flatten(value)
+    leaves, expected = optree.tree_flatten(value)
+    assert len(found) == len(leaves)
+    assert all(a is b for a, b in zip(found, leaves, strict=True))
+    assert treedef == expected
+    back, again = treedef.unflatten(found), expected.unflatten(leaves)
+    assert form(back) == form(again)
+
+
+def form(value):
+    """All that tells two trees apart but the leaves: types, and names in their order."""
+    if isinstance(value, dict):
+        return type(value), [(name, form(child)) for name, child in value.items()]
+    if isinstance(value, (tuple, list)):
+        return type(value), [form(child) for child in value]
+    return type(value)
+
+
+@given(st.lists(trees, min_size=1, max_size=6))
+@settings(max_examples=400, deadline=None)
+def test_flattener_equals_tree_flatten_for_any_sequence_of_trees(sequence):
+    flatten = tree.Flattener()
+    for value in sequence:
+        assert_flattens_like_optree(flatten, value)
+        assert_flattens_like_optree(flatten, value)
+
+
+tensor_trees = st.recursive(tensors(), containers, max_leaves=4)
+
+
+@given(tensor_trees, st.data())
+@settings(max_examples=200, deadline=None)
+def test_flattener_sees_a_leaf_become_a_tree_and_back(value, data):
+    flatten = tree.Flattener()
+    assert_flattens_like_optree(flatten, value)
+    leaves, treedef = optree.tree_flatten(value)
+    grown = treedef.unflatten([data.draw(trees) for _ in leaves])
+    assert_flattens_like_optree(flatten, grown)
+    assert_flattens_like_optree(flatten, value)
+
+
+SEQUENCES = {
+    "names in another order": [{"a": W, "b": B}, {"b": B, "a": W}],
+    "a dict, an OrderedDict, a defaultdict": [
+        {"a": W},
+        OrderedDict(a=W),
+        defaultdict(int, a=W),
+        {"a": W},
+    ],
+    "a tuple, a list, a namedtuple": [(W, B), [W, B], Pair(W, B), Other(W, B), (W, B)],
+    "a leaf that becomes a tree": [{"a": W}, {"a": {"b": W}}, {"a": (W,)}, {"a": W}],
+    "a leaf that becomes None": [{"a": W, "b": B}, {"a": W, "b": None}, {"a": W, "b": B}],
+    "a leaf that becomes a number": [{"a": W}, {"a": 1}, {"a": W}],
+    "a tree that becomes a leaf": [{"a": {"b": W}}, {"a": W}, W, {"a": {"b": W}}],
+    "an empty tree": [{}, {"a": W}, {}, {"a": {}}, ()],
+    "a parameter": [{"a": W}, {"a": torch.nn.Parameter(B)}, {"a": W}],
+}
+
+
+@pytest.mark.parametrize("sequence", SEQUENCES.values(), ids=SEQUENCES)
+def test_flattener_equals_tree_flatten_when_the_structure_changes(sequence):
+    flatten = tree.Flattener()
+    for value in sequence:
+        assert_flattens_like_optree(flatten, value)
+
+
+def test_flattener_sees_a_pullback_as_a_node():
+    flatten = tree.Flattener()
+    _, pullback, _ = fn.tanh().vjp({}, W)
+    for value in ({"p": W}, {"p": pullback}, {"p": W}):
+        assert_flattens_like_optree(flatten, value)
+
+
+def test_like_gives_the_leaves_in_the_order_of_the_treedef():
+    flatten = tree.Flattener()
+    _, treedef = flatten({"b": 1, "a": {"c": 2}})
+    assert flatten.like(treedef, {"a": {"c": 20}, "b": 10}, "params") == [20, 10]
+
+
+@pytest.mark.parametrize(
+    ("found", "message"),
+    [
+        ({"a": {"w": W}}, "params: the tree has no leaf 'b'"),
+        ({"a": {"w": W}, "b": B, "c": B}, "params: the tree has 'c', which was not expected"),
+        ({"a": W, "b": B}, "params: the tree has no leaf 'a[.]w'"),
+        (
+            {"a": {"w": {"x": W}}, "b": B},
+            "params: the tree has no leaf 'a[.]w', and has 'a[.]w[.]x'",
+        ),
+        ({"a": {"w": W}, "b": (B, B)}, "params: the tree has no leaf 'b', and has 'b[.]0'"),
+        ({"a": {"w": W}, "b": None}, "params: the tree has no leaf 'b'"),
+        ({"a": {"w": W}, "b": {}}, "params: the tree has no leaf 'b'"),
+        (None, "params: the tree has no leaf 'a[.]w'"),
+        (W, "params: the tree has no leaf 'a[.]w'"),
+        ([W, B], "params: the tree has no leaf 'a[.]w'"),
+    ],
+)
+def test_like_refuses_another_structure_with_the_path(found, message):
+    flatten = tree.Flattener()
+    _, treedef = flatten({"a": {"w": W}, "b": B})
+    with pytest.raises(ValueError, match=f"^{message}"):
+        flatten.like(treedef, found, "params")
