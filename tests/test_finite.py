@@ -20,7 +20,7 @@ NETS = {
     "linear": fn.linear(3),
     "serial": fn.serial(fn.linear(3), fn.batch_norm(), fn.relu(), fn.dropout(0.5)),
     "residual": fn.residual(fn.serial(fn.linear(5), fn.tanh())),
-    "branch": fn.serial(fn.branch(a=fn.linear(3), b=fn.relu()), fn.select("a")),
+    "branch": fn.serial(fn.branch(fn.linear(5), fn.relu()), fn.add()),
     "embedding": fn.embedding(10, 3),
     "shared": fn.serial(fn.fan_out(2), fn.shared(fn.linear(3)), fn.add()),
     "empty": fn.serial(),
@@ -134,7 +134,7 @@ def test_a_cotangent_that_overflows_on_its_way_back_is_named_where_it_does():
     "net",
     [
         fn.residual(fn.linear(5)),
-        fn.serial(fn.fan_out(1), fn.shared(fn.linear(5)), fn.select(0)),
+        fn.serial(fn.fan_out(2), fn.shared(fn.linear(5)), fn.add()),
         fn.parallel(fn.linear(5)),
     ],
     ids=["residual", "shared", "parallel"],

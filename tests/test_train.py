@@ -1,6 +1,5 @@
 """The training step: what it computes, from which key, and when it lets residuals go."""
 
-import gc
 import math
 import weakref
 
@@ -129,9 +128,22 @@ PEERS = {
 @pytest.mark.parametrize(("optimizer", "peer"), PEERS.values(), ids=PEERS)
 @pytest.mark.parametrize("kind", ["regression", "classification"])
 def test_twenty_steps_equal_those_of_torch(optimizer, peer, kind):
-    net = fn.serial(fn.linear(7), fn.batch_norm(), fn.tanh(), fn.linear(4), fn.relu(), fn.linear(3))
+    net = fn.serial(
+        # A bias before a batch norm has a gradient of mere rounding, that Adam makes large.
+        fn.linear(7, bias=False),
+        fn.batch_norm(),
+        fn.tanh(),
+        fn.linear(4),
+        fn.relu(),
+        fn.linear(3),
+    )
     torch_net = nn.Sequential(
-        nn.Linear(5, 7), nn.BatchNorm1d(7), nn.Tanh(), nn.Linear(7, 4), nn.ReLU(), nn.Linear(4, 3)
+        nn.Linear(5, 7, bias=False),
+        nn.BatchNorm1d(7),
+        nn.Tanh(),
+        nn.Linear(7, 4),
+        nn.ReLU(),
+        nn.Linear(4, 3),
     ).double()
     losses = {
         "regression": (fn.mse(), nn.MSELoss()),
@@ -217,7 +229,7 @@ def test_a_net_without_params_takes_a_step(net, make_optimizer):
 
 
 def test_vmap_over_train_states_equals_the_loop():
-    net = fn.serial(fn.linear(6), fn.batch_norm(), fn.dropout(0.3), fn.linear(3))
+    net = fn.serial(fn.linear(6, bias=False), fn.batch_norm(), fn.dropout(0.3), fn.linear(3))
     optimizer = fn.adam(0.01)
     step = fn.train_step(net, fn.mse(), optimizer)
     keys = torch.stack([fn.key(seed) for seed in range(3)])
@@ -235,13 +247,32 @@ def test_vmap_over_train_states_equals_the_loop():
 
 
 def test_inputs_may_be_trees():
-    net = fn.serial(fn.parallel(a=fn.linear(3), b=fn.embedding(4, 3)), fn.select("a"))
+    net = fn.serial(
+        ends=fn.parallel(a=fn.linear(3), b=fn.embedding(4, 3, dtype=F64)),
+        sum=fn.stateless(lambda key, x: {}, add_named, add_named_vjp),
+    )
     optimizer = fn.sgd(0.1)
-    x = {"a": numbers(8, 5), "b": torch.arange(8) % 4}
+    x = {"a": numbers(8, 5), "b": torch.arange(8) % 3}
     state = fn.init_train_state(net, optimizer, fn.key(0), x)
-    new, _ = fn.train_step(net, fn.mse(), optimizer)(state, (x, numbers(8, 3)))
-    assert not torch.equal(new.params["0"]["a"]["weight"], state.params["0"]["a"]["weight"])
-    assert_trees_equal(new.params["0"]["b"], state.params["0"]["b"])
+    new, metrics = fn.train_step(net, fn.mse(), optimizer)(state, (x, numbers(8, 3)))
+    for name, end in new.params["ends"].items():
+        assert not torch.equal(end["weight"], state.params["ends"][name]["weight"])
+    embedded = (new.params["ends"]["b"]["weight"], state.params["ends"]["b"]["weight"])
+    assert torch.equal(embedded[0][3], embedded[1][3])
+    y, _ = net.apply(state.params, x)
+    assert torch.equal(metrics["loss"], (y - numbers(8, 3)).square().mean())
+
+
+def add_named(params, x):
+    return x["a"] + x["b"]
+
+
+def add_named_rule(residuals, dy, *, params, x):
+    return ({} if params else None), ({"a": dy, "b": dy} if x else None)
+
+
+def add_named_vjp(params, x):
+    return add_named(params, x), fn.Pullback(add_named_rule, {})
 
 
 # --- value_and_grad ----------------------------------------------------------------------------
@@ -320,9 +351,7 @@ NONFINITE = {
         r"serial\['1'\] log: output is not finite: \d+ of 24 values",
     ),
     "output, named and nested": (
-        fn.serial(body=fn.serial(fn.linear(3), log=function(torch.log, "log")))
-        if False
-        else fn.serial(body=fn.serial(first=fn.linear(3), log=function(torch.log, "log"))),
+        fn.serial(body=fn.serial(first=fn.linear(3), log=function(torch.log, "log"))),
         r"serial\['body'\] serial\['log'\] log: output is not finite",
     ),
     "output in a residual": (
@@ -330,22 +359,20 @@ NONFINITE = {
         r"serial\['skip'\] residual log: output is not finite",
     ),
     "output in a branch": (
-        fn.serial(fn.branch(fn.relu(), function(torch.log, "log")), fn.select(0)),
-        r"serial\['0'\] branch\['1'\] log: output is not finite",
+        fn.serial(
+            lift=fn.linear(3), both=fn.branch(fn.relu(), function(torch.log, "log")), sum=fn.add()
+        ),
+        r"serial\['both'\] branch\['1'\] log: output is not finite",
     ),
     "cotangent": (
         fn.serial(fn.linear(3), passes_infinity_back(), fn.linear(3)),
         r"serial\['1'\] divider: dx is not finite: 24 of 24 values",
     ),
     "cotangent in a branch": (
-        fn.serial(fn.linear(3), both=fn.relu())
-        if False
-        else fn.serial(
-            lift=fn.linear(3),
-            both=fn.branch(a=fn.relu(), b=passes_infinity_back()),
-            take=fn.select("b"),
+        fn.serial(
+            lift=fn.linear(3), both=fn.branch(fn.relu(), passes_infinity_back()), sum=fn.add()
         ),
-        r"serial\['both'\] branch\['b'\] divider: dx is not finite",
+        r"serial\['both'\] branch\['1'\] divider: dx is not finite",
     ),
     "gradient": (
         fn.serial(fn.linear(3), gives_infinite_dparams()),
@@ -437,7 +464,6 @@ class Watch:
 
     def layer(self, name):
         def rule(residuals, dy, *, params, x):
-            gc.collect()
             alive = {
                 other for other, reference in self.residuals.items() if reference() is not None
             }
@@ -508,7 +534,6 @@ def test_a_pullback_that_is_kept_keeps_its_residuals_and_gives_the_same_again(ki
     assert_trees_equal(pullback(x), first)
     assert_unchanged(residuals)
     del pullback, residuals
-    gc.collect()
     assert not any(reference() is not None for reference in watch.residuals.values())
 
 
@@ -528,9 +553,8 @@ X, TARGET = batch_at(0)
         (X, (ValueError, TypeError)),
         (X[:2], (ValueError, TypeError)),
         ({"x": X, "target": TARGET}, (ValueError, TypeError)),
-        ("xt", (ValueError, TypeError)),
     ],
-    ids=["one", "three", "none", "None", "int", "tensor", "tensor of two rows", "dict", "str"],
+    ids=["one", "three", "none", "None", "int", "tensor", "tensor of two rows", "dict"],
 )
 def test_a_batch_that_is_not_a_pair_is_refused(batch, error):
     net, optimizer = fn.linear(3), fn.sgd(0.1)
