@@ -163,10 +163,15 @@ def test_vectors_name_the_jax_that_made_them():
 
 # --- functions of the key and the index alone --------------------------------------------------
 
+
+def like(key):
+    return {"dtype": torch.float32, "device": key.device}
+
+
 DRAWS = {
     "split": lambda key: random.split(key, 3),
     "fold_in an int": lambda key: random.fold_in(key, 2**32 - 1),
-    "fold_in a tensor": lambda key: random.fold_in(key, torch.tensor(9)),
+    "fold_in a tensor": lambda key: random.fold_in(key, torch.tensor(9, device=key.device)),
     "fold_in a name": lambda key: random.fold_in(key, "weight"),
     "bits 8": lambda key: random.bits(key, (2, 3), width=8),
     "bits 16": lambda key: random.bits(key, (2, 3), width=16),
@@ -183,14 +188,14 @@ DRAWS = {
         key,
         (2, 3),
         torch.float32,
-        torch.tensor(1.0, device=key.device),
-        torch.tensor([2.0, 3.0, 4.0], device=key.device),
+        torch.tensor(1.0, **like(key)),
+        torch.tensor([2.0, 3.0, 4.0], **like(key)),
     ),
     "normal": lambda key: random.normal(key, (2, 3)),
     "truncated_normal": lambda key: random.truncated_normal(key, -1.0, 2.0, (2, 3)),
     "bernoulli": lambda key: random.bernoulli(key, 0.3, (2, 3)),
     "bernoulli of a tensor": lambda key: random.bernoulli(
-        key, torch.tensor([0.1, 0.9], device=key.device)
+        key, torch.tensor([0.1, 0.9], **like(key))
     ),
     "randint": lambda key: random.randint(key, (2, 3), -4, 9),
     "randint int32": lambda key: random.randint(key, (2, 3), -4, 9, torch.int32),
@@ -199,7 +204,7 @@ DRAWS = {
         key, torch.arange(6, device=key.device).reshape(2, 3), axis=1
     ),
     "categorical": lambda key: random.categorical(
-        key, torch.tensor([[0.0, 1.0], [2.0, 0.0]], device=key.device)
+        key, torch.tensor([[0.0, 1.0], [2.0, 0.0]], **like(key))
     ),
 }
 draws = pytest.mark.parametrize("draw", DRAWS.values(), ids=DRAWS)
@@ -263,6 +268,21 @@ def test_draw_in_inference_mode_and_with_gradients_off_is_the_same(draw):
         assert torch.equal(draw(key), expected)
     with torch.no_grad():
         assert torch.equal(draw(key), expected)
+
+
+@draws
+def test_draw_does_not_read_the_default_dtype_and_device(draw):
+    key = random.key(5, device="cpu")
+    expected = draw(key)
+    default = torch.get_default_dtype()
+    try:
+        torch.set_default_dtype(torch.float64)
+        with torch.device("meta"):
+            found = draw(key)
+    finally:
+        torch.set_default_dtype(default)
+    assert (found.dtype, found.device) == (expected.dtype, expected.device)
+    assert torch.equal(found, expected)
 
 
 @pytest.mark.parametrize("width", [8, 16, 32, 64])

@@ -219,6 +219,11 @@ BAD = {
         ValueError,
         r"0-d tensor, got \(1,\)",
     ),
+    "function that gives rates of shape (2,)": (
+        lambda: once(fn.scale_by_learning_rate(lambda step: torch.ones(2))),
+        ValueError,
+        r"0-d tensor, got \(2,\)",
+    ),
     "decay below 0": (lambda: fn.add_decayed_weights(-1.0), ValueError, "weight_decay"),
     "momentum below 0": (lambda: fn.trace(-0.5), ValueError, "momentum"),
     "nesterov without momentum": (lambda: fn.trace(0.0, nesterov=True), ValueError, "nesterov"),
