@@ -37,7 +37,11 @@ def assert_near(actual, expected, tolerance=None):
     assert optree.tree_structure(actual, none_is_leaf=True) == optree.tree_structure(
         expected, none_is_leaf=True
     )
-    for ours, theirs in zip(optree.tree_leaves(actual), optree.tree_leaves(expected), strict=True):
+    leaves = (optree.tree_leaves(tree, none_is_leaf=True) for tree in (actual, expected))
+    for ours, theirs in zip(*leaves, strict=True):
+        assert (ours is None) == (theirs is None)
+        if theirs is None:
+            continue
         assert ours.shape == theirs.shape
         assert ours.dtype == theirs.dtype
         if not theirs.is_floating_point():
@@ -46,9 +50,7 @@ def assert_near(actual, expected, tolerance=None):
         within = TOLERANCE[theirs.dtype] if tolerance is None else tolerance
         finite = theirs[torch.isfinite(theirs)].abs()
         scale = float(finite.max()) if finite.numel() else 0.0
-        torch.testing.assert_close(
-            ours, theirs, rtol=within, atol=within * scale, equal_nan=True
-        )
+        torch.testing.assert_close(ours, theirs, rtol=within, atol=within * scale, equal_nan=True)
 
 
 def randomize(module, seed=100):
@@ -76,9 +78,9 @@ def state_of(module):
 def cotangent(y, seed=50):
     """A random dy for each floating-point output; None for an integer one."""
     return optree.tree_map(
-        lambda leaf: randn(*leaf.shape, seed=seed, dtype=leaf.dtype)
-        if leaf.is_floating_point()
-        else None,
+        lambda leaf: (
+            randn(*leaf.shape, seed=seed, dtype=leaf.dtype) if leaf.is_floating_point() else None
+        ),
         y,
     )
 
@@ -101,9 +103,11 @@ def autograd(function, params, x, dy):
             outputs.append(own_y)
             weights.append(own_dy)
     wanted = [leaf for leaf in leaves if leaf.requires_grad]
-    grads = torch.autograd.grad(
-        outputs, wanted, weights, allow_unused=True, materialize_grads=True
-    ) if outputs else [torch.zeros_like(leaf) for leaf in wanted]
+    grads = (
+        torch.autograd.grad(outputs, wanted, weights, allow_unused=True, materialize_grads=True)
+        if outputs
+        else [torch.zeros_like(leaf) for leaf in wanted]
+    )
     found = iter(grads)
     grads = [next(found) if leaf.requires_grad else None for leaf in leaves]
     dparams, dx = treedef.unflatten(grads)
@@ -167,9 +171,7 @@ def check_module(layer, module, x, *, train=True, tolerance=None, dy=None):
     working = copy.deepcopy(module)
 
     def function(params, x):
-        return torch.func.functional_call(
-            working, fn.tree.to_dotted(params), (x,)
-        )
+        return torch.func.functional_call(working, fn.tree.to_dotted(params), (x,))
 
     new_state = check_against(
         function, layer, params, x, state, train=train, tolerance=tolerance, dy=dy

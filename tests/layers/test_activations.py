@@ -60,9 +60,10 @@ PAIRS = {
 
 # The bends of all rows, both zeros, and numbers where exp and squares leave double's comfort.
 EDGES = torch.tensor(
-    [0.0, -0.0, 1.0, -1.0, -2.0, 0.5, 3.0, -3.0, 6.0, 1e-300, -1e-300, 40.0, -40.0, 200.0, -200.0, 2.0],
+    [0.0, -0.0, 1.0, -1.0, 2.0, -2.0, 3.0, -3.0, 0.5, 6.0]
+    + [1e-300, -1e-300, 40.0, -40.0, 200.0, -200.0],
     dtype=torch.float64,
-)  # fmt: skip
+)
 
 
 @pytest.mark.parametrize("name", PAIRS)
@@ -252,6 +253,12 @@ def test_activation_refuses_wrong_options(make, message):
     with pytest.raises(ValueError) as raised:  # noqa: PT011 - the whole message is compared
         make()
     assert str(raised.value) == message
+
+
+@pytest.mark.parametrize("slopes", [0, -1])
+def test_prelu_refuses_to_have_no_slopes(slopes):
+    with pytest.raises(ValueError, match=rf"^prelu: num_parameters must be .*, got {slopes}$"):
+        fn.prelu(slopes)
 
 
 @pytest.mark.parametrize("shape", [(4, 3), (), (3,)])

@@ -156,7 +156,9 @@ def written_out(x, weight, bias, stride, dilation):
     for i in range(rows):
         for j in range(columns):
             top, left = i * dilation, j * dilation
-            seen = x[:, :, top : top + stride * down : stride, left : left + stride * across : stride]
+            seen = x[
+                :, :, top : top + stride * down : stride, left : left + stride * across : stride
+            ]
             y = y + torch.einsum("bchw,oc->bohw", seen[:, :, :down, :across], weight[:, :, i, j])
     return y
 
@@ -221,31 +223,50 @@ def test_conv2d_uses_the_initializers_and_dtype_it_is_given():
     ("options", "message"),
     [
         ({"kernel_size": 0}, "conv2d: kernel_size must be one or two ints >= 1, got 0"),
-        ({"kernel_size": (3, 3, 3)}, "conv2d: kernel_size must be one or two ints >= 1, got (3, 3, 3)"),
+        (
+            {"kernel_size": (3, 3, 3)},
+            "conv2d: kernel_size must be one or two ints >= 1, got (3, 3, 3)",
+        ),
         ({"kernel_size": 3, "stride": 0}, "conv2d: stride must be one or two ints >= 1, got 0"),
         ({"kernel_size": 3, "padding": -1}, "conv2d: padding must be one or two ints >= 0, got -1"),
-        ({"kernel_size": 3, "dilation": (1, 0)}, "conv2d: dilation must be one or two ints >= 1, got (1, 0)"),
+        (
+            {"kernel_size": 3, "dilation": (1, 0)},
+            "conv2d: dilation must be one or two ints >= 1, got (1, 0)",
+        ),
         ({"kernel_size": 3, "groups": 4}, "conv2d: groups must divide out_channels, got 4, 6"),
         ({"kernel_size": 3, "groups": 0}, "conv2d: groups must divide out_channels, got 0, 6"),
-        ({"kernel_size": 3, "padding": "full"}, "conv2d: padding must be 'valid', 'same' or ints, got 'full'"),
-        ({"kernel_size": 3, "padding": "same", "stride": 2}, "conv2d: padding='same' needs stride 1, got (2, 2)"),
+        (
+            {"kernel_size": 3, "padding": "full"},
+            "conv2d: padding must be 'valid', 'same' or ints, got 'full'",
+        ),
+        (
+            {"kernel_size": 3, "padding": "same", "stride": 2},
+            "conv2d: padding='same' needs stride 1, got (2, 2)",
+        ),
         (
             {"kernel_size": 3, "padding_mode": "edge"},
             "conv2d: padding_mode must be zeros, reflect, replicate or circular, got 'edge'",
         ),
     ],
-)  # fmt: skip
+)
 def test_conv2d_refuses_wrong_options(options, message):
     with pytest.raises(ValueError) as raised:  # noqa: PT011 - the whole message is compared
         fn.conv2d(6, **options)
     assert str(raised.value) == message
 
 
+@pytest.mark.parametrize("out_channels", [0, -4])
+def test_conv2d_refuses_to_have_no_kernels_as_torch_does(out_channels):
+    with pytest.raises(ValueError, match=rf"^conv2d: out_channels must be .*, got {out_channels}$"):
+        fn.conv2d(out_channels, 3)
+
+
 PARAMS = {"weight": randn(6, 4, 3, 3), "bias": randn(6)}
 
 MISUSES = {
     "channels": (
-        PARAMS, randn(2, 3, 5, 5), ValueError, "conv2d: weight expects 4 channels, got (2, 3, 5, 5)",
+        PARAMS, randn(2, 3, 5, 5), ValueError,
+        "conv2d: weight expects 4 channels, got (2, 3, 5, 5)",
     ),
     "rank 2": (
         PARAMS, randn(4, 5), ValueError,
@@ -314,7 +335,9 @@ def test_conv2d_refuses_params_of_another_layer(wrong):
         fn.conv2d(6, 3).apply({**PARAMS, **wrong}, randn(2, 4, 5, 5))
 
 
-@pytest.mark.parametrize("dy", [(2, 6, 1, 1), (1, 6, 3, 3), (2, 1, 3, 3), (6, 3, 3), (2, 6, 4, 4), ()])
+@pytest.mark.parametrize(
+    "dy", [(2, 6, 1, 1), (1, 6, 3, 3), (2, 1, 3, 3), (6, 3, 3), (2, 6, 4, 4), ()]
+)
 @pytest.mark.parametrize("half", [{}, {"params": False}, {"x": False}])
 def test_conv2d_refuses_a_cotangent_of_another_shape_than_y(dy, half):
     _, pullback, _ = fn.conv2d(6, 3).vjp(PARAMS, randn(2, 4, 5, 5))

@@ -120,7 +120,9 @@ def test_dropout_refuses_what_is_no_probability(p):
 @pytest.mark.parametrize("train", [True, False])
 def test_dropout_refuses_integers_params_and_state(train):
     layer, x = fn.dropout(0.5), randn(4)
-    with pytest.raises(TypeError, match=r"^dropout: expects a floating-point tensor, got int64 \(3,"):
+    with pytest.raises(
+        TypeError, match=r"^dropout: expects a floating-point tensor, got int64 \(3,"
+    ):
         layer.apply({}, torch.ones(3, dtype=torch.int64), key=KEY, train=train)
     with pytest.raises(ValueError, match=r"^dropout: expects params \[\], got \['w'\]$"):
         layer.apply({"w": x}, x, key=KEY, train=train)

@@ -144,6 +144,14 @@ def test_embedding_refuses_a_padding_row_that_it_has_not(padding_idx):
         fn.embedding(7, 3, padding_idx)
 
 
+@pytest.mark.parametrize(
+    ("sizes", "name"), [((-1, 3), "num_embeddings"), ((7, -1), "embedding_dim")]
+)
+def test_embedding_refuses_a_negative_size(sizes, name):
+    with pytest.raises(ValueError, match=rf"^embedding: {name} must be >= 0, got -1$"):
+        fn.embedding(*sizes)
+
+
 @pytest.mark.parametrize("dy", [(4, 3), (5, 4, 1), (4, 5, 1), (4, 5, 2), (4, 5, 4), (20, 3), ()])
 def test_embedding_refuses_a_cotangent_of_another_shape_than_y(dy):
     layer = fn.embedding(7, 3, dtype=torch.float64)

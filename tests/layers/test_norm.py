@@ -150,7 +150,9 @@ def test_layer_norm_refuses_params_of_another_dtype_than_x():
 @pytest.mark.parametrize("dy", [(6,), (1, 6), (5, 1), (5, 7), ()])
 def test_layer_norm_refuses_a_cotangent_of_another_shape_than_y(dy):
     _, pullback, _ = fn.layer_norm().vjp(NORM6, randn(5, 6))
-    with pytest.raises(ValueError, match=r"^layer_norm: pullback expects dy of shape \(5, 6\), got"):
+    with pytest.raises(
+        ValueError, match=r"^layer_norm: pullback expects dy of shape \(5, 6\), got"
+    ):
         pullback(randn(*dy))
 
 
@@ -350,7 +352,9 @@ def test_batch_norm_refuses_one_value_a_channel_where_torch_does(shape, tracked)
         if train or not tracked:
             with pytest.raises(ValueError, match="Expected more than 1 value per channel"):
                 module.double().train(train)(x)
-            with pytest.raises(ValueError, match=r"^batch_norm: needs more than one value per chan"):
+            with pytest.raises(
+                ValueError, match=r"^batch_norm: needs more than one value per chan"
+            ):
                 layer.apply(params, x, state, train=train)
         else:
             assert layer.apply(params, x, state, train=train)[0].shape == shape
@@ -373,9 +377,11 @@ BATCH3, STATE3 = fn.batch_norm().init(fn.key(0), randn(4, 3))
         ({}, BATCH3, torch.ones(4, 3, dtype=torch.int64), STATE3, TypeError,
          "batch_norm: expects a floating-point tensor, got int64 (4, 3)"),
         ({}, BATCH3, randn(4, 3), {}, ValueError,
-         "batch_norm: expects state ['running_mean', 'running_var', 'num_batches_tracked'], got []"),
+         "batch_norm: expects state "
+         "['running_mean', 'running_var', 'num_batches_tracked'], got []"),
         ({"track_running_stats": False}, BATCH3, randn(4, 3), STATE3, ValueError,
-         "batch_norm: expects state [], got ['num_batches_tracked', 'running_mean', 'running_var']"),
+         "batch_norm: expects state [], "
+         "got ['num_batches_tracked', 'running_mean', 'running_var']"),
         ({"affine": False}, BATCH3, randn(4, 3), STATE3, ValueError,
          "batch_norm: expects params [], got ['bias', 'weight']"),
         ({}, {}, randn(4, 3), STATE3, ValueError,
@@ -401,5 +407,7 @@ def test_batch_norm_refuses_params_of_another_dtype_than_x(train):
 @pytest.mark.parametrize("dy", [(3,), (1, 3), (4, 1), (4, 4), ()])
 def test_batch_norm_refuses_a_cotangent_of_another_shape_than_y(dy, train):
     _, pullback, _ = fn.batch_norm().vjp(BATCH3, randn(4, 3), STATE3, train=train)
-    with pytest.raises(ValueError, match=r"^batch_norm: pullback expects dy of shape \(4, 3\), got"):
+    with pytest.raises(
+        ValueError, match=r"^batch_norm: pullback expects dy of shape \(4, 3\), got"
+    ):
         pullback(randn(*dy))
