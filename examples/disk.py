@@ -196,7 +196,7 @@ def draw_output(
     grid = torch.cartesian_prod(ticks, ticks)
     score = objective.score(model.apply(params, scale(grid))[0]).reshape(200, 200)
     image = axes.imshow(
-        score.T, origin="lower", extent=(0, 1, 0, 1), cmap=COLORS, vmin=0, vmax=1, alpha=0.8
+        score.T.numpy(), origin="lower", extent=(0, 1, 0, 1), cmap=COLORS, vmin=0, vmax=1, alpha=0.8
     )
     outputs, _ = model.apply(params, scale(test.points))
     wrong = test.points[mistakes(objective, outputs, test)]

@@ -75,12 +75,12 @@ class Method(NamedTuple):
 
 
 OPTIMIZERS: dict[str, Method] = {
-    "adam": Method(fn.adam, 0.005),
-    "adamw": Method(fn.adamw, 0.005),
+    "adam": Method(fn.adam, 0.003),
+    "adamw": Method(fn.adamw, 0.003),
     "rmsprop": Method(fn.rmsprop, 0.002),
     "sgd": Method(fn.sgd, 0.5),
     "sgd_momentum": Method(lambda rate: fn.sgd(rate, momentum=0.9), 0.1),
-    "signsgd": Method(fn.signsgd, 0.002),
+    "signsgd": Method(fn.signsgd, 0.0005),
 }
 
 
@@ -156,7 +156,7 @@ def train(options: argparse.Namespace, seed: int) -> Run:
 
 def draw_run(run: Run, options: argparse.Namespace, path: Path) -> None:
     figure, (data, output, curves) = plt.subplots(
-        1, 3, figsize=(13, 4.2), layout="constrained", width_ratios=(1, 1.12, 1.25)
+        1, 3, figsize=(14, 4.2), layout="constrained", width_ratios=(1.06, 1.22, 1.3)
     )
     unit_square(data, f"{POINTS} training points and the disk")
     draw_points(data, run.train_points)
@@ -165,12 +165,13 @@ def draw_run(run: Run, options: argparse.Namespace, path: Path) -> None:
     image = draw_output(
         output, run.model, LOSSES[options.loss], run.params, run.train_points, run.test_points
     )
-    figure.colorbar(image, ax=output, label="score of the disk", ticks=(0, 0.5, 1), shrink=0.85)
+    scale = output.inset_axes((1.04, 0, 0.05, 1))
+    figure.colorbar(image, cax=scale, label="score of the disk", ticks=(0, 0.5, 1))
 
     epochs = range(1, options.epochs + 1)
     curves.plot(epochs, [measured.loss for measured in run.train], label="train")
     curves.plot(epochs, [measured.loss for measured in run.test], label="test")
-    curves.set(title="Loss", xlabel="epoch", ylabel=options.loss, yscale="log")
+    curves.set(title=f"Loss ({options.loss})", xlabel="epoch", yscale="log")
     curves.grid(alpha=0.3)
     curves.legend(frameon=False)
     save(figure, path)

@@ -497,7 +497,7 @@ class Table(NamedTuple):
 
 
 TABLES = {
-    "activations": Table(activations, 100),
+    "activations": Table(activations, 200),
     "pytorch": Table(pytorch, 100),
     "losses": Table(losses, 250),
     "batch-sizes": Table(batch_sizes, 500),

@@ -210,7 +210,7 @@ def _serial(layers: Mapping[str, Layer]) -> Layer:
                 raise
             if own:
                 new_state[name] = own
-        return x, Pullback(serial_rule, pullbacks, (names, frozenset(params))), new_state
+        return x, Pullback(serial_rule, pullbacks, (names, frozenset(params)), x), new_state
 
     return with_anatomy(Layer(init, apply, vjp), _anatomy("serial", layers, _serial))
 
@@ -266,7 +266,8 @@ def side_by_side_rule(
     """Each child's pullback of its own cotangent; one common input gets the sum."""
     dparams: dict[str, Params] = {}
     dx = []
-    for name, own_dy in zip(names, _pieces(kind, "pullback", dy, names, as_dict), strict=True):
+    pieces = [dy[name] for name in names] if as_dict else dy
+    for name, own_dy in zip(names, pieces, strict=True):
         learns = params and name in learned
         try:
             dchild, own_dx = pull(residuals, name, own_dy, params=learns, x=x)
@@ -373,7 +374,7 @@ def _side_by_side(kind: str, layers: Mapping[str, Layer]) -> Layer:
         y = _collect(names, [y for y, _, _ in results], as_dict)
         pullbacks = {name: result[1] for name, result in zip(names, results, strict=True)}
         static = (kind, names, frozenset(params), as_dict)
-        return y, Pullback(side_by_side_rule, pullbacks, static), new_state
+        return y, Pullback(side_by_side_rule, pullbacks, static, y), new_state
 
     return with_anatomy(
         Layer(init, apply, vjp),
@@ -430,7 +431,8 @@ def residual(layer: Layer) -> Layer:
         train: bool = True,
     ) -> tuple[Tree, Pullback, Params]:
         y, pullback, state = _within("residual", layer.vjp, params, x, state, key=key, train=train)
-        return join(x, y), Pullback(residual_rule, {"layer": pullback}), state
+        y = join(x, y)
+        return y, Pullback(residual_rule, {"layer": pullback}, y=y), state
 
     def init(key: Tensor, x: Tree) -> tuple[Params, Params]:
         return _within("residual", layer.init, key, x)
@@ -458,13 +460,8 @@ def shared_rule(
     residuals: dict[str, Any], dy: tuple[Tree, ...], *, params: bool, x: bool
 ) -> tuple[Params | None, tuple[Tree, ...] | None]:
     """The gradients of all uses are summed."""
-    names = list(residuals)
-    if not isinstance(dy, tuple) or len(dy) != len(names):
-        raise ValueError(
-            f"shared: pullback expects a tuple of {len(names)}, got {tree.describe(dy)}"
-        )
     dparams, dx = None, []
-    for name, own_dy in zip(names, dy, strict=True):
+    for name, own_dy in zip(list(residuals), dy, strict=True):
         own_dparams, own_dx = pull(residuals, name, own_dy, params=params, x=x)
         if params:
             dparams = own_dparams if dparams is None else sum_cotangents([dparams, own_dparams])
@@ -534,7 +531,7 @@ def shared(layer: Layer) -> Layer:
                 f"shared[{use}]", layer.vjp, params, piece, state, key=own_key, train=train
             )
             y.append(own_y)
-        return tuple(y), Pullback(shared_rule, pullbacks), state
+        return tuple(y), Pullback(shared_rule, pullbacks, y=tuple(y)), state
 
     return with_anatomy(
         Layer(init, apply, vjp),

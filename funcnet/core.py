@@ -97,7 +97,9 @@ class Pullback:
             It gets a dict of its own and may empty it, to let residuals go early. It returns
             None for the half that was not asked for, and does not compute it.
         residuals: a dict from names to trees; other pullbacks may be among them.
-        static: hashable arguments of the rule.
+        static: hashable arguments of the rule. A rule that serves several layers takes the
+            layer's name first.
+        y: the output. Its shape is kept, and a ``dy`` of another is refused.
 
     >>> import funcnet as fn
     >>> y, pullback, _ = fn.tanh().vjp({}, torch.tensor([0.0, 1.0]))
@@ -105,29 +107,82 @@ class Pullback:
     Pullback(elementwise_rule, residuals=['y'], static=('tanh',))
     >>> pullback(torch.ones(2))
     ({}, tensor([1.0000, 0.4200]))
+    >>> pullback(torch.ones(()))
+    Traceback (most recent call last):
+    ...
+    ValueError: tanh: pullback expects dy of shape (2,), got float32 ()
     """
 
-    __slots__ = ("residuals", "rule", "static")
+    __slots__ = ("expected", "residuals", "rule", "static")
 
     def __init__(
         self,
         rule: Callable[..., Any],
         residuals: Mapping[str, Tree],
         static: tuple[Hashable, ...] = (),
+        y: Tree = None,
     ) -> None:
         self.rule = rule
         self.residuals = residuals
         self.static = static
+        self.expected = y.shape if type(y) is Tensor and y.is_floating_point() else _shapes(y)
 
     def __call__(self, dy: Tree, *, params: bool = True, x: bool = True) -> tuple[Tree, Tree]:
         """``(dparams, dx)``; the half that is not asked for is None and costs nothing."""
+        self._check(dy)
         return self.rule(dict(self.residuals), dy, *self.static, params=params, x=x)
+
+    def _check(self, dy: Tree) -> None:
+        expected = self.expected
+        if expected is None or (isinstance(dy, Tensor) and dy.shape == expected):
+            return
+        name = getattr(self.rule, "__name__", "").removesuffix("_rule")
+        if self.static and isinstance(self.static[0], str):
+            name = self.static[0]
+        treedef: Any
+        shapes: tuple[Any, ...]
+        treedef, shapes = expected if isinstance(expected, _Shapes) else (None, (expected,))
+        try:
+            cotangents = [dy] if treedef is None else treedef.flatten_up_to(dy)
+        except (ValueError, TypeError):
+            raise ValueError(
+                f"{name}: pullback expects a {treedef.type.__name__} "
+                f"of {treedef.num_children}, got {tree.describe(dy)}"
+            ) from None
+        for cotangent, shape in zip(cotangents, shapes, strict=True):
+            if isinstance(shape, str):
+                if cotangent is not None:
+                    raise ValueError(
+                        f"{name}: pullback expects dy None for an integer output, "
+                        f"got {tree.describe(dy)}"
+                    )
+            elif not isinstance(cotangent, Tensor) or cotangent.shape != shape:
+                raise ValueError(
+                    f"{name}: pullback expects dy of shape {tuple(shape)}, got {tree.describe(dy)}"
+                )
 
     def __repr__(self) -> str:
         rule = getattr(self.rule, "__name__", self.rule)
         return (
             f"{type(self).__name__}({rule}, residuals={list(self.residuals)}, static={self.static})"
         )
+
+
+class _Shapes(NamedTuple):
+    """The structure of an output that is not one tensor, and the shapes of its leaves."""
+
+    treedef: Any
+    shapes: tuple[Hashable, ...]
+
+
+def _shapes(y: Tree) -> Any:
+    """What a cotangent of y must be like; None if y is not known."""
+    if y is None:
+        return None
+    if isinstance(y, Tensor):
+        return y.shape if y.is_floating_point() else "integer"
+    leaves, treedef = optree.tree_flatten(y)
+    return _Shapes(treedef, tuple(_shapes(leaf) for leaf in leaves))
 
 
 class LossPullback(Pullback):
@@ -141,11 +196,14 @@ class LossPullback(Pullback):
 
 def _register(kind: type[Pullback]) -> None:
     def flatten(pullback: Any) -> tuple[Any, Any, Any]:
-        return (pullback.residuals,), (pullback.rule, pullback.static), ("residuals",)
+        metadata = (pullback.rule, pullback.static, pullback.expected)
+        return (pullback.residuals,), metadata, ("residuals",)
 
     def unflatten(metadata: Any, children: Any) -> Any:
-        (rule, static), (residuals,) = metadata, children
-        return kind(rule, residuals, static)
+        (rule, static, expected), (residuals,) = metadata, children
+        pullback = kind(rule, residuals, static)
+        pullback.expected = expected
+        return pullback
 
     optree.register_pytree_node(
         kind,  # type: ignore[arg-type]
@@ -270,7 +328,7 @@ def stateless(
     ...     def apply(params, x):
     ...         return params["scale"] * x
     ...     def vjp(params, x):
-    ...         return apply(params, x), fn.Pullback(scale_rule, {"x": x, **params})
+    ...         return apply(params, x), fn.Pullback(scale_rule, {"x": x, **params}, y=x)
     ...     return fn.stateless(init, apply, vjp)
     >>> scale()
     scale()
@@ -336,11 +394,3 @@ def check_params(name: str, params: Params, expected: tuple[str, ...]) -> None:
     """Raise ValueError unless ``params`` has just the expected names."""
     if len(params) != len(expected) or not all([entry in params for entry in expected]):
         raise ValueError(f"{name}: expects params {sorted(expected)}, got {sorted(params)}")
-
-
-def check_cotangent(name: str, dy: Tree, y: Tensor) -> None:
-    """Raise ValueError unless ``dy`` has the shape of ``y``: it must not broadcast."""
-    if not isinstance(dy, Tensor) or dy.shape != y.shape:
-        raise ValueError(
-            f"{name}: pullback expects dy of shape {tuple(y.shape)}, got {tree.describe(dy)}"
-        )

@@ -105,7 +105,7 @@ def _guard(layer: Layer) -> Layer:
         require_finite(name, "params", params)
         y, pullback, state = layer.vjp(params, x, state, key=key, train=train)
         require_finite(name, "output", y)
-        return y, Pullback(finite_rule, {"layer": pullback}, (name,)), state
+        return y, Pullback(finite_rule, {"layer": pullback}, (name,), y), state
 
     def init(key: Tensor, x: Tree) -> tuple[Params, Params]:
         return layer.init(key, x)

@@ -16,7 +16,6 @@ from funcnet.core import (
     Layer,
     Params,
     Pullback,
-    check_cotangent,
     check_floating,
     check_params,
     stateless,
@@ -102,10 +101,7 @@ def elementwise_rule(
     if not x:
         return ({} if params else None), None
     _, derivative, saves = ACTIVATIONS[name]
-    saved = residuals[saves]
-    if dy.shape != saved.shape:
-        check_cotangent(name, dy, saved)
-    return ({} if params else None), derivative(dy, saved, *options)
+    return ({} if params else None), derivative(dy, residuals[saves], *options)
 
 
 def _activation(name: str, *options: Hashable) -> Layer:
@@ -124,7 +120,7 @@ def _activation(name: str, *options: Hashable) -> Layer:
 
     def vjp(params: Params, x: Tensor) -> tuple[Tensor, Pullback]:
         y = apply(params, x)
-        return y, Pullback(elementwise_rule, {saves: y if saves == "y" else x}, static)
+        return y, Pullback(elementwise_rule, {saves: y if saves == "y" else x}, static, y)
 
     return stateless(init, apply, vjp, name=name)
 
@@ -333,9 +329,7 @@ def glu_rule(
     residuals: dict[str, Tensor], dy: Tensor, dim: int, *, params: bool, x: bool
 ) -> tuple[Params | None, Tensor | None]:
     """``da = dy s``, ``db = dy a s (1 - s)`` with ``s = sigmoid(b)``."""
-    inputs = residuals["x"]
-    check_cotangent("glu", dy, inputs.narrow(dim, 0, inputs.shape[dim] // 2))
-    return ({} if params else None), aten.glu_backward(dy, inputs, dim) if x else None
+    return ({} if params else None), aten.glu_backward(dy, residuals["x"], dim) if x else None
 
 
 def glu(dim: int = -1) -> Layer:
@@ -358,7 +352,8 @@ def glu(dim: int = -1) -> Layer:
         return F.glu(x, dim)
 
     def vjp(params: Params, x: Tensor) -> tuple[Tensor, Pullback]:
-        return apply(params, x), Pullback(glu_rule, {"x": x}, (dim,))
+        y = apply(params, x)
+        return y, Pullback(glu_rule, {"x": x}, (dim,), y)
 
     return stateless(init, apply, vjp)
 
@@ -368,7 +363,6 @@ def prelu_rule(
 ) -> tuple[Params | None, Tensor | None]:
     """``dx = dy [x > 0] + weight dy [x <= 0]``, ``dweight = sum dy x [x <= 0]`` by channel."""
     inputs, weight = residuals["x"], residuals["weight"]
-    check_cotangent("prelu", dy, inputs)
     positive = inputs > 0
     dparams = None
     if params:
@@ -423,6 +417,7 @@ def prelu(
         return F.prelu(x, weight)
 
     def vjp(params: Params, x: Tensor) -> tuple[Tensor, Pullback]:
-        return apply(params, x), Pullback(prelu_rule, {"x": x, "weight": params["weight"]})
+        y = apply(params, x)
+        return y, Pullback(prelu_rule, {"x": x, "weight": params["weight"]}, y=y)
 
     return stateless(start, apply, vjp)

@@ -185,12 +185,20 @@ def conv2d(
         channels = check_images(x)
         check_params("conv2d", params, names)
         weight = params["weight"]
+        for name in names:
+            if params[name].dtype != x.dtype:
+                raise TypeError(f"conv2d: {name} is {params[name].dtype}, x is {x.dtype}")
+        shapes = {"weight": (out_channels, *weight.shape[1:2], *kernel), "bias": (out_channels,)}
+        for name in names:
+            if params[name].shape != shapes[name]:
+                raise ValueError(
+                    f"conv2d: expects a {name} of shape {shapes[name]}, "
+                    f"got {tuple(params[name].shape)}"
+                )
         if weight.shape[1] * groups != channels:
             raise ValueError(
                 f"conv2d: weight expects {weight.shape[1] * groups} channels, got {tuple(x.shape)}"
             )
-        if x.dtype != weight.dtype:
-            raise TypeError(f"conv2d: weight is {weight.dtype}, x is {x.dtype}")
         if edges is None:
             return x
         try:
@@ -210,8 +218,7 @@ def conv2d(
 
     def vjp(params: Params, x: Tensor) -> tuple[Tensor, Pullback]:
         x = padded(params, x)
-        return convolve(params, x), Pullback(
-            conv2d_rule, {"x": x, "weight": params["weight"]}, static
-        )
+        y = convolve(params, x)
+        return y, Pullback(conv2d_rule, {"x": x, "weight": params["weight"]}, static, y)
 
     return stateless(init, apply, vjp)

@@ -10,13 +10,12 @@ from funcnet.core import (
     Layer,
     Params,
     Pullback,
-    check_cotangent,
     check_floating,
     check_params,
     refuse_state,
     with_anatomy,
 )
-from funcnet.layers.shape import identity_rule
+from funcnet.layers.shape import moves_rule
 
 
 def dropout_rule(
@@ -25,7 +24,6 @@ def dropout_rule(
     """``dx = dy scale [kept]``."""
     if not x:
         return ({} if params else None), None
-    check_cotangent("dropout", dy, residuals["kept"])
     return ({} if params else None), torch.where(residuals["kept"], dy * scale, 0.0)
 
 
@@ -89,8 +87,8 @@ def dropout(p: float = 0.5) -> Layer:
     ) -> tuple[Tensor, Pullback, Params]:
         kept = mask(params, x, state, key, train)
         if kept is None:
-            return x, Pullback(identity_rule, {}), {}
+            return x, Pullback(moves_rule, {}, ("dropout", "same"), x), {}
         y = torch.where(kept, x * scale, 0.0)
-        return y, Pullback(dropout_rule, {"kept": kept}, (scale,)), {}
+        return y, Pullback(dropout_rule, {"kept": kept}, (scale,), y), {}
 
     return with_anatomy(Layer(init, apply, vjp), Anatomy("dropout"))

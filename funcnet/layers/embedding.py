@@ -24,11 +24,6 @@ def embedding_rule(
     if not params:
         return None, None
     indices = residuals["x"]
-    if dy.shape[:-1] != indices.shape:
-        raise ValueError(
-            f"embedding: pullback expects dy of shape {(*indices.shape, '*')}, "
-            f"got {tuple(dy.shape)}"
-        )
     dweight = torch.ops.aten.embedding_dense_backward(
         dy, indices, num_embeddings, padding_idx, scale_grad_by_freq
     )
@@ -117,6 +112,7 @@ def embedding(
             ) from None
 
     def vjp(params: Params, x: Tensor) -> tuple[Tensor, Pullback]:
-        return apply(params, x), Pullback(embedding_rule, {"x": x}, static)
+        y = apply(params, x)
+        return y, Pullback(embedding_rule, {"x": x}, static, y)
 
     return stateless(init, apply, vjp)

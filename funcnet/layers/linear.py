@@ -13,24 +13,16 @@ from funcnet.random import fold_in
 
 
 def linear_rule(
-    residuals: dict[str, Tensor],
-    dy: Tensor,
-    bias: bool,
-    shape: tuple[int, ...],
-    *,
-    params: bool,
-    x: bool,
+    residuals: dict[str, Tensor], dy: Tensor, bias: bool, *, params: bool, x: bool
 ) -> tuple[Params | None, Tensor | None]:
-    """``dweight = dy^T x``, ``dbias = sum dy``, ``dx = dy weight``; ``shape`` is that of y."""
-    if dy.shape != shape:
-        raise ValueError(f"linear: pullback expects dy of shape {shape}, got {tuple(dy.shape)}")
+    """``dweight = dy^T x``, ``dbias = sum dy``, ``dx = dy weight``."""
     inputs, weight = residuals["x"], residuals["weight"]
     dparams = None
     if params:
         rows, columns = dy, inputs
         if dy.dim() != 2:
-            n = math.prod(shape[:-1])
-            rows, columns = dy.reshape(n, shape[-1]), inputs.reshape(n, inputs.shape[-1])
+            n = math.prod(dy.shape[:-1])
+            rows, columns = dy.reshape(n, dy.shape[-1]), inputs.reshape(n, inputs.shape[-1])
         dparams = {"weight": rows.t().mm(columns)}
         if bias:
             dparams["bias"] = rows.sum(0)
@@ -128,6 +120,6 @@ def linear(
     def vjp(params: Params, x: Tensor) -> tuple[Tensor, Pullback]:
         y = apply(params, x)
         residuals = {"x": x, "weight": params["weight"]}
-        return y, Pullback(linear_rule, residuals, (bias, tuple(y.shape)))
+        return y, Pullback(linear_rule, residuals, (bias,), y)
 
     return stateless(init, apply, vjp)

@@ -21,6 +21,16 @@ from funcnet.core import (
 aten = torch.ops.aten
 
 
+def check_kinds(name: str, tensors: Params, x: Tensor) -> None:
+    """Raise TypeError unless all are of x's dtype, or of float32 beside an x of half precision."""
+    dtypes = {leaf.dtype for leaf in tensors.values() if leaf.is_floating_point()}
+    half = x.dtype in (torch.float16, torch.bfloat16)
+    if dtypes <= {x.dtype} or (half and dtypes == {torch.float32}):
+        return
+    found = ", ".join(f"{entry} is {leaf.dtype}" for entry, leaf in tensors.items())
+    raise TypeError(f"{name}: {found}, x is {x.dtype}")
+
+
 def layer_norm_rule(
     residuals: dict[str, Tensor],
     dy: Tensor,
@@ -32,10 +42,6 @@ def layer_norm_rule(
 ) -> tuple[Params | None, Tensor | None]:
     """``dx = rstd (g - mean g - n mean(g n))`` with ``n = (x - mean) rstd``, ``g = dy weight``."""
     inputs = residuals["x"]
-    if dy.shape != inputs.shape:
-        raise ValueError(
-            f"layer_norm: pullback expects dy of shape {tuple(inputs.shape)}, got {tuple(dy.shape)}"
-        )
     wanted = [x, params and "weight" in names, params and "bias" in names]
     dx, dweight, dbias = aten.native_layer_norm_backward(
         dy,
@@ -110,6 +116,7 @@ def layer_norm(
                     f"layer_norm: {name} expects last dimensions {tuple(params[name].shape)}, "
                     f"got {tuple(x.shape)}"
                 )
+        check_kinds("layer_norm", params, x)
         return torch.native_layer_norm(x, shape, params.get("weight"), params.get("bias"), eps)
 
     def apply(params: Params, x: Tensor) -> Tensor:
@@ -118,7 +125,7 @@ def layer_norm(
     def vjp(params: Params, x: Tensor) -> tuple[Tensor, Pullback]:
         y, mean, rstd = normalize(params, x)
         residuals = {"x": x, "mean": mean, "rstd": rstd, **{name: params[name] for name in names}}
-        return y, Pullback(layer_norm_rule, residuals, (shape_of(x), names))
+        return y, Pullback(layer_norm_rule, residuals, (shape_of(x), names), y)
 
     return stateless(init, apply, vjp)
 
@@ -134,12 +141,10 @@ def batch_norm_rule(
     x: bool,
 ) -> tuple[Params | None, Tensor | None]:
     """By the batch's statistics layer_norm's formula by channel; else ``dx = dy weight rstd``."""
-    inputs = residuals["x"]
-    if dy.shape != inputs.shape:
-        raise ValueError(
-            f"batch_norm: pullback expects dy of shape {tuple(inputs.shape)}, got {tuple(dy.shape)}"
-        )
-    mean, spread = residuals["mean"], residuals["spread"]
+    inputs, mean, spread = residuals["x"], residuals["mean"], residuals["spread"]
+    if inputs.numel() == 0:
+        zeros = {name: torch.zeros_like(mean) for name in ("weight", "bias") if affine}
+        return zeros if params else None, dy if x else None
     # Without by_batch the kernel reads the running statistics alone, but vmap's rule for it wants
     # the saved ones to be there.
     running = (None, None) if by_batch else (mean, spread)
@@ -216,7 +221,8 @@ def batch_norm(
                     f"batch_norm: {name} expects {value.shape[0]} channels in dimension 1, "
                     f"got {tuple(x.shape)}"
                 )
-        if by_batch and x.numel() == x.shape[1]:
+        check_kinds("batch_norm", {**params, **state}, x)
+        if by_batch and x.numel() == x.shape[1] > 0:
             raise ValueError(
                 f"batch_norm: needs more than one value per channel when train=True, "
                 f"got {tuple(x.shape)}"
@@ -249,19 +255,23 @@ def batch_norm(
         by_batch = train or not track_running_stats
         check(params, x, state, by_batch)
         weight, bias = params.get("weight"), params.get("bias")
+        if x.numel() == 0:  # the kernel divides by the number of values
+            zeros = params["weight"] if affine else x.new_zeros(x.shape[1])
+            if by_batch and track_running_stats:
+                seen = state["num_batches_tracked"] + 1
+                state = {**state, "num_batches_tracked": seen}
+            return x.clone(), zeros, zeros, by_batch, state
         if not by_batch:
             mean, spread = state["running_mean"], state["running_var"]
             y = torch.native_batch_norm(x, weight, bias, mean, spread, False, 0.0, eps)[0]
             return y, mean, spread, False, state
         y, mean, spread = torch.native_batch_norm(x, weight, bias, None, None, True, 0.0, eps)
         if track_running_stats:
-            state = updated(state, mean, spread, x.numel() // x.shape[1] if x.numel() else 0)
+            state = updated(state, mean, spread, x.numel() // x.shape[1])
         return y, mean, spread, True, state
 
     def updated(state: Params, mean: Tensor, rstd: Tensor, count: int) -> Params:
         seen = state["num_batches_tracked"] + 1
-        if count == 0:  # an empty batch has no statistics
-            return {**state, "num_batches_tracked": seen}
         running_mean, running_var = state["running_mean"], state["running_var"]
         var = (rstd.square().reciprocal() - eps).clamp(min=0.0) * (count / max(count - 1, 1))
         rate = momentum if momentum is not None else seen.to(running_mean.dtype).reciprocal()
@@ -294,6 +304,6 @@ def batch_norm(
         residuals = {"x": x, "mean": mean, "spread": spread}
         if affine:
             residuals["weight"] = params["weight"]
-        return y, Pullback(batch_norm_rule, residuals, (by_batch, eps, affine)), state
+        return y, Pullback(batch_norm_rule, residuals, (by_batch, eps, affine), y), state
 
     return with_anatomy(Layer(init, apply, vjp), Anatomy("batch_norm", takes_key=False))

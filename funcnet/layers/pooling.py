@@ -21,11 +21,6 @@ def max_pool2d_rule(
         return ({} if params else None), None
     values = dy[0] if isinstance(dy, tuple) else dy
     indices = residuals["indices"]
-    if values.shape != indices.shape:
-        raise ValueError(
-            f"max_pool2d: pullback expects dy of shape {tuple(indices.shape)}, "
-            f"got {tuple(values.shape)}"
-        )
     height, width = shape[-2:]
     flat = torch.zeros((*shape[:-2], height * width), dtype=values.dtype, device=values.device)
     dx = flat.scatter_add(-1, indices.flatten(-2), values.flatten(-2))
@@ -83,7 +78,7 @@ def max_pool2d(
 
     def vjp(params: Params, x: Tensor) -> tuple[Tensor | tuple[Tensor, Tensor], Pullback]:
         y, indices = pool(params, x)
-        pullback = Pullback(max_pool2d_rule, {"indices": indices}, (tuple(x.shape),))
-        return ((y, indices) if return_indices else y), pullback
+        result = (y, indices) if return_indices else y
+        return result, Pullback(max_pool2d_rule, {"indices": indices}, (tuple(x.shape),), result)
 
     return stateless(lambda key, x: {}, apply, vjp, name="max_pool2d")

@@ -11,32 +11,61 @@ from funcnet import tree
 from funcnet.core import Layer, Params, Pullback, check_params, stateless
 
 
+def _place_back(dy: Tensor, shape: tuple[int, ...], dim: int, start: int, size: int) -> Tensor:
+    """Zeros of a shape, with dy where ``size`` slices along ``dim`` were taken from ``start``."""
+    dim %= len(shape)
+    taken = dy.reshape(*shape[:dim], size, *shape[dim + 1 :])
+    padding = [0, 0] * (len(shape) - 1 - dim) + [start, shape[dim] - start - size]
+    return torch.constant_pad_nd(taken, padding)
+
+
+def _cut(dy: Tensor, sizes: tuple[int, ...], dim: int) -> tuple[Tensor, ...]:
+    """The pieces of dy, of the given sizes."""
+    starts = accumulate(sizes[:-1], initial=0)
+    return tuple(dy.narrow(dim, start, size) for start, size in zip(starts, sizes, strict=True))
+
+
+# The ways back, by name: dx from dy and static arguments.
+MOVES: dict[str, Callable[..., Any]] = {
+    "same": lambda dy: dy,
+    "reshape": lambda dy, shape: dy.reshape(shape),
+    "permute": lambda dy, dims: dy.permute(dims),
+    "place back": _place_back,
+    "join": lambda dy, dim: torch.cat(dy, dim),
+    "cut": _cut,
+}
+
+
+def moves_rule(
+    residuals: dict[str, Any], dy: Any, name: str, way: str, *static: Any, params: bool, x: bool
+) -> tuple[Params | None, Any]:
+    """``dx = MOVES[way](dy, *static)``; None for integers, which have no cotangent."""
+    moved = None
+    if x and any(leaf is not None for leaf in (dy if isinstance(dy, tuple) else (dy,))):
+        moved = MOVES[way](dy, *static)
+    return ({} if params else None), moved
+
+
 def _moves(
     name: str,
     apply: Callable[[Any], Any],
-    rule: Callable[..., Any],
+    way: str,
     static_of: Callable[[Any], tuple[Any, ...]],
 ) -> Layer:
-    """A layer without parameters and residuals, whose rule knows all from static arguments."""
+    """A layer without parameters and residuals, whose way back knows all from static arguments."""
 
     def lifted_apply(params: Params, x: Any) -> Any:
         check_params(name, params, ())
         try:
             return apply(x)
-        except (RuntimeError, IndexError, AttributeError) as error:
+        except (RuntimeError, IndexError, AttributeError, ZeroDivisionError) as error:
             raise ValueError(f"{name}: does not fit {tree.describe(x)}: {error}") from None
 
     def vjp(params: Params, x: Any) -> tuple[Any, Pullback]:
-        return lifted_apply(params, x), Pullback(rule, {}, static_of(x))
+        y = lifted_apply(params, x)
+        return y, Pullback(moves_rule, {}, (name, way, *static_of(x)), y)
 
     return stateless(lambda key, x: {}, lifted_apply, vjp, name=name)
-
-
-def identity_rule(
-    residuals: dict[str, Any], dy: Any, *, params: bool, x: bool
-) -> tuple[Params | None, Any]:
-    """``dx = dy``."""
-    return ({} if params else None), dy if x else None
 
 
 def identity() -> Layer:
@@ -45,14 +74,7 @@ def identity() -> Layer:
     >>> identity().apply({}, torch.ones(2))[0]
     tensor([1., 1.])
     """
-    return _moves("identity", lambda x: x, identity_rule, lambda x: ())
-
-
-def reshape_rule(
-    residuals: dict[str, Any], dy: Tensor, shape: tuple[int, ...], *, params: bool, x: bool
-) -> tuple[Params | None, Tensor | None]:
-    """dx is dy in the shape of x."""
-    return ({} if params else None), dy.reshape(shape) if x else None
+    return _moves("identity", lambda x: x, "same", lambda x: ())
 
 
 def _shape_of(x: Tensor) -> tuple[Any, ...]:
@@ -65,7 +87,7 @@ def flatten(start_dim: int = 1, end_dim: int = -1) -> Layer:
     >>> flatten().apply({}, torch.ones(5, 2, 3))[0].shape
     torch.Size([5, 6])
     """
-    return _moves("flatten", lambda x: x.flatten(start_dim, end_dim), reshape_rule, _shape_of)
+    return _moves("flatten", lambda x: x.flatten(start_dim, end_dim), "reshape", _shape_of)
 
 
 def unflatten(dim: int, unflattened_size: Sequence[int]) -> Layer:
@@ -75,7 +97,7 @@ def unflatten(dim: int, unflattened_size: Sequence[int]) -> Layer:
     torch.Size([5, 2, 3])
     """
     sizes = tuple(unflattened_size)
-    return _moves("unflatten", lambda x: x.unflatten(dim, sizes), reshape_rule, _shape_of)
+    return _moves("unflatten", lambda x: x.unflatten(dim, sizes), "reshape", _shape_of)
 
 
 def reshape(*shape: int) -> Layer:
@@ -86,14 +108,7 @@ def reshape(*shape: int) -> Layer:
     >>> reshape(-1, 1, 2, 3).apply({}, torch.ones(5, 6))[0].shape
     torch.Size([5, 1, 2, 3])
     """
-    return _moves("reshape", lambda x: x.reshape(shape), reshape_rule, _shape_of)
-
-
-def permute_rule(
-    residuals: dict[str, Any], dy: Tensor, inverse: tuple[int, ...], *, params: bool, x: bool
-) -> tuple[Params | None, Tensor | None]:
-    """dx is dy with its dimensions in the old order."""
-    return ({} if params else None), dy.permute(inverse) if x else None
+    return _moves("reshape", lambda x: x.reshape(shape), "reshape", _shape_of)
 
 
 def permute(*dims: int) -> Layer:
@@ -106,27 +121,7 @@ def permute(*dims: int) -> Layer:
     if sorted(ordered) != list(range(len(dims))):
         raise ValueError(f"permute: expects every dimension once, got {dims}")
     inverse = tuple(ordered.index(dim) for dim in range(len(dims)))
-    return _moves("permute", lambda x: x.permute(dims), permute_rule, lambda x: (inverse,))
-
-
-def select_rule(
-    residuals: dict[str, Any],
-    dy: Tensor,
-    shape: tuple[int, ...],
-    dim: int,
-    start: int,
-    size: int,
-    *,
-    params: bool,
-    x: bool,
-) -> tuple[Params | None, Tensor | None]:
-    """dx is dy where x was taken from, and 0 elsewhere."""
-    if not x:
-        return ({} if params else None), None
-    dim %= len(shape)
-    taken = dy.reshape(*shape[:dim], size, *shape[dim + 1 :])
-    padding = [0, 0] * (len(shape) - 1 - dim) + [start, shape[dim] - start - size]
-    return ({} if params else None), torch.constant_pad_nd(taken, padding)
+    return _moves("permute", lambda x: x.permute(dims), "permute", lambda x: (inverse,))
 
 
 def select(index: int | slice, dim: int = -1) -> Layer:
@@ -155,14 +150,7 @@ def select(index: int | slice, dim: int = -1) -> Layer:
             return x.select(dim, index)
         return x.narrow(dim, *extent(x))
 
-    return _moves("select", apply, select_rule, lambda x: (tuple(x.shape), dim, *extent(x)))
-
-
-def split_rule(
-    residuals: dict[str, Any], dy: tuple[Tensor, ...], dim: int, *, params: bool, x: bool
-) -> tuple[Params | None, Tensor | None]:
-    """dx is the concatenation of the dy."""
-    return ({} if params else None), torch.cat(dy, dim) if x else None
+    return _moves("select", apply, "place back", lambda x: (tuple(x.shape), dim, *extent(x)))
 
 
 def split(split_size_or_sections: int | Sequence[int], dim: int = -1) -> Layer:
@@ -174,24 +162,7 @@ def split(split_size_or_sections: int | Sequence[int], dim: int = -1) -> Layer:
     sizes = split_size_or_sections
     if not isinstance(sizes, int):
         sizes = list(sizes)
-    return _moves("split", lambda x: tuple(x.split(sizes, dim)), split_rule, lambda x: (dim,))
-
-
-def concat_rule(
-    residuals: dict[str, Any],
-    dy: Tensor,
-    sizes: tuple[int, ...],
-    dim: int,
-    *,
-    params: bool,
-    x: bool,
-) -> tuple[Params | None, tuple[Tensor, ...] | None]:
-    """dx is the pieces of dy."""
-    if not x:
-        return ({} if params else None), None
-    starts = accumulate(sizes[:-1], initial=0)
-    pieces = tuple(dy.narrow(dim, start, size) for start, size in zip(starts, sizes, strict=True))
-    return ({} if params else None), pieces
+    return _moves("split", lambda x: tuple(x.split(sizes, dim)), "join", lambda x: (dim,))
 
 
 def concat(dim: int = -1) -> Layer:
@@ -206,6 +177,4 @@ def concat(dim: int = -1) -> Layer:
             raise TypeError(f"concat: expects a tuple of tensors, got {tree.describe(x)}")
         return torch.cat(x, dim)
 
-    return _moves(
-        "concat", apply, concat_rule, lambda x: (tuple(part.shape[dim] for part in x), dim)
-    )
+    return _moves("concat", apply, "cut", lambda x: (tuple(part.shape[dim] for part in x), dim))

@@ -12,7 +12,6 @@ from funcnet.core import (
     Params,
     Pullback,
     Tree,
-    check_cotangent,
     check_params,
     stateless,
     sum_cotangents,
@@ -20,11 +19,9 @@ from funcnet.core import (
 
 
 def fan_out_rule(
-    residuals: dict[str, Any], dy: tuple[Tree, ...], n: int, *, params: bool, x: bool
+    residuals: dict[str, Any], dy: tuple[Tree, ...], *, params: bool, x: bool
 ) -> tuple[Params | None, Tree]:
     """dx is the sum of the dy."""
-    if not isinstance(dy, tuple) or len(dy) != n:
-        raise ValueError(f"fan_out: pullback expects a tuple of {n}, got {tree.describe(dy)}")
     return ({} if params else None), sum_cotangents(list(dy)) if x else None
 
 
@@ -42,7 +39,8 @@ def fan_out(n: int) -> Layer:
         return (x,) * n
 
     def vjp(params: Params, x: Tree) -> tuple[tuple[Tree, ...], Pullback]:
-        return apply(params, x), Pullback(fan_out_rule, {}, (n,))
+        y = apply(params, x)
+        return y, Pullback(fan_out_rule, {}, y=y)
 
     return stateless(lambda key, x: {}, apply, vjp, name="fan_out")
 
@@ -74,7 +72,8 @@ def add() -> Layer:
         return reduce(torch.add, x)
 
     def vjp(params: Params, x: tuple[Tensor, ...]) -> tuple[Tensor, Pullback]:
-        return apply(params, x), Pullback(add_rule, {}, (len(x),))
+        y = apply(params, x)
+        return y, Pullback(add_rule, {}, (len(x),), y)
 
     return stateless(lambda key, x: {}, apply, vjp, name="add")
 
@@ -86,7 +85,6 @@ def multiply_rule(
     if not x:
         return ({} if params else None), None
     factors = residuals["x"]
-    check_cotangent("multiply", dy, factors[0])
     dx = [
         reduce(torch.mul, factors[:place] + factors[place + 1 :], dy)
         for place in range(len(factors))
@@ -107,6 +105,7 @@ def multiply() -> Layer:
         return reduce(torch.mul, x)
 
     def vjp(params: Params, x: tuple[Tensor, ...]) -> tuple[Tensor, Pullback]:
-        return apply(params, x), Pullback(multiply_rule, {"x": x})
+        y = apply(params, x)
+        return y, Pullback(multiply_rule, {"x": x}, y=y)
 
     return stateless(lambda key, x: {}, apply, vjp, name="multiply")

@@ -1,0 +1,244 @@
+"""The programs of ``examples/``: each runs as a user runs it, and its parts do what they say."""
+
+import importlib.util
+import math
+import os
+import re
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from types import ModuleType
+
+import pytest
+import torch
+
+import funcnet as fn
+
+EXAMPLES = Path(__file__).parents[2] / "examples"
+
+OPTIONS = {
+    "disk_classifier": (
+        "--seed",
+        "--seeds",
+        "--epochs",
+        "--batch-size",
+        "--optimizer",
+        "--lr",
+        "--activation",
+        "--loss",
+        "--output",
+    ),
+    "custom_loop": ("--seed", "--epochs"),
+    "report_tables": ("--table", "--seeds", "--epochs", "--output"),
+}
+
+
+def run(program: str, *arguments: object) -> subprocess.CompletedProcess[str]:
+    """Run an example in a process of its own, with warnings as errors."""
+    return subprocess.run(
+        [sys.executable, "-W", "error", EXAMPLES / f"{program}.py", *map(str, arguments)],
+        capture_output=True,
+        text=True,
+        # Progress bars and argparse print what UTF-8 alone can encode, in 80 columns.
+        env={**os.environ, "MPLBACKEND": "Agg", "PYTHONIOENCODING": "utf-8", "COLUMNS": "80"},
+        check=False,
+    )
+
+
+def output_of(program: str, *arguments: object) -> str:
+    """What a run prints that must succeed."""
+    done = run(program, *arguments)
+    assert done.returncode == 0, done.stderr
+    return done.stdout
+
+
+def is_png(path: Path) -> bool:
+    content = path.read_bytes()
+    return content.startswith(b"\x89PNG\r\n\x1a\n") and b"IEND" in content[-12:]
+
+
+@pytest.fixture(scope="module")
+def disk() -> Iterator[ModuleType]:
+    spec = importlib.util.spec_from_file_location("disk", EXAMPLES / "disk.py")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    threads = torch.get_num_threads()
+    module.one_thread()
+    yield module
+    torch.set_num_threads(threads)
+
+
+# --- the programs ------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("program", OPTIONS)
+def test_help_lists_every_option(program: str) -> None:
+    listed = set(re.findall(r"^  (?:-h, )?(--[\w-]+)", output_of(program, "--help"), re.MULTILINE))
+    assert listed == {"--help", *OPTIONS[program]}
+
+
+def test_disk_classifier_prints_errors_and_draws(tmp_path: Path) -> None:
+    figure = tmp_path / "made" / "disk.png"
+    done = run("disk_classifier", "--seeds", 2, "--epochs", 2, "--output", figure)
+    assert done.returncode == 0, done.stderr
+    line = r"seed {}: train loss 0\.\d+, error \d+\.\d\d%; test loss 0\.\d+, error \d+\.\d\d%\n"
+    mean = r"mean test error of 2 seeds: \d+\.\d\d% \(standard deviation \d+\.\d\d%\)\n"
+    assert re.match(line.format(0) + line.format(1) + mean, done.stdout)
+    assert "2/2" in done.stderr  # the progress bar
+    assert is_png(figure)
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        ("--optimizer", "sgd_momentum", "--loss", "mse", "--activation", "tanh", "--lr", 0.05),
+        ("--optimizer", "rmsprop", "--loss", "mae", "--batch-size", 300, "--seed", 7),
+    ],
+)
+def test_disk_classifier_takes_other_settings(options: tuple[object, ...], tmp_path: Path) -> None:
+    figure = tmp_path / "disk.png"
+    seed = 7 if "--seed" in options else 0
+    printed = output_of("disk_classifier", *options, "--epochs", 1, "--output", figure)
+    assert printed.startswith(f"seed {seed}: train loss")
+    assert is_png(figure)
+
+
+def test_disk_classifier_learns(tmp_path: Path) -> None:
+    printed = output_of("disk_classifier", "--epochs", 25, "--output", tmp_path / "disk.png")
+    error = float(re.search(r"test loss [\d.]+, error ([\d.]+)%", printed)[1])
+    assert error <= 3
+
+
+@pytest.mark.parametrize(
+    ("program", "arguments"),
+    [
+        ("disk_classifier", ("--epochs", 0)),
+        ("report_tables", ()),
+    ],
+)
+def test_wrong_options_are_refused(program: str, arguments: tuple[object, ...]) -> None:
+    done = run(program, *arguments)
+    assert done.returncode == 2
+    assert "error:" in done.stderr
+
+
+def test_custom_loop_prints_losses_and_error() -> None:
+    printed = output_of("custom_loop", "--epochs", 2)
+    assert re.fullmatch(
+        r"epoch 1: loss 0\.\d+\nepoch 2: loss 0\.\d+\ntest error \d+\.\d\d%\n", printed
+    )
+
+
+@pytest.mark.parametrize(
+    ("table", "figure", "rows"),
+    [
+        ("activations", "activations.png", ("MSE   0.01 ", "MAE   0.1 ")),
+        ("pytorch", "pytorch.png", ("ReLU ", "LeakyReLU ", "  report ")),
+        ("losses", "losses.png", ("MSE_SGD ", "BCE_Adam ", "WS_MSE_Adam ", "  report ")),
+        ("batch-sizes", "batch_sizes.png", ("100    ReLU ", "200    Tanh ", "         report ")),
+    ],
+)
+def test_report_table_is_printed_and_drawn(
+    table: str, figure: str, rows: tuple[str, ...], tmp_path: Path
+) -> None:
+    printed = output_of(
+        "report_tables", "--table", table, "--seeds", 1, "--epochs", 1, "--output", tmp_path
+    )
+    lines = printed.splitlines()
+    for row in rows:
+        assert any(line.startswith(row) for line in lines), (row, printed)
+    assert re.search(r"\bpass\b|\bFAIL\b", printed)
+    assert " ± " in printed
+    assert is_png(tmp_path / figure)
+    if table == "pytorch":
+        for net in ("ReLU", "LeakyReLU"):
+            row = next(line for line in lines if line.startswith(net + " "))
+            assert row.endswith("pass"), f"parameters differ from PyTorch's: {row}"
+
+
+# --- their parts -------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(("label", "share"), [("in_disk", 0.5), ("out_of_annulus", 0.34)])
+def test_share_of_label_one_is_its_area(disk: ModuleType, label: str, share: float) -> None:
+    data = disk.draw(fn.key(0), 100_000, getattr(disk, label))
+    assert data.points.shape == (100_000, 2)
+    assert data.labels.dtype == torch.int64
+    assert data.labels.float().mean().item() == pytest.approx(share, abs=0.01)
+
+
+def test_boundary_of_the_disk(disk: ModuleType) -> None:
+    radius = 1 / math.sqrt(2 * math.pi)
+    for angle in range(0, 360, 15):
+        way = torch.tensor([math.cos(math.radians(angle)), math.sin(math.radians(angle))])
+        points = 0.5 + torch.outer(torch.tensor([0.0, radius - 1e-4, radius + 1e-4]), way)
+        assert disk.in_disk(points).tolist() == [1, 1, 0]
+
+
+def test_boundaries_of_the_annulus(disk: ModuleType) -> None:
+    inner = 1 / math.sqrt(2 * math.pi)
+    radii = torch.tensor([0.0, inner - 1e-4, inner + 1e-4, 1 - 1e-4, 1 + 1e-4])
+    for angle in range(0, 91, 15):
+        way = torch.tensor([math.cos(math.radians(angle)), math.sin(math.radians(angle))])
+        assert disk.out_of_annulus(torch.outer(radii, way)).tolist() == [1, 1, 0, 0, 1]
+
+
+def test_data_are_a_function_of_the_key(disk: ModuleType) -> None:
+    first, again = (disk.draw(fn.key(3), 50) for _ in range(2))
+    other = disk.draw(fn.key(4), 50)
+    assert torch.equal(first.points, again.points)
+    assert torch.equal(first.labels, again.labels)
+    assert not torch.equal(first.points, other.points)
+    assert ((first.points >= 0) & (first.points < 1)).all()
+
+
+def test_standardized_uses_the_training_points_alone(disk: ModuleType) -> None:
+    train, test = disk.draw(fn.key(0), 1000), disk.draw(fn.key(1), 10)
+    scaled, scaled_test = disk.standardized(train, test)
+    assert torch.allclose(scaled.points.mean(0), torch.zeros(2), atol=1e-5)
+    assert torch.allclose(scaled.points.std(0), torch.ones(2), atol=1e-5)
+    back = scaled_test.points * train.points.std(0) + train.points.mean(0)
+    assert torch.allclose(back, test.points, atol=1e-5)
+    assert torch.equal(scaled_test.labels, test.labels)
+
+
+def test_an_epoch_has_every_example_once_in_an_order_of_the_key(disk: ModuleType) -> None:
+    x = torch.arange(10.0)
+    batches = list(disk.shuffled(fn.key(0), x, -x, 4))
+    assert [len(part) for part, _ in batches] == [4, 4, 2]
+    assert all(torch.equal(part, -target) for part, target in batches)
+    order = torch.cat([part for part, _ in batches])
+    assert torch.equal(order.sort().values, x)
+    again = torch.cat([part for part, _ in disk.shuffled(fn.key(0), x, -x, 4)])
+    other = torch.cat([part for part, _ in disk.shuffled(fn.key(1), x, -x, 4)])
+    assert torch.equal(order, again)
+    assert not torch.equal(order, other)
+
+
+def test_linear_decay_ends_at_zero(disk: ModuleType) -> None:
+    steps = disk.steps_in(1000, 300, 5)
+    assert steps == 20
+    rate = disk.linear_decay(0.5, steps)
+    assert [rate(torch.tensor(step)).item() for step in (0, 10, 20)] == [0.5, 0.25, 0.0]
+
+
+def test_training_is_a_function_of_the_key(disk: ModuleType) -> None:
+    objective = disk.Objective(fn.mse(), 2, disk.one_hot, disk.margin_score)
+    (train,) = disk.standardized(disk.draw(fn.key(0), 40))
+
+    def trained(seed: int) -> list[torch.Tensor]:
+        *_, state = disk.fit(
+            disk.mlp(fn.tanh(), 2),
+            objective,
+            fn.sgd(0.1),
+            train,
+            fn.key(seed),
+            epochs=2,
+            batch_size=10,
+        )
+        assert state.step.item() == 8
+        return fn.tree.leaves(state.params)
+
+    assert all(map(torch.equal, trained(0), trained(0)))
+    assert not any(map(torch.equal, trained(0), trained(1)))
