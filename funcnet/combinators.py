@@ -63,6 +63,8 @@ def _named(parent: str, layers: tuple[Layer, ...], named: Mapping[str, Layer]) -
 
 
 def _check_names(parent: str, what: str, found: Params, children: Mapping[str, Layer]) -> None:
+    if not isinstance(found, Mapping):
+        raise TypeError(f"{parent}: expects a dict of {what}, got {tree.describe(found)}")
     if not found.keys() <= children.keys():
         extra = sorted(found.keys() - children.keys())
         raise ValueError(f"{parent}: {what} has {extra}, but the layers are {list(children)}")
@@ -386,7 +388,7 @@ def residual_rule(
     residuals: dict[str, Any], dy: Tree, *, params: bool, x: bool
 ) -> tuple[Params | None, Tree]:
     """``dx = dy + df``."""
-    dparams, dx = pull(residuals, "layer", dy, params=params, x=x)
+    dparams, dx = _within("residual", pull, residuals, "layer", dy, params=params, x=x)
     return dparams, sum_cotangents([dy, dx]) if x else None
 
 
@@ -462,7 +464,9 @@ def shared_rule(
     """The gradients of all uses are summed."""
     dparams, dx = None, []
     for name, own_dy in zip(list(residuals), dy, strict=True):
-        own_dparams, own_dx = pull(residuals, name, own_dy, params=params, x=x)
+        own_dparams, own_dx = _within(
+            f"shared[{name}]", pull, residuals, name, own_dy, params=params, x=x
+        )
         if params:
             dparams = own_dparams if dparams is None else sum_cotangents([dparams, own_dparams])
         dx.append(own_dx)

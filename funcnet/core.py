@@ -110,7 +110,7 @@ class Pullback:
     >>> pullback(torch.ones(()))
     Traceback (most recent call last):
     ...
-    ValueError: tanh: pullback expects dy of shape (2,), got float32 ()
+    ValueError: tanh: pullback expects dy of shape (2,), got ()
     """
 
     __slots__ = ("expected", "residuals", "rule", "static")
@@ -140,7 +140,7 @@ class Pullback:
         if self.static and isinstance(self.static[0], str):
             name = self.static[0]
         treedef: Any
-        shapes: tuple[Any, ...]
+        shapes: Any
         treedef, shapes = expected if isinstance(expected, _Shapes) else (None, (expected,))
         try:
             cotangents = [dy] if treedef is None else treedef.flatten_up_to(dy)
@@ -157,9 +157,8 @@ class Pullback:
                         f"got {tree.describe(dy)}"
                     )
             elif not isinstance(cotangent, Tensor) or cotangent.shape != shape:
-                raise ValueError(
-                    f"{name}: pullback expects dy of shape {tuple(shape)}, got {tree.describe(dy)}"
-                )
+                got = tuple(dy.shape) if isinstance(dy, Tensor) else tree.describe(dy)
+                raise ValueError(f"{name}: pullback expects dy of shape {tuple(shape)}, got {got}")
 
     def __repr__(self) -> str:
         rule = getattr(self.rule, "__name__", self.rule)
@@ -392,5 +391,7 @@ def check_floating(name: str, x: Tree) -> None:
 
 def check_params(name: str, params: Params, expected: tuple[str, ...]) -> None:
     """Raise ValueError unless ``params`` has just the expected names."""
+    if not isinstance(params, Mapping):
+        raise TypeError(f"{name}: expects a dict of params, got {tree.describe(params)}")
     if len(params) != len(expected) or not all([entry in params for entry in expected]):
         raise ValueError(f"{name}: expects params {sorted(expected)}, got {sorted(params)}")

@@ -58,7 +58,7 @@ def uniform(low: float = 0.0, high: float = 1.0) -> Initializer:
     def initialize(
         key: Tensor, shape: tuple[int, ...], dtype: torch.dtype, device: torch.device
     ) -> Tensor:
-        return random.uniform(key, shape, dtype, low, high, device=device)
+        return random.uniform(key, shape, _exact(dtype), low, high, device=device).to(dtype)
 
     return initialize
 
@@ -74,7 +74,8 @@ def normal(mean: float = 0.0, std: float = 1.0) -> Initializer:
     def initialize(
         key: Tensor, shape: tuple[int, ...], dtype: torch.dtype, device: torch.device
     ) -> Tensor:
-        return random.normal(key, shape, dtype, device=device).mul_(std).add_(mean)
+        unit = random.normal(key, shape, _exact(dtype), device=device)
+        return unit.mul_(std).add_(mean).to(dtype)
 
     return initialize
 
@@ -97,8 +98,8 @@ def truncated_normal(
         key: Tensor, shape: tuple[int, ...], dtype: torch.dtype, device: torch.device
     ) -> Tensor:
         lower, upper = (low - mean) / std, (high - mean) / std
-        unit = random.truncated_normal(key, lower, upper, shape, dtype, device=device)
-        return unit.mul_(std).add_(mean).clamp_(low, high)
+        unit = random.truncated_normal(key, lower, upper, shape, _exact(dtype), device=device)
+        return unit.mul_(std).add_(mean).clamp_(low, high).to(dtype)
 
     return initialize
 
@@ -237,10 +238,8 @@ def orthogonal(gain: float = 1.0) -> Initializer:
         if len(shape) < 2:
             raise ValueError(f"orthogonal: expects at least two dimensions, got shape {shape}")
         rows, columns = shape[0], math.prod(shape[1:])
-        # LAPACK has no half precision.
-        exact = dtype if dtype in (torch.float32, torch.float64) else torch.float32
         tall = (max(rows, columns), min(rows, columns))
-        q, r = torch.linalg.qr(random.normal(key, tall, exact, device=device))
+        q, r = torch.linalg.qr(random.normal(key, tall, _exact(dtype), device=device))
         # With the signs of r's diagonal, q is uniform over the orthogonal matrices.
         q = q * torch.sign(torch.diagonal(r))
         matrix = q if rows >= columns else q.mT
@@ -271,7 +270,8 @@ def gain(nonlinearity: str, param: float | None = None) -> float:
     if nonlinearity == "leaky_relu":
         return math.sqrt(2.0 / (1.0 + (0.01 if param is None else param) ** 2))
     gains = {"tanh": 5.0 / 3.0, "relu": math.sqrt(2.0), "selu": 0.75}
-    gains |= dict.fromkeys(("linear", "conv1d", "conv2d", "conv3d", "sigmoid"), 1.0)
+    linear = ("linear", *(f"conv{kind}{n}d" for kind in ("", "_transpose") for n in (1, 2, 3)))
+    gains |= dict.fromkeys((*linear, "sigmoid"), 1.0)
     if nonlinearity not in gains:
         raise ValueError(
             f"gain: expects one of {sorted([*gains, 'leaky_relu'])}, got {nonlinearity!r}"
@@ -289,6 +289,11 @@ def fans(shape: tuple[int, ...]) -> tuple[int, int]:
         raise ValueError(f"fan_in and fan_out need at least two dimensions, got shape {shape}")
     kernel = math.prod(shape[2:])
     return shape[1] * kernel, shape[0] * kernel
+
+
+def _exact(dtype: torch.dtype) -> torch.dtype:
+    """The dtype to draw in: half precision has too few numbers, and LAPACK lacks it."""
+    return torch.float64 if dtype == torch.float64 else torch.float32
 
 
 def _check_std(name: str, std: float) -> None:

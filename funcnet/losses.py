@@ -73,8 +73,10 @@ def pointwise_rule(
     return derivative * _scaled(dvalue, _count(prediction, reduction))
 
 
-def _scaled(dvalue: Tensor | float, count: float) -> Tensor | float:
-    """``dvalue / count``; over an empty batch 0, since there is nothing to multiply."""
+def _scaled(dvalue: Tensor | float, count: Tensor | float) -> Tensor | float:
+    """``dvalue / count``, and 0 where nothing counts."""
+    if isinstance(count, Tensor):
+        return torch.where(count == 0, 0.0, dvalue / count)
     return dvalue / count if count else 0.0
 
 
@@ -126,6 +128,19 @@ def _check_pair(name: str, prediction: Tensor, target: Tensor) -> None:
         )
 
 
+def _check_weight(name: str, option: str, weight: Tensor, prediction: Tensor) -> None:
+    shape = prediction.shape
+    try:
+        fits = torch.broadcast_shapes(weight.shape, shape) == shape
+    except RuntimeError:
+        fits = False
+    if not fits:
+        raise ValueError(
+            f"{name}: expects a {option} that broadcasts to the prediction's shape "
+            f"{tuple(shape)}, got {tuple(weight.shape)}"
+        )
+
+
 def _pointwise(
     name: str,
     reduction: str,
@@ -138,6 +153,8 @@ def _pointwise(
 
     def apply(prediction: Tensor, target: Tensor) -> Tensor:
         _check_pair(name, prediction, target)
+        if weight is not None:
+            _check_weight(name, "weight", weight, prediction)
         check(prediction, target)
         elements = element(prediction, target, *options)
         return _reduced(
@@ -224,7 +241,7 @@ def smooth_l1(reduction: str = "mean", beta: float = 1.0) -> Loss:
     tensor(1.3125)
     """
     _check_reduction("smooth_l1", reduction)
-    if beta < 0:
+    if not beta >= 0:
         raise ValueError(f"smooth_l1: beta must be >= 0, got {beta}")
     return _pointwise("smooth_l1", reduction, beta)
 
@@ -261,13 +278,10 @@ def bce(reduction: str = "mean", weight: Tensor | None = None) -> Loss:
 
 def _extremes(values: Tensor) -> tuple[float, float] | None:
     """The least and greatest value, where they can be read without waiting for a device."""
-    if values.device.type != "cpu" or values.numel() == 0:
+    if values.numel() == 0:
         return None
-    try:
-        low, high = values.aminmax()
-        return low.item(), high.item()
-    except RuntimeError:  # the tensor stands for many (vmap) or has no values (tracing)
-        return None
+    low, high = (tree.read(extreme) for extreme in values.aminmax())
+    return None if low is None or high is None else (low, high)
 
 
 def hinge(reduction: str = "mean", margin: float = 1.0) -> Loss:
@@ -339,6 +353,8 @@ def bce_with_logits(
 
     def apply(prediction: Tensor, target: Tensor) -> Tensor:
         _check_pair("bce_with_logits", prediction, target)
+        for option, value in given.items():
+            _check_weight("bce_with_logits", option, value, prediction)
         ready: Any = {name: value.to(prediction.dtype) for name, value in given.items()}
         return F.binary_cross_entropy_with_logits(prediction, target, reduction=reduction, **ready)
 
@@ -425,29 +441,28 @@ def _distribution(
     weight: Tensor | None,
     ignore_index: int,
     smoothing: float,
-) -> tuple[Tensor | _Picked, Tensor]:
+) -> tuple[Tensor | _Picked, Tensor | int]:
     """q and n of ``value = -sum q log p / n``; q is dense unless it has one class an example."""
     dim = _class_dim(log_p)
     classes = log_p.shape[dim]
-    one = log_p.new_ones(())
     if target.is_floating_point():
         q = target * (1 - smoothing) + smoothing / classes if smoothing else target
         if weight is not None:
             q = q * _along(weight, log_p)
         count = log_p.numel() // classes if classes else 0
-        return q, one * count if reduction == "mean" else one
+        return q, count if reduction == "mean" else 1
     picked = _picked(log_p, target, weight, ignore_index)
-    n = picked.weight.sum() if reduction == "mean" else one
+    n = picked.weight.sum() if reduction == "mean" else 1
     if not smoothing:
         return picked, n
     kept = (target != ignore_index).unsqueeze(dim)
-    q = torch.where(kept, smoothing / classes, 0.0).to(log_p.dtype).expand_as(log_p)
+    q = (kept.to(log_p.dtype) * (smoothing / classes)).expand_as(log_p)
     if weight is not None:
         q = q * _along(weight, log_p)
     return q.scatter_add(dim, picked.place, picked.weight * (1 - smoothing)), n
 
 
-def _class_value(log_p: Tensor, q: Tensor | _Picked, n: Tensor) -> Tensor:
+def _class_value(log_p: Tensor, q: Tensor | _Picked, n: Tensor | int) -> Tensor:
     if isinstance(q, _Picked):
         log_p, q = log_p.gather(_class_dim(log_p), q.place), q.weight
     # A class of probability 0 counts 0, even where log p is -inf.
@@ -467,7 +482,7 @@ def cross_entropy_rule(
     q, n = _distribution(
         log_p, residuals["target"], reduction, residuals.get("weight"), ignore_index, smoothing
     )
-    scale = dvalue / n
+    scale = _scaled(dvalue, n)
     if isinstance(q, _Picked):
         weight = q.weight * scale
         return (log_p.exp() * weight).scatter_add(dim, q.place, -weight)
@@ -533,7 +548,7 @@ def nll_rule(
     residuals: dict[str, Tensor], dvalue: Tensor | float, shape: tuple[int, ...]
 ) -> Tensor:
     """``-d weight / n`` at each example's class, else 0."""
-    gradient = -(residuals["weight"] * (dvalue / residuals["n"]))
+    gradient = -(residuals["weight"] * _scaled(dvalue, residuals["n"]))
     dim = 1 if len(shape) > 1 else 0
     return gradient.new_zeros(shape).scatter_add(dim, residuals["place"], gradient)
 

@@ -18,6 +18,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from funcnet.tree import read
+
 Shape = Sequence[int]
 Device = torch.device | str | None
 
@@ -84,19 +86,8 @@ def _check_key(key: Tensor) -> None:
         raise ValueError(f"expected one key, got keys of shape {tuple(key.shape)}; use fn.vmap")
 
 
-def _read(tensor: Tensor) -> Any:
-    """The values of a tensor where they can be had without waiting for a device, else None."""
-    if tensor.device.type != "cpu":
-        return None
-    try:
-        return tensor.tolist()
-    except RuntimeError:  # it stands for many values (vmap) or for none (tracing)
-        return None
-
-
 def _key_words(key: Tensor, device: Device) -> tuple[int, int] | tuple[Tensor, Tensor]:
-    _check_key(key)
-    words = _read(key)
+    words = read(key)
     if words is not None:
         return _signed(words[0]), _signed(words[1])
     k0, k1 = key.to(device=device, dtype=torch.int32).unbind()
@@ -107,6 +98,9 @@ def _hash_range(
     key: Tensor, shape: Shape, device: Device, finish: Callable[[Tensor, Tensor], Tensor]
 ) -> Tensor:
     """``finish(x0, x1)`` of the hashes of 0 ... n-1, in blocks that stay in the cache."""
+    _check_key(key)
+    if any(extent < 0 for extent in shape):
+        raise ValueError(f"expected a shape without negative sizes, got {tuple(shape)}")
     size = math.prod(shape)
     device = torch.device(device) if device is not None else key.device
     k0, k1 = _key_words(key, device)
@@ -158,24 +152,21 @@ def fold_in(key: Tensor, data: int | str | Tensor) -> Tensor:
     >>> fold_in(key(3), 7)
     tensor([2647473427, 4234374204])
     """
+    _check_key(key)
     if isinstance(data, str):
         data = zlib.crc32(data.encode())
-    if isinstance(data, int):
-        if not 0 <= data <= _MASK:
-            raise ValueError(f"fold_in: expects an integer in [0, 2**32), got {data}")
-        counter: int | None = data
+    if isinstance(data, Tensor) and not data.is_floating_point() and data.dim() == 0:
+        counter = read(data)
+    elif isinstance(data, int):
+        counter = data
     else:
-        if not isinstance(data, Tensor) or data.is_floating_point() or data.dim() != 0:
-            raise TypeError(
-                f"fold_in: expects an integer, a 0-d integer tensor or a str, got {data!r}"
-            )
-        value = _read(data)
-        counter = None if value is None else value & _MASK
-    words = _read(key) if counter is not None else None
+        raise TypeError(f"fold_in: expects an integer, a 0-d integer tensor or a str, got {data!r}")
+    if counter is not None and not 0 <= counter <= _MASK:
+        raise ValueError(f"fold_in: expects an integer in [0, 2**32), got {counter}")
+    words = read(key)
     if words is not None and counter is not None:
-        _check_key(key)
         hashed = _threefry_ints(words[0], words[1], 0, counter)
-        return torch.tensor(hashed, dtype=torch.int64)
+        return torch.tensor(hashed, dtype=torch.int64, device=key.device)
     if not isinstance(data, Tensor):
         data = torch.tensor(_signed(data), dtype=torch.int32, device=key.device)
     data = data.to(device=key.device, dtype=torch.int32)
@@ -238,14 +229,31 @@ def uniform(
         return x.to(dtype).mul_(2.0**-kept)
 
     unit = _hash_range(key, shape, device, finish)
-    if isinstance(minval, Tensor) or isinstance(maxval, Tensor):
-        unit = unit * (maxval - minval) + minval
-        return torch.maximum(unit, torch.as_tensor(minval, dtype=dtype, device=unit.device))
-    if (minval, maxval) == (0.0, 1.0):
-        return unit
-    # The buffer is ours. The span is rounded to the dtype, as JAX rounds it.
-    span = float(torch.tensor(maxval, dtype=dtype) - torch.tensor(minval, dtype=dtype))
-    return unit.mul_(span).add_(minval).clamp_(min=minval)
+    if not isinstance(minval, Tensor) and not isinstance(maxval, Tensor):
+        if (minval, maxval) == (0.0, 1.0):
+            return unit
+        # The buffer is ours. The bounds are rounded to the dtype, as JAX rounds them.
+        low, high = _rounded(minval, dtype), _rounded(maxval, dtype)
+        return unit.mul_(_rounded(high - low, dtype)).add_(low).clamp(min=low)
+    lowest, highest = (
+        torch.as_tensor(bound, device=unit.device).to(dtype) for bound in (minval, maxval)
+    )
+    if torch.broadcast_shapes(unit.shape, lowest.shape, highest.shape) != unit.shape:
+        raise ValueError(
+            f"uniform: expects bounds that broadcast to {tuple(unit.shape)}, "
+            f"got {tuple(lowest.shape)} and {tuple(highest.shape)}"
+        )
+    return torch.maximum(unit * (highest - lowest) + lowest, lowest)
+
+
+def _rounded(value: float, dtype: torch.dtype) -> float:
+    return torch.tensor(value, dtype=dtype, device="cpu").item()
+
+
+def _next(value: float, toward: float, dtype: torch.dtype) -> float:
+    """The number of a dtype that follows ``value`` on the way to ``toward``."""
+    start, end = (torch.tensor(number, dtype=dtype, device="cpu") for number in (value, toward))
+    return torch.nextafter(start, end).item()
 
 
 def normal(
@@ -258,8 +266,7 @@ def normal(
     """
     if not dtype.is_floating_point:
         raise TypeError(f"normal: expects a floating-point dtype, got {dtype}")
-    low = float(torch.nextafter(torch.tensor(-1.0, dtype=dtype), torch.tensor(0.0, dtype=dtype)))
-    u = uniform(key, shape, dtype, low, 1.0, device=device)
+    u = uniform(key, shape, dtype, _next(-1.0, 0.0, dtype), 1.0, device=device)
     return u.erfinv_().mul_(math.sqrt(2.0))
 
 
@@ -281,11 +288,8 @@ def truncated_normal(
         raise ValueError(f"truncated_normal: expects lower < upper, got {lower} and {upper}")
     low, high = (math.erf(bound / math.sqrt(2.0)) for bound in (lower, upper))
     u = uniform(key, shape, dtype, low, high, device=device)
-    inside = [
-        float(torch.nextafter(torch.tensor(bound, dtype=dtype), torch.tensor(toward, dtype=dtype)))
-        for bound, toward in ((lower, math.inf), (upper, -math.inf))
-    ]
-    return u.erfinv_().mul_(math.sqrt(2.0)).clamp_(*inside)
+    inside = _next(lower, math.inf, dtype), _next(upper, -math.inf, dtype)
+    return u.erfinv_().mul_(math.sqrt(2.0)).clamp(*inside)
 
 
 def bernoulli(
@@ -298,6 +302,10 @@ def bernoulli(
     """
     if isinstance(p, Tensor):
         shape = p.shape if shape is None else shape
+        if torch.broadcast_shapes(p.shape, tuple(shape)) != tuple(shape):
+            raise ValueError(
+                f"bernoulli: expects p that broadcasts to {tuple(shape)}, got {tuple(p.shape)}"
+            )
         dtype, device = p.dtype, device if device is not None else p.device
     else:
         if not 0.0 <= p <= 1.0:
@@ -325,9 +333,16 @@ def randint(
     width = {torch.int32: 32, torch.int64: 64}.get(dtype)
     if width is None:
         raise TypeError(f"randint: expects dtype int32 or int64, got {dtype}")
+    if not isinstance(minval, int) or not isinstance(maxval, int):
+        raise TypeError(f"randint: expects integer bounds, got {minval!r} and {maxval!r}")
+    limits = torch.iinfo(dtype)
+    if not (limits.min <= minval <= limits.max and limits.min <= maxval <= limits.max):
+        raise ValueError(f"randint: expects bounds within {dtype}, got {minval} and {maxval}")
     span = max(maxval - minval, 1)
     if span > 1 << 31:
         raise ValueError(f"randint: expects a span of at most 2**31, got {span}")
+    # JAX computes in unsigned words of the width, which wrap; with 64 bits nothing wraps here.
+    multiplier = (((1 << width // 2) % span) ** 2 % (1 << width)) % span
 
     def remainder(words: Tensor) -> Tensor:
         if width == 32:
@@ -336,8 +351,10 @@ def randint(
         return ((high % span) * ((1 << 32) % span) + low % span) % span
 
     higher, lower = (bits(child, shape, width=width, device=device) for child in split(key))
-    offset = (remainder(higher) * ((1 << width) % span) + remainder(lower)) % span
-    return (offset + minval).to(dtype)
+    offset = remainder(higher) * multiplier + remainder(lower)
+    if width == 32:
+        offset = offset & _MASK
+    return (offset % span + minval).to(dtype)
 
 
 def permutation(key: Tensor, x: int | Tensor, axis: int = 0, *, device: Device = None) -> Tensor:

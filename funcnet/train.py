@@ -6,6 +6,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from funcnet import tree
 from funcnet.core import (
     EMPTY,
     Layer,
@@ -55,10 +56,9 @@ def _forward_backward(
     def run(
         params: Params, batch: Batch, state: Params, key: Tensor | None, train: bool
     ) -> tuple[Tensor, Params, Params, dict[str, Tensor]]:
-        try:
-            x, target = batch
-        except (TypeError, ValueError):
-            raise ValueError(f"expects a batch (x, target), got {type(batch).__name__}") from None
+        if not isinstance(batch, (tuple, list)) or len(batch) != 2:
+            raise ValueError(f"expects a batch (x, target), got {tree.describe(batch)}")
+        x, target = batch
         prediction, pullback, state = model.vjp(params, x, state, key=key, train=train)
         value, loss_pullback = loss.vjp(prediction, target)
         measured = {name: metric(prediction, target) for name, metric in metrics.items()}

@@ -62,6 +62,10 @@ def from_dotted(flat: Mapping[str, Tensor]) -> dict[str, Any]:
         node = tree
         for parent in parents:
             node = node.setdefault(parent, {})
+            if not isinstance(node, dict):
+                raise ValueError(f"from_dotted: {path!r} lies below {parent!r}, which is a leaf")
+        if name in node:
+            raise ValueError(f"from_dotted: {path!r} is a leaf, and others lie below it")
         node[name] = leaf
     return tree
 
@@ -91,40 +95,84 @@ def check_same_structure(expected: Any, tree: Any, what: str) -> None:
     raise ValueError(f"{what}: the tree {', and '.join(faults)}")
 
 
-_TENSOR = {Tensor}
+def _order(tree: Any) -> Any:
+    """The names in a nested dict of tensors, in their order; None for any other tree."""
+    if type(tree) is not dict:
+        return None
+    order: list[Any] = []
+    for name, child in tree.items():
+        if type(child) is Tensor:
+            order.append(name)
+        else:
+            inner = _order(child)
+            if inner is None:
+                return None
+            order.append((name, inner))
+    return order
 
 
 class Flattener:
-    """``optree.tree_flatten`` for a loop: it remembers the treedef that it saw last.
+    """``optree.tree_flatten`` for a loop: it remembers the parameter tree that it saw last.
 
-    A training loop flattens trees of one structure over and over. Matching a tree against a
-    known treedef takes a tenth of the time of finding its treedef. The result is the same.
+    A training loop flattens trees of one structure over and over. To compare a tree's names, and
+    match it against a known treedef, takes a third of the time of finding its treedef. The result
+    is the same.
     """
 
     def __init__(self) -> None:
-        self._treedef: optree.PyTreeSpec | None = None
+        self._seen: tuple[Any, optree.PyTreeSpec | None] = (None, None)
 
     def __call__(self, tree: Any) -> tuple[list[Any], optree.PyTreeSpec]:
-        treedef = self._treedef
-        if treedef is not None:
-            try:
-                found = treedef.flatten_up_to(tree)
-            except (ValueError, TypeError):
-                found = None
-            # A leaf of the old structure may be a subtree of the new one.
-            if found is not None and {type(leaf) for leaf in found} <= _TENSOR:
-                return found, treedef
-        found, self._treedef = optree.tree_flatten(tree)
-        return found, self._treedef
+        order = _order(tree)
+        seen, treedef = self._seen
+        if treedef is not None and order is not None and order == seen:
+            return treedef.flatten_up_to(tree), treedef
+        leaves, treedef = optree.tree_flatten(tree)
+        self._seen = (order, treedef)
+        return leaves, treedef
 
-    def like(self, treedef: optree.PyTreeSpec, tree: Any, what: str) -> list[Any]:
-        """The leaves of a tree that must have the structure ``treedef``."""
-        try:
-            return treedef.flatten_up_to(tree)
-        except (ValueError, TypeError):
-            example = treedef.unflatten(range(treedef.num_leaves))
-            check_same_structure(example, tree, what)
-            raise
+
+def leaves_like(
+    reference: list[Tensor], treedef: optree.PyTreeSpec, tree: Any, what: str
+) -> list[Tensor]:
+    """The leaves of a tree that must have the structure and shapes of another, flattened one.
+
+    >>> leaves, treedef = optree.tree_flatten({"a": torch.ones(2)})
+    >>> leaves_like(leaves, treedef, {"a": torch.ones(3)}, "grads")
+    Traceback (most recent call last):
+    ...
+    ValueError: grads: expects shape (2,) at 'a', got float32 (3,)
+    """
+    try:
+        found: list[Any] = treedef.flatten_up_to(tree)
+        if [leaf.shape for leaf in found] == [leaf.shape for leaf in reference]:
+            return found
+    except (ValueError, TypeError, AttributeError):
+        pass
+    expected = treedef.unflatten(reference)
+    check_same_structure(expected, tree, what)
+    paths = optree.tree_paths(expected)
+    for path, leaf, other in zip(paths, reference, treedef.flatten_up_to(tree), strict=True):
+        if not isinstance(other, Tensor) or leaf.shape != other.shape:
+            raise ValueError(
+                f"{what}: expects shape {tuple(leaf.shape)} at {path_string(path)!r}, "
+                f"got {describe(other)}"
+            )
+    raise ValueError(f"{what}: expects a tree of tensors, got {describe(tree)}")
+
+
+def read(tensor: Tensor) -> Any:
+    """``tensor.tolist()`` where the values can be had without waiting for a device, else None.
+
+    >>> read(torch.tensor([1, 2])), read(torch.ones(2, device="meta"))
+    ([1, 2], None)
+    """
+    if tensor.device.type != "cpu":
+        return None
+    try:
+        return tensor.tolist()
+    except RuntimeError:  # it stands for many values (vmap) or for none (tracing)
+        return None
 
 
 def to_meta(tree: Any) -> Any:

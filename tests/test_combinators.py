@@ -810,11 +810,11 @@ MISUSES = {
     "a cotangent of another shape": (
         lambda: NET.vjp(NET_PARAMS, X)[1](randn(4, 2)),
         ValueError,
-        "serial: pullback expects dy of shape (5, 2), got float64 (4, 2)",
+        "serial: pullback expects dy of shape (5, 2), got (4, 2)",
     ),
     "a cotangent of another shape, nested": (
         lambda: fn.serial(fn.branch(fn.relu())).vjp({}, X)[1]((randn(4, 2),)), ValueError,
-        "serial: pullback expects dy of shape (5, 3), got (float64 (4, 2))",
+        "serial: pullback expects dy of shape (5, 3), got (4, 2)",
     ),
     "shared without inputs": (
         lambda: fn.shared(fn.relu()).apply({}, ()), ValueError,

@@ -308,10 +308,10 @@ def test_flattener_sees_a_pullback_as_a_node():
         assert_flattens_like_optree(flatten, value)
 
 
-def test_like_gives_the_leaves_in_the_order_of_the_treedef():
-    flatten = tree.Flattener()
-    _, treedef = flatten({"b": 1, "a": {"c": 2}})
-    assert flatten.like(treedef, {"a": {"c": 20}, "b": 10}, "params") == [20, 10]
+def test_leaves_like_come_in_the_order_of_the_treedef():
+    leaves, treedef = optree.tree_flatten({"b": W, "a": {"c": B}})
+    found = tree.leaves_like(leaves, treedef, {"b": W + 1, "a": {"c": B + 1}}, "params")
+    torch.testing.assert_close(found, [B + 1, W + 1])
 
 
 @pytest.mark.parametrize(
@@ -332,8 +332,14 @@ def test_like_gives_the_leaves_in_the_order_of_the_treedef():
         ([W, B], "params: the tree has no leaf 'a[.]w'"),
     ],
 )
-def test_like_refuses_another_structure_with_the_path(found, message):
-    flatten = tree.Flattener()
-    _, treedef = flatten({"a": {"w": W}, "b": B})
+def test_leaves_like_refuse_another_structure_with_the_path(found, message):
+    leaves, treedef = optree.tree_flatten({"a": {"w": W}, "b": B})
     with pytest.raises(ValueError, match=f"^{message}"):
-        flatten.like(treedef, found, "params")
+        tree.leaves_like(leaves, treedef, found, "params")
+
+
+def test_leaves_like_refuse_another_shape_with_the_path():
+    leaves, treedef = optree.tree_flatten({"a": {"w": W}, "b": B})
+    message = rf"^grads: expects shape \({W.shape[0]}.*\) at 'a.w', got "
+    with pytest.raises(ValueError, match=message):
+        tree.leaves_like(leaves, treedef, {"a": {"w": torch.ones(())}, "b": B}, "grads")

@@ -116,7 +116,10 @@ def _activation(name: str, *options: Hashable) -> Layer:
         check_floating(name, x)
         if params:
             check_params(name, params, ())
-        return function(x, *options)
+        try:
+            return function(x, *options)
+        except IndexError as error:
+            raise ValueError(f"{name}: does not fit {tuple(x.shape)}: {error}") from None
 
     def vjp(params: Params, x: Tensor) -> tuple[Tensor, Pullback]:
         y = apply(params, x)
@@ -342,12 +345,13 @@ def glu(dim: int = -1) -> Layer:
     """
 
     def init(key: Tensor, x: Tensor) -> Params:
+        check_floating("glu", x)
         return {}
 
     def apply(params: Params, x: Tensor) -> Tensor:
         check_floating("glu", x)
         check_params("glu", params, ())
-        if x.dim() == 0 or x.shape[dim] % 2:
+        if not -x.dim() <= dim < x.dim() or x.shape[dim] % 2:
             raise ValueError(f"glu: expects an even size along dim {dim}, got {tuple(x.shape)}")
         return F.glu(x, dim)
 
@@ -377,7 +381,9 @@ def prelu_rule(
 
 def _along_channels(weight: Tensor, x: Tensor) -> Tensor:
     """A weight by channel, dimension 1, in a shape that broadcasts against x."""
-    return weight.reshape(-1, *[1] * (x.dim() - 2)) if weight.shape[0] > 1 else weight
+    if weight.shape[0] > 1:
+        return weight.reshape(-1, *[1] * (x.dim() - 2))
+    return weight.reshape([1] * x.dim())
 
 
 def prelu(
@@ -397,6 +403,8 @@ def prelu(
     >>> prelu().apply({"weight": torch.tensor([0.1])}, torch.tensor([-1.0, 2.0]))[0]
     tensor([-0.1000,  2.0000])
     """
+    if num_parameters < 1:
+        raise ValueError(f"prelu: num_parameters must be at least 1, got {num_parameters}")
 
     def start(key: Tensor, x: Tensor) -> Params:
         check_floating("prelu", x)

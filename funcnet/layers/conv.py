@@ -134,6 +134,8 @@ def conv2d(
     kernel = pair("conv2d: kernel_size", kernel_size, 1)
     stride = pair("conv2d: stride", stride, 1)
     dilation = pair("conv2d: dilation", dilation, 1)
+    if out_channels < 1:
+        raise ValueError(f"conv2d: out_channels must be at least 1, got {out_channels}")
     if groups < 1 or out_channels % groups:
         raise ValueError(f"conv2d: groups must divide out_channels, got {groups}, {out_channels}")
     if padding_mode not in ("zeros", "reflect", "replicate", "circular"):

@@ -70,6 +70,10 @@ def embedding(
             [0., 0.],
             [2., 2.]])}, None)
     """
+    if num_embeddings < 0:
+        raise ValueError(f"embedding: num_embeddings must be >= 0, got {num_embeddings}")
+    if embedding_dim < 0:
+        raise ValueError(f"embedding: embedding_dim must be >= 0, got {embedding_dim}")
     if padding_idx is not None:
         if not -num_embeddings <= padding_idx < num_embeddings:
             raise ValueError(

@@ -111,7 +111,7 @@ def linear(
                 and weight.shape == (out_features, x.shape[-1])
                 and (offset is None or offset.shape == (out_features,))
             )
-        except (KeyError, AttributeError, IndexError):
+        except (KeyError, AttributeError, IndexError, TypeError):
             fits = False
         if not fits or (offset is not None and offset.dtype is not x.dtype):
             raise _misfit(params, x, names, out_features)

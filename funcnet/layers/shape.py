@@ -19,10 +19,17 @@ def _place_back(dy: Tensor, shape: tuple[int, ...], dim: int, start: int, size: 
     return torch.constant_pad_nd(taken, padding)
 
 
-def _cut(dy: Tensor, sizes: tuple[int, ...], dim: int) -> tuple[Tensor, ...]:
-    """The pieces of dy, of the given sizes."""
+def _cut(
+    dy: Tensor | None, sizes: tuple[int, ...], dtypes: tuple[torch.dtype, ...], dim: int
+) -> tuple[Tensor | None, ...]:
+    """The pieces of dy, of the given sizes and dtypes."""
+    if dy is None:
+        return (None,) * len(sizes)
     starts = accumulate(sizes[:-1], initial=0)
-    return tuple(dy.narrow(dim, start, size) for start, size in zip(starts, sizes, strict=True))
+    return tuple(
+        dy.narrow(dim, start, size).to(dtype) if dtype.is_floating_point else None
+        for start, size, dtype in zip(starts, sizes, dtypes, strict=True)
+    )
 
 
 # The ways back, by name: dx from dy and static arguments.
@@ -41,7 +48,8 @@ def moves_rule(
 ) -> tuple[Params | None, Any]:
     """``dx = MOVES[way](dy, *static)``; None for integers, which have no cotangent."""
     moved = None
-    if x and any(leaf is not None for leaf in (dy if isinstance(dy, tuple) else (dy,))):
+    present = any(part is not None for part in (dy if isinstance(dy, tuple) else (dy,)))
+    if x and (present or way == "cut"):
         moved = MOVES[way](dy, *static)
     return ({} if params else None), moved
 
@@ -58,7 +66,7 @@ def _moves(
         check_params(name, params, ())
         try:
             return apply(x)
-        except (RuntimeError, IndexError, AttributeError, ZeroDivisionError) as error:
+        except (ValueError, RuntimeError, IndexError, AttributeError, ZeroDivisionError) as error:
             raise ValueError(f"{name}: does not fit {tree.describe(x)}: {error}") from None
 
     def vjp(params: Params, x: Any) -> tuple[Any, Pullback]:
@@ -177,4 +185,7 @@ def concat(dim: int = -1) -> Layer:
             raise TypeError(f"concat: expects a tuple of tensors, got {tree.describe(x)}")
         return torch.cat(x, dim)
 
-    return _moves("concat", apply, "cut", lambda x: (tuple(part.shape[dim] for part in x), dim))
+    def extents(x: tuple[Tensor, ...]) -> tuple[Any, ...]:
+        return tuple(part.shape[dim] for part in x), tuple(part.dtype for part in x), dim
+
+    return _moves("concat", apply, "cut", extents)

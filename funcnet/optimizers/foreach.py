@@ -57,34 +57,33 @@ def _scalar(leaves: Leaves, factor: Factor) -> float | Tensor | None:
     return factor
 
 
+def _transformed() -> bool:
+    """Whether torch.func is at work, whose vmap has no rules for these operators."""
+    return (
+        torch._C._functorch.peek_interpreter_stack() is not None
+        or torch.autograd.forward_ad._current_level >= 0
+    )
+
+
 def _each(
     foreach: Callable[..., Any], one: Callable[..., Tensor], lists: tuple[Leaves, ...], *args: Any
 ) -> Leaves:
     if not lists[0]:
         return []
-    try:
-        return list(foreach(*lists, *args) or lists[0])
-    except RuntimeError:  # vmap; what is really wrong is wrong for one leaf too
+    # On meta tensors a 0-d factor would be read.
+    if lists[0][0].is_meta or _transformed():
         return [one(*leaves, *args) for leaves in zip(*lists, strict=True)]
+    return list(foreach(*lists, *args) or lists[0])
 
 
 def multiply(leaves: Leaves, factor: Factor) -> Leaves:
     """``leaf * factor``."""
-    return _multiply(torch._foreach_mul, leaves, factor)
-
-
-def multiply_in_place(leaves: Leaves, factor: Factor) -> Leaves:
-    """``leaf * factor``, in place."""
-    return _multiply(torch._foreach_mul_, leaves, factor)
-
-
-def _multiply(foreach: Callable[..., Any], leaves: Leaves, factor: Factor) -> Leaves:
     if not leaves:
         return []
     scalar = _scalar(leaves, factor)
     if scalar is None:
         return [(leaf * factor).to(leaf.dtype) for leaf in leaves]  # type: ignore[operator]
-    return _each(foreach, torch.mul, (leaves,), scalar)
+    return _each(torch._foreach_mul, torch.mul, (leaves,), scalar)
 
 
 def add(leaves: Leaves, others: Leaves) -> Leaves:
@@ -100,6 +99,11 @@ def subtract(leaves: Leaves, others: Leaves) -> Leaves:
 def add_in_place(leaves: Leaves, others: Leaves) -> Leaves:
     """``leaf + other``, in place."""
     return _each(torch._foreach_add_, torch.add, (leaves, others))
+
+
+def add_scalar(leaves: Leaves, scalar: float) -> Leaves:
+    """``leaf + scalar``."""
+    return _each(torch._foreach_add, torch.add, (leaves,), scalar)
 
 
 def add_scalar_in_place(leaves: Leaves, scalar: Factor) -> Leaves:
@@ -167,34 +171,38 @@ def adam(
 ) -> tuple[Leaves, Leaves, Leaves, Leaves]:
     """Adam's direction after ``step`` gradients, and the new mu, nu and nu_max (or []).
 
-    ``torch._fused_adam_`` does it all in one call, if nothing is vmapped or differentiated.
+    ``torch._fused_adam_`` does it all in one call, where it may: it checks neither shapes nor
+    strides, and autograd and torch.func do not see into it.
     """
-    if grads and not any([leaf.requires_grad for leaf in grads]):
-        # From params of 0 and with a learning rate of -1 the kernel steps to the direction.
-        direction = [torch.zeros_like(leaf) for leaf in grads]
-        # Multiplying by 1 copies a list in one call.
-        new_mu, new_nu, new_max = (multiply(leaves, _ONE) for leaves in (mu, nu, nu_max))
-        try:
-            torch._fused_adam_(
-                direction,
-                grads,
-                new_mu,
-                new_nu,
-                new_max,
-                [step.to(torch.float32)] * len(grads),
-                lr=-1.0,
-                beta1=betas[0],
-                beta2=betas[1],
-                weight_decay=0.0,
-                eps=eps,
-                amsgrad=bool(nu_max),
-                maximize=False,
-            )
-        except RuntimeError:  # no kernel for this device or dtype, or no rule for vmap
-            pass
-        else:
-            return direction, new_mu, new_nu, new_max
-    return _adam_by_formula(grads, mu, nu, nu_max, step, betas, eps)
+    everything = [*grads, *mu, *nu, *nu_max]
+    if (
+        not grads
+        or _common_dtype(everything) is None
+        or not all([leaf.is_contiguous() for leaf in everything])
+        or any([leaf.requires_grad for leaf in everything])
+        or _transformed()
+    ):
+        return _adam_by_formula(grads, mu, nu, nu_max, step, betas, eps)
+    # From params of 0 and with a learning rate of -1 the kernel steps to the direction.
+    direction = [torch.zeros_like(leaf) for leaf in grads]
+    # Multiplying by 1 copies a list in one call.
+    new_mu, new_nu, new_max = (multiply(leaves, _ONE) for leaves in (mu, nu, nu_max))
+    torch._fused_adam_(
+        direction,
+        grads,
+        new_mu,
+        new_nu,
+        new_max,
+        [step.to(torch.float32)] * len(grads),
+        lr=-1.0,
+        beta1=betas[0],
+        beta2=betas[1],
+        weight_decay=0.0,
+        eps=eps,
+        amsgrad=bool(nu_max),
+        maximize=False,
+    )
+    return direction, new_mu, new_nu, new_max
 
 
 def _adam_by_formula(
@@ -214,5 +222,5 @@ def _adam_by_formula(
     time = step.to(torch.float64)
     correction = 1.0 - beta1**time
     spread = correction / (1.0 - beta2**time).sqrt()
-    root = multiply_in_place(sqrt(nu_max or nu), spread)
+    root = multiply(sqrt(nu_max or nu), spread)
     return divide(mu, add_scalar_in_place(root, correction * eps)), mu, nu, nu_max

@@ -6,6 +6,7 @@ from funcnet.optimizers.transforms import (
     add_decayed_weights,
     chain,
     check_at_least,
+    check_rate,
     negate,
     optional,
     scale_by_adam,
@@ -18,7 +19,7 @@ from funcnet.optimizers.transforms import (
 
 def _check(name: str, lr: LearningRate, **options: float) -> None:
     if not callable(lr):
-        check_at_least(name, "lr", lr, 0.0)
+        check_rate(name, lr)
     for option, value in options.items():
         check_at_least(name, option, value, 0.0)
 
@@ -183,6 +184,8 @@ def signsgd(
     {'w': tensor([-0.1000,  0.1000])}
     """
     _check("signsgd", lr, momentum=momentum, weight_decay=weight_decay)
+    if momentum >= 1.0:
+        raise ValueError(f"signsgd: momentum must be below 1, got {momentum}")
     return chain(
         *optional(maximize, negate),
         # The sign does not see the factor 1 - momentum.

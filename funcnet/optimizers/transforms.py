@@ -15,6 +15,7 @@ from funcnet import tree
 from funcnet.core import Optimizer, Params, Tree
 from funcnet.optimizers import foreach
 from funcnet.optimizers.foreach import Constant, Leaves
+from funcnet.tree import read
 
 LearningRate = float | Tensor | Callable[[Tensor], float | Tensor]
 """A number, a 0-d tensor, or a function of the number of updates so far (0-d int64)."""
@@ -57,8 +58,12 @@ def apply_updates(params: Params, updates: Tree) -> Any:
     {'w': tensor([2.])}
     """
     leaves, treedef = _flatten(params)
-    added = foreach.add(leaves, _flatten.like(treedef, updates, "updates"))
-    return treedef.unflatten(added)
+    added = foreach.add(leaves, tree.leaves_like(leaves, treedef, updates, "updates"))
+    kept = [
+        new if new.dtype is old.dtype else new.to(old.dtype)
+        for new, old in zip(added, leaves, strict=True)
+    ]
+    return treedef.unflatten(kept)
 
 
 _flatten = tree.Flattener()
@@ -75,7 +80,9 @@ def _leafwise(
 
     def update(grads: Tree, opt_state: tuple[()], params: Params) -> tuple[Tree, tuple[()]]:
         leaves, treedef = flatten(grads)
-        rest = [flatten.like(treedef, params, f"{name}: params")] if with_params else []
+        rest = []
+        if with_params:
+            rest = [tree.leaves_like(leaves, treedef, params, f"{name}: params")]
         return treedef.unflatten(function(leaves, *rest)), ()
 
     return Optimizer(lambda params: (), update)
@@ -115,13 +122,12 @@ def scale_by_learning_rate(lr: LearningRate) -> Optimizer:
         ) -> tuple[Tree, ScheduleState]:
             leaves, treedef = flatten(grads)
             rate = schedule(opt_state.step)
+            check_rate("scale_by_learning_rate", rate)
             scaled = foreach.multiply(leaves, -rate)
             return treedef.unflatten(scaled), ScheduleState(opt_state.step + 1)
 
         return Optimizer(lambda params: ScheduleState(_step_zero(params)), update)
-    check_at_least("scale_by_learning_rate", "lr", lr, 0.0)
-    if isinstance(lr, Tensor) and lr.dim() != 0:
-        raise ValueError(f"scale_by_learning_rate: lr must be a 0-d tensor, got {tuple(lr.shape)}")
+    check_rate("scale_by_learning_rate", lr)
     factor = -lr if isinstance(lr, Tensor) else Constant(-lr)
     return _leafwise("scale_by_learning_rate", lambda leaves: foreach.multiply(leaves, factor))
 
@@ -204,7 +210,7 @@ def trace(momentum: float, dampening: float = 0.0, nesterov: bool = False) -> Op
 
     def update(grads: Tree, opt_state: TraceState, params: Params) -> tuple[Tree, TraceState]:
         g, treedef = flatten(grads)
-        old = flatten.like(treedef, opt_state.trace, "trace: state")
+        old = tree.leaves_like(g, treedef, opt_state.trace, "trace: state")
         step = opt_state.step
         fresh = g
         if dampening:
@@ -258,9 +264,13 @@ def scale_by_adam(
 
     def update(grads: Tree, opt_state: AdamState, params: Params) -> tuple[Tree, AdamState]:
         g, treedef = flatten(grads)
-        mu = flatten.like(treedef, opt_state.mu, "scale_by_adam: mu")
-        nu = flatten.like(treedef, opt_state.nu, "scale_by_adam: nu")
-        nu_max = flatten.like(treedef, opt_state.nu_max, "scale_by_adam: nu_max") if amsgrad else []
+        mu = tree.leaves_like(g, treedef, opt_state.mu, "scale_by_adam: mu")
+        nu = tree.leaves_like(g, treedef, opt_state.nu, "scale_by_adam: nu")
+        nu_max = (
+            tree.leaves_like(g, treedef, opt_state.nu_max, "scale_by_adam: nu_max")
+            if amsgrad
+            else []
+        )
         step = opt_state.step + 1
         direction, mu, nu, nu_max = foreach.adam(g, mu, nu, nu_max, step, betas, eps)
         state = AdamState(
@@ -296,7 +306,7 @@ def scale_by_rms(alpha: float = 0.99, eps: float = 1e-8, centered: bool = False)
     check_at_least("scale_by_rms", "alpha", alpha, 0.0)
     check_at_least("scale_by_rms", "eps", eps, 0.0)
     flatten = tree.Flattener()
-    decay, floor = Constant(alpha), Constant(eps)
+    decay = Constant(alpha)
 
     def init_state(params: Params) -> RmsState:
         def zeros() -> Tree:
@@ -306,28 +316,41 @@ def scale_by_rms(alpha: float = 0.99, eps: float = 1e-8, centered: bool = False)
 
     def update(grads: Tree, opt_state: RmsState, params: Params) -> tuple[Tree, RmsState]:
         g, treedef = flatten(grads)
-        nu = flatten.like(treedef, opt_state.nu, "scale_by_rms: nu")
+        nu = tree.leaves_like(g, treedef, opt_state.nu, "scale_by_rms: nu")
         nu = foreach.add_square_in_place(foreach.multiply(nu, decay), g, 1.0 - alpha)
         mu: Tree = ()
         power = nu
         if centered:
-            mean = flatten.like(treedef, opt_state.mu, "scale_by_rms: mu")
+            mean = tree.leaves_like(g, treedef, opt_state.mu, "scale_by_rms: mu")
             mean = foreach.lerp(mean, g, 1.0 - alpha)
             mu = treedef.unflatten(mean)
             power = foreach.subtract(nu, foreach.square(mean))
-        root = foreach.add_scalar_in_place(foreach.sqrt(power), floor)
+        root = foreach.add_scalar(foreach.sqrt(power), eps)
         new = foreach.divide(g, root)
         return treedef.unflatten(new), RmsState(treedef.unflatten(nu), mu)
 
     return Optimizer(init_state, update)
 
 
-def check_at_least(name: str, option: str, value: Any, least: float) -> None:
-    """Raise ValueError for a number below ``least``; a tensor may stand for many."""
-    if isinstance(value, Tensor):
-        return
+def check_at_least(name: str, option: str, value: float, least: float) -> None:
+    """Raise ValueError for a number below ``least`` or NaN."""
     if not value >= least:
         raise ValueError(f"{name}: {option} must be >= {least:g}, got {value}")
+
+
+def check_rate(name: str, lr: Any) -> None:
+    """Raise ValueError for a rate that is negative or not 0-d, TypeError for what is no rate."""
+    if isinstance(lr, Tensor):
+        if lr.dim() != 0:
+            raise ValueError(f"{name}: lr must be a 0-d tensor, got {tuple(lr.shape)}")
+        lr = read(lr)
+        if lr is None:
+            return
+    if isinstance(lr, bool) or not isinstance(lr, (int, float)):
+        raise TypeError(
+            f"{name}: lr must be a number, a 0-d tensor or a function of the step, got {lr!r}"
+        )
+    check_at_least(name, "lr", lr, 0.0)
 
 
 def optional(condition: object, transform: Callable[[], Optimizer]) -> Sequence[Optimizer]:
