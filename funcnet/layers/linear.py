@@ -29,22 +29,24 @@ def linear_rule(
     return dparams, dy.matmul(weight) if x else None
 
 
-def _misfit(params: Params, x: Tensor, names: tuple[str, ...], size: int) -> Exception:
-    """What is wrong with arguments that do not fit."""
+def _check(params: Params, x: Tensor, names: tuple[str, ...], out_features: int) -> None:
+    """Raise what is wrong with arguments that do not fit."""
     check_floating("linear", x)
     check_params("linear", params, names)
-    for name, expected in (("weight", 2), ("bias", 1)):
-        if name in params and params[name].dtype != x.dtype:
-            return TypeError(f"linear: {name} is {params[name].dtype}, x is {x.dtype}")
-        if name in params and (params[name].dim(), *params[name].shape[:1]) != (expected, size):
-            return ValueError(
-                f"linear: expects {name} for {size} features of y, "
-                f"got shape {tuple(params[name].shape)}"
+    for name in names:
+        leaf = params[name]
+        if leaf.dtype != x.dtype:
+            raise TypeError(f"linear: {name} is {leaf.dtype}, x is {x.dtype}")
+        if leaf.shape[:1] != (out_features,) or leaf.dim() != 1 + (name == "weight"):
+            raise ValueError(
+                f"linear: expects a {name} for {out_features} features of y, "
+                f"got shape {tuple(leaf.shape)}"
             )
-    return ValueError(
-        f"linear: weight expects {params['weight'].shape[1]} features in the last dimension, "
-        f"got {tuple(x.shape)}"
-    )
+    if x.shape[-1:] != params["weight"].shape[1:]:
+        raise ValueError(
+            f"linear: weight expects {params['weight'].shape[1]} features in the last dimension, "
+            f"got {tuple(x.shape)}"
+        )
 
 
 def linear(
@@ -102,19 +104,21 @@ def linear(
         return params
 
     def apply(params: Params, x: Tensor) -> Tensor:
+        # A small net feels each microsecond: torch checks what it can, and only what it would
+        # let pass is checked before.
         try:
             weight = params["weight"]
             offset = params["bias"] if bias else None
-            fits = (
+            if (
                 len(params) == len(names)
-                and x.dtype is weight.dtype
-                and weight.shape == (out_features, x.shape[-1])
-                and (offset is None or offset.shape == (out_features,))
-            )
-        except (KeyError, AttributeError, IndexError, TypeError):
-            fits = False
-        if not fits or (offset is not None and offset.dtype is not x.dtype):
-            raise _misfit(params, x, names, out_features)
+                and weight.shape[0] == out_features
+                and (offset is None or offset.numel() == out_features)
+            ):
+                return F.linear(x, weight, offset)
+        except Exception:
+            _check(params, x, names, out_features)
+            raise
+        _check(params, x, names, out_features)
         return F.linear(x, weight, offset)
 
     def vjp(params: Params, x: Tensor) -> tuple[Tensor, Pullback]:

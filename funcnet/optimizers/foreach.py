@@ -160,6 +160,16 @@ def maximum(leaves: Leaves, others: Leaves) -> Leaves:
     return _each(torch._foreach_maximum, torch.maximum, (leaves, others))
 
 
+def _plain(leaves: Leaves) -> bool:
+    """Whether all lie on the CPU, contiguous, of one dtype, and none needs a gradient."""
+    if not leaves or not leaves[0].is_cpu:
+        return False
+    dtype = leaves[0].dtype
+    return all(
+        [leaf.dtype is dtype and leaf.is_contiguous() and not leaf.requires_grad for leaf in leaves]
+    )
+
+
 def adam(
     grads: Leaves,
     mu: Leaves,
@@ -174,14 +184,7 @@ def adam(
     ``torch._fused_adam_`` does it all in one call, where it may: it checks neither shapes nor
     strides, and autograd and torch.func do not see into it.
     """
-    everything = [*grads, *mu, *nu, *nu_max]
-    if (
-        not grads
-        or _common_dtype(everything) is None
-        or not all([leaf.is_contiguous() for leaf in everything])
-        or any([leaf.requires_grad for leaf in everything])
-        or _transformed()
-    ):
+    if not _plain([*grads, *mu, *nu, *nu_max]) or _transformed():
         return _adam_by_formula(grads, mu, nu, nu_max, step, betas, eps)
     # From params of 0 and with a learning rate of -1 the kernel steps to the direction.
     direction = [torch.zeros_like(leaf) for leaf in grads]

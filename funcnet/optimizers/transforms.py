@@ -59,11 +59,9 @@ def apply_updates(params: Params, updates: Tree) -> Any:
     """
     leaves, treedef = _flatten(params)
     added = foreach.add(leaves, tree.leaves_like(leaves, treedef, updates, "updates"))
-    kept = [
-        new if new.dtype is old.dtype else new.to(old.dtype)
-        for new, old in zip(added, leaves, strict=True)
-    ]
-    return treedef.unflatten(kept)
+    if any([new.dtype is not old.dtype for new, old in zip(added, leaves, strict=True)]):
+        added = [new.to(old.dtype) for new, old in zip(added, leaves, strict=True)]
+    return treedef.unflatten(added)
 
 
 _flatten = tree.Flattener()
