@@ -367,9 +367,6 @@ def stateless(
     return with_anatomy(layer, Anatomy(name, takes_key=False, short=(apply, vjp)))
 
 
-# --- errors ------------------------------------------------------------------------------------
-
-
 def locate(error: Exception, where: str) -> None:
     """Put a layer's place in front of an error's message, as it passes a combinator."""
     if isinstance(error, (ValueError, TypeError)) and len(error.args) == 1:

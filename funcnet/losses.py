@@ -14,8 +14,6 @@ from torch.nn import functional as F
 from funcnet import tree
 from funcnet.core import Loss, LossPullback
 
-# --- losses that compare element by element ----------------------------------------------------
-
 
 class Pointwise(NamedTuple):
     """``element(prediction, target, *options)`` and its derivative by the prediction."""
@@ -312,9 +310,6 @@ def kl_div(reduction: str = "mean", log_target: bool = False) -> Loss:
     """
     _check_reduction("kl_div", reduction, "batchmean")
     return _pointwise("kl_div", reduction, log_target)
-
-
-# --- cross-entropies ---------------------------------------------------------------------------
 
 
 def bce_with_logits_rule(

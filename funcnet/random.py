@@ -30,9 +30,6 @@ _MASK = 0xFFFFFFFF
 _BLOCK = 1 << 16
 
 
-# --- Threefry-2x32 -----------------------------------------------------------------------------
-
-
 def _signed(word: Any) -> int:
     """The int32 with the bits of a 32-bit word."""
     word &= _MASK
@@ -120,9 +117,6 @@ def _unsigned(word: Tensor) -> Tensor:
     return word.to(torch.int64) & _MASK
 
 
-# --- keys --------------------------------------------------------------------------------------
-
-
 def key(seed: int, *, device: Device = None) -> Tensor:
     """A key from a seed: the words ``(0, seed mod 2**32)``, as ``jax.random.key`` makes them.
 
@@ -172,9 +166,6 @@ def fold_in(key: Tensor, data: int | str | Tensor) -> Tensor:
     data = data.to(device=key.device, dtype=torch.int32)
     k0, k1 = _key_words(key, key.device)
     return _unsigned(torch.stack(_threefry_tensors(k0, k1, 0, data), -1))
-
-
-# --- draws -------------------------------------------------------------------------------------
 
 
 def bits(key: Tensor, shape: Shape = (), *, width: int = 32, device: Device = None) -> Tensor:

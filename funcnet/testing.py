@@ -227,9 +227,6 @@ def _two_updates(optimizer: Optimizer, params: Params) -> Tree:
     return updates, optimizer.update(updates, state, params)
 
 
-# --- the laws of a layer -----------------------------------------------------------------------
-
-
 class _Call:
     """A layer with arguments, a cotangent, and what it gave for them."""
 
@@ -446,9 +443,6 @@ def _check_defaults(
         (trained[0], trained[2]),
         (default[0], default[2]),
     )
-
-
-# --- trees of numbers --------------------------------------------------------------------------
 
 
 class _Watch:
