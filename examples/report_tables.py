@@ -134,10 +134,15 @@ def print_table(header: list[str], rows: Iterable[list[str]]) -> None:
 
 
 def plot_band(axes: Axes, x: Iterable[float], values: Tensor, label: str, **style: str) -> None:
-    """The mean over the first dimension, and one standard deviation around it."""
+    """The mean over the first dimension, and one standard deviation around it.
+
+    The band stays within the values, so that it has an end on a logarithmic axis.
+    """
     mean, deviation = values.mean(0), values.std(0, correction=min(1, len(values) - 1))
+    low = torch.maximum(mean - deviation, values.amin(0))
+    high = torch.minimum(mean + deviation, values.amax(0))
     (line,) = axes.plot(x, mean, label=label, **style)
-    axes.fill_between(x, mean - deviation, mean + deviation, color=line.get_color(), alpha=0.15)
+    axes.fill_between(x, low, high, color=line.get_color(), alpha=0.15, linewidth=0)
 
 
 def plot_losses(axes: Axes, runs: Runs, title: str) -> None:
@@ -156,15 +161,16 @@ def activations(options: argparse.Namespace) -> None:
     """Linear-Tanh-Linear-ReLU with targets of -1 and 1, by learning rate.
 
     A ReLU as the last layer can die: targets of -1 push both outputs below 0 before the hidden
-    layer can tell the classes apart, and then every class is the same. So the hidden weights
-    start large and the output's bias at 1. The rate is the one of the best validation accuracy.
+    layer can tell the classes apart, and from there no gradient leads back. So the outputs start
+    at 1/2 for every point, and the hidden layer starts with units that see the disk. The rate is
+    chosen by validation accuracy.
     """
-    rates = {"MSE": (0.001, 0.003, 0.01, 0.03, 0.1), "MAE": (0.01, 0.03, 0.1, 0.3, 1.0)}
-    normal, constant = fn.initializers.normal, fn.initializers.constant
+    rates = {"MSE": (0.001, 0.003, 0.01, 0.03, 0.1), "MAE": (0.01, 0.02, 0.05, 0.1, 0.2)}
+    spread_out = fn.initializers.normal(std=3.0)
     model = fn.serial(
-        fn.linear(25, weight_init=normal(std=2.0)),
+        fn.linear(25, weight_init=spread_out, bias_init=spread_out),
         fn.tanh(),
-        fn.linear(2, bias_init=constant(1.0)),
+        fn.linear(2, weight_init=fn.initializers.zeros(), bias_init=fn.initializers.constant(0.5)),
         fn.relu(),
     )
     runs: dict[str, dict[float, Runs]] = {}
@@ -434,6 +440,7 @@ BATCH_SIZES = {
     (200, "ReLU"): ("0.3600 ± 0.0305", "0.3598 ± 0.0363", "72.76 ± 4.06", "72.76 ± 5.87"),
     (200, "Tanh"): ("0.3866 ± 0.0308", "0.3865 ± 0.0286", "75.93 ± 6.36", "75.93 ± 6.45"),
 }
+COLORS = {100: "tab:blue", 200: "tab:orange"}
 
 
 def batch_sizes(options: argparse.Namespace) -> None:
@@ -473,14 +480,11 @@ def batch_sizes(options: argparse.Namespace) -> None:
             ],
             ["", "  report", "0.001", *reported, ""],
         ]
-        for data_set, label, style in ((TRAIN, "train", "-"), (TEST, "test", "--")):
-            plot_band(
-                axes[name],
-                range(1, options.epochs + 1),
-                runs.history[:, :, data_set, LOSS],
-                f"{label}, batch {batch_size}",
-                linestyle=style,
-            )
+        epochs = range(1, options.epochs + 1)
+        color = COLORS[batch_size]
+        train, test = (runs.history[:, :, data_set, LOSS] for data_set in (TRAIN, TEST))
+        axes[name].plot(epochs, train.mean(0), ":", color=color, label=f"train, batch {batch_size}")
+        plot_band(axes[name], epochs, test, f"test, batch {batch_size}", color=color)
     header = ["batch", "", "rate", "train loss", "test loss", "train accuracy %"]
     print_table([*header, "test accuracy %", ""], rows)
     for name, panel in axes.items():
@@ -497,7 +501,7 @@ class Table(NamedTuple):
 
 
 TABLES = {
-    "activations": Table(activations, 200),
+    "activations": Table(activations, 300),
     "pytorch": Table(pytorch, 100),
     "losses": Table(losses, 250),
     "batch-sizes": Table(batch_sizes, 500),

@@ -4,12 +4,16 @@ A tree is any optree pytree; a *parameter tree* is a nested dict with string key
 leaves. Functions here never change a tree, they return new ones.
 """
 
+import builtins
 from collections.abc import Callable, Mapping, Sequence
+from operator import attrgetter
 from typing import Any
 
 import optree
 import torch
 from torch import Tensor
+
+_shape = attrgetter("shape")
 
 
 def leaves(tree: Any) -> list[Any]:
@@ -145,7 +149,7 @@ def leaves_like(
     """
     try:
         found: list[Any] = treedef.flatten_up_to(tree)
-        if [leaf.shape for leaf in found] == [leaf.shape for leaf in reference]:
+        if [*builtins.map(_shape, found)] == [*builtins.map(_shape, reference)]:
             return found
     except (ValueError, TypeError, AttributeError):
         pass

@@ -6,6 +6,7 @@ gradients and returns what the next one takes; what the last one gives is added 
 """
 
 from collections.abc import Callable, Sequence
+from operator import attrgetter
 from typing import Any, NamedTuple
 
 import torch
@@ -59,12 +60,13 @@ def apply_updates(params: Params, updates: Tree) -> Any:
     """
     leaves, treedef = _flatten(params)
     added = foreach.add(leaves, tree.leaves_like(leaves, treedef, updates, "updates"))
-    if any([new.dtype is not old.dtype for new, old in zip(added, leaves, strict=True)]):
+    if [*map(_dtype, added)] != [*map(_dtype, leaves)]:
         added = [new.to(old.dtype) for new, old in zip(added, leaves, strict=True)]
     return treedef.unflatten(added)
 
 
 _flatten = tree.Flattener()
+_dtype = attrgetter("dtype")
 
 
 def _leafwise(

@@ -133,7 +133,7 @@ def test_custom_loop_prints_losses_and_error() -> None:
 @pytest.mark.parametrize(
     ("table", "figure", "rows"),
     [
-        ("activations", "activations.png", ("MSE   0.01 ", "MAE   0.1 ")),
+        ("activations", "activations.png", ("MSE   0.01 ", "MAE   0.05 ")),
         ("pytorch", "pytorch.png", ("ReLU ", "LeakyReLU ", "  report ")),
         ("losses", "losses.png", ("MSE_SGD ", "BCE_Adam ", "WS_MSE_Adam ", "  report ")),
         ("batch-sizes", "batch_sizes.png", ("100    ReLU ", "200    Tanh ", "         report ")),
