@@ -2,7 +2,7 @@
 
     python examples/custom_loop.py
 
-Prints the mean loss of the batches of ten epochs on the way, and the error on 1000 test points.
+Prints the loss, averaged over the batches, of ten epochs on the way, and the test error.
 """
 
 import argparse

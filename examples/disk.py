@@ -180,7 +180,13 @@ def unit_square(axes: Axes, title: str) -> None:
 def draw_points(axes: Axes, data: Data) -> PathCollection:
     """The points in the colours of their labels."""
     return axes.scatter(
-        *data.points.T, c=data.labels, s=10, cmap=COLORS, edgecolors="white", linewidths=0.2
+        data.points[:, 0],
+        data.points[:, 1],
+        c=data.labels,
+        s=10,
+        cmap=COLORS,
+        edgecolors="white",
+        linewidths=0.2,
     )
 
 
@@ -200,7 +206,16 @@ def draw_output(
     )
     outputs, _ = model.apply(params, scale(test.points))
     wrong = test.points[mistakes(objective, outputs, test)]
-    axes.scatter(*wrong.T, marker="x", c="black", s=36, linewidths=1.5, zorder=4, clip_on=False)
+    axes.scatter(
+        wrong[:, 0],
+        wrong[:, 1],
+        marker="x",
+        c="black",
+        s=36,
+        linewidths=1.5,
+        zorder=4,
+        clip_on=False,
+    )
     return image
 
 

@@ -14,9 +14,9 @@ the printed one to 0, in a straight line.
 import argparse
 import math
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import matplotlib.pyplot as plt
 import torch
@@ -85,6 +85,12 @@ def data_sets(seed: int, labels: Labels = in_disk) -> list[Data]:
     return [draw(fn.fold_in(key, name), POINTS, labels) for name in ("train", "test", "validation")]
 
 
+def best_rate(results: dict[float, Runs], data_set: int, what: int) -> float:
+    """The learning rate with the least mean; one that is too high may have ended in NaN."""
+    means = {rate: runs.last(data_set, what).mean() for rate, runs in results.items()}
+    return min(means, key=lambda rate: means[rate].nan_to_num(math.inf).item())
+
+
 def repeat(name: str, recipe: Recipe, options: argparse.Namespace) -> Runs:
     """Train with each seed."""
     history, params = [], []
@@ -133,7 +139,7 @@ def print_table(header: list[str], rows: Iterable[list[str]]) -> None:
         print("  ".join(cells).rstrip())
 
 
-def plot_band(axes: Axes, x: Iterable[float], values: Tensor, label: str, **style: str) -> None:
+def plot_band(axes: Axes, x: Sequence[float], values: Tensor, label: str, **style: Any) -> None:
     """The mean over the first dimension, and one standard deviation around it.
 
     The band stays within the values, so that it has an end on a logarithmic axis.
@@ -181,7 +187,7 @@ def activations(options: argparse.Namespace) -> None:
             rate: repeat(f"{name} {rate}", Recipe(model, objective, fn.sgd(rate), 10), options)
             for rate in rates[name]
         }
-        best = min(rates[name], key=lambda rate: runs[name][rate].last(VALIDATION, ERROR).mean())
+        best = best_rate(runs[name], VALIDATION, ERROR)
         for rate, result in runs[name].items():
             chosen = rate == best
             errors = result.last(TEST, ERROR)
@@ -202,11 +208,11 @@ def activations(options: argparse.Namespace) -> None:
     figure, (predicted, by_epoch, by_rate) = plt.subplots(
         1, 3, figsize=(13, 4.2), layout="constrained"
     )
-    best = min(runs["MSE"], key=lambda rate: runs["MSE"][rate].last(VALIDATION, ERROR).mean())
     train, test, _ = data_sets(0)
+    params = runs["MSE"][best_rate(runs["MSE"], VALIDATION, ERROR)].params[0]
     unit_square(predicted, "Test points, output and mistakes (MSE)")
     draw_points(predicted, test)
-    draw_output(predicted, model, objective, runs["MSE"][best].params[0], train, test)
+    draw_output(predicted, model, objective, params, train, test)
     for rate, result in runs["MSE"].items():
         accuracy = 1 - result.history[:, :, VALIDATION, ERROR]
         plot_band(by_epoch, range(1, options.epochs + 1), accuracy, f"{rate:g}")
@@ -229,8 +235,8 @@ def activations(options: argparse.Namespace) -> None:
 REGRESSION = Objective(fn.mse(), 1, column, first_output)
 
 
-class Comparison(NamedTuple):
-    """By epoch, of one seed."""
+class Both(NamedTuple):
+    """A net of funcnet and its twin of torch.nn, by epoch."""
 
     difference: list[float]
     """The greatest distance of a parameter from PyTorch's."""
@@ -239,17 +245,33 @@ class Comparison(NamedTuple):
     """Test losses."""
 
 
-def train_both(
-    layers: list[tuple[fn.Layer, nn.Module]], seed: int, *, rate: float, epochs: int
-) -> Comparison:
+def our_net(activation: fn.Layer) -> fn.Layer:
+    return fn.serial(
+        fn.linear(25),
+        activation,
+        fn.linear(25),
+        fn.tanh(),
+        fn.linear(25),
+        fn.tanh(),
+        fn.linear(1),
+    )
+
+
+def their_net(activation: nn.Module) -> nn.Sequential:
+    return nn.Sequential(
+        nn.Linear(2, 25),
+        activation,
+        nn.Linear(25, 25),
+        nn.Tanh(),
+        nn.Linear(25, 25),
+        nn.Tanh(),
+        nn.Linear(25, 1),
+    )
+
+
+def train_both(model: fn.Layer, module: nn.Module, seed: int, rate: float, epochs: int) -> Both:
     """Train a net of funcnet and one of torch.nn alike: parameters, batches, gradient descent."""
     train, test, _ = standardized(*data_sets(seed))
-    model = fn.serial(*[ours for ours, _ in layers])
-    torch.manual_seed(seed)
-    module = nn.Sequential(*[theirs for _, theirs in layers])
-    for layer in module.children():
-        if isinstance(layer, nn.Linear):
-            layer.reset_parameters()
     # PyTorch's optimizer writes into its parameters, so funcnet starts from a copy.
     start = {path: value.clone() for path, value in module.state_dict().items()}
     params = fn.tree.from_dotted(start)
@@ -262,7 +284,7 @@ def train_both(
     their_optimizer = torch.optim.SGD(module.parameters(), rate)
     their_loss = nn.MSELoss()
 
-    result = Comparison([], [], [])
+    result = Both([], [], [])
     x, target = train.points, column(train.labels)
     for epoch in range(epochs):
         for batch in shuffled(fn.fold_in(fn.key(seed), epoch), x, target, 4):
@@ -286,43 +308,33 @@ def pytorch(options: argparse.Namespace) -> None:
     The net is 2-25-25-25-1 with ReLU or LeakyReLU after the first layer and Tanh after the next
     two, a regression of the labels 0 and 1 in batches of 4.
     """
-    first = {"ReLU": (fn.relu(), nn.ReLU()), "LeakyReLU": (fn.leaky_relu(), nn.LeakyReLU())}
+    nets = {"ReLU": (fn.relu(), nn.ReLU()), "LeakyReLU": (fn.leaky_relu(), nn.LeakyReLU())}
     reported = {"ReLU": "0.2505", "LeakyReLU": "3.3261"}
-    nets = {
-        name: [
-            (fn.linear(25), nn.Linear(2, 25)),
-            activation,
-            (fn.linear(25), nn.Linear(25, 25)),
-            (fn.tanh(), nn.Tanh()),
-            (fn.linear(25), nn.Linear(25, 25)),
-            (fn.tanh(), nn.Tanh()),
-            (fn.linear(1), nn.Linear(25, 1)),
-        ]
-        for name, activation in first.items()
-    }
     figure, (alike, better) = plt.subplots(1, 2, figsize=(11, 4.2), layout="constrained")
     epochs = range(1, options.epochs + 1)
 
     print("Gradient descent at 1e-4, test loss after the last epoch")
     rows = []
-    for name, layers in nets.items():
-        seeds = tqdm(range(options.seeds), name, leave=False, unit="run")
-        both = [train_both(layers, seed, rate=1e-4, epochs=options.epochs) for seed in seeds]
+    for name, (ours, theirs) in nets.items():
+        both = []
+        for seed in tqdm(range(options.seeds), name, leave=False, unit="run"):
+            torch.manual_seed(seed)  # of PyTorch's first parameters
+            both.append(train_both(our_net(ours), their_net(theirs), seed, 1e-4, options.epochs))
         difference = max(max(result.difference) for result in both)
-        ours = torch.tensor([result.ours for result in both])
-        theirs = torch.tensor([result.theirs for result in both])
+        our_losses = torch.tensor([result.ours for result in both])
+        their_losses = torch.tensor([result.theirs for result in both])
         rows.append(
             [
                 name,
-                spread(ours[:, -1]),
-                spread(theirs[:, -1]),
+                spread(our_losses[:, -1]),
+                spread(their_losses[:, -1]),
                 reported[name],
                 f"{difference:.1e}",
                 verdict(difference <= 1e-5),
             ]
         )
-        plot_band(alike, epochs, ours, f"funcnet, {name}")
-        alike.plot(epochs, theirs.mean(0), "k:", label="PyTorch" if name == "ReLU" else None)
+        plot_band(alike, epochs, our_losses, f"funcnet, {name}")
+        alike.plot(epochs, their_losses.mean(0), "k:", label="PyTorch" if name == "ReLU" else None)
     alike.set(title="Test loss, gradient descent at 1e-4", xlabel="epoch", ylabel="MSE")
     header = ["net", "funcnet", "PyTorch here", "report's framework"]
     print_table([*header, "max |difference| of parameters, any epoch", "<= 1e-5"], rows)
@@ -330,16 +342,14 @@ def pytorch(options: argparse.Namespace) -> None:
     print("\nWith a rate that falls from 0.2, after the last epoch; the report's best is PyTorch's")
     rate = linear_decay(0.2, steps_in(POINTS, 4, options.epochs))
     rows = []
-    for name, layers in nets.items():
-        model = fn.serial(*[ours for ours, _ in layers])
-        runs = repeat(name, Recipe(model, REGRESSION, fn.sgd(rate), 4), options)
-        test_loss = runs.last(TEST, LOSS)
+    for name, (activation, _) in nets.items():
+        runs = repeat(name, Recipe(our_net(activation), REGRESSION, fn.sgd(rate), 4), options)
+        loss = runs.last(TEST, LOSS)
+        reached = verdict(loss.mean().item() <= 0.0165)
         rows += [
-            [name, spread(runs.last(TRAIN, LOSS)), spread(test_loss)],
-            ["  report", "0.01765", "0.01646"],
+            [name, spread(runs.last(TRAIN, LOSS)), spread(loss), reached],
+            ["  report", "0.01765", "0.01646", ""],
         ]
-        rows[-2].append(verdict(test_loss.mean().item() <= 0.0165))
-        rows[-1].append("")
         plot_band(better, epochs, runs.history[:, :, TEST, LOSS], f"funcnet, {name}")
     print_table(["net", "train loss", "test loss", "<= 0.0165"], rows)
     better.axhline(0.0165, color="gray", linestyle="--", label="report's best")
@@ -456,16 +466,13 @@ def batch_sizes(options: argparse.Namespace) -> None:
     rows = []
     for (batch_size, name), reported in BATCH_SIZES.items():
         model = mlp(layers[name], objective.outputs)
-        best = None
-        for rate in RATES:
-            recipe = Recipe(model, objective, fn.sgd(rate), batch_size, out_of_annulus)
-            runs = repeat(f"{batch_size} {name} {rate:g}", recipe, options)
-            runs.history[..., LOSS] /= POINTS
-            # A rate that is too high ends in infinities.
-            mean_loss = runs.last(TEST, LOSS).mean().nan_to_num(math.inf).item()
-            if best is None or mean_loss < best[0]:
-                best = mean_loss, rate, runs
-        _, rate, runs = best
+        results = {}
+        for tried in RATES:
+            recipe = Recipe(model, objective, fn.sgd(tried), batch_size, out_of_annulus)
+            results[tried] = repeat(f"{batch_size} {name} {tried:g}", recipe, options)
+            results[tried].history[..., LOSS] /= POINTS
+        rate = best_rate(results, TEST, LOSS)
+        runs = results[rate]
         reached = 100 * (1 - runs.last(TEST, ERROR).mean().item()) >= float(reported[3].split()[0])
         rows += [
             [

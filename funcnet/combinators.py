@@ -30,21 +30,68 @@ from funcnet.random import fold_in
 
 
 class _Child:
-    """A named child as the loops below need it."""
+    """A named child of a combinator: its entry of each tree, its key, its place in errors."""
 
-    __slots__ = ("apply", "init", "name", "place", "short_apply", "short_vjp", "takes_key", "vjp")
+    __slots__ = ("_takes_key", "layer", "name", "place", "short_apply", "short_vjp")
 
     def __init__(self, parent: str, name: str, layer: Layer) -> None:
-        self.init, self.apply, self.vjp = layer
         self.name = name
+        self.layer = layer
         self.place = f"{parent}[{name!r}]"
-        self.takes_key = anatomy(layer).takes_key
+        self._takes_key = anatomy(layer).takes_key
         self.short_apply: Callable[..., Any] | None
         self.short_vjp: Callable[..., Any] | None
         self.short_apply, self.short_vjp = anatomy(layer).short or (None, None)
 
-    def key(self, key: Tensor | None) -> Tensor | None:
-        return fold_in(key, self.name) if self.takes_key and key is not None else None
+    def _key(self, key: Tensor | None) -> Tensor | None:
+        return fold_in(key, self.name) if self._takes_key and key is not None else None
+
+    def init(self, key: Tensor, x: Tree) -> tuple[Params, Params]:
+        """The child's ``(params, state)``."""
+        return _within(self.place, lambda: self.layer.init(fold_in(key, self.name), x))
+
+    def infer(self, params: Params, x: Tree, state: Params) -> Tree:
+        """The child's output, on the meta device."""
+        key = torch.empty(2, dtype=torch.int64, device="meta") if self._takes_key else None
+        params, state = tree.to_meta(params), tree.to_meta(state)
+        return _within(self.place, self.layer.apply, params, x, state, key=key)[0]
+
+    def apply(
+        self, params: Params, x: Tree, state: Params, key: Tensor | None, train: bool
+    ) -> tuple[Tree, Params]:
+        """The child's ``(y, state)``, of the combinator's trees and key."""
+        name = self.name
+        own = params.get(name, EMPTY)
+        try:
+            if self.short_apply is not None and name not in state:
+                return self.short_apply(own, x), EMPTY
+            return self.layer.apply(own, x, state.get(name, EMPTY), key=self._key(key), train=train)
+        except Exception as error:
+            locate(error, self.place)
+            raise
+
+    def vjp(
+        self, params: Params, x: Tree, state: Params, key: Tensor | None, train: bool
+    ) -> tuple[Tree, Pullback, Params]:
+        """The child's ``(y, pullback, state)``, of the combinator's trees and key."""
+        name = self.name
+        own = params.get(name, EMPTY)
+        try:
+            if self.short_vjp is not None and name not in state:
+                return *self.short_vjp(own, x), EMPTY
+            return self.layer.vjp(own, x, state.get(name, EMPTY), key=self._key(key), train=train)
+        except Exception as error:
+            locate(error, self.place)
+            raise
+
+
+def _within(where: str, function: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+    """Call a function; its errors get ``where`` in front."""
+    try:
+        return function(*args, **kwargs)
+    except Exception as error:
+        locate(error, where)
+        raise
 
 
 def _named(parent: str, layers: tuple[Layer, ...], named: Mapping[str, Layer]) -> dict[str, Layer]:
@@ -68,20 +115,6 @@ def _check_names(parent: str, what: str, found: Params, children: Mapping[str, L
     if not found.keys() <= children.keys():
         extra = sorted(found.keys() - children.keys())
         raise ValueError(f"{parent}: {what} has {extra}, but the layers are {list(children)}")
-
-
-def _init_in_turn(
-    child: _Child, key: Tensor, example: Tree, device: torch.device
-) -> tuple[Params, Params, Tree]:
-    """The child's params and state, and an example of its output, found on the meta device."""
-    try:
-        params, state = child.init(fold_in(key, child.name), tree.placeholder(example, device))
-        meta_key = torch.empty(2, dtype=torch.int64, device="meta") if child.takes_key else None
-        y, _ = child.apply(tree.to_meta(params), example, tree.to_meta(state), key=meta_key)
-    except Exception as error:
-        locate(error, child.place)
-        raise
-    return params, state, y
 
 
 def serial(*layers: Layer, **named: Layer) -> Layer:
@@ -143,12 +176,18 @@ def _serial(layers: Mapping[str, Layer]) -> Layer:
         device = tree.device_of(x)
         example = tree.to_meta(x)
         for child in children:
-            own, own_state, example = _init_in_turn(child, key, example, device)
+            own, own_state = child.init(key, tree.placeholder(example, device))
+            example = child.infer(own, example, own_state)
             if own:
                 params[child.name] = own
             if own_state:
                 state[child.name] = own_state
         return params, state
+
+    def check(params: Params, state: Params) -> None:
+        _check_names("serial", "params", params, layers)
+        if state:
+            _check_names("serial", "state", state, layers)
 
     def apply(
         params: Params,
@@ -158,28 +197,12 @@ def _serial(layers: Mapping[str, Layer]) -> Layer:
         key: Tensor | None = None,
         train: bool = False,
     ) -> tuple[Tree, Params]:
-        _check_names("serial", "params", params, layers)
-        if state:
-            _check_names("serial", "state", state, layers)
+        check(params, state)
         new_state = {}
         for child in children:
-            name = child.name
-            try:
-                if child.short_apply is not None and name not in state:
-                    x = child.short_apply(params.get(name, EMPTY), x)
-                    continue
-                x, own = child.apply(
-                    params.get(name, EMPTY),
-                    x,
-                    state.get(name, EMPTY),
-                    key=child.key(key),
-                    train=train,
-                )
-            except Exception as error:
-                locate(error, child.place)
-                raise
-            if own:
-                new_state[name] = own
+            x, own_state = child.apply(params, x, state, key, train)
+            if own_state:
+                new_state[child.name] = own_state
         return x, new_state
 
     def vjp(
@@ -190,28 +213,12 @@ def _serial(layers: Mapping[str, Layer]) -> Layer:
         key: Tensor | None = None,
         train: bool = True,
     ) -> tuple[Tree, Pullback, Params]:
-        _check_names("serial", "params", params, layers)
-        if state:
-            _check_names("serial", "state", state, layers)
+        check(params, state)
         new_state, pullbacks = {}, {}
         for child in children:
-            name = child.name
-            try:
-                if child.short_vjp is not None and name not in state:
-                    x, pullbacks[name] = child.short_vjp(params.get(name, EMPTY), x)
-                    continue
-                x, pullbacks[name], own = child.vjp(
-                    params.get(name, EMPTY),
-                    x,
-                    state.get(name, EMPTY),
-                    key=child.key(key),
-                    train=train,
-                )
-            except Exception as error:
-                locate(error, child.place)
-                raise
-            if own:
-                new_state[name] = own
+            x, pullbacks[child.name], own_state = child.vjp(params, x, state, key, train)
+            if own_state:
+                new_state[child.name] = own_state
         return x, Pullback(serial_rule, pullbacks, (names, frozenset(params)), x), new_state
 
     return with_anatomy(Layer(init, apply, vjp), _anatomy("serial", layers, _serial))
@@ -271,11 +278,8 @@ def side_by_side_rule(
     pieces = [dy[name] for name in names] if as_dict else dy
     for name, own_dy in zip(names, pieces, strict=True):
         learns = params and name in learned
-        try:
-            dchild, own_dx = pull(residuals, name, own_dy, params=learns, x=x)
-        except Exception as error:
-            locate(error, f"{kind}[{name!r}]")
-            raise
+        place = f"{kind}[{name!r}]"
+        dchild, own_dx = _within(place, pull, residuals, name, own_dy, params=learns, x=x)
         if learns:
             dparams[name] = dchild
         dx.append(own_dx)
@@ -285,17 +289,17 @@ def side_by_side_rule(
     return (dparams if params else None), together
 
 
-def _pieces(kind: str, what: str, x: Tree, names: tuple[str, ...], as_dict: bool) -> list[Tree]:
+def _pieces(kind: str, x: Tree, names: tuple[str, ...], as_dict: bool) -> list[Tree]:
     """One tree for each child of a tuple or dict of them."""
     if as_dict and isinstance(x, Mapping):
         if x.keys() != set(names):
-            raise ValueError(f"{kind}: {what} expects a dict with {list(names)}, got {sorted(x)}")
+            raise ValueError(f"{kind}: x expects a dict with {list(names)}, got {sorted(x)}")
         return [x[name] for name in names]
     if not as_dict and isinstance(x, tuple) and len(x) == len(names):
         return list(x)
     form = f"a dict with {list(names)}" if as_dict else f"a tuple of {len(names)}"
     got = f"a tuple of {len(x)}" if isinstance(x, tuple) else tree.describe(x)
-    raise ValueError(f"{kind}: {what} expects {form}, got {got}")
+    raise ValueError(f"{kind}: x expects {form}, got {got}")
 
 
 def _collect(names: tuple[str, ...], values: list[Tree], as_dict: bool) -> Tree:
@@ -311,42 +315,17 @@ def _side_by_side(kind: str, layers: Mapping[str, Layer]) -> Layer:
         if kind == "branch":
             return [x] * len(children), not positional
         as_dict = not positional and not isinstance(x, tuple)
-        return _pieces(kind, "x", x, names, as_dict), as_dict
+        return _pieces(kind, x, names, as_dict), as_dict
 
-    def run(
-        call: str, params: Params, x: Tree, state: Params, key: Tensor | None, train: bool
-    ) -> tuple[list[tuple[Any, ...]], bool, Params]:
-        """The children's results, whether they form a dict, and the new state."""
+    def prepared(params: Params, x: Tree, state: Params) -> tuple[list[Tree], bool]:
         _check_names(kind, "params", params, layers)
         _check_names(kind, "state", state, layers)
-        pieces, as_dict = inputs(x)
-        results, new_state = [], {}
-        for child, piece in zip(children, pieces, strict=True):
-            name = child.name
-            try:
-                result = getattr(child, call)(
-                    params.get(name, EMPTY),
-                    piece,
-                    state.get(name, EMPTY),
-                    key=child.key(key),
-                    train=train,
-                )
-            except Exception as error:
-                locate(error, child.place)
-                raise
-            results.append(result)
-            if result[-1]:
-                new_state[name] = result[-1]
-        return results, as_dict, new_state
+        return inputs(x)
 
     def init(key: Tensor, x: Tree) -> tuple[Params, Params]:
         params, state = {}, {}
         for child, piece in zip(children, inputs(x)[0], strict=True):
-            try:
-                own, own_state = child.init(fold_in(key, child.name), piece)
-            except Exception as error:
-                locate(error, child.place)
-                raise
+            own, own_state = child.init(key, piece)
             if own:
                 params[child.name] = own
             if own_state:
@@ -361,8 +340,14 @@ def _side_by_side(kind: str, layers: Mapping[str, Layer]) -> Layer:
         key: Tensor | None = None,
         train: bool = False,
     ) -> tuple[Tree, Params]:
-        results, as_dict, new_state = run("apply", params, x, state, key, train)
-        return _collect(names, [y for y, _ in results], as_dict), new_state
+        pieces, as_dict = prepared(params, x, state)
+        y, new_state = [], {}
+        for child, piece in zip(children, pieces, strict=True):
+            own_y, own_state = child.apply(params, piece, state, key, train)
+            y.append(own_y)
+            if own_state:
+                new_state[child.name] = own_state
+        return _collect(names, y, as_dict), new_state
 
     def vjp(
         params: Params,
@@ -372,11 +357,16 @@ def _side_by_side(kind: str, layers: Mapping[str, Layer]) -> Layer:
         key: Tensor | None = None,
         train: bool = True,
     ) -> tuple[Tree, Pullback, Params]:
-        results, as_dict, new_state = run("vjp", params, x, state, key, train)
-        y = _collect(names, [y for y, _, _ in results], as_dict)
-        pullbacks = {name: result[1] for name, result in zip(names, results, strict=True)}
+        pieces, as_dict = prepared(params, x, state)
+        y, pullbacks, new_state = [], {}, {}
+        for child, piece in zip(children, pieces, strict=True):
+            own_y, pullbacks[child.name], own_state = child.vjp(params, piece, state, key, train)
+            y.append(own_y)
+            if own_state:
+                new_state[child.name] = own_state
         static = (kind, names, frozenset(params), as_dict)
-        return y, Pullback(side_by_side_rule, pullbacks, static, y), new_state
+        together = _collect(names, y, as_dict)
+        return together, Pullback(side_by_side_rule, pullbacks, static, together), new_state
 
     return with_anatomy(
         Layer(init, apply, vjp),
@@ -448,14 +438,6 @@ def residual(layer: Layer) -> Layer:
             anatomy(layer).takes_key,
         ),
     )
-
-
-def _within(where: str, function: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
-    try:
-        return function(*args, **kwargs)
-    except Exception as error:
-        locate(error, where)
-        raise
 
 
 def shared_rule(

@@ -99,7 +99,8 @@ class Pullback:
         residuals: a dict from names to trees; other pullbacks may be among them.
         static: hashable arguments of the rule. A rule that serves several layers takes the
             layer's name first.
-        y: the output. Its shape is kept, and a ``dy`` of another is refused.
+        y: the output, if known. Its shape is kept, and a ``dy`` of another is refused. Layers
+            that `stateless` lifts need not give it.
 
     >>> import funcnet as fn
     >>> y, pullback, _ = fn.tanh().vjp({}, torch.tensor([0.0, 1.0]))
@@ -327,7 +328,7 @@ def stateless(
     ...     def apply(params, x):
     ...         return params["scale"] * x
     ...     def vjp(params, x):
-    ...         return apply(params, x), fn.Pullback(scale_rule, {"x": x, **params}, y=x)
+    ...         return apply(params, x), fn.Pullback(scale_rule, {"x": x, **params})
     ...     return fn.stateless(init, apply, vjp)
     >>> scale()
     scale()
@@ -361,7 +362,7 @@ def stateless(
         if state:
             refuse_state(name, state)
         y, pullback = vjp(params, x)
-        return y, pullback, {}
+        return y, Pullback(pullback.rule, pullback.residuals, pullback.static, y), {}
 
     layer = Layer(lifted_init, lifted_apply, lifted_vjp)
     return with_anatomy(layer, Anatomy(name, takes_key=False, short=(apply, vjp)))

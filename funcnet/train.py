@@ -23,6 +23,8 @@ from funcnet.finite import require_finite
 from funcnet.optimizers.transforms import apply_updates
 from funcnet.random import fold_in
 
+_ONE = torch.ones((), dtype=torch.int64, device="cpu")
+
 Metric = Callable[[Tree, Tree], Tensor]
 Batch = tuple[Tree, Tree]
 
@@ -147,7 +149,7 @@ def train_step(
         value, grads, state, measured = run(params, batch, state, step_key, True)
         updates, opt_state = optimizer.update(grads, opt_state, params)
         params = apply_updates(params, updates)
-        new_state = TrainState(params, state, opt_state, key, count + 1)
+        new_state = TrainState(params, state, opt_state, key, count + _ONE)
         return new_state, {"loss": value, **measured}
 
     return step

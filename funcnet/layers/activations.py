@@ -123,7 +123,7 @@ def _activation(name: str, *options: Hashable) -> Layer:
 
     def vjp(params: Params, x: Tensor) -> tuple[Tensor, Pullback]:
         y = apply(params, x)
-        return y, Pullback(elementwise_rule, {saves: y if saves == "y" else x}, static, y)
+        return y, Pullback(elementwise_rule, {saves: y if saves == "y" else x}, static)
 
     return stateless(init, apply, vjp, name=name)
 
@@ -356,8 +356,7 @@ def glu(dim: int = -1) -> Layer:
         return F.glu(x, dim)
 
     def vjp(params: Params, x: Tensor) -> tuple[Tensor, Pullback]:
-        y = apply(params, x)
-        return y, Pullback(glu_rule, {"x": x}, (dim,), y)
+        return apply(params, x), Pullback(glu_rule, {"x": x}, (dim,))
 
     return stateless(init, apply, vjp)
 
@@ -425,7 +424,6 @@ def prelu(
         return F.prelu(x, weight)
 
     def vjp(params: Params, x: Tensor) -> tuple[Tensor, Pullback]:
-        y = apply(params, x)
-        return y, Pullback(prelu_rule, {"x": x, "weight": params["weight"]}, y=y)
+        return apply(params, x), Pullback(prelu_rule, {"x": x, "weight": params["weight"]})
 
     return stateless(start, apply, vjp)

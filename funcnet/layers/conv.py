@@ -220,7 +220,7 @@ def conv2d(
 
     def vjp(params: Params, x: Tensor) -> tuple[Tensor, Pullback]:
         x = padded(params, x)
-        y = convolve(params, x)
-        return y, Pullback(conv2d_rule, {"x": x, "weight": params["weight"]}, static, y)
+        residuals = {"x": x, "weight": params["weight"]}
+        return convolve(params, x), Pullback(conv2d_rule, residuals, static)
 
     return stateless(init, apply, vjp)

@@ -116,7 +116,6 @@ def embedding(
             ) from None
 
     def vjp(params: Params, x: Tensor) -> tuple[Tensor, Pullback]:
-        y = apply(params, x)
-        return y, Pullback(embedding_rule, {"x": x}, static, y)
+        return apply(params, x), Pullback(embedding_rule, {"x": x}, static)
 
     return stateless(init, apply, vjp)

@@ -123,7 +123,6 @@ def linear(
 
     def vjp(params: Params, x: Tensor) -> tuple[Tensor, Pullback]:
         y = apply(params, x)
-        residuals = {"x": x, "weight": params["weight"]}
-        return y, Pullback(linear_rule, residuals, (bias,), y)
+        return y, Pullback(linear_rule, {"x": x, "weight": params["weight"]}, (bias,))
 
     return stateless(init, apply, vjp)

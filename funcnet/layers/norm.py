@@ -125,7 +125,7 @@ def layer_norm(
     def vjp(params: Params, x: Tensor) -> tuple[Tensor, Pullback]:
         y, mean, rstd = normalize(params, x)
         residuals = {"x": x, "mean": mean, "rstd": rstd, **{name: params[name] for name in names}}
-        return y, Pullback(layer_norm_rule, residuals, (shape_of(x), names), y)
+        return y, Pullback(layer_norm_rule, residuals, (shape_of(x), names))
 
     return stateless(init, apply, vjp)
 

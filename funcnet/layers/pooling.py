@@ -78,7 +78,7 @@ def max_pool2d(
 
     def vjp(params: Params, x: Tensor) -> tuple[Tensor | tuple[Tensor, Tensor], Pullback]:
         y, indices = pool(params, x)
-        result = (y, indices) if return_indices else y
-        return result, Pullback(max_pool2d_rule, {"indices": indices}, (tuple(x.shape),), result)
+        pullback = Pullback(max_pool2d_rule, {"indices": indices}, (tuple(x.shape),))
+        return ((y, indices) if return_indices else y), pullback
 
     return stateless(lambda key, x: {}, apply, vjp, name="max_pool2d")

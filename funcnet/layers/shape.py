@@ -70,8 +70,7 @@ def _moves(
             raise ValueError(f"{name}: does not fit {tree.describe(x)}: {error}") from None
 
     def vjp(params: Params, x: Any) -> tuple[Any, Pullback]:
-        y = lifted_apply(params, x)
-        return y, Pullback(moves_rule, {}, (name, way, *static_of(x)), y)
+        return lifted_apply(params, x), Pullback(moves_rule, {}, (name, way, *static_of(x)))
 
     return stateless(lambda key, x: {}, lifted_apply, vjp, name=name)
 
