@@ -217,7 +217,7 @@ def activations(options: argparse.Namespace) -> None:
         accuracy = 1 - result.history[:, :, VALIDATION, ERROR]
         plot_band(by_epoch, range(1, options.epochs + 1), accuracy, f"{rate:g}")
     by_epoch.set(title="Validation accuracy by epoch (MSE)", xlabel="epoch", ylim=(0.4, 1.01))
-    by_epoch.legend(title="learning rate", frameon=False, loc="lower right")
+    by_epoch.legend(title="learning rate", loc="center right", bbox_to_anchor=(1, 0.41))
     for name, results in runs.items():
         accuracy = 1 - torch.stack([r.last(VALIDATION, ERROR) for r in results.values()], 1)
         plot_band(by_rate, list(results), accuracy, name, marker="o")
