@@ -19,7 +19,6 @@ from matplotlib.patches import Circle
 from torch import Tensor
 
 import funcnet as fn
-from funcnet.core import Params
 
 RADIUS = 1 / math.sqrt(2 * math.pi)
 """Of the disk: half of the unit square lies inside."""
@@ -45,9 +44,6 @@ class Objective(NamedTuple):
     """From labels to what the loss compares the output with."""
     score: Labels
     """From outputs to numbers of [0, 1]; above 1/2 the class is 1."""
-
-
-# --- data --------------------------------------------------------------------------------------
 
 
 def in_disk(points: Tensor) -> Tensor:
@@ -94,9 +90,6 @@ def margin_score(outputs: Tensor) -> Tensor:
 
 def first_output(outputs: Tensor) -> Tensor:
     return outputs[:, 0].clamp(0, 1)
-
-
-# --- training ----------------------------------------------------------------------------------
 
 
 def mlp(activation: fn.Layer, outputs: int) -> fn.Layer:
@@ -153,7 +146,7 @@ class Measured(NamedTuple):
     """The share of wrong classes."""
 
 
-def measure(model: fn.Layer, objective: Objective, params: Params, data: Data) -> Measured:
+def measure(model: fn.Layer, objective: Objective, params: fn.Params, data: Data) -> Measured:
     outputs, _ = model.apply(params, data.points)
     loss = objective.loss.apply(outputs, objective.target(data.labels))
     return Measured(loss.item(), mistakes(objective, outputs, data).float().mean().item())
@@ -163,8 +156,6 @@ def mistakes(objective: Objective, outputs: Tensor, data: Data) -> Tensor:
     """Where the class of the output is not the label."""
     return (objective.score(outputs) > 0.5) != data.labels.bool()
 
-
-# --- drawing -----------------------------------------------------------------------------------
 
 COLORS = "RdYlBu_r"
 """Blue is 0, yellow 1/2, red 1."""
@@ -191,7 +182,7 @@ def draw_points(axes: Axes, data: Data) -> PathCollection:
 
 
 def draw_output(
-    axes: Axes, model: fn.Layer, objective: Objective, params: Params, train: Data, test: Data
+    axes: Axes, model: fn.Layer, objective: Objective, params: fn.Params, train: Data, test: Data
 ) -> AxesImage:
     """The score over the unit square, and the test points whose class is wrong as crosses.
 

@@ -42,7 +42,6 @@ from disk import (
 from tqdm import tqdm
 
 import funcnet as fn
-from funcnet.core import Params
 
 POINTS = 1000
 
@@ -118,7 +117,7 @@ class Run(NamedTuple):
     train_points: Data
     test_points: Data
     model: fn.Layer
-    params: Params
+    params: fn.Params
     train: list[Measured]
     """Of the training points, by epoch."""
     test: list[Measured]

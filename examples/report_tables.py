@@ -49,7 +49,6 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 import funcnet as fn
-from funcnet.core import Params
 
 POINTS = 1000
 """Of the training and of the test set."""
@@ -72,7 +71,7 @@ class Runs(NamedTuple):
 
     history: Tensor
     """Loss and error by seed, epoch and data set, (seeds, epochs, 3, 2)."""
-    params: list[Params]
+    params: list[fn.Params]
 
     def last(self, data_set: int, what: int) -> Tensor:
         """The loss or error after the last epoch, (seeds,)."""
@@ -111,9 +110,6 @@ def repeat(name: str, recipe: Recipe, options: argparse.Namespace) -> Runs:
             )
         params.append(state.params)
     return Runs(torch.tensor(history).reshape(options.seeds, options.epochs, 3, 2), params)
-
-
-# --- printing and drawing ----------------------------------------------------------------------
 
 
 def spread(values: Tensor, digits: int = 4) -> str:
@@ -158,9 +154,6 @@ def plot_losses(axes: Axes, runs: Runs, title: str) -> None:
     axes.set(title=title, xlabel="epoch", ylabel="loss", yscale="log")
     axes.grid(alpha=0.3)
     axes.legend(frameon=False)
-
-
-# --- first report: learning rates ----------------------------------------------------------------
 
 
 def activations(options: argparse.Namespace) -> None:
@@ -229,8 +222,6 @@ def activations(options: argparse.Namespace) -> None:
         axes.grid(alpha=0.3)
     save(figure, options.output / "activations.png")
 
-
-# --- second report: PyTorch ----------------------------------------------------------------------
 
 REGRESSION = Objective(fn.mse(), 1, column, first_output)
 
@@ -360,9 +351,6 @@ def pytorch(options: argparse.Namespace) -> None:
     save(figure, options.output / "pytorch.png")
 
 
-# --- third report: losses and optimizers ---------------------------------------------------------
-
-
 def weight_sharing_net() -> fn.Layer:
     """The third report's net, whose first two layers are one function of either coordinate.
 
@@ -437,8 +425,6 @@ def losses(options: argparse.Namespace) -> None:
     figure.colorbar(image, ax=output, ticks=(0, 0.5, 1))
     save(figure, options.output / "losses.png")
 
-
-# --- fourth report: batch sizes ------------------------------------------------------------------
 
 RATES = (1e-2, 1e-3, 1e-4, 1e-5, 1e-6)
 

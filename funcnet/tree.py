@@ -57,6 +57,8 @@ def to_dotted(tree: Mapping[str, Any]) -> dict[str, Tensor]:
 def from_dotted(flat: Mapping[str, Tensor]) -> dict[str, Any]:
     """The inverse of `to_dotted`: a parameter tree from a ``state_dict()``.
 
+    The leaves are the tensors that were given: clone them if their module goes on training.
+
     >>> from_dotted({"0.weight": torch.ones(1), "0.bias": torch.zeros(1)})
     {'0': {'weight': tensor([1.]), 'bias': tensor([0.])}}
     """

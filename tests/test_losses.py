@@ -575,8 +575,6 @@ def test_weight_of_another_dtype_leaves_value_and_gradient_theirs(
     torch.testing.assert_close(value, same.apply(*cast((prediction, target), dtype)))
 
 
-# --- bad input ---------------------------------------------------------------------------------
-
 Y, T = numbers(4, 3), numbers(4, 3, seed=1)
 P = probabilities(4, 3)
 COMPARING = {

@@ -40,9 +40,6 @@ def assert_integers(drawn, values, dtype=torch.int64):
     assert drawn.tolist() == values
 
 
-# --- the numbers of jax ------------------------------------------------------------------------
-
-
 @jax_cases("keys")
 def test_key_has_the_words_of_jax(case):
     assert_integers(random.key(case["seed"]), case["values"])
@@ -159,9 +156,6 @@ def test_categorical_is_that_of_jax(case):
 
 def test_vectors_name_the_jax_that_made_them():
     assert int(VECTORS["jax"].split(".")[1]) >= 4
-
-
-# --- functions of the key and the index alone --------------------------------------------------
 
 
 def like(key):
@@ -359,8 +353,6 @@ def test_bounds_and_probabilities_batched_by_vmap_equal_a_loop():
         assert torch.equal(choices[i], random.bernoulli(key, p[i], (20,)))
 
 
-# --- distributions -----------------------------------------------------------------------------
-
 MANY = 100_000
 
 
@@ -501,8 +493,6 @@ def test_keys_of_a_split_draw_independent_numbers():
     correlation = torch.corrcoef(drawn) - torch.eye(200, dtype=torch.float64)
     assert correlation.abs().max() < 6 / math.sqrt(500)
 
-
-# --- bad input ---------------------------------------------------------------------------------
 
 KEY = random.key(0)
 BAD = {

@@ -275,9 +275,6 @@ def add_named_vjp(params, x):
     return add_named(params, x), fn.Pullback(add_named_rule, {})
 
 
-# --- value_and_grad ----------------------------------------------------------------------------
-
-
 @nets
 @pytest.mark.parametrize("train", [True, False])
 def test_value_and_grad_is_that_of_autograd(make_net, train):
@@ -305,9 +302,6 @@ def test_value_and_grad_trains_by_default_and_says_that_it_needs_a_key():
     with pytest.raises(ValueError, match=r"serial\['1'\] dropout: needs a key"):
         fn.value_and_grad(net, fn.mse())(params, batch_at(0))
     fn.value_and_grad(net, fn.mse())(params, batch_at(0), train=False)
-
-
-# --- check_finite ------------------------------------------------------------------------------
 
 
 def dividing_rule(residuals, dy, *, params, x):
@@ -459,9 +453,6 @@ def test_without_check_finite_nan_passes_through():
     assert state.params["weight"].isnan().all()
 
 
-# --- residuals ---------------------------------------------------------------------------------
-
-
 class Watch:
     """Layers that leave a residual each, and look in their rules at which of all still live."""
 
@@ -543,8 +534,6 @@ def test_a_pullback_that_is_kept_keeps_its_residuals_and_gives_the_same_again(ki
     del pullback, residuals
     assert not any(reference() is not None for reference in watch.residuals.values())
 
-
-# --- bad input ---------------------------------------------------------------------------------
 
 X, TARGET = batch_at(0)
 

@@ -15,9 +15,6 @@ W, B = torch.ones(2, 3), torch.zeros(2)
 CPU = torch.device("cpu")
 
 
-# --- paths -------------------------------------------------------------------------------------
-
-
 @pytest.mark.parametrize(
     ("path", "expected"), [((), ""), (("a",), "a"), (("a", "b"), "a.b"), ((0, "w", 1), "0.w.1")]
 )
@@ -93,9 +90,6 @@ def test_dotted_round_trip_of_any_parameter_tree(nested):
     back = tree.from_dotted(flat)
     assert optree.tree_structure(back) == optree.tree_structure(nested)
     assert all(a is b for a, b in zip(tree.leaves(back), tree.leaves(nested), strict=True))
-
-
-# --- maps and checks ---------------------------------------------------------------------------
 
 
 def test_map_applies_leaf_by_leaf_and_refuses_another_structure():
@@ -202,8 +196,6 @@ def test_device_of_is_that_of_the_first_tensor():
 def test_describe_shows_shapes_and_dtypes(value, expected):
     assert tree.describe(value) == expected
 
-
-# --- the flattener -----------------------------------------------------------------------------
 
 Pair = namedtuple("Pair", ["first", "second"])
 Other = namedtuple("Other", ["first", "second"])

@@ -69,9 +69,6 @@ def disk() -> Iterator[ModuleType]:
     torch.set_num_threads(threads)
 
 
-# --- the programs ------------------------------------------------------------------------------
-
-
 @pytest.mark.parametrize("program", OPTIONS)
 def test_help_lists_every_option(program: str) -> None:
     listed = set(re.findall(r"^  (?:-h, )?(--[\w-]+)", output_of(program, "--help"), re.MULTILINE))
@@ -155,9 +152,6 @@ def test_report_table_is_printed_and_drawn(
         for net in ("ReLU", "LeakyReLU"):
             row = next(line for line in lines if line.startswith(net + " "))
             assert row.endswith("pass"), f"parameters differ from PyTorch's: {row}"
-
-
-# --- their parts -------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(("label", "share"), [("in_disk", 0.5), ("out_of_annulus", 0.34)])

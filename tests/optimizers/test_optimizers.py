@@ -201,8 +201,6 @@ def test_signsgd_is_its_formula(momentum, weight_decay, maximize):
     torch.testing.assert_close(found["w"], w, rtol=1e-12, atol=1e-12)
 
 
-# --- laws, for every optimizer -----------------------------------------------------------------
-
 OPTIMIZERS = {
     "sgd": lambda lr: fn.sgd(lr),
     "sgd weight_decay": lambda lr: fn.sgd(lr, weight_decay=0.1),
@@ -506,8 +504,6 @@ def test_centered_rmsprop_stays_finite_for_a_constant_gradient(gradient, dtype):
     if parameter.isfinite().all():
         assert found["w"].isfinite().all()
 
-
-# --- bad input ---------------------------------------------------------------------------------
 
 NEGATIVE = {
     "sgd": (fn.sgd, ["lr", "momentum", "weight_decay"]),
