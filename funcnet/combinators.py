@@ -173,7 +173,7 @@ def _serial(layers: Mapping[str, Layer]) -> Layer:
 
     def init(key: Tensor, x: Tree) -> tuple[Params, Params]:
         params, state = {}, {}
-        device = tree.device_of(x)
+        device = _within("serial:", tree.device_of, x)
         example = tree.to_meta(x)
         for child in children:
             own, own_state = child.init(key, tree.placeholder(example, device))
@@ -292,13 +292,13 @@ def side_by_side_rule(
 def _pieces(kind: str, x: Tree, names: tuple[str, ...], as_dict: bool) -> list[Tree]:
     """One tree for each child of a tuple or dict of them."""
     if as_dict and isinstance(x, Mapping):
-        if x.keys() != set(names):
+        if type(x) is not dict or x.keys() != set(names):
             raise ValueError(f"{kind}: x expects a dict with {list(names)}, got {sorted(x)}")
         return [x[name] for name in names]
-    if not as_dict and isinstance(x, tuple) and len(x) == len(names):
+    if not as_dict and type(x) is tuple and len(x) == len(names):
         return list(x)
     form = f"a dict with {list(names)}" if as_dict else f"a tuple of {len(names)}"
-    got = f"a tuple of {len(x)}" if isinstance(x, tuple) else tree.describe(x)
+    got = f"a tuple of {len(x)}" if type(x) is tuple else tree.describe(x)
     raise ValueError(f"{kind}: x expects {form}, got {got}")
 
 
@@ -396,7 +396,7 @@ def residual(layer: Layer) -> Layer:
     _named("residual", (layer,), {})
 
     def join(x: Tree, y: Tree) -> Tree:
-        if tree.describe(x) != tree.describe(y):
+        if not tree.alike(x, y):
             raise ValueError(
                 f"residual: the layer must keep the shape and dtype {tree.describe(x)}, "
                 f"got {tree.describe(y)}"
@@ -478,7 +478,7 @@ def shared(layer: Layer) -> Layer:
     takes_key = anatomy(layer).takes_key
 
     def uses(x: tuple[Tree, ...], key: Tensor | None) -> list[tuple[Tree, Tensor | None]]:
-        if not isinstance(x, tuple) or not x:
+        if type(x) is not tuple or not x:
             raise ValueError(f"shared: expects a tuple of inputs, got {tree.describe(x)}")
         if key is None or not takes_key:
             return [(piece, None) for piece in x]

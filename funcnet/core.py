@@ -126,7 +126,7 @@ class Pullback:
         self.rule = rule
         self.residuals = residuals
         self.static = static
-        self.expected = y.shape if type(y) is Tensor and y.is_floating_point() else _shapes(y)
+        self.expected = _kinds(y)
 
     def __call__(self, dy: Tree, *, params: bool = True, x: bool = True) -> tuple[Tree, Tree]:
         """``(dparams, dx)``; the half that is not asked for is None and costs nothing."""
@@ -134,24 +134,21 @@ class Pullback:
         return self.rule(dict(self.residuals), dy, *self.static, params=params, x=x)
 
     def _check(self, dy: Tree) -> None:
-        expected = self.expected
-        if expected is None or (isinstance(dy, Tensor) and dy.shape == expected):
+        if self.expected is None:
             return
         name = getattr(self.rule, "__name__", "").removesuffix("_rule")
         if self.static and isinstance(self.static[0], str):
             name = self.static[0]
-        treedef: Any
-        shapes: Any
-        treedef, shapes = expected if isinstance(expected, _Shapes) else (None, (expected,))
+        treedef, kinds = self.expected
         try:
-            cotangents = [dy] if treedef is None else treedef.flatten_up_to(dy)
+            cotangents = treedef.flatten_up_to(dy)
         except (ValueError, TypeError):
             raise ValueError(
                 f"{name}: pullback expects a {treedef.type.__name__} "
                 f"of {treedef.num_children}, got {tree.describe(dy)}"
             ) from None
-        for cotangent, shape in zip(cotangents, shapes, strict=True):
-            if isinstance(shape, str):
+        for cotangent, (shape, dtype) in zip(cotangents, kinds, strict=True):
+            if not dtype.is_floating_point:
                 if cotangent is not None:
                     raise ValueError(
                         f"{name}: pullback expects dy None for an integer output, "
@@ -160,6 +157,8 @@ class Pullback:
             elif not isinstance(cotangent, Tensor) or cotangent.shape != shape:
                 got = tuple(dy.shape) if isinstance(dy, Tensor) else tree.describe(dy)
                 raise ValueError(f"{name}: pullback expects dy of shape {tuple(shape)}, got {got}")
+            elif cotangent.dtype != dtype:
+                raise TypeError(f"{name}: pullback expects dy of {dtype}, got {tree.describe(dy)}")
 
     def __repr__(self) -> str:
         rule = getattr(self.rule, "__name__", self.rule)
@@ -168,21 +167,12 @@ class Pullback:
         )
 
 
-class _Shapes(NamedTuple):
-    """The structure of an output that is not one tensor, and the shapes of its leaves."""
-
-    treedef: Any
-    shapes: tuple[Hashable, ...]
-
-
-def _shapes(y: Tree) -> Any:
-    """What a cotangent of y must be like; None if y is not known."""
+def _kinds(y: Tree) -> tuple[Any, tuple[Any, ...]] | None:
+    """The structure of an output and the shapes and dtypes of its leaves; None if not known."""
     if y is None:
         return None
-    if isinstance(y, Tensor):
-        return y.shape if y.is_floating_point() else "integer"
     leaves, treedef = optree.tree_flatten(y)
-    return _Shapes(treedef, tuple(_shapes(leaf) for leaf in leaves))
+    return treedef, tuple((leaf.shape, leaf.dtype) for leaf in leaves)
 
 
 class LossPullback(Pullback):
@@ -191,6 +181,8 @@ class LossPullback(Pullback):
     __slots__ = ()
 
     def __call__(self, dvalue: Tensor | float = 1.0) -> Tree:  # type: ignore[override]
+        if isinstance(dvalue, Tensor) and dvalue.dim() != 0:
+            raise ValueError(f"pullback expects a scalar dvalue, got {tree.describe(dvalue)}")
         return self.rule(dict(self.residuals), dvalue, *self.static)
 
 

@@ -34,10 +34,7 @@ def check_finite(model: Layer) -> Layer:
     ValueError: serial['0'] identity: x is not finite: 1 of 2 values
     """
 
-    def guarded(_: str, layer: Layer) -> Layer:
-        return layer if anatomy(layer).children else _guard(layer)
-
-    return map_layers(guarded, model)
+    return map_layers(lambda path, layer: _guard(layer), model)
 
 
 def require_finite(name: str, what: str, values: Tree) -> None:
@@ -66,10 +63,11 @@ def require_finite(name: str, what: str, values: Tree) -> None:
 
 
 def finite_rule(
-    residuals: dict[str, Any], dy: Tree, name: str, *, params: bool, x: bool
+    residuals: dict[str, Any], dy: Tree, name: str, leaf: bool, *, params: bool, x: bool
 ) -> tuple[Params | None, Tree]:
     """The layer's own pullback, with what goes in and what comes out checked."""
-    require_finite(name, "dy", dy)
+    if leaf:  # the children of a combinator check what reaches them
+        require_finite(name, "dy", dy)
     dparams, dx = pull(residuals, "layer", dy, params=params, x=x)
     require_finite(name, "dparams", dparams)
     require_finite(name, "dx", dx)
@@ -77,7 +75,13 @@ def finite_rule(
 
 
 def _guard(layer: Layer) -> Layer:
-    name = anatomy(layer).name
+    name, children, rebuild, takes_key, _ = anatomy(layer)
+    leaf = not children
+
+    def check_input(params: Params, x: Tree) -> None:
+        if leaf:
+            require_finite(name, "x", x)
+            require_finite(name, "params", params)
 
     def apply(
         params: Params,
@@ -87,8 +91,7 @@ def _guard(layer: Layer) -> Layer:
         key: Tensor | None = None,
         train: bool = False,
     ) -> tuple[Tree, Params]:
-        require_finite(name, "x", x)
-        require_finite(name, "params", params)
+        check_input(params, x)
         y, state = layer.apply(params, x, state, key=key, train=train)
         require_finite(name, "output", y)
         return y, state
@@ -101,13 +104,13 @@ def _guard(layer: Layer) -> Layer:
         key: Tensor | None = None,
         train: bool = True,
     ) -> tuple[Tree, Pullback, Params]:
-        require_finite(name, "x", x)
-        require_finite(name, "params", params)
+        check_input(params, x)
         y, pullback, state = layer.vjp(params, x, state, key=key, train=train)
         require_finite(name, "output", y)
-        return y, Pullback(finite_rule, {"layer": pullback}, (name,), y), state
+        return y, Pullback(finite_rule, {"layer": pullback}, (name, leaf), y), state
 
     def init(key: Tensor, x: Tree) -> tuple[Params, Params]:
         return layer.init(key, x)
 
-    return with_anatomy(Layer(init, apply, vjp), Anatomy(name, takes_key=anatomy(layer).takes_key))
+    again = None if rebuild is None else lambda children: _guard(rebuild(children))
+    return with_anatomy(Layer(init, apply, vjp), Anatomy(name, children, again, takes_key))

@@ -26,6 +26,10 @@ def _hinge_derivative(prediction: Tensor, target: Tensor, margin: float) -> Tens
     return torch.where(prediction * target < margin, -target, 0.0)
 
 
+def _huber(distance: Tensor, delta: float) -> Tensor:
+    return torch.where(distance <= delta, 0.5 * distance.square(), delta * (distance - 0.5 * delta))
+
+
 def _bce_derivative(prediction: Tensor, target: Tensor) -> Tensor:
     # The denominator is kept from 0 as PyTorch does.
     spread = (prediction * (1 - prediction)).clamp(min=1e-12)
@@ -38,7 +42,7 @@ POINTWISE: dict[str, Pointwise] = {
         lambda y, t: (y - t).abs(),
         lambda y, t: torch.sign(y - t)),
     "huber": Pointwise(
-        lambda y, t, delta: F.huber_loss(y, t, reduction="none", delta=delta),
+        lambda y, t, delta: _huber((y - t).abs(), delta),
         lambda y, t, delta: (y - t).clamp(-delta, delta)),
     "smooth_l1": Pointwise(
         lambda y, t, beta: F.smooth_l1_loss(y, t, reduction="none", beta=beta),
@@ -447,7 +451,7 @@ def _distribution(
         count = log_p.numel() // classes if classes else 0
         return q, count if reduction == "mean" else 1
     picked = _picked(log_p, target, weight, ignore_index)
-    n = picked.weight.sum() if reduction == "mean" else 1
+    n = _total(picked.weight) if reduction == "mean" else 1
     if not smoothing:
         return picked, n
     kept = (target != ignore_index).unsqueeze(dim)
@@ -457,11 +461,18 @@ def _distribution(
     return q.scatter_add(dim, picked.place, picked.weight * (1 - smoothing)), n
 
 
+def _total(weight: Tensor) -> Tensor:
+    return weight.sum(dtype=torch.promote_types(weight.dtype, torch.float32))
+
+
 def _class_value(log_p: Tensor, q: Tensor | _Picked, n: Tensor | int) -> Tensor:
     if isinstance(q, _Picked):
         log_p, q = log_p.gather(_class_dim(log_p), q.place), q.weight
     # A class of probability 0 counts 0, even where log p is -inf.
-    return -torch.where(q == 0, 0.0, q * log_p).sum() / n
+    # Half precision cannot count far.
+    exact = torch.promote_types(log_p.dtype, torch.float32)
+    total = torch.where(q == 0, 0.0, q * log_p).sum(dtype=exact)
+    return (-total / n).to(log_p.dtype)
 
 
 def cross_entropy_rule(
@@ -570,7 +581,7 @@ def nll(reduction: str = "mean", weight: Tensor | None = None, ignore_index: int
         if target.is_floating_point():
             raise TypeError(f"nll: expects int64 class indices, got {tree.describe(target)}")
         picked = _picked(prediction, target, weight, ignore_index)
-        n = picked.weight.sum() if reduction == "mean" else prediction.new_ones(())
+        n = _total(picked.weight if reduction == "mean" else prediction.new_ones(()))
         return _class_value(prediction, picked, n), picked, n
 
     def apply(prediction: Tensor, target: Tensor) -> Tensor:

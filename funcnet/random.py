@@ -125,7 +125,7 @@ def key(seed: int, *, device: Device = None) -> Tensor:
     """
     if not isinstance(seed, int):
         raise TypeError(f"key: expects an integer seed, got {type(seed).__name__}")
-    return torch.tensor([0, seed & _MASK], dtype=torch.int64, device=device)
+    return torch.tensor([0, seed & _MASK], dtype=torch.int64, device=device or "cpu")
 
 
 def split(key: Tensor, n: int = 2) -> Tensor:

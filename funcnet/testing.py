@@ -57,8 +57,8 @@ def check_layer(
     """
     name = anatomy(layer).name
     key = random.key(0) if key is None else key
-    x = _to_float64(x)
-    params, state = layer.init(random.fold_in(key, "params"), x)
+    x = tree.map(torch.Tensor.detach, _to_float64(x))
+    params, state = _check_init(name, layer, random.fold_in(key, "params"), x)
     params, state = _to_float64(params), _to_float64(state)
     _require_strings(name, params)
     # At their first values parameters may hide a term: zeros, ones.
@@ -212,8 +212,14 @@ def check_optimizer(
             optimizer.update(grads[0], optimizer.init_state(params), params)[0],
         )
     single = _cast(params, torch.float32)
-    updates, _ = optimizer.update(_noise(key, single), optimizer.init_state(single), single)
+    start = optimizer.init_state(single)
+    updates, after = optimizer.update(_noise(key, single), start, single)
     _alike(name, "law 5: updates are like params", single, updates)
+    _alike(name, "law 5: the state is like the params", _cast(state, torch.float32), after)
+    _alike(name, "law 5: the state keeps its structure", start, after)
+    still, _ = optimizer.update(tree.map(torch.zeros_like, single), start, single)
+    finite = all(bool(leaf.isfinite().all()) for leaf in tree.leaves(still))
+    _require(finite, name, "gradients of 0 give finite updates")
     if vmap and tree.leaves(params):
         members = [_noise(random.fold_in(key, 100 + member), params) for member in range(3)]
         together = _vmap(lambda p: _two_updates(optimizer, p), _stack(members))
@@ -266,6 +272,41 @@ class _Call:
         )
 
 
+def _check_init(name: str, layer: Layer, key: Tensor, x: Tree) -> tuple[Params, Params]:
+    """The layer's params and state."""
+    what = "law 1: init reads only the key and the shape, dtype and device of x"
+    watched = _Watch(name, key=key, x=x)
+    with _Globals(name):
+        made = layer.init(key, x)
+        _equal(name, what, made, layer.init(key, x))
+        other = tree.map(lambda leaf: torch.zeros_like(leaf), x)
+        _equal(name, what, made, layer.init(key, other))
+    watched.check()
+    single = _cast(x, torch.float32)
+    if all(leaf.is_floating_point() for leaf in tree.leaves(x)):
+        what = "law 5: params and state have the dtype of a floating x"
+        _alike(name, what, _cast(made, torch.float32), layer.init(key, single))
+    return made
+
+
+class _Globals:
+    """What of torch's global state no function may change: its generator and two settings."""
+
+    def __init__(self, name: str) -> None:
+        self.name = name
+
+    def __enter__(self) -> None:
+        self.generator = torch.random.get_rng_state()
+        self.settings = (torch.is_grad_enabled(), torch.get_default_dtype())
+
+    def __exit__(self, *error: object) -> None:
+        same = torch.equal(self.generator, torch.random.get_rng_state())
+        _require(same, self.name, "law 1: torch's random generator is not used")
+        settings = (torch.is_grad_enabled(), torch.get_default_dtype())
+        torch.set_grad_enabled(self.settings[0])
+        _require(settings == self.settings, self.name, "law 1: no global setting is changed")
+
+
 def _check_agreement(call: _Call) -> None:
     y, state = call.apply()
     for leaf in tree.leaves((y, state, call.y, call.new_state, call.dparams, call.dx)):
@@ -290,7 +331,8 @@ def _check_structure(call: _Call) -> None:
         rebuilt(call.dy),
     )
     again = optree.tree_structure(call.vjp()[1])
-    _require(treedef == again, call.name, "law 5: the pullback's treedef is the same each time")
+    same = treedef == again and hash(treedef) == hash(again)
+    _require(same, call.name, "law 5: the pullback's treedef is the same each time")
 
 
 def _check_purity(call: _Call) -> None:
@@ -299,13 +341,14 @@ def _check_purity(call: _Call) -> None:
     grads = (call.dparams, call.dx)
     _equal(name, "law 1: the same pullback gives the same result", grads, call.pullback(dy))
     residuals.check()
-    generator = torch.random.get_rng_state()
-    y, pullback, state = call.vjp()
+    with _Globals(name):
+        y, pullback, state = call.vjp()
+        pullback(dy)
+        call.apply()
     _equal(name, "law 1: the same arguments, the same output", call.y, y)
     _equal(name, "law 1: the same arguments, the same state", call.new_state, state)
     _equal(name, "law 1: the same arguments, the same pullback", grads, pullback(dy))
-    unchanged = torch.equal(generator, torch.random.get_rng_state())
-    _require(unchanged, name, "law 1: torch's random generator is not used")
+    _equal(name, "law 1: the default dtype is not read", call.y, _with_default_dtype(call.vjp)[0])
     other = tree.map(lambda leaf: leaf * 0.5 if leaf.is_floating_point() else leaf, call.x)
     call.vjp(x=other)[1](dy)
     call.layer.apply(call.params, other, call.state, key=call.key, train=not call.train)
@@ -330,6 +373,16 @@ def _check_purity(call: _Call) -> None:
         _equal(name, "law 2: no autograd, so inference mode changes nothing", grads, pullback(dy))
 
 
+def _with_default_dtype(function: Callable[[], Any]) -> Any:
+    """What a function gives when the default dtype is another one."""
+    before = torch.get_default_dtype()
+    torch.set_default_dtype(torch.float64 if before == torch.float32 else torch.float32)
+    try:
+        return function()
+    finally:
+        torch.set_default_dtype(before)
+
+
 def _check_linearity(call: _Call) -> None:
     other = _cotangent(random.fold_in(call.key, "other dy"), call.y)
     mixed = _map_present(lambda a, b: 2.0 * a - 3.0 * b, call.dy, other)
@@ -337,6 +390,10 @@ def _check_linearity(call: _Call) -> None:
         lambda a, b: 2.0 * a - 3.0 * b, (call.dparams, call.dx), call.pullback(other)
     )
     _close(call.name, "law 4: the pullback is linear in dy", expected, call.pullback(mixed))
+    grads = (call.dparams, call.dx)
+    zeros = _map_present(torch.zeros_like, grads)
+    nothing = call.pullback(_map_present(torch.zeros_like, call.dy))
+    _equal(call.name, "law 4: the pullback of 0 is 0", zeros, nothing)
 
 
 def _check_derivative(call: _Call, rtol: float) -> None:
@@ -348,7 +405,12 @@ def _check_derivative(call: _Call, rtol: float) -> None:
     expected = _autograd(output, inputs, call.dy)
     got = (call.dparams, call.dx)
     _close(call.name, "law 4: the pullback agrees with autograd", expected, got, rtol)
-    direction = _noise(random.fold_in(call.key, "direction"), inputs)
+    # Steps are relative to the size of what they change.
+    direction = _map_floating(
+        lambda noise, leaf: noise * (_size(leaf) or 1.0),
+        _noise(random.fold_in(call.key, "direction"), inputs),
+        inputs,
+    )
     step = 1e-6
     ahead, behind = (
         _inner(
@@ -376,6 +438,9 @@ def _check_layouts(call: _Call) -> None:
     _close(call.name, what.format("x"), call.y, y)
     dy = _map_present(_scattered, call.dy)
     _close(call.name, what.format("dy"), (call.dparams, call.dx), pullback(dy))
+    ones = _map_present(torch.ones_like, call.dy)
+    wide = _map_present(lambda leaf: leaf.new_ones(()).expand(leaf.shape), call.dy)
+    _close(call.name, what.format("dy"), pullback(ones), pullback(wide))
 
 
 def _check_single_precision(call: _Call) -> None:
@@ -387,6 +452,10 @@ def _check_single_precision(call: _Call) -> None:
     _alike(single, "law 5: dparams is like params", params, dparams)
     _alike(single, "law 5: dx is like x", x, dx, floating_only=True)
     _alike(single, "law 5: the new state is like the state", state, new_state)
+    what = "law 5: float32 gives what float64 gives, to rounding"
+    _close(single, what, _to_float64(call.y), _to_float64(y), 1e-3)
+    grads = (call.dparams, call.dx)
+    _close(single, what, grads, _map_present(torch.Tensor.double, (dparams, dx)), 1e-3)
 
 
 def _check_meta(call: _Call) -> None:
@@ -595,7 +664,9 @@ def _noise(key: Tensor, node: Tree) -> Tree:
     """Normal draws like the leaves; zeros for integers."""
     leaves, treedef = optree.tree_flatten(node)
     drawn = [
-        random.normal(random.fold_in(key, place), leaf.shape, torch.float64).to(leaf.dtype)
+        random.normal(random.fold_in(key, place), leaf.shape, torch.float64, device=leaf.device).to(
+            leaf.dtype
+        )
         if leaf.is_floating_point()
         else torch.zeros_like(leaf)
         for place, leaf in enumerate(leaves)
@@ -604,9 +675,9 @@ def _noise(key: Tensor, node: Tree) -> Tree:
 
 
 def _jitter(key: Tensor, node: Tree) -> Tree:
-    """The leaves, each moved by up to 5 %."""
+    """The leaves, each made smaller by up to 5 %, so that what was in [0, 1] stays there."""
     return _map_floating(
-        lambda leaf, noise: leaf * (1.0 + 0.05 * torch.tanh(noise)), node, _noise(key, node)
+        lambda leaf, noise: leaf * (0.975 + 0.025 * torch.tanh(noise)), node, _noise(key, node)
     )
 
 

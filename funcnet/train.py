@@ -43,15 +43,26 @@ def init_train_state(model: Layer, optimizer: Optimizer, key: Tensor, x: Tree) -
     >>> start.step, start.params["weight"].shape
     (tensor(0), torch.Size([2, 3]))
     """
+    _check_kind("init_train_state", "model", model, Layer)
+    _check_kind("init_train_state", "optimizer", optimizer, Optimizer)
     params, state = model.init(key, x)
-    step = torch.zeros((), dtype=torch.int64)
+    step = torch.zeros((), dtype=torch.int64, device=key.device)
     return TrainState(params, state, optimizer.init_state(params), key, step)
+
+
+def _check_kind(where: str, what: str, found: Any, kind: type) -> None:
+    if not isinstance(found, kind):
+        hint = "; call its constructor" if callable(found) else ""
+        got = type(found).__name__
+        raise TypeError(f"{where}: expects a {kind.__name__} as {what}, got {got}{hint}")
 
 
 def _forward_backward(
     model: Layer, loss: Loss, metrics: Mapping[str, Metric], check_finite: bool
 ) -> Callable[..., tuple[Tensor, Params, Params, dict[str, Tensor]]]:
     """``(params, batch, state, key, train) -> (value, grads, state, metrics)``."""
+    _check_kind("train_step", "model", model, Layer)
+    _check_kind("train_step", "loss", loss, Loss)
     if check_finite:
         model = checked_layers(model)
 
@@ -115,15 +126,15 @@ def train_step(
     loss: Loss,
     optimizer: Optimizer,
     *,
-    metrics: Mapping[str, Metric] | None = None,
+    metrics: Mapping[str, Metric | Loss] | None = None,
     check_finite: bool = False,
 ) -> Callable[[TrainState, Batch], tuple[TrainState, dict[str, Tensor]]]:
     """The pure training step ``step(train_state, batch) -> (train_state, metrics)``.
 
     Args:
         model, loss, optimizer: what the step is made of.
-        metrics: functions ``(prediction, target) -> tensor`` by name, beside the "loss", which
-            is that of the params before the update.
+        metrics: functions ``(prediction, target) -> tensor``, or losses, by name; beside the
+            "loss", which is that of the params before the update.
         check_finite: raise ValueError with the path of the first layer whose output or cotangent
             is NaN or infinite. Eager mode only.
 
@@ -137,10 +148,16 @@ def train_step(
     >>> state.step, list(metrics)
     (tensor(1), ['loss'])
     """
-    metrics = dict(metrics or {})
-    if "loss" in metrics:
+    _check_kind("train_step", "optimizer", optimizer, Optimizer)
+    if metrics is not None and not isinstance(metrics, Mapping):
+        raise TypeError(f"train_step: expects a dict of metrics, got {type(metrics).__name__}")
+    measures = {
+        name: metric.apply if isinstance(metric, Loss) else metric
+        for name, metric in (metrics or {}).items()
+    }
+    if "loss" in measures:
         raise ValueError("train_step: the metric 'loss' is there already, pick another name")
-    run = _forward_backward(model, loss, metrics, check_finite)
+    run = _forward_backward(model, loss, measures, check_finite)
     takes_key = anatomy(model).takes_key
 
     def step(train_state: TrainState, batch: Batch) -> tuple[TrainState, dict[str, Any]]:

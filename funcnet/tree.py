@@ -167,6 +167,20 @@ def leaves_like(
     raise ValueError(f"{what}: expects a tree of tensors, got {describe(tree)}")
 
 
+def alike(a: Any, b: Any) -> bool:
+    """Whether two trees have one structure, and tensors of the same shapes and dtypes.
+
+    >>> alike({"a": torch.ones(1), "b": torch.ones(2)}, {"b": torch.zeros(2), "a": torch.zeros(1)})
+    True
+    """
+    leaves, treedef = optree.tree_flatten(a)
+    others, other_treedef = optree.tree_flatten(b)
+    return treedef == other_treedef and all(
+        leaf.shape == other.shape and leaf.dtype == other.dtype
+        for leaf, other in zip(leaves, others, strict=True)
+    )
+
+
 def read(tensor: Tensor) -> Any:
     """``tensor.tolist()`` where the values can be had without waiting for a device, else None.
 
@@ -179,6 +193,18 @@ def read(tensor: Tensor) -> Any:
         return tensor.tolist()
     except RuntimeError:  # it stands for many values (vmap) or for none (tracing)
         return None
+
+
+def transformed(*tensors: Tensor) -> bool:
+    """Whether torch.func is at work or a tensor needs a gradient.
+
+    Fused kernels may have no rule for vmap or no derivative there, where a formula has both.
+    """
+    return (
+        torch._C._functorch.peek_interpreter_stack() is not None
+        or torch.autograd.forward_ad._current_level >= 0
+        or any([tensor.requires_grad for tensor in tensors])
+    )
 
 
 def to_meta(tree: Any) -> Any:

@@ -40,6 +40,13 @@ _tanh_backward = aten.tanh_backward.default
 _sigmoid_backward = aten.sigmoid_backward.default
 
 
+def _silu_derivative(dy: Tensor, x: Tensor) -> Tensor:
+    if not tree.transformed(dy, x):
+        return aten.silu_backward(dy, x)
+    s = torch.sigmoid(x)  # torch has no derivative of the fused kernel
+    return dy * s * (1 + x * (1 - s))
+
+
 def _mish_derivative(dy: Tensor, x: Tensor) -> Tensor:
     t = torch.tanh(F.softplus(x))
     return dy * (t + x * torch.sigmoid(x) * (1 - t * t))
@@ -59,7 +66,7 @@ ACTIVATIONS: dict[str, Elementwise] = {
         lambda x, approximate: F.gelu(x, approximate=approximate),
         lambda dy, x, approximate: aten.gelu_backward(dy, x, approximate=approximate), "x"),
     "silu": Elementwise(
-        F.silu,        lambda dy, x: aten.silu_backward(dy, x), "x"),
+        F.silu,        _silu_derivative, "x"),
     "elu": Elementwise(
         F.elu,         lambda dy, x, alpha: aten.elu_backward(dy, alpha, 1, 1, False, x), "x"),
     "celu": Elementwise(
@@ -414,6 +421,10 @@ def prelu(
         check_floating("prelu", x)
         check_params("prelu", params, ("weight",))
         weight = params["weight"]
+        if weight.shape != (num_parameters,):
+            raise ValueError(
+                f"prelu: expects a weight of shape {(num_parameters,)}, got {tuple(weight.shape)}"
+            )
         if weight.shape[0] > 1 and (x.dim() < 2 or x.shape[1] != weight.shape[0]):
             raise ValueError(
                 f"prelu: weight expects {weight.shape[0]} channels in dimension 1, "

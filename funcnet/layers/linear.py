@@ -82,7 +82,7 @@ def linear(
     >>> pullback(torch.ones(1, 3), params=False)
     (None, tensor([[3., 3.]]))
     """
-    if out_features < 0:
+    if not isinstance(out_features, int) or out_features < 0:
         raise ValueError(f"linear: out_features must be >= 0, got {out_features}")
     names = ("weight", "bias") if bias else ("weight",)
 
@@ -111,8 +111,10 @@ def linear(
             offset = params["bias"] if bias else None
             if (
                 len(params) == len(names)
+                and weight.dim() == 2
                 and weight.shape[0] == out_features
-                and (offset is None or offset.numel() == out_features)
+                and x.is_floating_point()
+                and (offset is None or (offset.dim() == 1 and offset.numel() == out_features))
             ):
                 return F.linear(x, weight, offset)
         except Exception:

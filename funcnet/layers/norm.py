@@ -6,6 +6,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from funcnet import tree
 from funcnet.core import (
     EMPTY,
     Anatomy,
@@ -89,6 +90,8 @@ def layer_norm(
     """
     if isinstance(normalized_shape, int):
         normalized_shape = (normalized_shape,)
+    if eps < 0:
+        raise ValueError(f"layer_norm: eps must be >= 0, got {eps}")
     fixed = None if normalized_shape is None else tuple(normalized_shape)
     names = () if not elementwise_affine else ("weight", "bias") if bias else ("weight",)
 
@@ -205,6 +208,8 @@ def batch_norm(
     >>> state["running_mean"], state["running_var"], state["num_batches_tracked"]
     (tensor([0.2000]), tensor([1.1000]), tensor(1))
     """
+    if eps < 0:
+        raise ValueError(f"batch_norm: eps must be >= 0, got {eps}")
     names = ("weight", "bias") if affine else ()
     state_names = (
         ("running_mean", "running_var", "num_batches_tracked") if track_running_stats else ()
@@ -263,18 +268,38 @@ def batch_norm(
             return x.clone(), zeros, zeros, by_batch, state
         if not by_batch:
             mean, spread = state["running_mean"], state["running_var"]
-            y = torch.native_batch_norm(x, weight, bias, mean, spread, False, 0.0, eps)[0]
+            if tree.transformed(mean, spread):
+                y = by_formula(x, weight, bias, mean, spread)
+            else:
+                y = torch.native_batch_norm(x, weight, bias, mean, spread, False, 0.0, eps)[0]
             return y, mean, spread, False, state
         y, mean, spread = torch.native_batch_norm(x, weight, bias, None, None, True, 0.0, eps)
         if track_running_stats:
-            state = updated(state, mean, spread, x.numel() // x.shape[1])
+            state = updated(state, x)
         return y, mean, spread, True, state
 
-    def updated(state: Params, mean: Tensor, rstd: Tensor, count: int) -> Params:
+    def by_formula(
+        x: Tensor, weight: Tensor | None, bias: Tensor | None, mean: Tensor, var: Tensor
+    ) -> Tensor:
+        """For where the running statistics are differentiated, which the kernel does not do."""
+
+        def channels(leaf: Tensor) -> Tensor:
+            return leaf.reshape(-1, *[1] * (x.dim() - 2))
+
+        y = (x - channels(mean)) * channels((var + eps).rsqrt())
+        if weight is not None and bias is not None:
+            y = y * channels(weight) + channels(bias)
+        return y.to(x.dtype)
+
+    def updated(state: Params, x: Tensor) -> Params:
         seen = state["num_batches_tracked"] + 1
         running_mean, running_var = state["running_mean"], state["running_var"]
-        var = (rstd.square().reciprocal() - eps).clamp(min=0.0) * (count / max(count - 1, 1))
-        rate = momentum if momentum is not None else seen.to(running_mean.dtype).reciprocal()
+        # The kernel's own statistics are the spread's inverse, and have no derivative.
+        dims = [dim for dim in range(x.dim()) if dim != 1]
+        var, mean = torch.var_mean(x.to(running_mean.dtype), dims)
+        # Half precision cannot count far.
+        exact = torch.promote_types(running_mean.dtype, torch.float32)
+        rate = momentum if momentum is not None else seen.to(exact).reciprocal()
         return {
             "running_mean": ((1 - rate) * running_mean + rate * mean).to(running_mean.dtype),
             "running_var": ((1 - rate) * running_var + rate * var).to(running_var.dtype),

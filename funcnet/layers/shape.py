@@ -180,7 +180,7 @@ def concat(dim: int = -1) -> Layer:
     """
 
     def apply(x: tuple[Tensor, ...]) -> Tensor:
-        if not isinstance(x, tuple):
+        if type(x) is not tuple:
             raise TypeError(f"concat: expects a tuple of tensors, got {tree.describe(x)}")
         return torch.cat(x, dim)
 

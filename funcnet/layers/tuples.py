@@ -45,7 +45,7 @@ def fan_out(n: int) -> Layer:
 
 
 def _check_alike(name: str, x: tuple[Tensor, ...]) -> None:
-    if not isinstance(x, tuple) or not x or len({tree.describe(part) for part in x}) != 1:
+    if type(x) is not tuple or not x or len({tree.describe(part) for part in x}) != 1:
         raise ValueError(
             f"{name}: expects a tuple of tensors of one shape and dtype, got {tree.describe(x)}"
         )

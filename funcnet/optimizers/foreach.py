@@ -12,6 +12,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from funcnet.tree import transformed
+
 Leaves = list[Tensor]
 
 
@@ -34,6 +36,7 @@ class Constant:
 
 Factor = Constant | Tensor | float
 _ONE = Constant(1.0)
+_HALF = (torch.float16, torch.bfloat16)
 
 
 def _common_dtype(leaves: Leaves) -> torch.dtype | None:
@@ -57,21 +60,13 @@ def _scalar(leaves: Leaves, factor: Factor) -> float | Tensor | None:
     return factor
 
 
-def _transformed() -> bool:
-    """Whether torch.func is at work, whose vmap has no rules for these operators."""
-    return (
-        torch._C._functorch.peek_interpreter_stack() is not None
-        or torch.autograd.forward_ad._current_level >= 0
-    )
-
-
 def _each(
     foreach: Callable[..., Any], one: Callable[..., Tensor], lists: tuple[Leaves, ...], *args: Any
 ) -> Leaves:
     if not lists[0]:
         return []
     # On meta tensors a 0-d factor would be read.
-    if lists[0][0].is_meta or _transformed():
+    if lists[0][0].is_meta or transformed():
         return [one(*leaves, *args) for leaves in zip(*lists, strict=True)]
     return list(foreach(*lists, *args) or lists[0])
 
@@ -81,7 +76,7 @@ def multiply(leaves: Leaves, factor: Factor) -> Leaves:
     if not leaves:
         return []
     scalar = _scalar(leaves, factor)
-    if scalar is None:
+    if scalar is None or (isinstance(scalar, Tensor) and scalar.requires_grad):
         return [(leaf * factor).to(leaf.dtype) for leaf in leaves]  # type: ignore[operator]
     return _each(torch._foreach_mul, torch.mul, (leaves,), scalar)
 
@@ -146,7 +141,13 @@ def sign(leaves: Leaves) -> Leaves:
 
 
 def sqrt(leaves: Leaves) -> Leaves:
-    """``sqrt(leaf)``."""
+    """``sqrt(leaf)``, whose derivative at 0 is taken as 0."""
+    if transformed(*leaves):
+        roots = [torch.where(leaf > 0, leaf, 1.0).sqrt() for leaf in leaves]
+        return [
+            torch.where(leaf > 0, root, leaf.detach())
+            for leaf, root in zip(leaves, roots, strict=True)
+        ]
     return _each(torch._foreach_sqrt, torch.sqrt, (leaves,))
 
 
@@ -184,7 +185,7 @@ def adam(
     ``torch._fused_adam_`` does it all in one call, where it may: it checks neither shapes nor
     strides, and autograd and torch.func do not see into it.
     """
-    if not _plain([*grads, *mu, *nu, *nu_max]) or _transformed():
+    if not _plain([*grads, *mu, *nu, *nu_max]) or transformed():
         return _adam_by_formula(grads, mu, nu, nu_max, step, betas, eps)
     # From params of 0 and with a learning rate of -1 the kernel steps to the direction.
     direction = [torch.zeros_like(leaf) for leaf in grads]
@@ -218,6 +219,11 @@ def _adam_by_formula(
     eps: float,
 ) -> tuple[Leaves, Leaves, Leaves, Leaves]:
     beta1, beta2 = betas
+    kept = [leaf.dtype for leaf in grads]
+    grads, mu, nu, nu_max = (
+        [leaf.float() if leaf.dtype in _HALF else leaf for leaf in leaves]
+        for leaves in (grads, mu, nu, nu_max)
+    )
     mu = lerp(mu, grads, 1.0 - beta1)
     nu = add_square_in_place(multiply(nu, beta2), grads, 1.0 - beta2)
     nu_max = maximum(nu_max, nu)
@@ -226,4 +232,9 @@ def _adam_by_formula(
     correction = 1.0 - beta1**time
     spread = correction / (1.0 - beta2**time).sqrt()
     root = multiply(sqrt(nu_max or nu), spread)
-    return divide(mu, add_scalar_in_place(root, correction * eps)), mu, nu, nu_max
+    direction = divide(mu, add_scalar_in_place(root, correction * eps))
+    direction, mu, nu, nu_max = (
+        [leaf.to(dtype) for leaf, dtype in zip(leaves, kept, strict=False)]
+        for leaves in (direction, mu, nu, nu_max)
+    )
+    return direction, mu, nu, nu_max

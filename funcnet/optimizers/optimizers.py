@@ -1,5 +1,7 @@
 """Optimizers: chains of transforms, with the arguments of torch.optim's of the same name."""
 
+import math
+
 from funcnet.core import Optimizer
 from funcnet.optimizers.transforms import (
     LearningRate,
@@ -51,6 +53,8 @@ def sgd(
     {'w': tensor([-0.1000])}
     """
     _check("sgd", lr, momentum=momentum, weight_decay=weight_decay)
+    if math.isnan(dampening):
+        raise ValueError("sgd: dampening must be a number, got nan")
     if nesterov and (momentum <= 0 or dampening != 0):
         raise ValueError("sgd: nesterov needs momentum > 0 and dampening = 0")
     return chain(

@@ -6,6 +6,7 @@ gradients and returns what the next one takes; what the last one gives is added 
 """
 
 from collections.abc import Callable, Sequence
+from numbers import Real
 from operator import attrgetter
 from typing import Any, NamedTuple
 
@@ -39,10 +40,9 @@ def chain(*transforms: Optimizer) -> Optimizer:
     def update(
         grads: Tree, opt_state: tuple[Tree, ...], params: Params
     ) -> tuple[Tree, tuple[Tree, ...]]:
-        if len(opt_state) != len(transforms):
-            raise ValueError(
-                f"chain: expects a state of {len(transforms)} transforms, got {len(opt_state)}"
-            )
+        if not isinstance(opt_state, tuple) or len(opt_state) != len(transforms):
+            found = len(opt_state) if isinstance(opt_state, tuple) else type(opt_state).__name__
+            raise ValueError(f"chain: expects a state of {len(transforms)} transforms, got {found}")
         states = []
         for transform, state in zip(transforms, opt_state, strict=True):
             grads, state = transform.update(grads, state, params)
@@ -209,6 +209,7 @@ def trace(momentum: float, dampening: float = 0.0, nesterov: bool = False) -> Op
         return TraceState(tree.map(torch.zeros_like, params), _step_zero(params))
 
     def update(grads: Tree, opt_state: TraceState, params: Params) -> tuple[Tree, TraceState]:
+        _check_state("trace", opt_state, TraceState)
         g, treedef = flatten(grads)
         old = tree.leaves_like(g, treedef, opt_state.trace, "trace: state")
         step = opt_state.step
@@ -250,7 +251,10 @@ def scale_by_adam(
     >>> adam.update(g, adam.init_state(g), g)[0]
     {'w': tensor([1.0000])}
     """
+    if not isinstance(betas, (tuple, list)) or len(betas) != 2:
+        raise ValueError(f"scale_by_adam: betas must be two numbers, got {betas!r}")
     for position, beta in enumerate(betas):
+        check_at_least("scale_by_adam", f"betas[{position}]", beta, 0.0)
         if not 0.0 <= beta < 1.0:
             raise ValueError(f"scale_by_adam: betas[{position}] must be in [0, 1), got {beta}")
     check_at_least("scale_by_adam", "eps", eps, 0.0)
@@ -263,6 +267,7 @@ def scale_by_adam(
         return AdamState(_step_zero(params), zeros(), zeros(), zeros() if amsgrad else ())
 
     def update(grads: Tree, opt_state: AdamState, params: Params) -> tuple[Tree, AdamState]:
+        _check_state("scale_by_adam", opt_state, AdamState)
         g, treedef = flatten(grads)
         mu = tree.leaves_like(g, treedef, opt_state.mu, "scale_by_adam: mu")
         nu = tree.leaves_like(g, treedef, opt_state.nu, "scale_by_adam: nu")
@@ -315,6 +320,7 @@ def scale_by_rms(alpha: float = 0.99, eps: float = 1e-8, centered: bool = False)
         return RmsState(zeros(), zeros() if centered else ())
 
     def update(grads: Tree, opt_state: RmsState, params: Params) -> tuple[Tree, RmsState]:
+        _check_state("scale_by_rms", opt_state, RmsState)
         g, treedef = flatten(grads)
         nu = tree.leaves_like(g, treedef, opt_state.nu, "scale_by_rms: nu")
         nu = foreach.add_square_in_place(foreach.multiply(nu, decay), g, 1.0 - alpha)
@@ -332,8 +338,15 @@ def scale_by_rms(alpha: float = 0.99, eps: float = 1e-8, centered: bool = False)
     return Optimizer(init_state, update)
 
 
+def _check_state(name: str, opt_state: Any, kind: type) -> None:
+    if not isinstance(opt_state, kind):
+        raise TypeError(f"{name}: expects a {kind.__name__}, got {type(opt_state).__name__}")
+
+
 def check_at_least(name: str, option: str, value: float, least: float) -> None:
-    """Raise ValueError for a number below ``least`` or NaN."""
+    """Raise ValueError for a number below ``least`` or NaN, TypeError for what is no number."""
+    if not isinstance(value, Real):
+        raise TypeError(f"{name}: {option} must be a number, got {type(value).__name__}")
     if not value >= least:
         raise ValueError(f"{name}: {option} must be >= {least:g}, got {value}")
 
@@ -346,11 +359,11 @@ def check_rate(name: str, lr: Any) -> None:
         lr = read(lr)
         if lr is None:
             return
-    if isinstance(lr, bool) or not isinstance(lr, (int, float)):
+    if isinstance(lr, bool) or not isinstance(lr, Real):
         raise TypeError(
             f"{name}: lr must be a number, a 0-d tensor or a function of the step, got {lr!r}"
         )
-    check_at_least(name, "lr", lr, 0.0)
+    check_at_least(name, "lr", float(lr), 0.0)
 
 
 def optional(condition: object, transform: Callable[[], Optimizer]) -> Sequence[Optimizer]:
