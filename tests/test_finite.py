@@ -188,3 +188,15 @@ def test_checked_layer_under_vmap_says_that_it_is_for_eager_mode():
     checked = fn.check_finite(fn.serial(fn.relu()))
     with pytest.raises(TypeError, match=r"serial\['0'\] .*eager"):
         torch.vmap(lambda x: checked.apply({}, x)[0])(torch.ones(2, 3))
+
+
+@pytest.mark.parametrize(
+    ("net", "message"),
+    [
+        (fn.residual(fn.identity()), "residual: output is not finite"),
+        (fn.serial(a=fn.residual(fn.identity())), r"serial\['a'\] residual: output is not finite"),
+    ],
+)
+def test_a_combinators_own_overflow_is_named(net, message):
+    with pytest.raises(ValueError, match=f"^{message}"):
+        fn.check_finite(net).apply({}, torch.full((2,), 3e38))

@@ -1,6 +1,8 @@
 """The training step: what it computes, from which key, and when it lets residuals go."""
 
 import math
+import subprocess
+import sys
 import weakref
 
 import optree
@@ -570,3 +572,58 @@ def test_errors_of_the_net_and_the_loss_pass_through_with_their_paths():
         step(state, (X, TARGET[:, :1]))
     with pytest.raises(TypeError, match="mse: expects a target of dtype"):
         step(state, (X, TARGET.float()))
+
+
+def test_what_is_not_made_by_a_constructor_is_refused_with_a_hint():
+    net, loss, optimizer = fn.linear(2), fn.mse(), fn.sgd(0.1)
+    with pytest.raises(TypeError, match=r"^train_step: expects a Loss as loss, .*constructor"):
+        fn.train_step(net, fn.mse, optimizer)
+    with pytest.raises(TypeError, match=r"^train_step: expects a Optimizer as optimizer"):
+        fn.train_step(net, optimizer, loss)
+    with pytest.raises(TypeError, match=r"^init_train_state: expects a Layer as model"):
+        fn.init_train_state(fn.linear, optimizer, fn.key(0), torch.ones(1, 2))
+
+
+def test_a_loss_is_a_metric():
+    net, optimizer = fn.linear(2), fn.sgd(0.1)
+    x, target = torch.ones(3, 2), torch.zeros(3, 2)
+    state = fn.init_train_state(net, optimizer, fn.key(0), x)
+    _, metrics = fn.train_step(net, fn.mse(), optimizer, metrics={"mae": fn.mae()})(
+        state, (x, target)
+    )
+    y, _ = net.apply(state.params, x)
+    torch.testing.assert_close(metrics["mae"], y.abs().mean())
+
+
+def test_a_run_resumes_bit_for_bit_in_another_process(tmp_path):
+    program = """
+import sys, torch, funcnet as fn
+net = fn.serial(fn.linear(4), fn.batch_norm(), fn.relu(), fn.dropout(0.2), fn.linear(2))
+optimizer = fn.adam(0.01)
+step = fn.train_step(net, fn.mse(), optimizer)
+x, target = fn.random.normal(fn.key(1), (8, 3)), fn.random.normal(fn.key(2), (8, 2))
+path, steps, resume = sys.argv[1], int(sys.argv[2]), sys.argv[3] == "resume"
+state = fn.init_train_state(net, optimizer, fn.key(0), x)
+if resume:
+    state = torch.load(path, weights_only=False)
+for _ in range(steps):
+    state, metrics = step(state, (x, target))
+torch.save(state, path)
+"""
+    runs = {"whole": [("6", "new")], "parts": [("2", "new"), ("4", "resume")]}
+    for name, parts in runs.items():
+        for steps, how in parts:
+            command = [sys.executable, "-c", program, str(tmp_path / name), steps, how]
+            subprocess.run(command, check=True, capture_output=True)
+    whole, parts = (torch.load(tmp_path / name, weights_only=False) for name in runs)
+    assert whole.step == 6
+    for one, other in zip(fn.tree.leaves(whole), fn.tree.leaves(parts), strict=True):
+        assert torch.equal(one, other)
+
+
+def test_a_train_state_does_not_follow_the_default_device():
+    with torch.device("meta"):
+        state = fn.init_train_state(
+            fn.linear(2), fn.sgd(0.1), fn.key(0), torch.ones(1, 2, device="cpu")
+        )
+    assert {leaf.device.type for leaf in fn.tree.leaves(state)} == {"cpu"}

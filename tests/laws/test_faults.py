@@ -20,6 +20,12 @@ def norm_rule(residuals, dy, fault, *, params, x):
         n *= 2
     if fault == "dy changed":
         dy *= 2
+    if fault == "rule wrong in float32" and dy.dtype == torch.float32:
+        dy = dy * 2
+    if fault == "NaN for dy of 0":
+        dy = dy * (dy / dy)
+    if fault == "wrong for expanded dy" and 0 in dy.stride():
+        dy = dy * 2
     if fault == "not linear in dy":
         dy = dy.abs()
     g = dy * mask
@@ -77,6 +83,12 @@ def normed(fault=None):
     def init(key, x):
         kind = {"dtype": x.dtype, "device": x.device}
         weight = fn.random.normal(key, (4, x.shape[-1]), x.dtype, device=x.device)
+        if fault == "init ignores its key":
+            weight = torch.randn(weight.shape).to(weight)
+        if fault == "init reads values" and not x.is_meta:
+            weight = weight + x.mean()
+        if fault == "init changes x":
+            x.add_(1.0)
         if fault == "init of wrong dtype":
             kind["dtype"] = torch.float64
             weight = weight.to(torch.float64).cpu() if x.is_meta else weight
@@ -88,6 +100,12 @@ def normed(fault=None):
         if fault == "state changed in place":
             state["mean"].add_(1.0)
         y = x @ params["weight"].T + params["bias"]
+        if fault == "wrong in float32" and x.dtype == torch.float32:
+            y = y * 1.01
+        if fault == "reads the default dtype":
+            y = y * torch.tensor(1 / 3)
+        if fault == "grad mode changed":
+            torch.set_grad_enabled(False)
         if fault == "reads values":
             float(y.detach().sum())
         mask = torch.ones_like(y)
@@ -160,6 +178,15 @@ LAYER_FAULTS = [
     "ignores train",
     "wrong default",
     "reads values",
+    "init ignores its key",
+    "init reads values",
+    "init changes x",
+    "wrong in float32",
+    "rule wrong in float32",
+    "reads the default dtype",
+    "grad mode changed",
+    "NaN for dy of 0",
+    "wrong for expanded dy",
 ]
 
 
@@ -319,6 +346,10 @@ def descent(fault=None):
             new = {"count": new["count"]}
         if fault == "state not updated":
             new = state
+        if fault == "NaN for gradients of 0":
+            updates = fn.tree.map(lambda u, g: u * (g / g), updates, grads)
+        if fault == "updates of wrong dtype":
+            updates = fn.tree.map(lambda u: u.to(torch.float64), updates)
         return updates, new
 
     return fn.Optimizer(init_state, update)
@@ -335,6 +366,8 @@ OPTIMIZER_FAULTS = [
     "lost leaf",
     "state lost",
     "state not updated",
+    "NaN for gradients of 0",
+    "updates of wrong dtype",
 ]
 
 
