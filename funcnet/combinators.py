@@ -110,7 +110,7 @@ def _named(parent: str, layers: tuple[Layer, ...], named: Mapping[str, Layer]) -
 
 
 def _check_names(parent: str, what: str, found: Params, children: Mapping[str, Layer]) -> None:
-    if not isinstance(found, Mapping):
+    if type(found) is not dict and not isinstance(found, Mapping):
         raise TypeError(f"{parent}: expects a dict of {what}, got {tree.describe(found)}")
     if not found.keys() <= children.keys():
         extra = sorted(found.keys() - children.keys())
@@ -148,7 +148,7 @@ def serial_rule(
     x: bool,
 ) -> tuple[Params | None, Tree]:
     """The children's pullbacks from the last to the first that is needed."""
-    dparams: dict[str, Params] = dict.fromkeys([name for name in names if name in learned], EMPTY)
+    dparams: dict[str, Params] = {name: EMPTY for name in names if name in learned}
     remaining = len(learned) if params else 0
     for name in reversed(names):
         learns = params and name in learned

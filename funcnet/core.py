@@ -167,10 +167,15 @@ class Pullback:
         )
 
 
+_LEAF = optree.treespec_leaf()
+
+
 def _kinds(y: Tree) -> tuple[Any, tuple[Any, ...]] | None:
     """The structure of an output and the shapes and dtypes of its leaves; None if not known."""
     if y is None:
         return None
+    if type(y) is Tensor:
+        return _LEAF, ((y.shape, y.dtype),)
     leaves, treedef = optree.tree_flatten(y)
     return treedef, tuple((leaf.shape, leaf.dtype) for leaf in leaves)
 

@@ -74,7 +74,9 @@ def _forward_backward(
         x, target = batch
         prediction, pullback, state = model.vjp(params, x, state, key=key, train=train)
         value, loss_pullback = loss.vjp(prediction, target)
-        measured = {name: metric(prediction, target) for name, metric in metrics.items()}
+        measured = {"loss": value}
+        for name, metric in metrics.items():
+            measured[name] = metric(prediction, target)
         if check_finite:
             require_finite("loss", "value", value)
         # From here on the backward pass alone holds the residuals, and drops them as it goes.
@@ -163,10 +165,10 @@ def train_step(
     def step(train_state: TrainState, batch: Batch) -> tuple[TrainState, dict[str, Any]]:
         params, state, opt_state, key, count = train_state
         step_key = fold_in(key, count) if takes_key else None
-        value, grads, state, measured = run(params, batch, state, step_key, True)
+        _, grads, state, measured = run(params, batch, state, step_key, True)
         updates, opt_state = optimizer.update(grads, opt_state, params)
         params = apply_updates(params, updates)
         new_state = TrainState(params, state, opt_state, key, count + _ONE)
-        return new_state, {"loss": value, **measured}
+        return new_state, measured
 
     return step

@@ -14,6 +14,8 @@ import torch
 from torch import Tensor
 
 _shape = attrgetter("shape")
+_interpreter = torch._C._functorch.peek_interpreter_stack
+_forward_ad = torch.autograd.forward_ad
 
 
 def leaves(tree: Any) -> list[Any]:
@@ -200,11 +202,9 @@ def transformed(*tensors: Tensor) -> bool:
 
     Fused kernels may have no rule for vmap or no derivative there, where a formula has both.
     """
-    return (
-        torch._C._functorch.peek_interpreter_stack() is not None
-        or torch.autograd.forward_ad._current_level >= 0
-        or any([tensor.requires_grad for tensor in tensors])
-    )
+    if _interpreter() is not None or _forward_ad._current_level >= 0:
+        return True
+    return bool(tensors) and any([tensor.requires_grad for tensor in tensors])
 
 
 def to_meta(tree: Any) -> Any:

@@ -120,9 +120,10 @@ def _activation(name: str, *options: Hashable) -> Layer:
         return {}
 
     def apply(params: Params, x: Tensor) -> Tensor:
-        check_floating(name, x)
         if params:
             check_params(name, params, ())
+        if type(x) is not Tensor or not x.is_floating_point():
+            check_floating(name, x)
         try:
             return function(x, *options)
         except IndexError as error:

@@ -7,6 +7,7 @@ caller made itself.
 """
 
 from collections.abc import Callable
+from operator import attrgetter
 from typing import Any
 
 import torch
@@ -36,27 +37,28 @@ class Constant:
 
 Factor = Constant | Tensor | float
 _ONE = Constant(1.0)
+_dtype = attrgetter("dtype")
 _HALF = (torch.float16, torch.bfloat16)
 
 
 def _common_dtype(leaves: Leaves) -> torch.dtype | None:
     """The dtype of all leaves, if they have one and lie on the CPU."""
     dtype = leaves[0].dtype
-    if leaves[0].is_cpu and all([leaf.dtype is dtype for leaf in leaves]):
+    if leaves[0].is_cpu and {*map(_dtype, leaves)} == {dtype}:
         return dtype
     return None
 
 
 def _scalar(leaves: Leaves, factor: Factor) -> float | Tensor | None:
     """The factor in the form that is fastest for these leaves, None for one a leaf."""
+    if isinstance(factor, Constant):
+        return factor.tensors.get(_common_dtype(leaves), factor.value)  # type: ignore[arg-type]
     if isinstance(factor, Tensor):
-        if all([leaf.dtype is factor.dtype for leaf in leaves]):
+        if {*map(_dtype, leaves)} == {factor.dtype}:
             return factor
         dtype = _common_dtype(leaves)
         # Rounding the factor to half precision would cost accuracy.
         return factor.to(dtype) if dtype in (torch.float32, torch.float64) else None
-    if isinstance(factor, Constant):
-        return factor.tensors.get(_common_dtype(leaves), factor.value)  # type: ignore[arg-type]
     return factor
 
 
@@ -179,18 +181,22 @@ def adam(
     step: Tensor,
     betas: tuple[float, float],
     eps: float,
+    factor: float = 1.0,
 ) -> tuple[Leaves, Leaves, Leaves, Leaves]:
-    """Adam's direction after ``step`` gradients, and the new mu, nu and nu_max (or []).
+    """Adam's direction after ``step`` gradients, times a factor, and the new mu, nu and nu_max.
 
     ``torch._fused_adam_`` does it all in one call, where it may: it checks neither shapes nor
     strides, and autograd and torch.func do not see into it.
     """
     if not _plain([*grads, *mu, *nu, *nu_max]) or transformed():
-        return _adam_by_formula(grads, mu, nu, nu_max, step, betas, eps)
-    # From params of 0 and with a learning rate of -1 the kernel steps to the direction.
+        return _adam_by_formula(grads, mu, nu, nu_max, step, betas, eps, factor)
+    # From params of 0 and with a learning rate of -factor the kernel steps to what is wanted.
     direction = [torch.zeros_like(leaf) for leaf in grads]
     # Multiplying by 1 copies a list in one call.
-    new_mu, new_nu, new_max = (multiply(leaves, _ONE) for leaves in (mu, nu, nu_max))
+    one = _ONE.tensors.get(grads[0].dtype, 1.0)
+    new_mu, new_nu, new_max = (
+        list(torch._foreach_mul(leaves, one)) if leaves else [] for leaves in (mu, nu, nu_max)
+    )
     torch._fused_adam_(
         direction,
         grads,
@@ -198,7 +204,7 @@ def adam(
         new_nu,
         new_max,
         [step.to(torch.float32)] * len(grads),
-        lr=-1.0,
+        lr=-factor,
         beta1=betas[0],
         beta2=betas[1],
         weight_decay=0.0,
@@ -217,6 +223,7 @@ def _adam_by_formula(
     step: Tensor,
     betas: tuple[float, float],
     eps: float,
+    factor: float,
 ) -> tuple[Leaves, Leaves, Leaves, Leaves]:
     beta1, beta2 = betas
     kept = [leaf.dtype for leaf in grads]
@@ -233,6 +240,8 @@ def _adam_by_formula(
     spread = correction / (1.0 - beta2**time).sqrt()
     root = multiply(sqrt(nu_max or nu), spread)
     direction = divide(mu, add_scalar_in_place(root, correction * eps))
+    if factor != 1.0:
+        direction = multiply(direction, factor)
     direction, mu, nu, nu_max = (
         [leaf.to(dtype) for leaf, dtype in zip(leaves, kept, strict=False)]
         for leaves in (direction, mu, nu, nu_max)

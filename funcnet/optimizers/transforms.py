@@ -6,6 +6,7 @@ gradients and returns what the next one takes; what the last one gives is added 
 """
 
 from collections.abc import Callable, Sequence
+from functools import partial
 from numbers import Real
 from operator import attrgetter
 from typing import Any, NamedTuple
@@ -34,6 +35,8 @@ def chain(*transforms: Optimizer) -> Optimizer:
     {'w': tensor([-0.1000])}
     """
 
+    updates = _folded([transform.update for transform in transforms])
+
     def init_state(params: Params) -> tuple[Tree, ...]:
         return tuple([transform.init_state(params) for transform in transforms])
 
@@ -44,12 +47,34 @@ def chain(*transforms: Optimizer) -> Optimizer:
             found = len(opt_state) if isinstance(opt_state, tuple) else type(opt_state).__name__
             raise ValueError(f"chain: expects a state of {len(transforms)} transforms, got {found}")
         states = []
-        for transform, state in zip(transforms, opt_state, strict=True):
-            grads, state = transform.update(grads, state, params)
+        for update, state in zip(updates, opt_state, strict=True):
+            if update is not None:
+                grads, state = update(grads, state, params)
             states.append(state)
         return grads, tuple(states)
 
     return Optimizer(init_state, update)
+
+
+Update = Callable[[Tree, Tree, Params], tuple[Tree, Tree]]
+
+
+def _folded(updates: list[Update]) -> list[Update | None]:
+    """The updates of a chain; None for a constant factor that the one before it takes in.
+
+    An update that can multiply on its way has ``times(factor)``, which gives one that does; one
+    that does nothing but multiply has ``factor``.
+    """
+    folded: list[Update | None] = []
+    for update in updates:
+        times = getattr(folded[-1], "times", None) if folded else None
+        factor = getattr(update, "factor", None)
+        if times is not None and factor is not None:
+            folded[-1] = times(factor)
+            folded.append(None)
+        else:
+            folded.append(update)
+    return folded
 
 
 def apply_updates(params: Params, updates: Tree) -> Any:
@@ -59,12 +84,14 @@ def apply_updates(params: Params, updates: Tree) -> Any:
     {'w': tensor([2.])}
     """
     leaves, treedef = _flatten(params)
-    added = foreach.add(leaves, tree.leaves_like(leaves, treedef, updates, "updates"))
-    if [*map(_dtype, added)] != [*map(_dtype, leaves)]:
+    others = tree.leaves_like(leaves, treedef, updates, "updates")
+    added = foreach.add(leaves, others)
+    if [*map(_dtype, others)] != [*map(_dtype, leaves)]:
         added = [new.to(old.dtype) for new, old in zip(added, leaves, strict=True)]
     return treedef.unflatten(added)
 
 
+_ONE = torch.ones((), dtype=torch.int64, device="cpu")
 _flatten = tree.Flattener()
 _dtype = attrgetter("dtype")
 
@@ -128,8 +155,7 @@ def scale_by_learning_rate(lr: LearningRate) -> Optimizer:
 
         return Optimizer(lambda params: ScheduleState(_step_zero(params)), update)
     check_rate("scale_by_learning_rate", lr)
-    factor = -lr if isinstance(lr, Tensor) else Constant(-lr)
-    return _leafwise("scale_by_learning_rate", lambda leaves: foreach.multiply(leaves, factor))
+    return _times("scale_by_learning_rate", -lr)
 
 
 def scale(factor: float | Tensor) -> Optimizer:
@@ -139,8 +165,16 @@ def scale(factor: float | Tensor) -> Optimizer:
     >>> fn.scale(2.0).update({"w": torch.ones(1)}, (), {})[0]
     {'w': tensor([2.])}
     """
-    ready = factor if isinstance(factor, Tensor) else Constant(factor)
-    return _leafwise("scale", lambda leaves: foreach.multiply(leaves, ready))
+    return _times("scale", factor)
+
+
+def _times(name: str, factor: float | Tensor) -> Optimizer:
+    if isinstance(factor, Tensor):
+        return _leafwise(name, lambda leaves: foreach.multiply(leaves, factor))
+    constant = Constant(float(factor))
+    transform = _leafwise(name, lambda leaves: foreach.multiply(leaves, constant))
+    transform.update.factor = float(factor)  # type: ignore[attr-defined]
+    return transform
 
 
 def negate() -> Optimizer:
@@ -266,7 +300,9 @@ def scale_by_adam(
 
         return AdamState(_step_zero(params), zeros(), zeros(), zeros() if amsgrad else ())
 
-    def update(grads: Tree, opt_state: AdamState, params: Params) -> tuple[Tree, AdamState]:
+    def update(
+        grads: Tree, opt_state: AdamState, params: Params, factor: float = 1.0
+    ) -> tuple[Tree, AdamState]:
         _check_state("scale_by_adam", opt_state, AdamState)
         g, treedef = flatten(grads)
         mu = tree.leaves_like(g, treedef, opt_state.mu, "scale_by_adam: mu")
@@ -276,8 +312,8 @@ def scale_by_adam(
             if amsgrad
             else []
         )
-        step = opt_state.step + 1
-        direction, mu, nu, nu_max = foreach.adam(g, mu, nu, nu_max, step, betas, eps)
+        step = opt_state.step + _ONE
+        direction, mu, nu, nu_max = foreach.adam(g, mu, nu, nu_max, step, betas, eps, factor)
         state = AdamState(
             step,
             treedef.unflatten(mu),
@@ -286,6 +322,7 @@ def scale_by_adam(
         )
         return treedef.unflatten(direction), state
 
+    update.times = lambda factor: partial(update, factor=factor)  # type: ignore[attr-defined]
     return Optimizer(init_state, update)
 
 

@@ -51,10 +51,9 @@ def make_funcnet_step(
 
     def step() -> None:
         nonlocal state
-        with torch.inference_mode(inference):
-            state, _ = pure(state, (x, target))
+        state, _ = pure(state, (x, target))
 
-    return step
+    return torch.inference_mode()(step) if inference else step
 
 
 def make_hand_step(x: torch.Tensor, target: torch.Tensor, lr: float) -> Step:
