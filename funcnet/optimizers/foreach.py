@@ -54,11 +54,11 @@ def _scalar(leaves: Leaves, factor: Factor) -> float | Tensor | None:
     if isinstance(factor, Constant):
         return factor.tensors.get(_common_dtype(leaves), factor.value)  # type: ignore[arg-type]
     if isinstance(factor, Tensor):
-        if {*map(_dtype, leaves)} == {factor.dtype}:
-            return factor
-        dtype = _common_dtype(leaves)
+        dtype, *others = {*map(_dtype, leaves)}
+        if others:
+            return None
         # Rounding the factor to half precision would cost accuracy.
-        return factor.to(dtype) if dtype in (torch.float32, torch.float64) else None
+        return None if dtype in _HALF and dtype != factor.dtype else factor.to(dtype)
     return factor
 
 
@@ -184,6 +184,8 @@ def adam(
     factor: float = 1.0,
 ) -> tuple[Leaves, Leaves, Leaves, Leaves]:
     """Adam's direction after ``step`` gradients, times a factor, and the new mu, nu and nu_max.
+
+    ``nu_max`` is empty without amsgrad.
 
     ``torch._fused_adam_`` does it all in one call, where it may: it checks neither shapes nor
     strides, and autograd and torch.func do not see into it.

@@ -34,7 +34,6 @@ def chain(*transforms: Optimizer) -> Optimizer:
     >>> updates
     {'w': tensor([-0.1000])}
     """
-
     updates = _folded([transform.update for transform in transforms])
 
     def init_state(params: Params) -> tuple[Tree, ...]:
@@ -47,9 +46,9 @@ def chain(*transforms: Optimizer) -> Optimizer:
             found = len(opt_state) if isinstance(opt_state, tuple) else type(opt_state).__name__
             raise ValueError(f"chain: expects a state of {len(transforms)} transforms, got {found}")
         states = []
-        for update, state in zip(updates, opt_state, strict=True):
-            if update is not None:
-                grads, state = update(grads, state, params)
+        for transform, state in zip(updates, opt_state, strict=True):
+            if transform is not None:
+                grads, state = transform(grads, state, params)
             states.append(state)
         return grads, tuple(states)
 
