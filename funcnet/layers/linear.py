@@ -82,6 +82,11 @@ def linear(
     >>> pullback(torch.ones(1, 3), params=False)
     (None, tensor([[3., 3.]]))
     """
+    if not isinstance(bias, bool):
+        raise TypeError(
+            f"linear: bias must be True or False, got {bias!r}; "
+            "the size of the input is found by init, give that of the output alone"
+        )
     if not isinstance(out_features, int) or out_features < 0:
         raise ValueError(f"linear: out_features must be >= 0, got {out_features}")
     names = ("weight", "bias") if bias else ("weight",)

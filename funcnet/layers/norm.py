@@ -167,11 +167,11 @@ def batch_norm_rule(
 
 
 def batch_norm(
+    *,
     eps: float = 1e-5,
     momentum: float | None = 0.1,
     affine: bool = True,
     track_running_stats: bool = True,
-    *,
     dtype: torch.dtype | None = None,
 ) -> Layer:
     """``y = (x - mean) / sqrt(var + eps) weight + bias`` by channel, dimension 1 of x.
@@ -186,6 +186,8 @@ def batch_norm(
         affine: whether weight and bias are learned.
         track_running_stats: False always uses the batch's statistics and keeps no state.
         dtype: of parameters and state; default that of x.
+
+    The number of channels is found by init; there is no argument for it.
 
     Inputs: x of shape (batch, channels, *), floating, any rank from 2.
     Params: ``weight`` (ones) and ``bias`` (zeros), each (channels,).

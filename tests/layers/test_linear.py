@@ -193,3 +193,8 @@ def test_linear_pullback_is_the_plain_formula():
     assert_near(y, F.linear(x, params["weight"], params["bias"]))
     assert_near(dx, dy @ params["weight"])
     assert_near(dparams, {"weight": dy.T @ x, "bias": dy.sum(0)})
+
+
+def test_linear_called_as_torchs_is_refused():
+    with pytest.raises(TypeError, match=r"^linear: bias must be True or False, got 25; the size"):
+        fn.linear(2, 25)

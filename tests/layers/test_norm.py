@@ -411,3 +411,8 @@ def test_batch_norm_refuses_a_cotangent_of_another_shape_than_y(dy, train):
         ValueError, match=r"^batch_norm: pullback expects dy of shape \(4, 3\), got"
     ):
         pullback(randn(*dy))
+
+
+def test_batch_norm_called_as_torchs_is_refused():
+    with pytest.raises(TypeError, match="positional"):
+        fn.batch_norm(16)
