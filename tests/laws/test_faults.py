@@ -348,6 +348,8 @@ def descent(fault=None):
             new = state
         if fault == "NaN for gradients of 0":
             updates = fn.tree.map(lambda u, g: u * (g / g), updates, grads)
+        if fault == "other in inference mode" and torch.is_inference_mode_enabled():
+            updates = fn.tree.map(lambda u: 2 * u, updates)
         if fault == "updates of wrong dtype":
             updates = fn.tree.map(lambda u: u.to(torch.float64), updates)
         return updates, new
@@ -368,6 +370,7 @@ OPTIMIZER_FAULTS = [
     "state not updated",
     "NaN for gradients of 0",
     "updates of wrong dtype",
+    "other in inference mode",
 ]
 
 
