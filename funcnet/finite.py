@@ -33,7 +33,6 @@ def check_finite(model: Layer) -> Layer:
     ...
     ValueError: serial['0'] identity: x is not finite: 1 of 2 values
     """
-
     return map_layers(lambda path, layer: _guard(layer), model)
 
 

@@ -73,14 +73,21 @@ def _each(
     return list(foreach(*lists, *args) or lists[0])
 
 
-def multiply(leaves: Leaves, factor: Factor) -> Leaves:
-    """``leaf * factor``."""
+def _by_scalar(
+    foreach: Callable[..., Any], one: Callable[..., Tensor], leaves: Leaves, factor: Factor
+) -> Leaves:
     if not leaves:
         return []
     scalar = _scalar(leaves, factor)
+    # Autograd's rule for one tensor and a list of leaves wants all leaves of one shape.
     if scalar is None or (isinstance(scalar, Tensor) and scalar.requires_grad):
-        return [(leaf * factor).to(leaf.dtype) for leaf in leaves]  # type: ignore[operator]
-    return _each(torch._foreach_mul, torch.mul, (leaves,), scalar)
+        return [one(leaf, factor).to(leaf.dtype) for leaf in leaves]
+    return _each(foreach, one, (leaves,), scalar)
+
+
+def multiply(leaves: Leaves, factor: Factor) -> Leaves:
+    """``leaf * factor``."""
+    return _by_scalar(torch._foreach_mul, torch.mul, leaves, factor)
 
 
 def add(leaves: Leaves, others: Leaves) -> Leaves:
@@ -105,12 +112,7 @@ def add_scalar(leaves: Leaves, scalar: float) -> Leaves:
 
 def add_scalar_in_place(leaves: Leaves, scalar: Factor) -> Leaves:
     """``leaf + scalar``, in place."""
-    if not leaves:
-        return []
-    ready = _scalar(leaves, scalar)
-    if ready is None:
-        return [(leaf + scalar).to(leaf.dtype) for leaf in leaves]  # type: ignore[operator]
-    return _each(torch._foreach_add_, torch.add, (leaves,), ready)
+    return _by_scalar(torch._foreach_add_, torch.add, leaves, scalar)
 
 
 def lerp(leaves: Leaves, others: Leaves, weight: float) -> Leaves:

@@ -18,7 +18,6 @@ from funcnet import tree
 from funcnet.core import Optimizer, Params, Tree
 from funcnet.optimizers import foreach
 from funcnet.optimizers.foreach import Constant, Leaves
-from funcnet.tree import read
 
 LearningRate = float | Tensor | Callable[[Tensor], float | Tensor]
 """A number, a 0-d tensor, or a function of the number of updates so far (0-d int64)."""
@@ -124,6 +123,10 @@ def _step_zero(params: Params) -> Tensor:
     leaves = tree.leaves(params)
     device = leaves[0].device if leaves else torch.device("cpu")
     return torch.zeros((), dtype=torch.int64, device=device)
+
+
+def _zeros(params: Params) -> Tree:
+    return tree.map(torch.zeros_like, params)
 
 
 def scale_by_learning_rate(lr: LearningRate) -> Optimizer:
@@ -239,7 +242,7 @@ def trace(momentum: float, dampening: float = 0.0, nesterov: bool = False) -> Op
     decay = Constant(momentum)
 
     def init_state(params: Params) -> TraceState:
-        return TraceState(tree.map(torch.zeros_like, params), _step_zero(params))
+        return TraceState(_zeros(params), _step_zero(params))
 
     def update(grads: Tree, opt_state: TraceState, params: Params) -> tuple[Tree, TraceState]:
         _check_state("trace", opt_state, TraceState)
@@ -294,10 +297,12 @@ def scale_by_adam(
     flatten = tree.Flattener()
 
     def init_state(params: Params) -> AdamState:
-        def zeros() -> Tree:
-            return tree.map(torch.zeros_like, params)
-
-        return AdamState(_step_zero(params), zeros(), zeros(), zeros() if amsgrad else ())
+        return AdamState(
+            _step_zero(params),
+            _zeros(params),
+            _zeros(params),
+            _zeros(params) if amsgrad else (),
+        )
 
     def update(
         grads: Tree, opt_state: AdamState, params: Params, factor: float = 1.0
@@ -350,10 +355,7 @@ def scale_by_rms(alpha: float = 0.99, eps: float = 1e-8, centered: bool = False)
     decay = Constant(alpha)
 
     def init_state(params: Params) -> RmsState:
-        def zeros() -> Tree:
-            return tree.map(torch.zeros_like, params)
-
-        return RmsState(zeros(), zeros() if centered else ())
+        return RmsState(_zeros(params), _zeros(params) if centered else ())
 
     def update(grads: Tree, opt_state: RmsState, params: Params) -> tuple[Tree, RmsState]:
         _check_state("scale_by_rms", opt_state, RmsState)
@@ -392,7 +394,7 @@ def check_rate(name: str, lr: Any) -> None:
     if isinstance(lr, Tensor):
         if lr.dim() != 0:
             raise ValueError(f"{name}: lr must be a 0-d tensor, got {tuple(lr.shape)}")
-        lr = read(lr)
+        lr = tree.read(lr)
         if lr is None:
             return
     if isinstance(lr, bool) or not isinstance(lr, Real):
