@@ -17,6 +17,7 @@ from funcnet.core import (
     map_layers,
     stateless,
 )
+from funcnet.data import epoch_batches
 from funcnet.finite import check_finite
 from funcnet.layers.activations import (
     celu,
@@ -86,6 +87,10 @@ from funcnet.optimizers.transforms import (
 from funcnet.random import fold_in, key
 from funcnet.summary import summary
 from funcnet.train import init_train_state, train_step, value_and_grad
+from funcnet.transforms.jit import jit
+from funcnet.transforms.remat import remat
+from funcnet.transforms.scan import fori, scan
+from funcnet.transforms.vmap import vmap
 
 __version__ = "0.1.0"
 
@@ -116,9 +121,11 @@ __all__ = [
     "dropout",
     "elu",
     "embedding",
+    "epoch_batches",
     "fan_out",
     "flatten",
     "fold_in",
+    "fori",
     "gelu",
     "glu",
     "hardsigmoid",
@@ -129,6 +136,7 @@ __all__ = [
     "identity",
     "init_train_state",
     "initializers",
+    "jit",
     "key",
     "kl_div",
     "layer_norm",
@@ -150,6 +158,7 @@ __all__ = [
     "random",
     "relu",
     "relu6",
+    "remat",
     "reshape",
     "residual",
     "rmsprop",
@@ -158,6 +167,7 @@ __all__ = [
     "scale_by_learning_rate",
     "scale_by_rms",
     "scale_by_sign",
+    "scan",
     "select",
     "selu",
     "serial",
@@ -180,4 +190,5 @@ __all__ = [
     "tree",
     "unflatten",
     "value_and_grad",
+    "vmap",
 ]

@@ -18,7 +18,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from funcnet.tree import read
+from funcnet.tree import read, traced
 
 Shape = Sequence[int]
 Device = torch.device | str | None
@@ -66,9 +66,9 @@ def _threefry_tensors(
             if group or position:
                 x0 += x1
             rotated = x1 >> (32 - rotation)
-            rotated &= (1 << rotation) - 1
+            rotated.bitwise_and_((1 << rotation) - 1)
             rotated.add_(x1, alpha=1 << rotation)
-            rotated ^= x0
+            rotated.bitwise_xor_(x0)
             x1 = rotated
         x0 += schedule[(group + 1) % 3]
         x1 += wrap(schedule[(group + 2) % 3] + group + 1)
@@ -102,7 +102,7 @@ def _hash_range(
     device = torch.device(device) if device is not None else key.device
     k0, k1 = _key_words(key, device)
     blocks = []
-    block = max(size, 1) if device.type == "meta" else _BLOCK
+    block = max(size, 1) if device.type == "meta" or traced() else _BLOCK
     for start in range(0, size, block) or (0,):
         stop = min(size, start + block)
         # 2**32 is a multiple of the block's size, so the high word is one number a block.
@@ -182,8 +182,7 @@ def bits(key: Tensor, shape: Shape = (), *, width: int = 32, device: Device = No
     def finish(x0: Tensor, x1: Tensor) -> Tensor:
         if width == 64:
             return (x0.to(torch.int64) << 32) | _unsigned(x1)
-        x0 ^= x1
-        return x0.to(torch.int64) & ((1 << width) - 1)
+        return x0.bitwise_xor_(x1).to(torch.int64) & ((1 << width) - 1)
 
     return _hash_range(key, shape, device, finish)
 
@@ -213,10 +212,8 @@ def uniform(
         if width == 64:
             x = (((x0.to(torch.int64) << 32) | _unsigned(x1)) >> 12) & ((1 << 52) - 1)
         else:
-            x0 ^= x1
-            x0 >>= width - kept
-            x0 &= (1 << kept) - 1
-            x = x0
+            x = x0.bitwise_xor_(x1).bitwise_right_shift_(width - kept)
+            x = x.bitwise_and_((1 << kept) - 1)
         return x.to(dtype).mul_(2.0**-kept)
 
     unit = _hash_range(key, shape, device, finish)

@@ -16,6 +16,7 @@ from torch import Tensor
 _shape = attrgetter("shape")
 _interpreter = torch._C._functorch.peek_interpreter_stack
 _forward_ad = torch.autograd.forward_ad
+_dispatch_modes = torch._C._len_torch_dispatch_stack
 
 
 def leaves(tree: Any) -> list[Any]:
@@ -189,20 +190,25 @@ def read(tensor: Tensor) -> Any:
     >>> read(torch.tensor([1, 2])), read(torch.ones(2, device="meta"))
     ([1, 2], None)
     """
-    if tensor.device.type != "cpu":
+    if tensor.device.type != "cpu" or traced():
         return None
     try:
         return tensor.tolist()
-    except RuntimeError:  # it stands for many values (vmap) or for none (tracing)
+    except RuntimeError:  # it stands for many values (vmap)
         return None
 
 
+def traced() -> bool:
+    """Whether operators are being recorded, so that tensors have no values to read."""
+    return bool(_dispatch_modes())
+
+
 def transformed(*tensors: Tensor) -> bool:
-    """Whether torch.func is at work or a tensor needs a gradient.
+    """Whether torch.func or a tracer is at work or a tensor needs a gradient.
 
     Fused kernels may have no rule for vmap or no derivative there, where a formula has both.
     """
-    if _interpreter() is not None or _forward_ad._current_level >= 0:
+    if _interpreter() is not None or _forward_ad._current_level >= 0 or _dispatch_modes():
         return True
     return bool(tensors) and any([tensor.requires_grad for tensor in tensors])
 

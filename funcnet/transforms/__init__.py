@@ -1,0 +1,1 @@
+"""Transformations of pure functions: jit, vmap, scan and remat."""

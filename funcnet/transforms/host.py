@@ -1,0 +1,643 @@
+"""The program around the kernels: one C++ function that knows where every buffer lies.
+
+Buffers are offsets into one workspace, loops are loops, products of matrices are inline, and the
+arguments are pointers. Nothing is allocated and no tensor is made while it runs.
+"""
+
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from math import prod
+from typing import Any
+
+import torch
+from torch import Tensor, fx
+
+from funcnet.transforms.inductor import (
+    Allocate,
+    Call,
+    Free,
+    Kernels,
+    Matrix,
+    Product,
+    Rename,
+    Unsupported,
+    kernels,
+)
+from funcnet.transforms.tracing import (
+    Block,
+    Region,
+    Segment,
+    Traced,
+    base_of,
+    blocks,
+    through_barriers,
+)
+
+_ALIGNMENT = 64
+_TYPES = {torch.float32: "float", torch.float64: "double"}
+# From this many multiplications on, threads and cache blocks pay, which gemm.h does not have.
+_LIBRARY_PRODUCT = 1 << 22
+
+
+class Arena:
+    """Offsets for buffers that live at different times; the first gap that fits is taken."""
+
+    def __init__(self) -> None:
+        self.live: list[tuple[int, int]] = []
+        self.size = 0
+
+    def allocate(self, size: int) -> int:
+        """The offset of a new buffer."""
+        size = max(_aligned(size), _ALIGNMENT)
+        start = 0
+        for place, (begin, end) in enumerate(self.live):
+            if begin - start >= size:
+                self.live.insert(place, (start, start + size))
+                break
+            start = end
+        else:
+            self.live.append((start, start + size))
+        self.size = max(self.size, start + size)
+        return start
+
+    def free(self, offset: int) -> None:
+        """Give a buffer back."""
+        self.live = [buffer for buffer in self.live if buffer[0] != offset]
+
+
+def _aligned(size: int) -> int:
+    return -(-size // _ALIGNMENT) * _ALIGNMENT
+
+
+@dataclass
+class Target:
+    """Where an output must end up; while ``owner`` is needed its memory may not be written."""
+
+    place: str
+    owner: fx.Node | None = None
+
+
+@dataclass
+class Frame:
+    """A block that is being written: its workspace, its depth, and what lies where."""
+
+    base: str
+    arena: Arena
+    threads: int
+    last_use: dict[fx.Node, int]
+    owned: dict[fx.Node, int | None]
+    targets: dict[fx.Node, Target]
+    lines: list[str] = field(default_factory=list)
+
+
+class Program:
+    """The C++ text of a traced function."""
+
+    def __init__(
+        self, traced: Traced, donated: dict[int, int], passed: dict[int, int], threads: int
+    ) -> None:
+        """Write the program.
+
+        Args:
+            traced: the function.
+            donated: for outputs, by position, the input whose memory each takes.
+            passed: for outputs, by position, the input that each is, for which nothing is done.
+            threads: how many threads may run.
+        """
+        self.sources: dict[str, str] = {}
+        self.names: dict[str, str] = {}
+        self.place: dict[fx.Node, str] = {}
+        self.loops = 0
+        inputs = [node for node in traced.graph.nodes if node.op == "placeholder"]
+        program = blocks(traced)
+        self.place.update({node: f"in[{place}]" for place, node in enumerate(inputs)})
+        targets = []
+        for place in range(len(program.outputs)):
+            if place in passed:
+                targets.append(Target(f"in[{passed[place]}]"))
+            elif place in donated:
+                targets.append(Target(f"in[{donated[place]}]", inputs[donated[place]]))
+            else:
+                targets.append(Target(f"out[{place}]"))
+        owned: dict[fx.Node, int | None] = {inputs[source]: None for source in donated.values()}
+        frame = self._block(program, "w0", threads, targets, owned)
+        self.workspace = frame.arena.size
+        self.text = self._text(frame.lines)
+
+    def _text(self, lines: list[str]) -> str:
+        includes = ["#include <torch/csrc/inductor/cpp_prefix.h>", '#include "gemm.h"', _PREFIX]
+        body = [
+            'extern "C" int funcnet_run(char** in, char** out) {',
+            f"try {{ Workspace workspace({self.workspace}); char* const w0 = workspace.start;",
+        ]
+        ending = ["} catch (const std::exception& error) {", "  return fail(error.what());"]
+        ending += ['} catch (...) { return fail("unknown"); }', "return 0;", "}"]
+        return "\n".join([*includes, *self.sources.values(), *body, *lines, *ending]) + "\n"
+
+    def _block(
+        self,
+        block: Block,
+        base: str,
+        threads: int,
+        targets: Sequence[Target],
+        owned: dict[fx.Node, int | None],
+    ) -> Frame:
+        last_use: dict[fx.Node, int] = {}
+        for place, item in enumerate(block.items):
+            for node in reads(item):
+                last_use[node] = place
+        wanted: dict[fx.Node, Target] = {}
+        for node, target in zip(block.outputs, targets, strict=True):
+            root, offset = locate(node)
+            last_use[root] = len(block.items)
+            if offset == 0 and _size(root) == _size(node):
+                wanted.setdefault(root, target)
+        frame = Frame(base, Arena(), threads, last_use, dict(owned), wanted)
+        for place, item in enumerate(block.items):
+            if isinstance(item, Segment):
+                self._segment(frame, item, place)
+            else:
+                self._region(frame, item, place)
+            for node in [node for node in frame.owned if last_use.get(node, -1) <= place]:
+                offset_of = frame.owned.pop(node)
+                if offset_of is not None:
+                    frame.arena.free(offset_of)
+        self._deliver(frame, block, targets)
+        return frame
+
+    def _deliver(self, frame: Frame, block: Block, targets: Sequence[Target]) -> None:
+        """Copy the outputs that do not lie where they must."""
+        moves = []
+        for node, target in zip(block.outputs, targets, strict=True):
+            place = self._pointer(node)
+            if place != target.place and _size(node):
+                moves.append((place, target, _size(node)))
+        overwritten = {target.place for _, target, _ in moves if target.owner is not None}
+        # Those that overwrite something go last, and read copies of what is overwritten.
+        for place, target, size in [move for move in moves if move[1].owner is None]:
+            frame.lines.append(f"std::memcpy({target.place}, {place}, {size});")
+        late = []
+        for place, target, size in [move for move in moves if move[1].owner is not None]:
+            if any(other in place for other in overwritten):
+                copy = f"({frame.base} + {frame.arena.allocate(size)})"
+                frame.lines.append(f"std::memcpy({copy}, {place}, {size});")
+                place = copy
+            late.append(f"std::memcpy({target.place}, {place}, {size});")
+        frame.lines += late
+
+    def _pointer(self, node: fx.Node) -> str:
+        root, offset = locate(node)
+        place = self.place[root]
+        return f"({place} + {offset})" if offset else place
+
+    def _segment(self, frame: Frame, segment: Segment, place: int) -> None:
+        in_place: list[tuple[int, int]] = []
+        for position, node in enumerate(segment.outputs):
+            target = frame.targets.get(node)
+            if target is None or target.owner is None:
+                continue
+            owner = target.owner
+            dies_here = frame.last_use.get(owner, -1) == place and owner in segment.inputs
+            if dies_here and owner in frame.owned and _same(owner, node):
+                in_place.append((segment.inputs.index(owner), position))
+        compiled = kernels(segment, frame.threads, in_place)
+        names = self._adopt(compiled)
+        where = {
+            name: self._pointer(node)
+            for name, node in zip(compiled.inputs, segment.inputs, strict=True)
+        }
+        for source, position in in_place:
+            self.place[segment.outputs[position]] = where[compiled.inputs[source]]
+        self._aim(frame, segment, compiled, place, where)
+        offsets: dict[str, int] = {}
+        for instruction in compiled.instructions:
+            match instruction:
+                case Allocate(name, size):
+                    if name not in where:
+                        offsets[name] = frame.arena.allocate(size)
+                        where[name] = f"({frame.base} + {offsets[name]})"
+                case Free(name):
+                    if name in offsets:
+                        frame.arena.free(offsets.pop(name))
+                case Rename(old, new):
+                    where[new] = where[old]
+                    if old in offsets:
+                        offsets[new] = offsets.pop(old)
+                case Call(kernel, args, types):
+                    cast = [
+                        f"({kind})({where[arg]})" for arg, kind in zip(args, types, strict=True)
+                    ]
+                    frame.lines.append(f"{names[kernel]}({', '.join(cast)});")
+                case Product():
+                    frame.lines.append(_product(instruction, where, frame.threads))
+        for node, matrix in zip(segment.outputs, compiled.outputs, strict=True):
+            if matrix is None:
+                continue
+            self.place[node] = where[matrix.buffer]
+            if matrix.buffer in offsets:
+                frame.owned.setdefault(node, offsets.pop(matrix.buffer))
+        for offset in offsets.values():
+            frame.arena.free(offset)
+
+    def _adopt(self, compiled: Kernels) -> dict[str, str]:
+        """Add kernels to the program, each text once, and return their names in it."""
+        names = {}
+        for name, source in compiled.sources.items():
+            text = _tidy(source).replace(f" {name}(", " @(")
+            if text not in self.names:
+                self.names[text] = f"kernel_{len(self.names)}"
+                self.sources[text] = text.replace(" @(", f" {self.names[text]}(")
+            names[name] = self.names[text]
+        return names
+
+    def _aim(
+        self,
+        frame: Frame,
+        segment: Segment,
+        compiled: Kernels,
+        place: int,
+        where: dict[str, str],
+    ) -> None:
+        """Let the buffers of outputs be the memory in which the outputs must end up."""
+        first = {}
+        for instruction in compiled.instructions:
+            if isinstance(instruction, Rename):
+                first[instruction.new] = first.get(instruction.old, instruction.old)
+        sizes = {
+            instruction.name: instruction.size
+            for instruction in compiled.instructions
+            if isinstance(instruction, Allocate)
+        }
+        for node, matrix in zip(segment.outputs, compiled.outputs, strict=True):
+            if matrix is None:
+                continue
+            if matrix.offset or not _in_rows(matrix):
+                raise Unsupported(f"an output with strides {matrix.stride}")
+            buffer = first.get(matrix.buffer, matrix.buffer)
+            target = frame.targets.get(node)
+            if target is None or buffer in where or sizes.get(buffer) != _size(node):
+                continue
+            if target.owner is None or frame.last_use.get(target.owner, -1) < place:
+                where[buffer] = target.place
+
+    def _region(self, frame: Frame, region: Region, place: int) -> None:
+        self.loops += 1
+        index, base = f"i{self.loops}", f"w{self.loops}"
+        loop = region.loop
+        captured = _captured(region)
+        slices_owned: dict[fx.Node, int | None] = {}
+        targets: list[Target] = []
+        taken: set[fx.Node] = set()
+        for position, operand in enumerate(region.operands[: loop.carried]):
+            slot = self._carry(frame, region, position, operand, place, captured, taken)
+            if position in region.slices:
+                node = region.slices[position]
+                self.place[node] = slot
+                slices_owned[node] = None
+                targets.append(Target(slot, node))
+            else:
+                # Nothing reads this carry: its memory is free to be written at any time.
+                targets.append(Target(slot))
+        for position, operand in enumerate(region.operands):
+            if position >= loop.carried and position in region.slices:
+                node = region.slices[position]
+                self.place[node] = f"({self._pointer(operand)} + {index} * {_size(node)})"
+        for position in range(loop.carried, len(loop.outer)):
+            stacked = region.results.get(position)
+            size = prod(loop.outer[position].shape) * loop.outer[position].dtype.itemsize
+            step = size // max(loop.length, 1)
+            targets.append(
+                self._stack(
+                    frame, region, stacked, size, step, index, place, captured, slices_owned
+                )
+            )
+        parallel = loop.kind == "map" and frame.threads != 1
+        threads = 1 if loop.kind == "map" else frame.threads
+        body = self._block(region.body, base, threads, targets, slices_owned)
+        stride = _aligned(body.arena.size) + (_ALIGNMENT if parallel else 0)
+        offset = frame.arena.allocate(stride * (frame.threads if parallel else 1))
+        frame.arena.free(offset)
+        start = f"{frame.base} + {offset}"
+        head = f"for (int64_t {index} = 0; {index} < {loop.length}; ++{index}) {{"
+        if parallel:
+            frame.lines += [
+                "{ std::atomic<bool> failed{false};",
+                f"#pragma omp parallel for num_threads({frame.threads})",
+                head,
+                f"char* const {base} = {start} + omp_get_thread_num() * {stride}; (void){base};",
+                "try {",
+                *body.lines,
+                "} catch (...) { failed = true; } }",
+                'if (failed) { throw std::runtime_error("a member failed: division by zero"); } }',
+            ]
+        else:
+            frame.lines += [
+                f"{{ char* const {base} = {start}; (void){base};",
+                head,
+                *body.lines,
+                "} }",
+            ]
+
+    def _carry(
+        self,
+        frame: Frame,
+        region: Region,
+        position: int,
+        operand: fx.Node,
+        place: int,
+        captured: set[fx.Node],
+        taken: set[fx.Node],
+    ) -> str:
+        """The memory of a carry, with its first value in it."""
+        root, offset = locate(operand)
+        result = region.results.get(position)
+        target = frame.targets.get(result) if result is not None else None
+        size = _size(operand)
+        dies = (
+            root in frame.owned
+            and frame.last_use.get(root) == place
+            and root not in captured
+            and root not in taken
+            and offset == 0
+            and _size(root) == size
+            and sum(locate(other)[0] is root for other in region.operands) == 1
+        )
+        if dies and (target is None or target.owner in (root, None)):
+            # Taken over with its memory; from here on it belongs to the result.
+            taken.add(root)
+            slot = self.place[root]
+            arena_offset = frame.owned.pop(root)
+            if result is not None:
+                self.place[result] = slot
+                frame.owned[result] = arena_offset
+            elif arena_offset is not None:
+                frame.owned[operand] = arena_offset
+            return slot
+        if target is not None and (
+            target.owner is None or frame.last_use.get(target.owner, -1) < place
+        ):
+            slot = target.place
+        else:
+            arena_offset = frame.arena.allocate(size)
+            slot = f"({frame.base} + {arena_offset})"
+            key = (
+                result if result is not None else fx.Node(fx.Graph(), "", "placeholder", "", (), {})
+            )
+            frame.owned[key] = arena_offset
+            frame.last_use.setdefault(key, place)
+        if result is not None:
+            self.place[result] = slot
+        if size and slot != self._pointer(operand):
+            frame.lines.append(f"std::memcpy({slot}, {self._pointer(operand)}, {size});")
+        return slot
+
+    def _stack(
+        self,
+        frame: Frame,
+        region: Region,
+        result: fx.Node | None,
+        size: int,
+        step: int,
+        index: str,
+        place: int,
+        captured: set[fx.Node],
+        slices_owned: dict[fx.Node, int | None],
+    ) -> Target:
+        """Where the rounds of a loop put what is stacked."""
+        target = frame.targets.get(result) if result is not None else None
+        if target is not None and target.owner is not None:
+            owner = target.owner
+            reads = [locate(operand) for operand in region.operands]
+            sources = [each for each, (root, _) in enumerate(reads) if root is owner]
+            if frame.last_use.get(owner, -1) < place:
+                pass
+            elif (
+                region.loop.kind == "map"
+                and owner in frame.owned
+                and frame.last_use[owner] == place
+                and owner not in captured
+                and len(sources) == 1
+                and reads[sources[0]][1] == 0
+                and sources[0] in region.slices
+            ):
+                # Each member overwrites its own slice, when it has been read.
+                assert result is not None
+                self.place[result] = target.place
+                node = region.slices[sources[0]]
+                slices_owned[node] = None
+                return Target(f"({target.place} + {index} * {step})", node)
+            else:
+                target = None
+        if target is not None:
+            base = target.place
+        else:
+            offset = frame.arena.allocate(size)
+            base = f"({frame.base} + {offset})"
+            key = (
+                result if result is not None else fx.Node(fx.Graph(), "", "placeholder", "", (), {})
+            )
+            frame.owned[key] = offset
+            frame.last_use.setdefault(key, place)
+        if result is not None:
+            self.place[result] = base
+        return Target(f"({base} + {index} * {step})")
+
+
+_PREFIX = """
+#include <atomic>
+#include <cstdlib>
+#include <cstring>
+#include <stdexcept>
+#include <string>
+#include <omp.h>
+
+extern "C" void sgemm_(const char*, const char*, const int*, const int*, const int*, const float*,
+    const float*, const int*, const float*, const int*, const float*, float*, const int*);
+extern "C" void dgemm_(const char*, const char*, const int*, const int*, const int*, const double*,
+    const double*, const int*, const double*, const int*, const double*, double*, const int*);
+
+static thread_local std::string message;
+extern "C" const char* funcnet_error() { return message.c_str(); }
+static int fail(const char* what) { message = what; return 1; }
+
+// Memory for intermediate values. Little of it is kept by the thread from call to call.
+namespace {
+struct Workspace {
+  static constexpr size_t KEPT = 1 << 24;
+  char* start;
+  char* owned = nullptr;
+  explicit Workspace(size_t size) {
+    static thread_local struct Kept {
+      char* start = nullptr;
+      ~Kept() { std::free(start); }
+    } kept;
+    if (size <= KEPT) {
+      if (kept.start == nullptr) { kept.start = get(size); }
+      start = kept.start;
+    } else {
+      start = owned = get(size);
+    }
+  }
+  ~Workspace() { std::free(owned); }
+  static char* get(size_t size) {
+    void* found = std::aligned_alloc(64, (size + 127) / 64 * 64);
+    if (found == nullptr) { throw std::runtime_error("out of memory"); }
+    return static_cast<char*>(found);
+  }
+};
+}  // namespace
+"""
+
+
+def _tidy(source: str) -> str:
+    """A kernel without its includes and, if it divides no integers, without the check for that.
+
+    The check goes through one global variable, for which threads would compete.
+    """
+    source = re.sub(r"^#include.*$", "", source, flags=re.MULTILINE)
+    if not re.search(r"integer_div_by_zero|_integral|div_floor|mod_", source):
+        source = re.sub(r"^.*inductor_cpu_.*integer_div_error.*$", "", source, flags=re.MULTILINE)
+    return source.replace('extern "C"', "static").strip() + "\n"
+
+
+def locate(node: fx.Node) -> tuple[fx.Node, int]:
+    """The value in whose memory a node lies, and how many bytes from its start."""
+    root = node
+    while True:
+        step = through_barriers(root)
+        base = base_of(step)
+        if base is None:
+            root = step
+            break
+        root = base
+    value: Tensor = node.meta["val"]
+    if root is node or through_barriers(node) is root:
+        return root, 0
+    return root, value.storage_offset() * value.element_size()
+
+
+def _size(node: fx.Node) -> int:
+    value: Tensor = node.meta["val"]
+    return value.numel() * value.element_size()
+
+
+def _same(a: fx.Node, b: fx.Node) -> bool:
+    one, other = a.meta["val"], b.meta["val"]
+    return one.shape == other.shape and one.dtype == other.dtype
+
+
+def _in_rows(matrix: Matrix) -> bool:
+    step = 1
+    for size, stride in zip(reversed(matrix.shape), reversed(matrix.stride), strict=True):
+        if size != 1 and stride != step:
+            return False
+        step *= max(size, 1)
+    return True
+
+
+def reads(item: Segment | Region) -> set[fx.Node]:
+    """The values from outside that a step reads."""
+    if isinstance(item, Segment):
+        return {locate(node)[0] for node in item.inputs}
+    return {locate(node)[0] for node in item.operands} | _captured(item)
+
+
+def _captured(region: Region) -> set[fx.Node]:
+    """The values from outside that the body of a loop reads, its operands' slices aside."""
+    made = set(region.slices.values())
+    read: set[fx.Node] = {locate(node)[0] for node in region.body.outputs}
+    for item in region.body.items:
+        read |= reads(item)
+        made |= set(item.outputs if isinstance(item, Segment) else item.results.values())
+    return read - made
+
+
+def _product(product: Product, where: dict[str, str], threads: int) -> str:
+    kind = _TYPES[product.dtype]
+    a, b, out = product.a, product.b, product.out
+    *stack, m, k = a.shape
+    n = b.shape[-1]
+    if not _in_rows(out):
+        raise Unsupported(f"a product with strides {out.stride}")
+    if 0 in (m, n) or 0 in stack:
+        return ""
+    bias, bias_strides = None, (0, 0)
+    batch = stack[0] if stack else 1
+    steps = [matrix.stride[0] if stack else 0 for matrix in (a, b, out)]
+    if product.bias is not None:
+        bias = product.bias
+        shape, stride = bias.shape, bias.stride
+        if len(shape) > 2 and stack:
+            steps.append(stride[0] if shape[0] != 1 else 0)
+            shape, stride = shape[1:], stride[1:]
+        else:
+            steps.append(0)
+        padded = (
+            *(0,) * (2 - len(shape)),
+            *(0 if s == 1 else t for s, t in zip(shape, stride, strict=True)),
+        )
+        bias_strides = padded[-2:]
+    pointers = [
+        f"({kind}*)({where[matrix.buffer]}) + {matrix.offset}" if matrix else "nullptr"
+        for matrix in (a, b, bias, out)
+    ]
+    a_strides, b_strides = a.stride[-2:], b.stride[-2:]
+    if (
+        m * n * k >= _LIBRARY_PRODUCT
+        and (bias is None or bias_strides[0] == 0)
+        and (_library_strides(a) and _library_strides(b))
+    ):
+        call = _library_product(kind, m, n, k, a, b, bias, bias_strides, pointers)
+    else:
+        constants = (m, n, k, *a_strides, *b_strides, n)
+        options = f"{'true' if bias else 'false'}, {bias_strides[0]}, {bias_strides[1]}"
+        numbers = ", ".join(map(str, constants))
+        call = f"funcnet::gemm<{kind}, {numbers}, {options}>(a, b, bias, c);"
+    names = ("const {0}* a = {1}", "const {0}* b = {1}", "const {0}* bias = {1}", "{0}* c = {1}")
+    order = [0, 1, 3 if bias else None, 2]
+    setup = []
+    for name, pointer, step in zip(names, pointers, order, strict=True):
+        shift = f" + s * {steps[step]}" if stack and step is not None and steps[step] else ""
+        setup.append(name.format(kind, pointer) + shift + ";")
+    inside = " ".join([*setup, "(void)bias;", call])
+    if stack:
+        return f"for (int64_t s = 0; s < {batch}; ++s) {{ {inside} }}"
+    return f"{{ {inside} }}"
+
+
+def _library_strides(matrix: Matrix) -> bool:
+    (rows, columns), (down, right) = matrix.shape[-2:], matrix.stride[-2:]
+    return (right == 1 and down >= columns) or (down == 1 and right >= rows)
+
+
+def _library_product(
+    kind: str,
+    m: int,
+    n: int,
+    k: int,
+    a: Matrix,
+    b: Matrix,
+    bias: Matrix | None,
+    bias_strides: tuple[Any, ...],
+    pointers: list[str],
+) -> str:
+    """A call of BLAS, which wants columns: C' = B' A'."""
+    name = "sgemm_" if kind == "float" else "dgemm_"
+
+    def layout(matrix: Matrix) -> tuple[str, int]:
+        down, right = matrix.stride[-2:]
+        return ("N", down) if right == 1 and down >= matrix.shape[-1] else ("T", right)
+
+    (trans_a, lda), (trans_b, ldb) = layout(a), layout(b)
+    fill = ""
+    if bias is not None:
+        fill = (
+            f"for (int64_t i = 0; i < {m}; ++i) for (int64_t j = 0; j < {n}; ++j) "
+            f"c[i * {n} + j] = bias[j * {bias_strides[1]}];"
+        )
+    return (
+        f"{fill} const int m = {m}, n = {n}, k = {k}, lda = {lda}, ldb = {ldb}; "
+        f"const {kind} one = 1, beta = {1 if bias is not None else 0}; "
+        f'{name}("{trans_b}", "{trans_a}", &n, &m, &k, &one, b, &ldb, a, &lda, &beta, c, &n);'
+    )

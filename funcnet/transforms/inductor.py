@@ -1,0 +1,272 @@
+"""Inductor as a writer of kernels: a segment in, C++ functions and the calls of them out.
+
+Inductor fuses the operators of a segment and writes a C++ function for each group; the program
+around them is written by `funcnet.transforms.host`. The one place that needs Inductor's insides.
+"""
+
+import contextlib
+from collections.abc import Iterator, Sequence
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, fx
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.fx.experimental.proxy_tensor import make_fx
+
+from funcnet.transforms.tracing import Segment
+
+aten = torch.ops.aten
+
+
+class Unsupported(Exception):
+    """A program that the C++ host cannot run, and why."""
+
+
+class Allocate(NamedTuple):
+    """A buffer that comes to life."""
+
+    name: str
+    size: int
+
+
+class Free(NamedTuple):
+    """A buffer that is not needed any more."""
+
+    name: str
+
+
+class Rename(NamedTuple):
+    """A buffer whose memory goes on under another name."""
+
+    old: str
+    new: str
+
+
+class Call(NamedTuple):
+    """A kernel and the buffers it works on, with their C++ types."""
+
+    kernel: str
+    args: tuple[str, ...]
+    types: tuple[str, ...]
+
+
+class Matrix(NamedTuple):
+    """A strided matrix, or stack of matrices, in a buffer."""
+
+    buffer: str
+    offset: int
+    shape: tuple[int, ...]
+    stride: tuple[int, ...]
+
+
+class Product(NamedTuple):
+    """``out = a @ b (+ bias)``."""
+
+    dtype: torch.dtype
+    a: Matrix
+    b: Matrix
+    bias: Matrix | None
+    out: Matrix
+
+
+Instruction = Allocate | Free | Rename | Call | Product
+
+
+class Kernels(NamedTuple):
+    """A segment in C++: functions by name, what to do in order, and where the outputs are."""
+
+    sources: dict[str, str]
+    instructions: list[Instruction]
+    inputs: list[str]
+    outputs: list[Matrix | None]
+
+
+# Products are written by funcnet.transforms.gemm.h, which a decomposition would bypass.
+_KEPT = (aten.mm, aten.addmm, aten.bmm, aten.baddbmm)
+_PRODUCTS = {
+    aten.mm.out: False,
+    aten.bmm.out: False,
+    aten.addmm.out: True,
+    aten.baddbmm.out: True,
+}
+
+
+def decomposed(segment: Segment) -> fx.GraphModule:
+    """The segment in the operators that Inductor has lowerings for."""
+    from torch._inductor.decomposition import select_decomp_table
+
+    table = {
+        operator: rule
+        for operator, rule in select_decomp_table().items()
+        if getattr(operator, "overloadpacket", operator) not in _KEPT
+    }
+    examples = [node.meta["val"] for node in segment.inputs]
+    module = fx.GraphModule(torch.nn.Module(), segment.graph)
+    with torch.no_grad():
+        retraced = make_fx(module, decomposition_table=table)(*examples)
+    retraced.graph.eliminate_dead_code()
+    return retraced
+
+
+@contextlib.contextmanager
+def settings(threads: int) -> Iterator[None]:
+    """Inductor's settings for kernels on this machine's CPU, run by so many threads."""
+    import torch._inductor.compile_fx  # what follows needs it loaded first
+    from torch._inductor import config
+
+    width = {"AVX512": 512, "AVX2": 256}.get(torch.backends.cpu.get_cpu_capability())
+    changes = {
+        "cpp.threads": threads,
+        # Starting threads for less than this takes longer than the work.
+        "cpp.min_chunk_size": 1 << 15,
+        "cpp_wrapper": True,
+        "fx_graph_cache": False,
+        "comment_origin": False,
+        "size_asserts": False,
+    }
+    if width is not None:
+        # Inductor would compile a program to find this out.
+        changes |= {"cpp.vec_isa_ok": True, "cpp.simdlen": width}
+    known = {name: value for name, value in changes.items() if _has(config, name)}
+    with config.patch(known):
+        yield
+
+
+def _has(config: Any, name: str) -> bool:
+    with contextlib.suppress(AttributeError):
+        for part in name.split("."):
+            config = getattr(config, part)
+        return True
+    return False
+
+
+def kernels(segment: Segment, threads: int, in_place: Sequence[tuple[int, int]]) -> Kernels:
+    """Compile a segment.
+
+    Args:
+        segment: operators on CPU tensors that lie in rows.
+        threads: how many run a kernel.
+        in_place: pairs of an input and an output; the output is written into the input's memory,
+            after all that reads it.
+    """
+    from torch._inductor.codegen.common import get_device_op_overrides
+    from torch._inductor.codegen.cpp_wrapper_cpu import CppWrapperCpu
+    from torch._inductor.debug import DebugContext
+    from torch._inductor.graph import GraphLowering
+    from torch._inductor.virtualized import V
+
+    class Recorder(CppWrapperCpu):
+        """Takes down what a wrapper is told to do."""
+
+    module = decomposed(segment)
+    graph = module.graph
+    if any(node.op == "get_attr" for node in graph.nodes):
+        raise Unsupported("a constant tensor in a decomposition")
+    placeholders = [node for node in graph.nodes if node.op == "placeholder"]
+    result = next(node for node in graph.nodes if node.op == "output")
+    returned = list(result.args[0])
+    written = {place for _, place in in_place}
+    with graph.inserting_before(result):
+        for source, place in in_place:
+            graph.call_function(aten.copy_.default, (placeholders[source], returned[place]))
+    kept = [value for place, value in enumerate(returned) if place not in written]
+    result.args = (kept,)
+    module.recompile()
+    examples: list[Tensor] = [node.meta["val"] for node in placeholders]
+    fake_mode = next((example.fake_mode for example in examples), None) or FakeTensorMode()
+    with (
+        settings(threads),
+        DebugContext(),
+        V.set_fake_mode(fake_mode),
+        fake_mode,
+        torch.no_grad(),
+    ):
+        lowering = GraphLowering(
+            module, example_inputs=examples, cpp_wrapper=True, is_inference=True
+        )
+        with V.set_graph_handler(lowering):
+            lowering.run(*examples)
+            lowering.device_type = "cpu"
+            lowering.device_ops = get_device_op_overrides("cpu")
+            lowering.wrapper_code = Recorder()
+            lowering._update_scheduler()
+            lowering.wrapper_code.push_codegened_graph(lowering)
+            lowering.scheduler.codegen()
+            if lowering.constants:
+                raise Unsupported("a constant tensor")
+            sources, instructions = _instructions(lowering)
+            outputs = iter([_matrix(value) for value in lowering.graph_outputs])
+    return Kernels(
+        sources,
+        instructions,
+        list(lowering.graph_inputs),
+        [None if place in written else next(outputs) for place in range(len(returned))],
+    )
+
+
+def _instructions(lowering: Any) -> tuple[dict[str, str], list[Instruction]]:
+    sources: dict[str, str] = {}
+    instructions: list[Instruction] = []
+    for line in lowering.wrapper_code.lines:
+        match type(line).__name__:
+            case "KernelDefinitionLine":
+                sources[line.kernel_name] = line.kernel_body
+            case "KernelCallLine":
+                args = tuple(str(arg) for arg in line.call_args)
+                instructions.append(Call(line.kernel_name, args, tuple(line.arg_types)))
+            case "AllocateLine":
+                name = line.node.get_name()
+                if name not in lowering.removed_buffers:
+                    instructions.append(Allocate(name, _bytes(line.node)))
+            case "FreeIfNotReusedLine" | "FreeLine":
+                name = line.node.get_name()
+                if name not in lowering.removed_buffers:
+                    instructions.append(Free(name))
+            case "ReuseLine":
+                old, new = line.node.get_name(), line.reused_as.get_name()
+                if new not in lowering.removed_buffers:
+                    instructions.append(Rename(old, new))
+            case "ExternKernelOutLine":
+                instructions.append(_product(line.node))
+            case "LineContext" | "CommentLine" | "AssertSizeStrideLine" | "NullLine":
+                pass
+            case "str":
+                if not line.startswith("static constexpr int64_t int_array_"):
+                    raise Unsupported(f"the line {line!r}")
+            case kind:
+                raise Unsupported(f"{kind} {getattr(line, 'node', '')!s:.200}")
+    return sources, instructions
+
+
+def _bytes(node: Any) -> int:
+    layout = node.get_layout()
+    extent = 1 + sum(
+        (int(size) - 1) * int(step) for size, step in zip(layout.size, layout.stride, strict=True)
+    )
+    if any(int(size) == 0 for size in layout.size):
+        return 0
+    return (extent + int(layout.offset)) * layout.dtype.itemsize
+
+
+def _matrix(value: Any) -> Matrix:
+    layout = value.get_layout()
+    return Matrix(
+        value.get_name(),
+        int(layout.offset),
+        tuple(int(size) for size in layout.size),
+        tuple(int(step) for step in layout.stride),
+    )
+
+
+def _product(node: Any) -> Product:
+    has_bias = _PRODUCTS.get(node.op_overload)
+    if has_bias is None or node.output_view is not None:
+        raise Unsupported(f"the operator {node.op_overload}")
+    dtype = node.get_dtype()
+    if dtype not in (torch.float32, torch.float64):
+        raise Unsupported(f"a product in {dtype}")
+    if any(node.kwargs.get(factor, 1) != 1 for factor in ("alpha", "beta")):
+        raise Unsupported("a product with alpha or beta")
+    matrices = [_matrix(value) for value in node.inputs]
+    bias = matrices.pop(0) if has_bias else None
+    return Product(dtype, matrices[0], matrices[1], bias, _matrix(node))

@@ -1,0 +1,441 @@
+"""What `jit` sees of a function: a graph of operators in which loops are regions between marks.
+
+The function runs once on fake tensors. `scan` and `vmap` run their body once, on tensors that the
+operator ``funcnet::begin`` makes, and hand what it gives to ``funcnet::end``: whatever lies between
+the two and depends on the first is the body. What does not is computed once, before the loop. The
+function may so close over any tensor, at any depth.
+"""
+
+import operator
+import threading
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, fx
+from torch._C._functorch import TransformType
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.fx.experimental.proxy_tensor import make_fx
+
+aten = torch.ops.aten
+
+
+class Spec(NamedTuple):
+    """What is known of a tensor before the program runs."""
+
+    shape: tuple[int, ...]
+    dtype: torch.dtype
+    device: torch.device
+
+    def empty(self) -> Tensor:
+        """A tensor of this kind, with any values."""
+        return torch.empty(self.shape, dtype=self.dtype, device=self.device)
+
+
+def spec_of(tensor: Tensor) -> Spec:
+    """The shape, dtype and device of a tensor."""
+    return Spec(tuple(tensor.shape), tensor.dtype, tensor.device)
+
+
+@dataclass(eq=False)
+class Loop:
+    """A loop of ``length`` rounds over slices of its operands along their first axis.
+
+    A scan hands ``carried`` tensors from each round to the next, which stand first among its
+    operands and results; the rounds of a map know nothing of each other. What a round returns
+    beside is stacked.
+    """
+
+    kind: str
+    length: int
+    carried: int
+    inner: list[Spec]
+    outer: list[Spec] = field(default_factory=list)
+
+
+_library = torch.library.Library("funcnet", "DEF")
+_library.define("begin(Tensor[] operands, int loop) -> Tensor[]")
+_library.define("end(Tensor[] results, int loop) -> Tensor[]")
+_library.define("barrier(Tensor[] values) -> Tensor[]")
+
+
+@torch.library.register_fake("funcnet::begin", lib=_library)
+def _begin(operands: list[Tensor], loop: int) -> list[Tensor]:
+    return [spec.empty() for spec in _active.loops[loop].inner]
+
+
+@torch.library.register_fake("funcnet::end", lib=_library)
+def _end(results: list[Tensor], loop: int) -> list[Tensor]:
+    return [spec.empty() for spec in _active.loops[loop].outer]
+
+
+@torch.library.register_fake("funcnet::barrier", lib=_library)
+def _barrier(values: list[Tensor]) -> list[Tensor]:
+    return [torch.empty_like(value, memory_format=torch.contiguous_format) for value in values]
+
+
+class _Active(threading.local):
+    """The loops of the trace that this thread is in; None outside one."""
+
+    loops: Any = None
+
+
+_active = _Active()
+
+
+def tracing() -> bool:
+    """Whether jit is tracing here, so that loops can be recorded.
+
+    Under torch.vmap or torch.func inside the traced function they cannot: there they unroll.
+    """
+    if _active.loops is None:
+        return False
+    interpreter = torch._C._functorch.peek_interpreter_stack()
+    return interpreter is None or interpreter.key() == TransformType.Functionalize
+
+
+def record_loop(
+    kind: str,
+    length: int,
+    carry: Sequence[Tensor],
+    xs: Sequence[Tensor],
+    body: Callable[[list[Tensor]], list[Tensor]],
+) -> list[Tensor]:
+    """Record a loop: ``body(carry + slices) -> new carry + what is stacked``; see `Loop`."""
+    inner = [spec_of(leaf) for leaf in carry]
+    inner += [Spec(tuple(x.shape[1:]), x.dtype, x.device) for x in xs]
+    loop = Loop(kind, length, len(carry), inner)
+    position = len(_active.loops)
+    _active.loops.append(loop)
+    results = body(torch.ops.funcnet.begin([*carry, *xs], position))
+    for place, result in enumerate(results):
+        spec = spec_of(result)
+        if place >= len(carry):
+            spec = spec._replace(shape=(length, *spec.shape))
+        loop.outer.append(spec)
+    return torch.ops.funcnet.end(results, position)
+
+
+def barrier(values: list[Tensor]) -> list[Tensor]:
+    """The same values, of which the compiler may compute nothing before this point."""
+    return torch.ops.funcnet.barrier(values) if tracing() and values else values
+
+
+class Traced(NamedTuple):
+    """A traced function: its graph, whose inputs are the arguments and then ``captured``."""
+
+    graph: fx.Graph
+    loops: list[Loop]
+    captured: list[Tensor]
+    mode: FakeTensorMode
+
+
+@contextmanager
+def _recording(loops: list[Loop]) -> Iterator[None]:
+    before, _active.loops = _active.loops, loops
+    try:
+        yield
+    finally:
+        _active.loops = before
+
+
+def trace(function: Callable[..., list[Tensor]], specs: Sequence[Spec]) -> Traced:
+    """Run a function of tensors on fake ones and record what it does."""
+    loops: list[Loop] = []
+    mode = FakeTensorMode(allow_non_fake_inputs=True)
+    with torch.inference_mode(False), torch.no_grad(), mode, _recording(loops):
+        recorded = make_fx(
+            torch.func.functionalize(function, remove="mutations"),
+            _allow_non_fake_inputs=True,
+            record_module_stack=False,
+        )(*[spec.empty() for spec in specs])
+    captured = _lift(recorded, mode)
+    recorded.graph.eliminate_dead_code()
+    return Traced(recorded.graph, loops, captured, mode)
+
+
+def _lift(recorded: fx.GraphModule, mode: FakeTensorMode) -> list[Tensor]:
+    """Make the tensors that the function closed over inputs of its graph."""
+    graph = recorded.graph
+    captured: list[Tensor] = []
+    inputs: dict[int, fx.Node] = {}
+    last = [node for node in graph.nodes if node.op == "placeholder"]
+    for node in list(graph.nodes):
+        if node.op != "get_attr":
+            continue
+        tensor = getattr(recorded, node.target)
+        users = list(node.users)
+        if users and all(user.target is aten.lift_fresh_copy.default for user in users):
+            if tensor.dim() == 0 and not tensor.is_complex():
+                # A number that the function itself wrote: torch.tensor(0.5).
+                for user in users:
+                    _become_constant(graph, user, tensor)
+                graph.erase_node(node)
+                continue
+        if id(tensor) not in inputs:
+            with graph.inserting_after(last[-1]) if last else graph.inserting_before(node):
+                inputs[id(tensor)] = graph.placeholder(f"captured_{len(captured)}")
+            with mode:
+                inputs[id(tensor)].meta["val"] = spec_of(tensor).empty()
+            last.append(inputs[id(tensor)])
+            captured.append(tensor)
+        node.replace_all_uses_with(inputs[id(tensor)])
+        graph.erase_node(node)
+    return captured
+
+
+def _become_constant(graph: fx.Graph, node: fx.Node, tensor: Tensor) -> None:
+    with graph.inserting_before(node):
+        options = {"dtype": tensor.dtype, "device": tensor.device}
+        constant = graph.call_function(aten.full.default, ([], tensor.item()), options)
+    constant.meta["val"] = node.meta["val"]
+    node.replace_all_uses_with(constant)
+    graph.erase_node(node)
+
+
+def readable(traced: Traced) -> str:
+    """All that a program is made from, as text."""
+    inputs = [node for node in traced.graph.nodes if node.op == "placeholder"]
+    kinds = [f"{node.name}: {spec_of(node.meta['val'])}" for node in inputs]
+    loops = [f"loop {place}: {loop}" for place, loop in enumerate(traced.loops)]
+    return "\n".join([*kinds, *loops, str(traced.graph)])
+
+
+@dataclass(eq=False)
+class Segment:
+    """Operators without a loop among them, as a function of ``inputs`` that gives ``outputs``."""
+
+    inputs: list[fx.Node]
+    outputs: list[fx.Node]
+    graph: fx.Graph
+
+
+@dataclass(eq=False)
+class Region:
+    """A loop: its operands outside, the slices inside, the body, and the results in both."""
+
+    loop: Loop
+    operands: list[fx.Node]
+    slices: dict[int, fx.Node]
+    body: "Block"
+    results: dict[int, fx.Node]
+
+
+@dataclass(eq=False)
+class Block:
+    """What is done in order, and the values that come of it."""
+
+    items: list[Segment | Region] = field(default_factory=list)
+    outputs: list[fx.Node] = field(default_factory=list)
+
+
+def _value(node: fx.Node) -> Any:
+    return node.meta.get("val")
+
+
+def _storage(value: Any) -> int | None:
+    return value.untyped_storage()._cdata if isinstance(value, Tensor) else None
+
+
+_MARKS = ("funcnet::begin", "funcnet::end", "funcnet::barrier")
+
+
+def mark(node: fx.Node) -> str | None:
+    """``begin``, ``end`` or ``barrier`` for the nodes that cut segments."""
+    if isinstance(node.target, torch._ops.OpOverload):
+        name = node.target._schema.name
+        if name in _MARKS:
+            return name.split("::")[1]
+    return None
+
+
+def base_of(node: fx.Node) -> fx.Node | None:
+    """The node of whose memory this one is a view; None for a value of its own."""
+    if node.op != "call_function" or mark(node) is not None:
+        return None
+    source = node.args[0] if node.args else None
+    if node.target is operator.getitem:
+        assert isinstance(source, fx.Node)
+        return source if base_of(source) is not None else None
+    if not isinstance(source, fx.Node):
+        return None
+    storage = _storage(_value(source))
+    value = _value(node)
+    values = value if isinstance(value, (list, tuple)) else [value]
+    if storage is not None and values and all(_storage(each) == storage for each in values):
+        return source
+    return None
+
+
+def _is_free(node: fx.Node) -> bool:
+    """Whether a node costs nothing where it is used: a view, or a constant."""
+    if node.op != "call_function" or mark(node) is not None:
+        return False
+    if node.target is operator.getitem:
+        return base_of(node) is not None
+    return not node.all_input_nodes or base_of(node) is not None
+
+
+def _materialize(graph: fx.Graph) -> None:
+    """Give every operand of a mark, and every output, memory in which it lies in rows."""
+    for node in list(graph.nodes):
+        if node.op != "output" and mark(node) is None:
+            continue
+        copies: dict[fx.Node, fx.Node] = {}
+
+        def settle(value: fx.Node, node: fx.Node = node, copies: Any = copies) -> fx.Node:
+            root = value
+            while (base := base_of(root)) is not None:
+                root = base
+            constant = root.op == "call_function" and not root.all_input_nodes
+            in_rows = _value(value).is_contiguous() and _value(root).is_contiguous()
+            if in_rows and not (constant and mark(root) is None):
+                return value
+            if value not in copies:
+                with graph.inserting_before(node):
+                    options = {"memory_format": torch.contiguous_format}
+                    copy = graph.call_function(aten.clone.default, (value,), options)
+                spec = spec_of(_value(value))
+                with _value(value).fake_mode:
+                    copy.meta["val"] = spec.empty()
+                copies[value] = copy
+            return copies[value]
+
+        node.args = fx.node.map_arg(node.args, settle)
+
+
+def blocks(traced: Traced) -> Block:
+    """The program as nested blocks of segments and loops."""
+    graph = traced.graph
+    _materialize(graph)
+    program = Block()
+    # Which operators belong to which block, loops among them; segments are made of them below.
+    runs: dict[Block, list[Any]] = {program: []}
+    home: dict[fx.Node, Block] = {}
+    stack: list[tuple[Block, Region | None]] = [(program, None)]
+    region_of: dict[fx.Node, Region] = {}
+    for node in graph.nodes:
+        kind = mark(node)
+        if node.op == "placeholder":
+            home[node] = program
+        elif node.op == "output":
+            program.outputs = list(node.args[0])
+        elif kind == "begin":
+            region = Region(traced.loops[node.args[1]], list(node.args[0]), {}, Block(), {})
+            region_of[node] = region
+            stack.append((region.body, region))
+            runs[region.body] = []
+            home[node] = region.body
+        elif kind == "end":
+            block, closed = stack.pop()
+            assert closed is not None
+            block.outputs = list(node.args[0])
+            region_of[node] = closed
+            home[node] = stack[-1][0]
+            runs[stack[-1][0]].append(closed)
+        elif node.target is operator.getitem and mark(node.args[0]) in ("begin", "end"):
+            region = region_of[node.args[0]]
+            side = region.slices if mark(node.args[0]) == "begin" else region.results
+            side[node.args[1]] = node
+            home[node] = home[node.args[0]]
+        else:
+            home[node] = _innermost([home[each] for each in node.all_input_nodes], stack)
+            if not _is_free(node):
+                runs[home[node]].append(node)
+    _cut(program, runs)
+    return program
+
+
+def _innermost(homes: list[Block], stack: list[tuple[Block, Any]]) -> Block:
+    """The innermost of the blocks that hold the operands; what needs no loop is done before it."""
+    order = [block for block, _ in stack]
+    if not all([home in order for home in homes]):
+        raise ValueError(
+            "jit: a value from the body of a scan or vmap is used outside it; was a tensor from "
+            "outside written in place?"
+        )
+    return order[max([order.index(home) for home in homes], default=0)]
+
+
+def _cut(block: Block, runs: dict[Block, list[Any]]) -> None:
+    """Make segments of the operators of a block, between its loops and barriers."""
+    pieces: list[list[fx.Node] | Region] = []
+    run: list[fx.Node] = []
+    for entry in runs[block]:
+        if isinstance(entry, Region):
+            pieces += [run, entry]
+            run = []
+            _cut(entry.body, runs)
+        elif mark(entry) == "barrier":
+            pieces.append(run)
+            run = []
+        elif not (entry.target is operator.getitem and mark(entry.args[0]) == "barrier"):
+            run.append(entry)
+    pieces.append(run)
+    block.items = [
+        _segment(piece) if isinstance(piece, list) else piece for piece in pieces if piece
+    ]
+
+
+def _segment(run: list[fx.Node]) -> Segment:
+    inside = set(run)
+    graph = fx.Graph()
+    copies: dict[fx.Node, fx.Node] = {}
+    inputs: list[fx.Node] = []
+
+    def copy(node: fx.Node) -> fx.Node:
+        node = through_barriers(node)
+        if node not in copies:
+            if node in inside or _is_free(node):
+                args = fx.node.map_arg((node.args, node.kwargs), copy)
+                copies[node] = graph.create_node("call_function", node.target, *args)
+            else:
+                place = len(inputs)
+                inputs.append(node)
+                with graph.inserting_before(next(iter(graph.nodes), None)):
+                    copies[node] = graph.placeholder(f"input_{place}")
+                with _value(node).fake_mode:
+                    copies[node].meta["val"] = spec_of(_value(node)).empty()
+        return copies[node]
+
+    for node in run:
+        copy(node)
+    outputs = [node for node in run if isinstance(_value(node), Tensor) and _leaves(node, inside)]
+    graph.output([_in_rows(graph, copies[node], node) for node in outputs])
+    # Placeholders were put in front one by one: read their order off the graph.
+    by_copy = {copies[node]: node for node in inputs}
+    inputs = [by_copy[node] for node in graph.nodes if node.op == "placeholder"]
+    return Segment(inputs, outputs, graph)
+
+
+def _in_rows(graph: fx.Graph, copy: fx.Node, node: fx.Node) -> fx.Node:
+    if _value(node).is_contiguous():
+        return copy
+    options = {"memory_format": torch.contiguous_format}
+    return graph.call_function(aten.clone.default, (copy,), options)
+
+
+def through_barriers(node: fx.Node) -> fx.Node:
+    """The value that a barrier handed on; any other node itself."""
+    while node.target is operator.getitem and mark(node.args[0]) == "barrier":
+        node = node.args[0].args[0][node.args[1]]
+    return node
+
+
+def _leaves(node: fx.Node, inside: set[fx.Node]) -> bool:
+    """Whether a value is used outside its run, through views and barriers too."""
+    for user in node.users:
+        if user in inside:
+            continue
+        if (
+            _is_free(user)
+            or mark(user) == "barrier"
+            or (user.target is operator.getitem and mark(user.args[0]) == "barrier")
+        ):
+            if _leaves(user, inside):
+                return True
+        else:
+            return True
+    return False
