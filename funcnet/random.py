@@ -75,6 +75,56 @@ def _threefry_tensors(
     return x0, x1
 
 
+_library = torch.library.Library("funcnet", "FRAGMENT")
+_library.define("threefry(Tensor key, int start, int n) -> (Tensor, Tensor)")
+_library.define("threefry_at(Tensor key, Tensor counter) -> (Tensor, Tensor)")
+
+
+@torch.library.impl(_library, "threefry", "CompositeExplicitAutograd")
+def threefry_range(key: Tensor, start: int, n: int) -> tuple[Tensor, Tensor]:
+    """The hashes of start ... start + n - 1, all below 2**32: one operator for those who trace."""
+    counter = torch.arange(start, start + n, device=key.device).to(torch.int32)
+    return threefry_at(key, counter)
+
+
+@torch.library.impl(_library, "threefry_at", "CompositeExplicitAutograd")
+def threefry_at(key: Tensor, counter: Tensor) -> tuple[Tensor, Tensor]:
+    """The hashes of an int32 tensor of counters; keys (..., 2) go with counters (..., ...)."""
+    k0, k1 = key.to(torch.int32).unbind(-1)
+    return _threefry_tensors(k0, k1, 0, counter)
+
+
+@torch.library.register_fake("funcnet::threefry", lib=_library)
+def _(key: Tensor, start: int, n: int) -> tuple[Tensor, Tensor]:
+    words = [torch.empty(n, dtype=torch.int32, device=key.device) for _ in range(2)]
+    return words[0], words[1]
+
+
+@torch.library.register_fake("funcnet::threefry_at", lib=_library)
+def _(key: Tensor, counter: Tensor) -> tuple[Tensor, Tensor]:
+    words = [torch.empty_like(counter) for _ in range(2)]
+    return words[0], words[1]
+
+
+@torch.library.register_vmap("funcnet::threefry", lib=_library)
+def _(info: Any, in_dims: Any, key: Tensor, start: int, n: int) -> Any:
+    counter = torch.arange(start, start + n, device=key.device).to(torch.int32)
+    return _batched_threefry(info, (in_dims[0], None), key, counter)
+
+
+@torch.library.register_vmap("funcnet::threefry_at", lib=_library)
+def _batched_threefry(info: Any, in_dims: Any, key: Tensor, counter: Tensor) -> Any:
+    if in_dims[0] is not None:
+        key = key.movedim(in_dims[0], 0)
+    if in_dims[1] is not None:
+        counter = counter.movedim(in_dims[1], 0)
+    k0, k1 = key.to(torch.int32).unbind(-1)
+    if in_dims[0] is not None:
+        ones = (1,) * (counter.dim() - (in_dims[1] is not None))
+        k0, k1 = (word.reshape(-1, *ones) for word in (k0, k1))
+    return _threefry_tensors(k0, k1, 0, counter), (0, 0)
+
+
 def _check_key(key: Tensor) -> None:
     if not isinstance(key, Tensor) or key.dtype != torch.int64 or key.shape[-1:] != (2,):
         what = f"{key.dtype} {tuple(key.shape)}" if isinstance(key, Tensor) else repr(key)
@@ -100,9 +150,12 @@ def _hash_range(
         raise ValueError(f"expected a shape without negative sizes, got {tuple(shape)}")
     size = math.prod(shape)
     device = torch.device(device) if device is not None else key.device
+    if traced() and size <= 1 << 32:
+        hashed = finish(*torch.ops.funcnet.threefry(key.to(device), 0, size))
+        return hashed.reshape((*shape, *hashed.shape[1:]))
     k0, k1 = _key_words(key, device)
     blocks = []
-    block = max(size, 1) if device.type == "meta" or traced() else _BLOCK
+    block = max(size, 1) if device.type == "meta" else _BLOCK
     for start in range(0, size, block) or (0,):
         stop = min(size, start + block)
         # 2**32 is a multiple of the block's size, so the high word is one number a block.
@@ -161,9 +214,14 @@ def fold_in(key: Tensor, data: int | str | Tensor) -> Tensor:
     if words is not None and counter is not None:
         hashed = _threefry_ints(words[0], words[1], 0, counter)
         return torch.tensor(hashed, dtype=torch.int64, device=key.device)
+    if traced() and counter is not None:
+        words = torch.ops.funcnet.threefry(key, counter, 1)
+        return _unsigned(torch.cat(words))
     if not isinstance(data, Tensor):
         data = torch.tensor(_signed(data), dtype=torch.int32, device=key.device)
     data = data.to(device=key.device, dtype=torch.int32)
+    if traced():
+        return _unsigned(torch.stack(torch.ops.funcnet.threefry_at(key, data), -1))
     k0, k1 = _key_words(key, key.device)
     return _unsigned(torch.stack(_threefry_tensors(k0, k1, 0, data), -1))
 

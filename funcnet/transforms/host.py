@@ -22,10 +22,13 @@ from funcnet.transforms.inductor import (
     Product,
     Rename,
     Unsupported,
+    View,
     kernels,
 )
 from funcnet.transforms.tracing import (
     Block,
+    Item,
+    Primitive,
     Region,
     Segment,
     Traced,
@@ -36,6 +39,14 @@ from funcnet.transforms.tracing import (
 
 _ALIGNMENT = 64
 _TYPES = {torch.float32: "float", torch.float64: "double"}
+_SORTED = _TYPES | {
+    torch.int64: "int64_t",
+    torch.int32: "int32_t",
+    torch.int16: "int16_t",
+    torch.int8: "int8_t",
+    torch.uint8: "uint8_t",
+    torch.bool: "bool",
+}
 # From this many multiplications on, threads and cache blocks pay, which gemm.h does not have.
 _LIBRARY_PRODUCT = 1 << 22
 
@@ -126,7 +137,7 @@ class Program:
         self.text = self._text(frame.lines)
 
     def _text(self, lines: list[str]) -> str:
-        includes = ["#include <torch/csrc/inductor/cpp_prefix.h>", '#include "gemm.h"', _PREFIX]
+        includes = ["#include <torch/csrc/inductor/cpp_prefix.h>", '#include "kernels.h"', _PREFIX]
         body = [
             'extern "C" int funcnet_run(char** in, char** out) {',
             f"try {{ Workspace workspace({self.workspace}); char* const w0 = workspace.start;",
@@ -155,10 +166,13 @@ class Program:
                 wanted.setdefault(root, target)
         frame = Frame(base, Arena(), threads, last_use, dict(owned), wanted)
         for place, item in enumerate(block.items):
-            if isinstance(item, Segment):
-                self._segment(frame, item, place)
-            else:
-                self._region(frame, item, place)
+            match item:
+                case Segment():
+                    self._segment(frame, item, place)
+                case Region():
+                    self._region(frame, item, place)
+                case Primitive():
+                    self._primitive(frame, item, place)
             for node in [node for node in frame.owned if last_use.get(node, -1) <= place]:
                 offset_of = frame.owned.pop(node)
                 if offset_of is not None:
@@ -224,6 +238,8 @@ class Program:
                     where[new] = where[old]
                     if old in offsets:
                         offsets[new] = offsets.pop(old)
+                case View(name, buffer, offset):
+                    where[name] = f"({where[buffer]} + {offset})"
                 case Call(kernel, args, types):
                     cast = [
                         f"({kind})({where[arg]})" for arg, kind in zip(args, types, strict=True)
@@ -280,6 +296,31 @@ class Program:
                 continue
             if target.owner is None or frame.last_use.get(target.owner, -1) < place:
                 where[buffer] = target.place
+
+    def _primitive(self, frame: Frame, item: Primitive, place: int) -> None:
+        for node in item.results.values():
+            target = frame.targets.get(node)
+            if target is not None and (
+                target.owner is None or frame.last_use.get(target.owner, -1) < place
+            ):
+                self.place[node] = target.place
+            else:
+                offset = frame.arena.allocate(_size(node))
+                frame.owned[node] = offset
+                self.place[node] = f"({frame.base} + {offset})"
+        out = [self.place[item.results[each]] if each in item.results else "0" for each in (0, 1)]
+        operands = [self._pointer(node) for node in item.operands]
+        value: Tensor = item.operands[0].meta["val"]
+        if item.name == "sort":
+            frame.lines.append(_sort(value, operands[0], out, item.options))
+            return
+        counter = operands[1] if item.name == "threefry_at" else "0"
+        start = item.options.get("start", 0)
+        count = item.options["n"] if "n" in item.options else item.operands[1].meta["val"].numel()
+        frame.lines.append(
+            f"funcnet::threefry((const int64_t*)({operands[0]}), (const int32_t*)({counter}), "
+            f"{start}, {count}, (int32_t*)({out[0]}), (int32_t*)({out[1]}));"
+        )
 
     def _region(self, frame: Frame, region: Region, place: int) -> None:
         self.loops += 1
@@ -536,10 +577,12 @@ def _in_rows(matrix: Matrix) -> bool:
     return True
 
 
-def reads(item: Segment | Region) -> set[fx.Node]:
+def reads(item: Item) -> set[fx.Node]:
     """The values from outside that a step reads."""
     if isinstance(item, Segment):
         return {locate(node)[0] for node in item.inputs}
+    if isinstance(item, Primitive):
+        return {locate(node)[0] for node in item.operands}
     return {locate(node)[0] for node in item.operands} | _captured(item)
 
 
@@ -551,6 +594,20 @@ def _captured(region: Region) -> set[fx.Node]:
         read |= reads(item)
         made |= set(item.outputs if isinstance(item, Segment) else item.results.values())
     return read - made
+
+
+def _sort(value: Tensor, x: str, out: list[str], options: dict[str, Any]) -> str:
+    kind = _SORTED.get(value.dtype)
+    if kind is None:
+        raise Unsupported(f"a sort of {value.dtype}")
+    shape = tuple(value.shape) or (1,)
+    axis = options.get("dim", -1) % len(shape)
+    extents = f"{prod(shape[:axis])}, {shape[axis]}, {prod(shape[axis + 1 :])}"
+    descending = "true" if options.get("descending", False) else "false"
+    return (
+        f"funcnet::sort<{kind}>((const {kind}*)({x}), ({kind}*)({out[0]}), "
+        f"(int64_t*)({out[1]}), {extents}, {descending});"
+    )
 
 
 def _product(product: Product, where: dict[str, str], threads: int) -> str:

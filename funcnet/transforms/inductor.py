@@ -42,6 +42,14 @@ class Rename(NamedTuple):
     new: str
 
 
+class View(NamedTuple):
+    """A buffer that lies in another, so many bytes from its start."""
+
+    name: str
+    base: str
+    offset: int
+
+
 class Call(NamedTuple):
     """A kernel and the buffers it works on, with their C++ types."""
 
@@ -69,7 +77,7 @@ class Product(NamedTuple):
     out: Matrix
 
 
-Instruction = Allocate | Free | Rename | Call | Product
+Instruction = Allocate | Free | Rename | View | Call | Product
 
 
 class Kernels(NamedTuple):
@@ -226,6 +234,10 @@ def _instructions(lowering: Any) -> tuple[dict[str, str], list[Instruction]]:
                 old, new = line.node.get_name(), line.reused_as.get_name()
                 if new not in lowering.removed_buffers:
                     instructions.append(Rename(old, new))
+            case "ReinterpretLine":
+                layout = line.layout.view.get_layout()
+                offset = int(layout.offset) * layout.dtype.itemsize
+                instructions.append(View(line.reused_as.get_name(), line.node.get_name(), offset))
             case "ExternKernelOutLine":
                 instructions.append(_product(line.node))
             case "LineContext" | "CommentLine" | "AssertSizeStrideLine" | "NullLine":

@@ -86,7 +86,9 @@ class _Entry:
         untouched = {source for source in self.passed.values() if source in donated}
         # Donated, and still there afterwards: neither written nor lost.
         self.donated = [source for source in donated if source not in untouched]
-        self.reused = _pair(self.specs, [spec_of(leaf) for leaf in leaves], self.donated, self.passed)
+        self.reused = _pair(
+            self.specs, [spec_of(leaf) for leaf in leaves], self.donated, self.passed
+        )
         self.fresh = [
             place
             for place in range(len(outputs))

@@ -11,8 +11,9 @@ import torch
 from torch import Tensor, fx
 from torch.fx.experimental.proxy_tensor import make_fx
 
+from funcnet.random import threefry_at, threefry_range
 from funcnet.transforms.host import locate, reads
-from funcnet.transforms.tracing import Block, Region, Segment, Traced, blocks
+from funcnet.transforms.tracing import Block, Primitive, Region, Segment, Traced, blocks
 
 
 class _Value(NamedTuple):
@@ -58,7 +59,10 @@ class Staged:
                 self._segment(item, values)
                 made.update(item.outputs)
             else:
-                self._region(item, values, lengths)
+                if isinstance(item, Primitive):
+                    self._primitive(item, values)
+                else:
+                    self._region(item, values, lengths)
                 made.update(item.results.values())
             # What this block made and nothing needs any more goes at once.
             for node in [node for node in made if last_use.get(node, -1) <= place]:
@@ -68,33 +72,38 @@ class Staged:
         return [_read(node, values) for node in block.outputs]
 
     def _segment(self, segment: Segment, values: Values) -> None:
-        inputs = [_read(node, values) for node in segment.inputs]
+        module = fx.GraphModule(torch.nn.Module(), segment.graph)
+        results = self._apply(segment, module, segment.inputs, values)
+        values.update(zip(segment.outputs, results, strict=True))
+
+    def _primitive(self, item: Primitive, values: Values) -> None:
+        results = self._apply(item, _formula(item), item.operands, values)
+        values.update({node: results[place] for place, node in item.results.items()})
+
+    def _apply(
+        self, item: Any, function: Any, operands: Sequence[fx.Node], values: Values
+    ) -> list[_Value]:
+        """A function of tensors, compiled, on values that may be batched."""
+        inputs = [_read(node, values) for node in operands]
         flags = tuple([value.batched for value in inputs])
         tensors = [value.tensor.contiguous() for value in inputs]
-        levels = [
-            level
-            for level in range(max([len(batched) for batched in flags], default=0))
-            if any(batched[level] for batched in flags)
-        ]
-        key = (segment, flags, tuple([tensor.shape for tensor in tensors]))
-        if key not in self._compiled:
-            self._compiled[key] = self._compile(segment, flags, levels, tensors)
-        results = self._compiled[key](*tensors)
         depth = max([len(batched) for batched in flags], default=0)
+        levels = [level for level in range(depth) if any(batched[level] for batched in flags)]
+        key = (item, flags, tuple([tensor.shape for tensor in tensors]))
+        if key not in self._compiled:
+            self._compiled[key] = self._compile(function, flags, levels, tensors)
         batched = tuple([level in levels for level in range(depth)])
-        for node, result in zip(segment.outputs, results, strict=True):
-            values[node] = _Value(result, batched)
+        return [_Value(result, batched) for result in self._compiled[key](*tensors)]
 
     def _compile(
         self,
-        segment: Segment,
+        module: Any,
         flags: tuple[tuple[bool, ...], ...],
         levels: list[int],
         tensors: list[Tensor],
     ) -> Any:
         from torch._inductor import compile as inductor_compile
 
-        module = fx.GraphModule(torch.nn.Module(), segment.graph)
         function: Any = lambda *inputs: tuple(module(*inputs))  # noqa: E731
         for level in reversed(levels):
             axes = tuple([0 if batched[level] else None for batched in flags])
@@ -156,6 +165,20 @@ class Staged:
                 spec = loop.outer[place]
                 whole = torch.empty((*lengths, *spec.shape), dtype=spec.dtype, device=spec.device)
             values[node] = _Value(whole, everywhere)
+
+
+def _formula(item: Primitive) -> Any:
+    """A primitive in the operators that Inductor knows."""
+    if item.name == "sort":
+        options = {name: item.options.get(name, default) for name, default in _SORT}
+        return lambda x: torch.sort(x, stable=True, **options)
+    if item.name == "threefry":
+        start, n = item.options["start"], item.options["n"]
+        return lambda key: threefry_range(key, start, n)
+    return threefry_at
+
+
+_SORT = (("dim", -1), ("descending", False))
 
 
 def _read(node: fx.Node, values: Values) -> _Value:

@@ -55,7 +55,7 @@ class Loop:
     outer: list[Spec] = field(default_factory=list)
 
 
-_library = torch.library.Library("funcnet", "DEF")
+_library = torch.library.Library("funcnet", "FRAGMENT")
 _library.define("begin(Tensor[] operands, int loop) -> Tensor[]")
 _library.define("end(Tensor[] results, int loop) -> Tensor[]")
 _library.define("barrier(Tensor[] values) -> Tensor[]")
@@ -224,10 +224,23 @@ class Region:
 
 
 @dataclass(eq=False)
+class Primitive:
+    """An operator of which Inductor makes no kernel, or a slow one: a sort, or random bits."""
+
+    name: str
+    operands: list[fx.Node]
+    options: dict[str, Any]
+    results: dict[int, fx.Node]
+
+
+Item = Segment | Region | Primitive
+
+
+@dataclass(eq=False)
 class Block:
     """What is done in order, and the values that come of it."""
 
-    items: list[Segment | Region] = field(default_factory=list)
+    items: list[Item] = field(default_factory=list)
     outputs: list[fx.Node] = field(default_factory=list)
 
 
@@ -239,16 +252,21 @@ def _storage(value: Any) -> int | None:
     return value.untyped_storage()._cdata if isinstance(value, Tensor) else None
 
 
-_MARKS = ("funcnet::begin", "funcnet::end", "funcnet::barrier")
+_MARKS = ("begin", "end", "barrier", "sort", "threefry", "threefry_at")
 
 
 def mark(node: fx.Node) -> str | None:
-    """``begin``, ``end`` or ``barrier`` for the nodes that cut segments."""
+    """The name of an operator that cuts segments; None for others."""
     if isinstance(node.target, torch._ops.OpOverload):
-        name = node.target._schema.name
-        if name in _MARKS:
-            return name.split("::")[1]
+        namespace, name = node.target._schema.name.split("::")
+        if name in _MARKS and namespace in ("funcnet", "aten"):
+            return name
     return None
+
+
+def mark_of(node: fx.Node) -> str | None:
+    """The `mark` of the node of which this one is a result."""
+    return mark(node.args[0]) if node.target is operator.getitem else None
 
 
 def base_of(node: fx.Node) -> fx.Node | None:
@@ -335,9 +353,9 @@ def blocks(traced: Traced) -> Block:
             region_of[node] = closed
             home[node] = stack[-1][0]
             runs[stack[-1][0]].append(closed)
-        elif node.target is operator.getitem and mark(node.args[0]) in ("begin", "end"):
+        elif mark_of(node) in ("begin", "end"):
             region = region_of[node.args[0]]
-            side = region.slices if mark(node.args[0]) == "begin" else region.results
+            side = region.slices if mark_of(node) == "begin" else region.results
             side[node.args[1]] = node
             home[node] = home[node.args[0]]
         else:
@@ -361,7 +379,7 @@ def _innermost(homes: list[Block], stack: list[tuple[Block, Any]]) -> Block:
 
 def _cut(block: Block, runs: dict[Block, list[Any]]) -> None:
     """Make segments of the operators of a block, between its loops and barriers."""
-    pieces: list[list[fx.Node] | Region] = []
+    pieces: list[list[fx.Node] | Region | Primitive] = []
     run: list[fx.Node] = []
     for entry in runs[block]:
         if isinstance(entry, Region):
@@ -371,12 +389,24 @@ def _cut(block: Block, runs: dict[Block, list[Any]]) -> None:
         elif mark(entry) == "barrier":
             pieces.append(run)
             run = []
-        elif not (entry.target is operator.getitem and mark(entry.args[0]) == "barrier"):
+        elif mark(entry) is not None:
+            pieces += [run, _primitive(entry)]
+            run = []
+        elif mark_of(entry) is None:
             run.append(entry)
     pieces.append(run)
     block.items = [
         _segment(piece) if isinstance(piece, list) else piece for piece in pieces if piece
     ]
+
+
+def _primitive(node: fx.Node) -> Primitive:
+    names = [argument.name for argument in node.target._schema.arguments]
+    options = dict(zip(names, node.args, strict=False)) | dict(node.kwargs)
+    operands = [value for value in options.values() if isinstance(value, fx.Node)]
+    rest = {name: value for name, value in options.items() if not isinstance(value, fx.Node)}
+    results = {user.args[1]: user for user in node.users}
+    return Primitive(str(mark(node)), operands, rest, results)
 
 
 def _segment(run: list[fx.Node]) -> Segment:
@@ -419,7 +449,7 @@ def _in_rows(graph: fx.Graph, copy: fx.Node, node: fx.Node) -> fx.Node:
 
 def through_barriers(node: fx.Node) -> fx.Node:
     """The value that a barrier handed on; any other node itself."""
-    while node.target is operator.getitem and mark(node.args[0]) == "barrier":
+    while mark_of(node) == "barrier":
         node = node.args[0].args[0][node.args[1]]
     return node
 

@@ -1,18 +1,25 @@
-// Products of small matrices whose shapes and strides are known when they are compiled.
-//
-// C[m, n] = bias[m, n] + sum_k A[m, k] B[k, n], with any strides of A, B and bias, and C in rows.
-// A call of a BLAS library costs more than such a product takes; here all loops have constant
-// bounds and the sums stay in registers. Columns are cut into panels of V vectors; a panel of B is
-// copied into rows where it does not lie so.
+// What jit's programs are made of beside Inductor's kernels.
 
 #pragma once
 
 #include <ATen/cpu/vec/vec.h>
 
 #include <algorithm>
+#include <array>
+#include <cmath>
 #include <cstdint>
+#include <cstring>
+#include <type_traits>
+#include <vector>
 
 namespace funcnet {
+
+// Products of small matrices whose shapes and strides are known when they are compiled.
+//
+// C[m, n] = bias[m, n] + sum_k A[m, k] B[k, n], with any strides of A, B and bias, and C in rows.
+// A call of a BLAS library costs more than such a product takes; here all loops have constant
+// bounds and the sums stay in registers. Columns are cut into panels of V vectors; a panel of B is
+// copied into rows where it does not lie so.
 
 template <typename T, int64_t N>
 inline at::vec::Vectorized<T> load(const T* from) {
@@ -155,6 +162,109 @@ void gemm(const T* a, const T* b, const T* bias, T* c) {
   constexpr int64_t REST = N % WIDTH;
   if constexpr (REST > 0) {
     panel<T, M, REST, K, AM, AK, BK, BN, CM, HAS_BIAS, SM, SN>(a, b + n * BN, bias + n * SN, c + n);
+  }
+}
+
+// Threefry-2x32 with 20 rounds of the 64-bit counters start ... start + n - 1, or of `counter`; see
+// funcnet/random.py. A vector holds LANES counters.
+inline void threefry(const int64_t* key, const int32_t* counter, int64_t start, int64_t n,
+                     int32_t* out0, int32_t* out1) {
+  constexpr int LANES = 16;
+  typedef uint32_t Words __attribute__((vector_size(4 * LANES)));
+  const uint32_t k0 = static_cast<uint32_t>(key[0]), k1 = static_cast<uint32_t>(key[1]);
+  const uint32_t schedule[3] = {k0, k1, k0 ^ k1 ^ 0x1BD11BDAu};
+  constexpr int rotations[2][4] = {{13, 15, 26, 6}, {17, 29, 16, 24}};
+  for (int64_t i = 0; i < n; i += LANES) {
+    const int64_t count = n - i < LANES ? n - i : LANES;
+    Words x0, x1;
+    for (int lane = 0; lane < LANES; ++lane) {
+      const uint64_t place = static_cast<uint64_t>(start + i + lane);
+      x0[lane] = counter == nullptr ? static_cast<uint32_t>(place >> 32) : 0;
+      x1[lane] = counter == nullptr ? static_cast<uint32_t>(place)
+                 : lane < count     ? static_cast<uint32_t>(counter[i + lane])
+                                    : 0;
+    }
+    x0 += k0;
+    x1 += k1;
+#pragma GCC unroll 5
+    for (int group = 0; group < 5; ++group) {
+#pragma GCC unroll 4
+      for (int round = 0; round < 4; ++round) {
+        const int rotation = rotations[group % 2][round];
+        x0 += x1;
+        x1 = (x1 << rotation | x1 >> (32 - rotation)) ^ x0;
+      }
+      x0 += schedule[(group + 1) % 3];
+      x1 += schedule[(group + 2) % 3] + static_cast<uint32_t>(group + 1);
+    }
+    if (out0 != nullptr) {
+      std::memcpy(out0 + i, &x0, count * sizeof(int32_t));
+    }
+    if (out1 != nullptr) {
+      std::memcpy(out1 + i, &x1, count * sizeof(int32_t));
+    }
+  }
+}
+
+// A number's order as an unsigned one: NaN is the greatest, as torch sorts it.
+template <typename T>
+inline uint64_t rank(T value) {
+  if constexpr (std::is_floating_point_v<T>) {
+    if (std::isnan(value)) {
+      return ~uint64_t(0);
+    }
+    double wide = value == 0 ? 0.0 : static_cast<double>(value);
+    uint64_t bits;
+    std::memcpy(&bits, &wide, sizeof(bits));
+    return bits >> 63 ? ~bits : bits | uint64_t(1) << 63;
+  } else {
+    return static_cast<uint64_t>(static_cast<int64_t>(value)) ^ uint64_t(1) << 63;
+  }
+}
+
+// A stable sort of `outer` times `inner` lines of N numbers that lie `inner` apart: by bytes of
+// their rank from the last to the first, without those that are the same in all.
+template <typename T>
+void sort(const T* x, T* values, int64_t* indices, int64_t outer, int64_t n, int64_t inner,
+          bool descending) {
+  struct Entry {
+    uint64_t rank;
+    int64_t index;
+  };
+  std::vector<Entry> entries(n), sorted(n);
+  for (int64_t line = 0; line < outer * inner; ++line) {
+    const int64_t start = line / inner * n * inner + line % inner;
+    uint64_t any = 0, all = ~uint64_t(0);
+    for (int64_t i = 0; i < n; ++i) {
+      const uint64_t found = rank(x[start + i * inner]);
+      entries[i] = {descending ? ~found : found, i};
+      any |= entries[i].rank;
+      all &= entries[i].rank;
+    }
+    for (int shift = 0; shift < 64; shift += 8) {
+      if (((any ^ all) >> shift & 255) == 0) {
+        continue;
+      }
+      std::array<int64_t, 257> begin{};
+      for (const Entry& entry : entries) {
+        ++begin[(entry.rank >> shift & 255) + 1];
+      }
+      for (int digit = 0; digit < 256; ++digit) {
+        begin[digit + 1] += begin[digit];
+      }
+      for (const Entry& entry : entries) {
+        sorted[begin[entry.rank >> shift & 255]++] = entry;
+      }
+      entries.swap(sorted);
+    }
+    for (int64_t i = 0; i < n; ++i) {
+      if (values != nullptr) {
+        values[start + i * inner] = x[start + entries[i].index * inner];
+      }
+      if (indices != nullptr) {
+        indices[start + i * inner] = entries[i].index;
+      }
+    }
   }
 }
 
