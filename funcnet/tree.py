@@ -28,6 +28,15 @@ def leaves(tree: Any) -> list[Any]:
     return optree.tree_leaves(tree)
 
 
+def flatten(tree: Any) -> tuple[list[Any], Any]:
+    """The leaves of a tree, and its structure, whose ``unflatten`` makes such a tree of others.
+
+    >>> flatten((1, {"a": 2}))
+    ([1, 2], PyTreeSpec((*, {'a': *})))
+    """
+    return optree.tree_flatten(tree)
+
+
 def map(function: Callable[..., Any], tree: Any, *rest: Any) -> Any:
     """``function`` applied leaf by leaf; ``rest`` are trees of the same structure.
 

@@ -31,7 +31,7 @@ _FLAGS = (
 )
 
 
-class NoCompiler(RuntimeError):
+class NoCompilerError(RuntimeError):
     """This machine has no C++ compiler."""
 
 
@@ -41,7 +41,7 @@ def compiler() -> str:
     for candidate in candidates:
         if found := shutil.which(candidate):
             return found
-    raise NoCompiler(
+    raise NoCompilerError(
         f"jit needs a C++ compiler and found no {' or '.join(candidates)}: install g++ (Debian, "
         "Ubuntu: apt install g++; Fedora: dnf install gcc-c++; macOS: xcode-select --install), or "
         "name one in the environment variable CXX. Without one, call the function itself: it "

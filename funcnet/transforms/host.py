@@ -11,7 +11,7 @@ from math import prod
 from typing import Any
 
 import torch
-from torch import Tensor, fx
+from torch import Tensor
 
 from funcnet.transforms.inductor import (
     Allocate,
@@ -21,13 +21,14 @@ from funcnet.transforms.inductor import (
     Matrix,
     Product,
     Rename,
-    Unsupported,
+    UnsupportedError,
     View,
     kernels,
 )
 from funcnet.transforms.tracing import (
     Block,
     Item,
+    Node,
     Primitive,
     Region,
     Segment,
@@ -47,8 +48,11 @@ _SORTED = _TYPES | {
     torch.uint8: "uint8_t",
     torch.bool: "bool",
 }
-# From this many multiplications on, threads and cache blocks pay, which gemm.h does not have.
-_LIBRARY_PRODUCT = 1 << 22
+# From this many multiplications on, blocks for the caches pay; to start threads pays earlier.
+_LARGE = 1 << 22
+_LARGE_FOR_THREADS = 1 << 20
+# A panel of so many rows is put on the stack.
+_LONG = 2048
 
 
 class Arena:
@@ -86,7 +90,7 @@ class Target:
     """Where an output must end up; while ``owner`` is needed its memory may not be written."""
 
     place: str
-    owner: fx.Node | None = None
+    owner: Node | None = None
 
 
 @dataclass
@@ -96,9 +100,9 @@ class Frame:
     base: str
     arena: Arena
     threads: int
-    last_use: dict[fx.Node, int]
-    owned: dict[fx.Node, int | None]
-    targets: dict[fx.Node, Target]
+    last_use: dict[Node, int]
+    owned: dict[Node, int | None]
+    targets: dict[Node, Target]
     lines: list[str] = field(default_factory=list)
 
 
@@ -118,7 +122,7 @@ class Program:
         """
         self.sources: dict[str, str] = {}
         self.names: dict[str, str] = {}
-        self.place: dict[fx.Node, str] = {}
+        self.place: dict[Node, str] = {}
         self.loops = 0
         inputs = [node for node in traced.graph.nodes if node.op == "placeholder"]
         program = blocks(traced)
@@ -131,7 +135,7 @@ class Program:
                 targets.append(Target(f"in[{donated[place]}]", inputs[donated[place]]))
             else:
                 targets.append(Target(f"out[{place}]"))
-        owned: dict[fx.Node, int | None] = {inputs[source]: None for source in donated.values()}
+        owned: dict[Node, int | None] = {inputs[source]: None for source in donated.values()}
         frame = self._block(program, "w0", threads, targets, owned)
         self.workspace = frame.arena.size
         self.text = self._text(frame.lines)
@@ -152,13 +156,13 @@ class Program:
         base: str,
         threads: int,
         targets: Sequence[Target],
-        owned: dict[fx.Node, int | None],
+        owned: dict[Node, int | None],
     ) -> Frame:
-        last_use: dict[fx.Node, int] = {}
+        last_use: dict[Node, int] = {}
         for place, item in enumerate(block.items):
             for node in reads(item):
                 last_use[node] = place
-        wanted: dict[fx.Node, Target] = {}
+        wanted: dict[Node, Target] = {}
         for node, target in zip(block.outputs, targets, strict=True):
             root, offset = locate(node)
             last_use[root] = len(block.items)
@@ -200,7 +204,7 @@ class Program:
             late.append(f"std::memcpy({target.place}, {place}, {size});")
         frame.lines += late
 
-    def _pointer(self, node: fx.Node) -> str:
+    def _pointer(self, node: Node) -> str:
         root, offset = locate(node)
         place = self.place[root]
         return f"({place} + {offset})" if offset else place
@@ -276,7 +280,7 @@ class Program:
         where: dict[str, str],
     ) -> None:
         """Let the buffers of outputs be the memory in which the outputs must end up."""
-        first = {}
+        first: dict[str, str] = {}
         for instruction in compiled.instructions:
             if isinstance(instruction, Rename):
                 first[instruction.new] = first.get(instruction.old, instruction.old)
@@ -289,7 +293,7 @@ class Program:
             if matrix is None:
                 continue
             if matrix.offset or not _in_rows(matrix):
-                raise Unsupported(f"an output with strides {matrix.stride}")
+                raise UnsupportedError(f"an output with strides {matrix.stride}")
             buffer = first.get(matrix.buffer, matrix.buffer)
             target = frame.targets.get(node)
             if target is None or buffer in where or sizes.get(buffer) != _size(node):
@@ -308,28 +312,21 @@ class Program:
                 offset = frame.arena.allocate(_size(node))
                 frame.owned[node] = offset
                 self.place[node] = f"({frame.base} + {offset})"
-        out = [self.place[item.results[each]] if each in item.results else "0" for each in (0, 1)]
-        operands = [self._pointer(node) for node in item.operands]
-        value: Tensor = item.operands[0].meta["val"]
-        if item.name == "sort":
-            frame.lines.append(_sort(value, operands[0], out, item.options))
-            return
-        counter = operands[1] if item.name == "threefry_at" else "0"
-        start = item.options.get("start", 0)
-        count = item.options["n"] if "n" in item.options else item.operands[1].meta["val"].numel()
-        frame.lines.append(
-            f"funcnet::threefry((const int64_t*)({operands[0]}), (const int32_t*)({counter}), "
-            f"{start}, {count}, (int32_t*)({out[0]}), (int32_t*)({out[1]}));"
-        )
+        operands = [(self._pointer(node), node.meta["val"]) for node in item.operands]
+        results = {
+            position: (self.place[node], node.meta["val"])
+            for position, node in item.results.items()
+        }
+        frame.lines.append(_PRIMITIVES[item.name](operands, results, item.options))
 
     def _region(self, frame: Frame, region: Region, place: int) -> None:
         self.loops += 1
         index, base = f"i{self.loops}", f"w{self.loops}"
         loop = region.loop
         captured = _captured(region)
-        slices_owned: dict[fx.Node, int | None] = {}
+        slices_owned: dict[Node, int | None] = {}
         targets: list[Target] = []
-        taken: set[fx.Node] = set()
+        taken: set[Node] = set()
         for position, operand in enumerate(region.operands[: loop.carried]):
             slot = self._carry(frame, region, position, operand, place, captured, taken)
             if position in region.slices:
@@ -385,10 +382,10 @@ class Program:
         frame: Frame,
         region: Region,
         position: int,
-        operand: fx.Node,
+        operand: Node,
         place: int,
-        captured: set[fx.Node],
-        taken: set[fx.Node],
+        captured: set[Node],
+        taken: set[Node],
     ) -> str:
         """The memory of a carry, with its first value in it."""
         root, offset = locate(operand)
@@ -422,9 +419,7 @@ class Program:
         else:
             arena_offset = frame.arena.allocate(size)
             slot = f"({frame.base} + {arena_offset})"
-            key = (
-                result if result is not None else fx.Node(fx.Graph(), "", "placeholder", "", (), {})
-            )
+            key = result if result is not None else object()
             frame.owned[key] = arena_offset
             frame.last_use.setdefault(key, place)
         if result is not None:
@@ -437,13 +432,13 @@ class Program:
         self,
         frame: Frame,
         region: Region,
-        result: fx.Node | None,
+        result: Node | None,
         size: int,
         step: int,
         index: str,
         place: int,
-        captured: set[fx.Node],
-        slices_owned: dict[fx.Node, int | None],
+        captured: set[Node],
+        slices_owned: dict[Node, int | None],
     ) -> Target:
         """Where the rounds of a loop put what is stacked."""
         target = frame.targets.get(result) if result is not None else None
@@ -475,9 +470,7 @@ class Program:
         else:
             offset = frame.arena.allocate(size)
             base = f"({frame.base} + {offset})"
-            key = (
-                result if result is not None else fx.Node(fx.Graph(), "", "placeholder", "", (), {})
-            )
+            key = result if result is not None else object()
             frame.owned[key] = offset
             frame.last_use.setdefault(key, place)
         if result is not None:
@@ -492,11 +485,6 @@ _PREFIX = """
 #include <stdexcept>
 #include <string>
 #include <omp.h>
-
-extern "C" void sgemm_(const char*, const char*, const int*, const int*, const int*, const float*,
-    const float*, const int*, const float*, const int*, const float*, float*, const int*);
-extern "C" void dgemm_(const char*, const char*, const int*, const int*, const int*, const double*,
-    const double*, const int*, const double*, const int*, const double*, double*, const int*);
 
 static thread_local std::string message;
 extern "C" const char* funcnet_error() { return message.c_str(); }
@@ -542,7 +530,7 @@ def _tidy(source: str) -> str:
     return source.replace('extern "C"', "static").strip() + "\n"
 
 
-def locate(node: fx.Node) -> tuple[fx.Node, int]:
+def locate(node: Node) -> tuple[Node, int]:
     """The value in whose memory a node lies, and how many bytes from its start."""
     root = node
     while True:
@@ -555,15 +543,15 @@ def locate(node: fx.Node) -> tuple[fx.Node, int]:
     value: Tensor = node.meta["val"]
     if root is node or through_barriers(node) is root:
         return root, 0
-    return root, value.storage_offset() * value.element_size()
+    return root, int(value.storage_offset()) * value.element_size()
 
 
-def _size(node: fx.Node) -> int:
+def _size(node: Node) -> int:
     value: Tensor = node.meta["val"]
     return value.numel() * value.element_size()
 
 
-def _same(a: fx.Node, b: fx.Node) -> bool:
+def _same(a: Node, b: Node) -> bool:
     one, other = a.meta["val"], b.meta["val"]
     return one.shape == other.shape and one.dtype == other.dtype
 
@@ -577,7 +565,7 @@ def _in_rows(matrix: Matrix) -> bool:
     return True
 
 
-def reads(item: Item) -> set[fx.Node]:
+def reads(item: Item) -> set[Node]:
     """The values from outside that a step reads."""
     if isinstance(item, Segment):
         return {locate(node)[0] for node in item.inputs}
@@ -586,20 +574,36 @@ def reads(item: Item) -> set[fx.Node]:
     return {locate(node)[0] for node in item.operands} | _captured(item)
 
 
-def _captured(region: Region) -> set[fx.Node]:
+def _captured(region: Region) -> set[Node]:
     """The values from outside that the body of a loop reads, its operands' slices aside."""
     made = set(region.slices.values())
-    read: set[fx.Node] = {locate(node)[0] for node in region.body.outputs}
+    read: set[Node] = {locate(node)[0] for node in region.body.outputs}
     for item in region.body.items:
         read |= reads(item)
         made |= set(item.outputs if isinstance(item, Segment) else item.results.values())
     return read - made
 
 
-def _sort(value: Tensor, x: str, out: list[str], options: dict[str, Any]) -> str:
+Located = tuple[str, Tensor]
+
+
+def _threefry(operands: list[Located], results: dict[int, Located], options: dict[str, Any]) -> str:
+    (key, _), *counters = operands
+    counter = counters[0][0] if counters else "0"
+    count = counters[0][1].numel() if counters else options["n"]
+    out = [results[each][0] if each in results else "0" for each in (0, 1)]
+    return (
+        f"funcnet::threefry((const int64_t*)({key}), (const int32_t*)({counter}), "
+        f"{options.get('start', 0)}, {count}, (int32_t*)({out[0]}), (int32_t*)({out[1]}));"
+    )
+
+
+def _sort(operands: list[Located], results: dict[int, Located], options: dict[str, Any]) -> str:
+    x, value = operands[0]
     kind = _SORTED.get(value.dtype)
     if kind is None:
-        raise Unsupported(f"a sort of {value.dtype}")
+        raise UnsupportedError(f"a sort of {value.dtype}")
+    out = [results[each][0] if each in results else "0" for each in (0, 1)]
     shape = tuple(value.shape) or (1,)
     axis = options.get("dim", -1) % len(shape)
     extents = f"{prod(shape[:axis])}, {shape[axis]}, {prod(shape[axis + 1 :])}"
@@ -610,16 +614,60 @@ def _sort(value: Tensor, x: str, out: list[str], options: dict[str, Any]) -> str
     )
 
 
+def _convolution(
+    operands: list[Located], results: dict[int, Located], options: dict[str, Any]
+) -> str:
+    bias = _borrowed(operands[2]) if len(operands) == 3 else "{}"
+    inputs = ", ".join([_borrowed(operands[0]), _borrowed(operands[1]), bias])
+    return f"funcnet::convolution({inputs}, {_borrowed(results[0])}, {_window(options)});"
+
+
+def _convolution_backward(
+    operands: list[Located], results: dict[int, Located], options: dict[str, Any]
+) -> str:
+    inputs = ", ".join([_borrowed(operand) for operand in operands])
+    out = ", ".join([_borrowed(results[each]) if each in results else "{}" for each in range(3)])
+    return f"funcnet::convolution_backward({inputs}, {out}, {_window(options)});"
+
+
+def _borrowed(located: Located) -> str:
+    place, value = located
+    kind = str(value.dtype).removeprefix("torch.")
+    if kind not in ("float32", "float64", "bfloat16", "float16"):
+        raise UnsupportedError(f"a convolution in {kind}")
+    return f"{{{place}, {_list(value.shape)}, aoti_torch_dtype_{kind}()}}"
+
+
+def _window(options: dict[str, Any]) -> str:
+    lists = [_list(options[name]) for name in ("stride", "padding", "dilation", "output_padding")]
+    transposed = "true" if options["transposed"] else "false"
+    return f"{{{', '.join(lists)}, {transposed}, {options['groups']}}}"
+
+
+def _list(numbers: Sequence[int]) -> str:
+    return f"{{{', '.join(map(str, numbers))}}}"
+
+
+_PRIMITIVES = {
+    "threefry": _threefry,
+    "threefry_at": _threefry,
+    "sort": _sort,
+    "convolution": _convolution,
+    "convolution_backward": _convolution_backward,
+}
+
+
 def _product(product: Product, where: dict[str, str], threads: int) -> str:
     kind = _TYPES[product.dtype]
     a, b, out = product.a, product.b, product.out
     *stack, m, k = a.shape
     n = b.shape[-1]
-    if not _in_rows(out):
-        raise Unsupported(f"a product with strides {out.stride}")
+    if out.stride[-1] != 1 and n > 1:
+        raise UnsupportedError(f"a product with strides {out.stride}")
     if 0 in (m, n) or 0 in stack:
         return ""
-    bias, bias_strides = None, (0, 0)
+    bias: Matrix | None = None
+    bias_strides: tuple[int, ...] = (0, 0)
     batch = stack[0] if stack else 1
     steps = [matrix.stride[0] if stack else 0 for matrix in (a, b, out)]
     if product.bias is not None:
@@ -639,17 +687,17 @@ def _product(product: Product, where: dict[str, str], threads: int) -> str:
         f"({kind}*)({where[matrix.buffer]}) + {matrix.offset}" if matrix else "nullptr"
         for matrix in (a, b, bias, out)
     ]
-    a_strides, b_strides = a.stride[-2:], b.stride[-2:]
-    if (
-        m * n * k >= _LIBRARY_PRODUCT
-        and (bias is None or bias_strides[0] == 0)
-        and (_library_strides(a) and _library_strides(b))
-    ):
-        call = _library_product(kind, m, n, k, a, b, bias, bias_strides, pointers)
+    strides = (*a.stride[-2:], *b.stride[-2:])
+    large = m * n * k >= (_LARGE if threads == 1 else _LARGE_FOR_THREADS) or k > _LONG
+    if large:
+        numbers = f"a, {strides[0]}, {strides[1]}, b, {strides[2]}, {strides[3]}"
+        call = (
+            f"funcnet::Large<{kind}>::product({m}, {n}, {k}, {numbers}, bias, "
+            f"{bias_strides[0]}, {bias_strides[1]}, c, {out.stride[-2]}, {threads});"
+        )
     else:
-        constants = (m, n, k, *a_strides, *b_strides, n)
+        numbers = ", ".join(map(str, (m, n, k, *strides, out.stride[-2])))
         options = f"{'true' if bias else 'false'}, {bias_strides[0]}, {bias_strides[1]}"
-        numbers = ", ".join(map(str, constants))
         call = f"funcnet::gemm<{kind}, {numbers}, {options}>(a, b, bias, c);"
     names = ("const {0}* a = {1}", "const {0}* b = {1}", "const {0}* bias = {1}", "{0}* c = {1}")
     order = [0, 1, 3 if bias else None, 2]
@@ -661,40 +709,3 @@ def _product(product: Product, where: dict[str, str], threads: int) -> str:
     if stack:
         return f"for (int64_t s = 0; s < {batch}; ++s) {{ {inside} }}"
     return f"{{ {inside} }}"
-
-
-def _library_strides(matrix: Matrix) -> bool:
-    (rows, columns), (down, right) = matrix.shape[-2:], matrix.stride[-2:]
-    return (right == 1 and down >= columns) or (down == 1 and right >= rows)
-
-
-def _library_product(
-    kind: str,
-    m: int,
-    n: int,
-    k: int,
-    a: Matrix,
-    b: Matrix,
-    bias: Matrix | None,
-    bias_strides: tuple[Any, ...],
-    pointers: list[str],
-) -> str:
-    """A call of BLAS, which wants columns: C' = B' A'."""
-    name = "sgemm_" if kind == "float" else "dgemm_"
-
-    def layout(matrix: Matrix) -> tuple[str, int]:
-        down, right = matrix.stride[-2:]
-        return ("N", down) if right == 1 and down >= matrix.shape[-1] else ("T", right)
-
-    (trans_a, lda), (trans_b, ldb) = layout(a), layout(b)
-    fill = ""
-    if bias is not None:
-        fill = (
-            f"for (int64_t i = 0; i < {m}; ++i) for (int64_t j = 0; j < {n}; ++j) "
-            f"c[i * {n} + j] = bias[j * {bias_strides[1]}];"
-        )
-    return (
-        f"{fill} const int m = {m}, n = {n}, k = {k}, lda = {lda}, ldb = {ldb}; "
-        f"const {kind} one = 1, beta = {1 if bias is not None else 0}; "
-        f'{name}("{trans_b}", "{trans_a}", &n, &m, &k, &one, b, &ldb, a, &lda, &beta, c, &n);'
-    )

@@ -9,7 +9,7 @@ from collections.abc import Iterator, Sequence
 from typing import Any, NamedTuple
 
 import torch
-from torch import Tensor, fx
+from torch import fx
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.fx.experimental.proxy_tensor import make_fx
 
@@ -18,7 +18,7 @@ from funcnet.transforms.tracing import Segment
 aten = torch.ops.aten
 
 
-class Unsupported(Exception):
+class UnsupportedError(Exception):
     """A program that the C++ host cannot run, and why."""
 
 
@@ -167,9 +167,9 @@ def kernels(segment: Segment, threads: int, in_place: Sequence[tuple[int, int]])
         """Takes down what a wrapper is told to do."""
 
     module = decomposed(segment)
-    graph = module.graph
+    graph: Any = module.graph
     if any(node.op == "get_attr" for node in graph.nodes):
-        raise Unsupported("a constant tensor in a decomposition")
+        raise UnsupportedError("a constant tensor in a decomposition")
     placeholders = [node for node in graph.nodes if node.op == "placeholder"]
     result = next(node for node in graph.nodes if node.op == "output")
     returned = list(result.args[0])
@@ -180,7 +180,7 @@ def kernels(segment: Segment, threads: int, in_place: Sequence[tuple[int, int]])
     kept = [value for place, value in enumerate(returned) if place not in written]
     result.args = (kept,)
     module.recompile()
-    examples: list[Tensor] = [node.meta["val"] for node in placeholders]
+    examples: list[Any] = [node.meta["val"] for node in placeholders]
     fake_mode = next((example.fake_mode for example in examples), None) or FakeTensorMode()
     with (
         settings(threads),
@@ -201,7 +201,7 @@ def kernels(segment: Segment, threads: int, in_place: Sequence[tuple[int, int]])
             lowering.wrapper_code.push_codegened_graph(lowering)
             lowering.scheduler.codegen()
             if lowering.constants:
-                raise Unsupported("a constant tensor")
+                raise UnsupportedError("a constant tensor")
             sources, instructions = _instructions(lowering)
             outputs = iter([_matrix(value) for value in lowering.graph_outputs])
     return Kernels(
@@ -244,9 +244,9 @@ def _instructions(lowering: Any) -> tuple[dict[str, str], list[Instruction]]:
                 pass
             case "str":
                 if not line.startswith("static constexpr int64_t int_array_"):
-                    raise Unsupported(f"the line {line!r}")
+                    raise UnsupportedError(f"the line {line!r}")
             case kind:
-                raise Unsupported(f"{kind} {getattr(line, 'node', '')!s:.200}")
+                raise UnsupportedError(f"{kind} {getattr(line, 'node', '')!s:.200}")
     return sources, instructions
 
 
@@ -273,12 +273,12 @@ def _matrix(value: Any) -> Matrix:
 def _product(node: Any) -> Product:
     has_bias = _PRODUCTS.get(node.op_overload)
     if has_bias is None or node.output_view is not None:
-        raise Unsupported(f"the operator {node.op_overload}")
+        raise UnsupportedError(f"the operator {node.op_overload}")
     dtype = node.get_dtype()
     if dtype not in (torch.float32, torch.float64):
-        raise Unsupported(f"a product in {dtype}")
+        raise UnsupportedError(f"a product in {dtype}")
     if any(node.kwargs.get(factor, 1) != 1 for factor in ("alpha", "beta")):
-        raise Unsupported("a product with alpha or beta")
+        raise UnsupportedError("a product with alpha or beta")
     matrices = [_matrix(value) for value in node.inputs]
     bias = matrices.pop(0) if has_bias else None
     return Product(dtype, matrices[0], matrices[1], bias, _matrix(node))

@@ -16,7 +16,7 @@ from torch._subclasses.fake_tensor import DataDependentOutputException
 from funcnet import tree
 from funcnet.transforms.build import build, cache_dir, compiler, fingerprint, load
 from funcnet.transforms.host import Program
-from funcnet.transforms.inductor import Unsupported
+from funcnet.transforms.inductor import UnsupportedError
 from funcnet.transforms.staged import Staged
 from funcnet.transforms.tracing import Spec, Traced, readable, spec_of, through_barriers, trace
 
@@ -38,7 +38,7 @@ class Donated(Tensor):
             "a result: use the tensors that the function returned, or do not donate the argument"
         )
 
-    def __repr__(self, *, tensor_contents: Any = None) -> str:
+    def __repr__(self, **options: Any) -> str:  # type: ignore[override]
         return "<a tensor that was donated to a jitted function>"
 
 
@@ -139,7 +139,7 @@ class Jitted:
         entry = self._last
         if entry is not None and not self._static:
             try:
-                leaves = entry.treedef.flatten_up_to((args, kwargs))
+                leaves: list[Any] = entry.treedef.flatten_up_to((args, kwargs))  # type: ignore[arg-type]
                 if (
                     [*map(_shape, leaves)] == entry.shapes
                     and [*map(_dtype, leaves)] == entry.dtypes
@@ -159,17 +159,14 @@ class Jitted:
         entry, _ = self._find(args, kwargs)
         if entry is None:
             raise TypeError("jit: tensors on the meta device run uncompiled")
-        if entry.staged is not None:
-            code = entry.staged.code()
-        else:
-            code = _program(entry)
+        code = _program(entry) if entry.staged is None else entry.staged.code()
         return Lowered(readable(entry.traced), code, entry.why_not_one)
 
     def _find(
         self, args: tuple[Any, ...], kwargs: dict[str, Any]
     ) -> tuple[_Entry | None, list[Tensor]]:
         args, kwargs, statics = self._split(args, kwargs)
-        leaves, treedef = optree.tree_flatten((args, kwargs))
+        leaves, treedef = tree.flatten((args, kwargs))
         leaves = self._tensors(leaves, treedef)
         if any([leaf.is_meta for leaf in leaves]):
             return None, leaves
@@ -202,8 +199,9 @@ class Jitted:
                 rest[which] = None
             elif which in named:
                 found.append((which, named.pop(which)))
-            elif isinstance(which, str) and (place := self._position(which)) is not None:
-                if place < len(rest):
+            elif isinstance(which, str):
+                place = self._position(which)
+                if place is not None and place < len(rest):
                     found.append((place, rest[place]))
                     rest[place] = None
         for which, value in found:
@@ -254,7 +252,7 @@ class Jitted:
                     rest[which] = value
                 else:
                     named[which] = value
-            results, out_treedef = optree.tree_flatten(self._function(*rest, **named))
+            results, out_treedef = tree.flatten(self._function(*rest, **named))
             return [_as_tensor(result) for result in results]
 
         try:
@@ -362,7 +360,7 @@ def _prepare(entry: _Entry) -> None:
             library = load(build(name, lambda: _program(entry)))
             entry.run, entry.error = library.funcnet_run, library.funcnet_error
             return
-        except Unsupported as reason:
+        except UnsupportedError as reason:
             entry.why_not_one = str(reason)
             refused.parent.mkdir(parents=True, exist_ok=True)
             refused.write_text(str(reason))

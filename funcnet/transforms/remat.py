@@ -3,9 +3,9 @@
 from collections.abc import Callable, Collection, Mapping
 from typing import Any
 
-import optree
 from torch import Tensor
 
+from funcnet import tree
 from funcnet.combinators import serial
 from funcnet.core import EMPTY, Anatomy, Layer, Params, Pullback, Tree, anatomy, pull, with_anatomy
 from funcnet.transforms.tracing import barrier
@@ -125,13 +125,13 @@ def remat_rule(
     residuals: dict[str, Any], dy: Tree, layer: Layer, train: bool, *, params: bool, x: bool
 ) -> tuple[Params | None, Tree]:
     """Run the layer again, when dy is there, and pull dy back through it."""
-    leaves, treedef = optree.tree_flatten((residuals, dy))
-    residuals, dy = treedef.unflatten(barrier(leaves))
+    leaves, treedef = tree.flatten((residuals, dy))
+    again, dy = treedef.unflatten(barrier(leaves))
     _, pullback, _ = layer.vjp(
-        residuals.pop("params"),
-        residuals.pop("x"),
-        residuals.pop("state"),
-        key=residuals.pop("key", None),
+        again.pop("params"),
+        again.pop("x"),
+        again.pop("state"),
+        key=again.pop("key", None),
         train=train,
     )
     pullbacks = {"": pullback}
@@ -153,7 +153,8 @@ def _chained(
         key: Tensor | None = None,
         train: bool = True,
     ) -> tuple[Tree, Pullback, Params]:
-        pullbacks, new_state = {}, {}
+        pullbacks: dict[str, Pullback] = {}
+        new_state: dict[str, Any] = {}
         y = x
         for place, run in enumerate(runs):
             own, own_state = (_only(whole, names[place]) for whole in (params, state))

@@ -3,7 +3,6 @@
 from collections.abc import Callable
 from typing import Any
 
-import optree
 import torch
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
@@ -49,7 +48,7 @@ def scan(
     (tensor(6), tensor([0, 1, 3, 6]))
     """
     length = _rounds(xs, length)
-    carry = optree.tree_map(_as_tensor, carry)
+    carry = tree.map(_as_tensor, carry)
     if unroll is True:
         unroll = max(length, 1)
     if isinstance(unroll, bool) or not isinstance(unroll, int) or unroll < 1:
@@ -83,7 +82,7 @@ def fori(lower: int, upper: int, body: Callable[[Tensor, Tree], Tree], carry: Tr
 
 
 def _rounds(xs: Tree, length: int | None) -> int:
-    leaves, treedef = optree.tree_flatten(xs)
+    leaves, treedef = tree.flatten(xs)
     if length is not None and (isinstance(length, bool) or not isinstance(length, int)):
         raise TypeError(f"scan: expects an integer length, got {length!r}")
     extents = {} if length is None else {length: "length"}
@@ -105,13 +104,13 @@ def _call(f: Body, carry: Tree, x: Tree) -> tuple[Tree, Tree]:
     result = f(carry, x)
     if not isinstance(result, tuple) or len(result) != 2:
         raise TypeError(f"scan: f must return (carry, y), got {tree.describe(result)}")
-    after = optree.tree_map(_as_tensor, result[0])
+    after = tree.map(_as_tensor, result[0])
     if not tree.alike(carry, after):
         raise ValueError(
             "scan: the carry must keep its structure, shapes and dtypes, came in as "
             f"{tree.describe(carry)} and went out as {tree.describe(after)}"
         )
-    return after, optree.tree_map(_as_tensor, result[1])
+    return after, tree.map(_as_tensor, result[1])
 
 
 def _loop(f: Body, carry: Tree, xs: Tree, order: Any, reverse: bool) -> tuple[Tree, Tree]:
@@ -137,15 +136,15 @@ def _recorded(f: Body, carry: Tree, xs: Tree, length: int, unroll: int) -> tuple
             carry, more = _loop(f, carry, tail, range(rest), False)
             ys = tree.map(lambda a, b: torch.cat([a, b]), ys, more)
         return carry, ys
-    leaves, treedef = optree.tree_flatten(carry)
-    x_leaves, x_treedef = optree.tree_flatten(xs)
+    leaves, treedef = tree.flatten(carry)
+    x_leaves, x_treedef = tree.flatten(xs)
     y_treedef: Any = None
 
     def body(inputs: list[Tensor]) -> list[Tensor]:
         nonlocal y_treedef
         before = treedef.unflatten(inputs[: len(leaves)])
         after, y = _call(f, before, x_treedef.unflatten(inputs[len(leaves) :]))
-        y_leaves, y_treedef = optree.tree_flatten(y)
+        y_leaves, y_treedef = tree.flatten(y)
         return [*treedef.flatten_up_to(after), *y_leaves]
 
     results = record_loop("scan", length, leaves, x_leaves, body)
@@ -159,7 +158,7 @@ def _empty_ys(f: Body, carry: Tree, xs: Tree) -> Tree:
         x = tree.map(lambda x: torch.empty(x.shape[1:], dtype=x.dtype, device=x.device), xs)
         before = tree.map(lambda leaf: spec_of(leaf).empty(), carry)
         _, y = _call(f, before, x)
-    leaves, treedef = optree.tree_flatten(y)
+    leaves, treedef = tree.flatten(y)
     kinds = [spec_of(leaf) for leaf in leaves]
     return treedef.unflatten(
         [torch.empty((0, *kind.shape), dtype=kind.dtype, device=kind.device) for kind in kinds]

@@ -13,7 +13,7 @@ from torch.fx.experimental.proxy_tensor import make_fx
 
 from funcnet.random import threefry_at, threefry_range
 from funcnet.transforms.host import locate, reads
-from funcnet.transforms.tracing import Block, Primitive, Region, Segment, Traced, blocks
+from funcnet.transforms.tracing import Block, Node, Primitive, Region, Segment, Traced, blocks
 
 
 class _Value(NamedTuple):
@@ -23,7 +23,7 @@ class _Value(NamedTuple):
     batched: tuple[bool, ...]
 
 
-Values = dict[fx.Node, _Value]
+Values = dict[Node, _Value]
 
 
 class Staged:
@@ -49,11 +49,11 @@ class Staged:
         return "\n\n".join(self._codes)
 
     def _block(self, block: Block, values: Values, lengths: tuple[int, ...]) -> list[_Value]:
-        last_use: dict[fx.Node, int] = {}
+        last_use: dict[Node, int] = {}
         for place, item in enumerate(block.items):
             last_use.update(dict.fromkeys(reads(item), place))
         kept = {locate(node)[0] for node in block.outputs}
-        made: set[fx.Node] = set()
+        made: set[Node] = set()
         for place, item in enumerate(block.items):
             if isinstance(item, Segment):
                 self._segment(item, values)
@@ -81,7 +81,7 @@ class Staged:
         values.update({node: results[place] for place, node in item.results.items()})
 
     def _apply(
-        self, item: Any, function: Any, operands: Sequence[fx.Node], values: Values
+        self, item: Any, function: Any, operands: Sequence[Node], values: Values
     ) -> list[_Value]:
         """A function of tensors, compiled, on values that may be batched."""
         inputs = [_read(node, values) for node in operands]
@@ -93,7 +93,8 @@ class Staged:
         if key not in self._compiled:
             self._compiled[key] = self._compile(function, flags, levels, tensors)
         batched = tuple([level in levels for level in range(depth)])
-        return [_Value(result, batched) for result in self._compiled[key](*tensors)]
+        results = self._compiled[key](*tensors)
+        return [_Value(result, batched) for result in results]
 
     def _compile(
         self,
@@ -104,13 +105,13 @@ class Staged:
     ) -> Any:
         from torch._inductor import compile as inductor_compile
 
-        function: Any = lambda *inputs: tuple(module(*inputs))  # noqa: E731
+        function: Any = lambda *inputs: _tuple(module(*inputs))  # noqa: E731
         for level in reversed(levels):
             axes = tuple([0 if batched[level] else None for batched in flags])
             function = torch.vmap(function, in_dims=axes, randomness="different")
         graph = make_fx(function, tracing_mode="fake")(*tensors)
         self._codes.append(graph.code)
-        return inductor_compile(graph, tensors)
+        return inductor_compile(graph, list(tensors))
 
     def _region(self, region: Region, values: Values, lengths: tuple[int, ...]) -> None:
         operands = [_read(node, values) for node in region.operands]
@@ -175,13 +176,28 @@ def _formula(item: Primitive) -> Any:
     if item.name == "threefry":
         start, n = item.options["start"], item.options["n"]
         return lambda key: threefry_range(key, start, n)
-    return threefry_at
+    if item.name == "threefry_at":
+        return threefry_at
+    operator = getattr(torch.ops.aten, item.name).default
+
+    def formula(*operands: Tensor) -> Any:
+        given = iter(operands)
+        names = [argument.name for argument in operator._schema.arguments]
+        return operator(
+            *[item.options[name] if name in item.options else next(given) for name in names]
+        )
+
+    return formula
+
+
+def _tuple(results: Any) -> tuple[Tensor, ...]:
+    return (results,) if isinstance(results, Tensor) else tuple(results)
 
 
 _SORT = (("dim", -1), ("descending", False))
 
 
-def _read(node: fx.Node, values: Values) -> _Value:
+def _read(node: Node, values: Values) -> _Value:
     """The value of a node, which may be a view of another's memory."""
     root, offset = locate(node)
     value = values[root]

@@ -15,11 +15,16 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, fx
-from torch._C._functorch import TransformType
-from torch._subclasses.fake_tensor import FakeTensorMode
+from torch._subclasses.fake_tensor import FakeTensorMode, unset_fake_temporarily
 from torch.fx.experimental.proxy_tensor import make_fx
 
 aten = torch.ops.aten
+
+Node = Any
+"""A ``torch.fx.Node``, whose arguments are typed too widely to be read without a check each."""
+
+Graph = Any
+"""A ``torch.fx.Graph``; see `Node`."""
 
 
 class Spec(NamedTuple):
@@ -56,9 +61,13 @@ class Loop:
 
 
 _library = torch.library.Library("funcnet", "FRAGMENT")
-_library.define("begin(Tensor[] operands, int loop) -> Tensor[]")
-_library.define("end(Tensor[] results, int loop) -> Tensor[]")
-_library.define("barrier(Tensor[] values) -> Tensor[]")
+# The tag keeps make_fx from calling them at once on small constants.
+for _schema in (
+    "begin(Tensor[] operands, int loop) -> Tensor[]",
+    "end(Tensor[] results, int loop) -> Tensor[]",
+    "barrier(Tensor[] values) -> Tensor[]",
+):
+    _library.define(_schema, tags=torch.Tag.nondeterministic_seeded)
 
 
 @torch.library.register_fake("funcnet::begin", lib=_library)
@@ -92,8 +101,7 @@ def tracing() -> bool:
     """
     if _active.loops is None:
         return False
-    interpreter = torch._C._functorch.peek_interpreter_stack()
-    return interpreter is None or interpreter.key() == TransformType.Functionalize
+    return torch._C._functorch.peek_interpreter_stack() is None
 
 
 def record_loop(
@@ -126,7 +134,7 @@ def barrier(values: list[Tensor]) -> list[Tensor]:
 class Traced(NamedTuple):
     """A traced function: its graph, whose inputs are the arguments and then ``captured``."""
 
-    graph: fx.Graph
+    graph: Graph
     loops: list[Loop]
     captured: list[Tensor]
     mode: FakeTensorMode
@@ -142,38 +150,101 @@ def _recording(loops: list[Loop]) -> Iterator[None]:
 
 
 def trace(function: Callable[..., list[Tensor]], specs: Sequence[Spec]) -> Traced:
-    """Run a function of tensors on fake ones and record what it does."""
+    """Run a function of tensors on fake ones and record what it does.
+
+    Raises:
+        ValueError: the function writes to an argument or to a tensor that it closes over, or
+            draws from torch's own generator.
+    """
     loops: list[Loop] = []
     mode = FakeTensorMode(allow_non_fake_inputs=True)
     with torch.inference_mode(False), torch.no_grad(), mode, _recording(loops):
-        recorded = make_fx(
-            torch.func.functionalize(function, remove="mutations"),
-            _allow_non_fake_inputs=True,
-            record_module_stack=False,
-        )(*[spec.empty() for spec in specs])
-    captured = _lift(recorded, mode)
-    recorded.graph.eliminate_dead_code()
+        examples = [spec.empty() for spec in specs]
+        recorded = make_fx(function, _allow_non_fake_inputs=True)(*examples)
+        captured = _lift(recorded, mode)
+        if any(_writes(node) for node in recorded.graph.nodes):
+            recorded = _without_writes(recorded, len(specs))
+    for node in recorded.graph.nodes:
+        target = node.target
+        tags = target.tags if isinstance(target, torch._ops.OpOverload) else ()
+        if torch.Tag.nondeterministic_seeded in tags and mark(node) is None:
+            raise ValueError(
+                f"jit: the function draws from torch's generator ({target}), whose state is "
+                "hidden; draw from a key with funcnet.random"
+            )
+    _drop_unused(recorded.graph)
     return Traced(recorded.graph, loops, captured, mode)
+
+
+def _writes(node: Node) -> bool:
+    return isinstance(node.target, torch._ops.OpOverload) and node.target._schema.is_mutable
+
+
+def _without_writes(recorded: fx.GraphModule, arguments: int) -> fx.GraphModule:
+    """The same program, in which nothing is written in place."""
+    for node in recorded.graph.nodes:
+        # functionalize does not know the operators behind &=, |=, ^=, <<= and >>=.
+        if isinstance(node.target, torch._ops.OpOverload):
+            name = _SPELLED.get(node.target._schema.name)
+            if name is not None:
+                node.target = getattr(getattr(aten, name), node.target._overloadname)
+    recorded.recompile()
+    examples = [
+        spec_of(node.meta["val"]).empty()
+        for node in recorded.graph.nodes
+        if node.op == "placeholder"
+    ]
+    pure = make_fx(torch.func.functionalize(recorded, remove="mutations"))(*examples)
+    inputs = [node for node in pure.graph.nodes if node.op == "placeholder"]
+    for node in pure.graph.nodes:
+        if _writes(node):
+            place = inputs.index(node.args[0]) if node.args[0] in inputs else arguments
+            what = f"argument leaf {place}" if place < arguments else "a tensor it closes over"
+            raise ValueError(
+                f"jit: the function writes in place to {what} ({node.target}); a pure function "
+                "writes to tensors of its own only"
+            )
+    return pure
+
+
+_SPELLED = {
+    "aten::__iand__": "bitwise_and_",
+    "aten::__ior__": "bitwise_or_",
+    "aten::__ixor__": "bitwise_xor_",
+    "aten::__ilshift__": "bitwise_left_shift_",
+    "aten::__irshift__": "bitwise_right_shift_",
+}
+
+
+def _drop_unused(graph: Graph) -> None:
+    """Remove what no output needs; a loop goes as a whole."""
+    graph.eliminate_dead_code(
+        lambda node: node.op in ("placeholder", "output") or mark(node) == "begin"
+    )
+    ended = {node.args[1] for node in graph.nodes if mark(node) == "end"}
+    for node in list(graph.nodes):
+        if mark(node) == "begin" and node.args[1] not in ended:
+            graph.erase_node(node)
 
 
 def _lift(recorded: fx.GraphModule, mode: FakeTensorMode) -> list[Tensor]:
     """Make the tensors that the function closed over inputs of its graph."""
-    graph = recorded.graph
+    graph: Graph = recorded.graph
     captured: list[Tensor] = []
-    inputs: dict[int, fx.Node] = {}
+    inputs: dict[int, Node] = {}
     last = [node for node in graph.nodes if node.op == "placeholder"]
     for node in list(graph.nodes):
         if node.op != "get_attr":
             continue
         tensor = getattr(recorded, node.target)
         users = list(node.users)
-        if users and all(user.target is aten.lift_fresh_copy.default for user in users):
-            if tensor.dim() == 0 and not tensor.is_complex():
-                # A number that the function itself wrote: torch.tensor(0.5).
-                for user in users:
-                    _become_constant(graph, user, tensor)
-                graph.erase_node(node)
-                continue
+        written_here = users and all(user.target is aten.lift_fresh_copy.default for user in users)
+        if written_here and tensor.dim() == 0 and not tensor.is_complex():
+            # A number that the function itself wrote: torch.tensor(0.5).
+            for user in users:
+                _become_constant(graph, user, tensor)
+            graph.erase_node(node)
+            continue
         if id(tensor) not in inputs:
             with graph.inserting_after(last[-1]) if last else graph.inserting_before(node):
                 inputs[id(tensor)] = graph.placeholder(f"captured_{len(captured)}")
@@ -186,10 +257,12 @@ def _lift(recorded: fx.GraphModule, mode: FakeTensorMode) -> list[Tensor]:
     return captured
 
 
-def _become_constant(graph: fx.Graph, node: fx.Node, tensor: Tensor) -> None:
+def _become_constant(graph: Graph, node: Node, tensor: Tensor) -> None:
+    with unset_fake_temporarily():
+        value = tensor.item()
     with graph.inserting_before(node):
         options = {"dtype": tensor.dtype, "device": tensor.device}
-        constant = graph.call_function(aten.full.default, ([], tensor.item()), options)
+        constant = graph.call_function(aten.full.default, ([], value), options)
     constant.meta["val"] = node.meta["val"]
     node.replace_all_uses_with(constant)
     graph.erase_node(node)
@@ -207,9 +280,9 @@ def readable(traced: Traced) -> str:
 class Segment:
     """Operators without a loop among them, as a function of ``inputs`` that gives ``outputs``."""
 
-    inputs: list[fx.Node]
-    outputs: list[fx.Node]
-    graph: fx.Graph
+    inputs: list[Node]
+    outputs: list[Node]
+    graph: Graph
 
 
 @dataclass(eq=False)
@@ -217,20 +290,20 @@ class Region:
     """A loop: its operands outside, the slices inside, the body, and the results in both."""
 
     loop: Loop
-    operands: list[fx.Node]
-    slices: dict[int, fx.Node]
+    operands: list[Node]
+    slices: dict[int, Node]
     body: "Block"
-    results: dict[int, fx.Node]
+    results: dict[int, Node]
 
 
 @dataclass(eq=False)
 class Primitive:
-    """An operator of which Inductor makes no kernel, or a slow one: a sort, or random bits."""
+    """An operator of which Inductor makes no kernel, or a slow one, such as a sort."""
 
     name: str
-    operands: list[fx.Node]
+    operands: list[Node]
     options: dict[str, Any]
-    results: dict[int, fx.Node]
+    results: dict[int, Node]
 
 
 Item = Segment | Region | Primitive
@@ -241,10 +314,10 @@ class Block:
     """What is done in order, and the values that come of it."""
 
     items: list[Item] = field(default_factory=list)
-    outputs: list[fx.Node] = field(default_factory=list)
+    outputs: list[Node] = field(default_factory=list)
 
 
-def _value(node: fx.Node) -> Any:
+def _value(node: Node) -> Any:
     return node.meta.get("val")
 
 
@@ -252,10 +325,13 @@ def _storage(value: Any) -> int | None:
     return value.untyped_storage()._cdata if isinstance(value, Tensor) else None
 
 
-_MARKS = ("begin", "end", "barrier", "sort", "threefry", "threefry_at")
+_MARKS = {
+    *("begin", "end", "barrier", "sort", "threefry", "threefry_at"),
+    *("convolution", "convolution_backward"),
+}
 
 
-def mark(node: fx.Node) -> str | None:
+def mark(node: Node) -> str | None:
     """The name of an operator that cuts segments; None for others."""
     if isinstance(node.target, torch._ops.OpOverload):
         namespace, name = node.target._schema.name.split("::")
@@ -264,12 +340,12 @@ def mark(node: fx.Node) -> str | None:
     return None
 
 
-def mark_of(node: fx.Node) -> str | None:
+def mark_of(node: Node) -> str | None:
     """The `mark` of the node of which this one is a result."""
     return mark(node.args[0]) if node.target is operator.getitem else None
 
 
-def base_of(node: fx.Node) -> fx.Node | None:
+def base_of(node: Node) -> Node | None:
     """The node of whose memory this one is a view; None for a value of its own."""
     if node.op != "call_function" or mark(node) is not None:
         return None
@@ -287,7 +363,7 @@ def base_of(node: fx.Node) -> fx.Node | None:
     return None
 
 
-def _is_free(node: fx.Node) -> bool:
+def _is_free(node: Node) -> bool:
     """Whether a node costs nothing where it is used: a view, or a constant."""
     if node.op != "call_function" or mark(node) is not None:
         return False
@@ -296,14 +372,14 @@ def _is_free(node: fx.Node) -> bool:
     return not node.all_input_nodes or base_of(node) is not None
 
 
-def _materialize(graph: fx.Graph) -> None:
+def _materialize(graph: Graph) -> None:
     """Give every operand of a mark, and every output, memory in which it lies in rows."""
     for node in list(graph.nodes):
         if node.op != "output" and mark(node) is None:
             continue
-        copies: dict[fx.Node, fx.Node] = {}
+        copies: dict[Node, Node] = {}
 
-        def settle(value: fx.Node, node: fx.Node = node, copies: Any = copies) -> fx.Node:
+        def settle(value: Node, node: Node = node, copies: Any = copies) -> Node:
             root = value
             while (base := base_of(root)) is not None:
                 root = base
@@ -331,9 +407,9 @@ def blocks(traced: Traced) -> Block:
     program = Block()
     # Which operators belong to which block, loops among them; segments are made of them below.
     runs: dict[Block, list[Any]] = {program: []}
-    home: dict[fx.Node, Block] = {}
+    home: dict[Node, Block] = {}
     stack: list[tuple[Block, Region | None]] = [(program, None)]
-    region_of: dict[fx.Node, Region] = {}
+    region_of: dict[Node, Region] = {}
     for node in graph.nodes:
         kind = mark(node)
         if node.op == "placeholder":
@@ -379,8 +455,8 @@ def _innermost(homes: list[Block], stack: list[tuple[Block, Any]]) -> Block:
 
 def _cut(block: Block, runs: dict[Block, list[Any]]) -> None:
     """Make segments of the operators of a block, between its loops and barriers."""
-    pieces: list[list[fx.Node] | Region | Primitive] = []
-    run: list[fx.Node] = []
+    pieces: list[list[Node] | Region | Primitive] = []
+    run: list[Node] = []
     for entry in runs[block]:
         if isinstance(entry, Region):
             pieces += [run, entry]
@@ -400,22 +476,23 @@ def _cut(block: Block, runs: dict[Block, list[Any]]) -> None:
     ]
 
 
-def _primitive(node: fx.Node) -> Primitive:
+def _primitive(node: Node) -> Primitive:
     names = [argument.name for argument in node.target._schema.arguments]
     options = dict(zip(names, node.args, strict=False)) | dict(node.kwargs)
     operands = [value for value in options.values() if isinstance(value, fx.Node)]
     rest = {name: value for name, value in options.items() if not isinstance(value, fx.Node)}
-    results = {user.args[1]: user for user in node.users}
+    single = isinstance(_value(node), Tensor)
+    results = {0: node} if single else {user.args[1]: user for user in node.users}
     return Primitive(str(mark(node)), operands, rest, results)
 
 
-def _segment(run: list[fx.Node]) -> Segment:
+def _segment(run: list[Node]) -> Segment:
     inside = set(run)
-    graph = fx.Graph()
-    copies: dict[fx.Node, fx.Node] = {}
-    inputs: list[fx.Node] = []
+    graph: Graph = fx.Graph()
+    copies: dict[Node, Node] = {}
+    inputs: list[Node] = []
 
-    def copy(node: fx.Node) -> fx.Node:
+    def copy(node: Node) -> Node:
         node = through_barriers(node)
         if node not in copies:
             if node in inside or _is_free(node):
@@ -440,21 +517,21 @@ def _segment(run: list[fx.Node]) -> Segment:
     return Segment(inputs, outputs, graph)
 
 
-def _in_rows(graph: fx.Graph, copy: fx.Node, node: fx.Node) -> fx.Node:
+def _in_rows(graph: Graph, copy: Node, node: Node) -> Node:
     if _value(node).is_contiguous():
         return copy
     options = {"memory_format": torch.contiguous_format}
     return graph.call_function(aten.clone.default, (copy,), options)
 
 
-def through_barriers(node: fx.Node) -> fx.Node:
+def through_barriers(node: Node) -> Node:
     """The value that a barrier handed on; any other node itself."""
     while mark_of(node) == "barrier":
         node = node.args[0].args[0][node.args[1]]
     return node
 
 
-def _leaves(node: fx.Node, inside: set[fx.Node]) -> bool:
+def _leaves(node: Node, inside: set[Node]) -> bool:
     """Whether a value is used outside its run, through views and barriers too."""
     for user in node.users:
         if user in inside:

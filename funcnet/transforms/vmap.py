@@ -36,7 +36,8 @@ def vmap(f: Callable[..., Tree], in_axes: Axes = 0, out_axes: Axes = 0) -> Calla
         TypeError: the axes do not fit the arguments.
 
     >>> import funcnet as fn
-    >>> params, _ = vmap(fn.linear(2).init, in_axes=(0, None))(fn.split(fn.key(0), 5), torch.ones(3))
+    >>> keys = fn.random.split(fn.key(0), 5)
+    >>> params, _ = vmap(fn.linear(2).init, in_axes=(0, None))(keys, torch.ones(3))
     >>> params["weight"].shape
     torch.Size([5, 2, 3])
     """
@@ -47,7 +48,7 @@ def vmap(f: Callable[..., Tree], in_axes: Axes = 0, out_axes: Axes = 0) -> Calla
 
     @functools.wraps(f)
     def mapped(*args: Tree) -> Tree:
-        leaves, treedef = optree.tree_flatten(args)
+        leaves, treedef = tree.flatten(args)
         axes = _axes("in_axes", in_axes, args, treedef)
         length, axes = _length(leaves, axes, treedef)
         out_treedef: Any = None
@@ -56,7 +57,7 @@ def vmap(f: Callable[..., Tree], in_axes: Axes = 0, out_axes: Axes = 0) -> Calla
         def flat(*inputs: Any) -> list[Tensor]:
             nonlocal out_treedef, out
             result = f(*treedef.unflatten(inputs))
-            results, out_treedef = optree.tree_flatten(result)
+            results, out_treedef = tree.flatten(result)
             out = _axes("out_axes", out_axes, result, out_treedef)
             return [_as_tensor(each) for each in results]
 

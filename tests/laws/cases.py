@@ -126,6 +126,25 @@ COMBINATORS = {
     "residual": (fn.residual(fn.serial(fn.linear(6), fn.dropout(0.2), fn.batch_norm())), ROWS),
     "shared": (fn.shared(fn.serial(fn.linear(2), fn.batch_norm(), fn.dropout(0.2))), PAIR),
     "siamese": (fn.serial(fn.shared(fn.linear(3)), fn.concat(), fn.linear(1)), PAIR),
+    "remat": (fn.remat(fn.serial(fn.linear(4), fn.batch_norm(), fn.dropout(0.2))), ROWS),
+    "remat within": (
+        fn.serial(fn.remat(fn.serial(fn.linear(4), fn.tanh())), fn.remat(fn.linear(2))),
+        ROWS,
+    ),
+    "remat but for some": (
+        fn.remat(
+            fn.serial(
+                fn.linear(4),
+                fn.tanh(),
+                fn.residual(fn.serial(fn.dropout(0.3), fn.linear(4))),
+                fn.batch_norm(),
+                fn.linear(2),
+            ),
+            policy=["1", "2.1"],
+        ),
+        ROWS,
+    ),
+    "remat of images": (fn.remat(fn.serial(fn.conv2d(3, 3), fn.relu())), IMAGES),
     "check_finite": (fn.check_finite(fn.serial(fn.linear(3), fn.tanh())), ROWS),
 }
 # Its values are read, which vmap cannot.

@@ -1,0 +1,353 @@
+"""Training steps beside PyTorch's, torch.compile's and JAX's: time, first call, peak memory.
+
+    python tests/benchmarks/compare.py --output FOLDER
+
+Each peer trains each workload in a process of its own, on the same cores with as many threads. A
+workload's peers take turns, never two at once, round by round; a time is the median over the
+rounds. Tables go to stdout, and with --output to results.md and results.json. JAX may live in
+another environment: --jax-python names its interpreter.
+"""
+
+import argparse
+import contextlib
+import json
+import os
+import platform
+import re
+import select
+import statistics
+import subprocess
+import sys
+import tempfile
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+from peers.worker import Workload
+
+WIDE = (1024,) * 9
+STEPS = 200
+WORKLOADS = [
+    *[
+        Workload(
+            f"{label} step, disk net, batch {batch}",
+            batch=batch,
+            optimizer=optimizer,
+            repeat_first=batch == 100,
+        )
+        for label, optimizer in (("SGD", "sgd"), ("Adam", "adam"))
+        for batch in (4, 100, 1000)
+    ],
+    Workload(f"scan of {STEPS} SGD steps, disk net, batch 4", batch=4, scan=STEPS),
+    Workload(f"scan of {STEPS} SGD steps, disk net, batch 100", scan=STEPS, repeat_first=True),
+    Workload("SGD step, 64-256-256-10, batch 128", (64, 256, 256, 10), 128),
+    Workload("SGD step, 8 x 1024, batch 4096", WIDE, 4096, threads=2, memory=True),
+    Workload(
+        "SGD step, 8 x 1024, batch 4096, remat", WIDE, 4096, threads=2, memory=True, remat=True
+    ),
+    Workload("a million uniform draws", draws=10**6),
+    Workload("population of 10, disk net, batch 100", threads=2, members=10),
+    Workload("population of 100, disk net, batch 5", batch=5, threads=2, members=100),
+    Workload("population of 100, disk net, batch 100", threads=2, members=100),
+    Workload("population of 1000, disk net, batch 100", threads=2, members=1000),
+]
+# Each peer's program and mode.
+PEERS = {
+    "funcnet eager": ("funcnet", "eager"),
+    "funcnet jit": ("funcnet", "jit"),
+    "torch eager": ("torch", "eager"),
+    "torch eager, one by one": ("torch", "one by one"),
+    "torch.compile": ("torch", "compile"),
+    "JAX jit": ("jax", "jit"),
+}
+COMPILED = ("funcnet jit", "torch.compile", "JAX jit")
+OURS = "funcnet jit"
+NOTES = f"""\
+A time is the median over the rounds, of a step: in a scan one of {STEPS}, in a population that of all
+members. The last columns are {OURS}'s time over the peer's. The disk net is 2-25-25-25-2; every
+net has ReLU and the loss MSE; states are donated where a peer can. torch.compile is the compiled
+model and loss, and the compiled optimizer step. torch eager and torch.compile train a population by
+torch.func.vmap, and loop over the steps of a scan; "one by one" trains its models in turn. Remat is in blocks of two layers."""
+
+
+class Failure(Exception):
+    """A worker that has no answer; the text says why."""
+
+
+class Worker:
+    """A process that runs a peer's workload; see `peers.worker` for the protocol."""
+
+    def __init__(
+        self, peer: str, task: str, workload: Workload, cache: str, options: argparse.Namespace
+    ) -> None:
+        library, mode = PEERS[peer]
+        program = Path(__file__).parent / "peers" / f"{library}_peer.py"
+        python = options.jax_python if library == "jax" else sys.executable
+        arguments = [mode, task, json.dumps(asdict(workload)), str(options.seconds)]
+        cores = sorted(os.sched_getaffinity(0))[-workload.threads :]
+        self._limit = options.limit
+        self._errors = tempfile.TemporaryFile("w+")
+        self._process = subprocess.Popen(
+            [python, str(program), *arguments],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            stderr=self._errors,
+            text=True,
+            bufsize=1,
+            env=os.environ | settings(workload.threads, cache, task),
+            preexec_fn=lambda: os.sched_setaffinity(0, cores),
+        )
+
+    def __enter__(self) -> "Worker":
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self._process.kill()
+        self._process.communicate()
+        self._errors.close()
+
+    def answer(self) -> dict[str, Any]:
+        """The next line that the worker says."""
+        if not select.select([self._process.stdout], [], [], self._limit)[0]:
+            raise Failure(f"no answer in {self._limit:.0f} s")
+        line = self._process.stdout.readline()
+        found = json.loads(line) if line else {"error": self._last_words()}
+        if "error" not in found:
+            return found
+        missing = re.search(r"No module named '([\w.]+)'", found["error"])
+        raise Failure(f"{missing[1]} is missing" if missing else found["error"])
+
+    def round(self) -> dict[str, Any]:
+        """Time one round."""
+        with contextlib.suppress(BrokenPipeError):
+            self._process.stdin.write("go\n")
+        return self.answer()
+
+    def _last_words(self) -> str:
+        code = self._process.wait()
+        self._errors.seek(0)
+        lines = self._errors.read().strip().splitlines()
+        return lines[-1] if lines else f"ended with code {code}"
+
+
+def settings(threads: int, cache: str, task: str) -> dict[str, str]:
+    """The environment of a worker: its threads, and where it keeps what it compiles."""
+    found = {
+        "OMP_NUM_THREADS": str(threads),
+        "MKL_NUM_THREADS": str(threads),
+        "JAX_PLATFORMS": "cpu",
+        "FUNCNET_CACHE_DIR": f"{cache}/funcnet",
+        "TORCHINDUCTOR_CACHE_DIR": f"{cache}/torch",
+    }
+    if threads == 1:
+        found["XLA_FLAGS"] = "--xla_cpu_multi_thread_eigen=false intra_op_parallelism_threads=1"
+    if task == "first":
+        # JAX keeps nothing by default, so it is timed without.
+        found["JAX_COMPILATION_CACHE_DIR"] = f"{cache}/jax"
+        found["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0"
+        found["JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES"] = "-1"
+    return found
+
+
+@dataclass
+class Row:
+    """What was found of a workload, by peer; lists have an entry for each round or process."""
+
+    workload: Workload
+    seconds: dict[str, list[float]] = field(default_factory=dict)
+    first_empty: dict[str, list[float]] = field(default_factory=dict)
+    first_warm: dict[str, list[float]] = field(default_factory=dict)
+    memory: dict[str, list[float]] = field(default_factory=dict)
+    failures: dict[str, str] = field(default_factory=dict)
+
+    def median(self, what: str, peer: str) -> float | None:
+        """The median of a measure, if it was taken."""
+        found = getattr(self, what).get(peer)
+        return statistics.median(found) if found else None
+
+
+def measure(workload: Workload, options: argparse.Namespace, versions: dict[str, str]) -> Row:
+    """Everything about a workload; a peer that fails is out, and the others go on."""
+    row = Row(workload)
+    peers = [peer for peer in PEERS if workload.members or not peer.endswith("one by one")]
+
+    def attempt(peer: str, act: Callable[[], None]) -> None:
+        if peer not in row.failures:
+            try:
+                act()
+            except Failure as failure:
+                row.failures[peer] = str(failure)
+                print(f"{peer}: {failure}", file=sys.stderr)
+
+    def once(peer: str, task: str, cache: str) -> dict[str, Any]:
+        with Worker(peer, task, workload, cache, options) as worker:
+            return worker.answer()
+
+    def start(peer: str, stack: contextlib.ExitStack) -> None:
+        cache = stack.enter_context(tempfile.TemporaryDirectory())
+        worker = stack.enter_context(Worker(peer, "time", workload, cache, options))
+        ready = worker.answer()
+        versions[PEERS[peer][0]] = ready["version"]
+        row.first_empty[peer] = [ready["first"]]
+        worker.round()
+        workers[peer] = worker
+
+    def first_calls(peer: str) -> None:
+        with tempfile.TemporaryDirectory() as cache:
+            for found in (row.first_empty, row.first_warm):
+                found.setdefault(peer, []).append(once(peer, "first", cache)["first"])
+
+    workers: dict[str, Worker] = {}
+    with contextlib.ExitStack() as stack:
+        for peer in peers:
+            attempt(peer, lambda: start(peer, stack))
+        for _ in range(options.rounds):
+            for peer, worker in workers.items():
+                found = row.seconds.setdefault(peer, [])
+                attempt(peer, lambda: found.append(worker.round()["seconds"]))
+    with tempfile.TemporaryDirectory() as cache:
+        for _ in range(options.repeats):
+            for peer in peers if workload.memory else ():
+                found = row.memory.setdefault(peer, [])
+                attempt(peer, lambda: found.append(once(peer, "memory", cache)["memory"]))
+            for peer in COMPILED if workload.repeat_first else ():
+                attempt(peer, lambda: first_calls(peer))
+    return row
+
+
+def table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    """Markdown, without the columns that are empty."""
+    kept = [place for place in range(len(head)) if any(row[place] for row in rows)]
+    lines = [head, ["---"] * len(head), *rows]
+    return "\n".join("| " + " | ".join(line[place] for place in kept) + " |" for line in lines)
+
+
+def text(value: float | None, digits: int = 3) -> str:
+    """A number to so many digits, and at least to its units."""
+    if value is None:
+        return ""
+    return f"{value:.0f}" if abs(value) >= 10**digits else f"{value:#.{digits}g}".rstrip(".")
+
+
+def ratio(value: float | None, other: float | None) -> str:
+    """A ratio as text."""
+    return f"{value / other:.2f}" if value and other else ""
+
+
+def cell(row: Row, what: str, peer: str, scale: float = 1.0) -> str:
+    """A measure, or why there is none."""
+    if peer in row.failures:
+        failure = " ".join(row.failures[peer].replace("|", "/").split())
+        return failure if len(failure) <= 60 else f"{failure[:60]}..."
+    value = row.median(what, peer)
+    return text(None if value is None else value * scale)
+
+
+def times(rows: Sequence[Row]) -> str:
+    """The table of steps."""
+    others = [peer for peer in PEERS if peer != OURS]
+    lines = []
+    for row in rows:
+        medians = {peer: row.median("seconds", peer) for peer in PEERS}
+        slow = min([each for each in medians.values() if each], default=0.0) >= 1e-3
+        lines.append(
+            [row.workload.name, str(row.workload.threads), "ms" if slow else "µs"]
+            + [cell(row, "seconds", peer, 1e3 if slow else 1e6) for peer in PEERS]
+            + [ratio(medians[OURS], medians[peer]) for peer in others]
+        )
+    return table(["workload", "threads", "unit", *PEERS, *[f"/ {peer}" for peer in others]], lines)
+
+
+def first_calls(rows: Sequence[Row]) -> str:
+    """The table of first calls."""
+    columns = [(peer, cache) for peer in COMPILED for cache in ("empty", "warm")]
+    lines = [
+        [row.workload.name, *[cell(row, f"first_{cache}", peer) for peer, cache in columns]]
+        for row in rows
+    ]
+    return table(["workload", *[f"{peer}, {cache} cache" for peer, cache in columns]], lines)
+
+
+def memory(rows: Sequence[Row]) -> str:
+    """The table of peak memory; rematerialised rows are held to the plain step as well."""
+    plain = {row.workload.name: row for row in rows}
+    lines = []
+    for row in rows:
+        kept = plain.get(row.workload.name.removesuffix(", remat"))
+        ours = row.median("memory", OURS)
+        peers = [(row, "torch eager"), (row, "JAX jit"), (kept, "torch eager")]
+        lines.append(
+            [row.workload.name, *[cell(row, "memory", peer) for peer in PEERS]]
+            + [ratio(ours, each and each.median("memory", peer)) for each, peer in peers]
+        )
+    ratios = ["/ torch eager", "/ JAX jit", "/ torch eager without remat"]
+    return table(["workload", *PEERS, *ratios], lines)
+
+
+def report(rows: Sequence[Row], machine: str) -> str:
+    """All tables, as Markdown."""
+    populations = [row for row in rows if row.workload.members]
+    steps = [row for row in rows if not row.workload.members]
+    big = [row for row in rows if row.workload.memory]
+    sections = [
+        ("Steps", times, steps),
+        ("Populations", times, populations),
+        ("First call, seconds", first_calls, rows),
+        ("Peak memory, MiB, above the process before the workload was built", memory, big),
+    ]
+    parts = [f"{machine}\n\n{NOTES}"]
+    parts += [f"### {title}\n\n{make(chosen)}" for title, make, chosen in sections if chosen]
+    failures = [
+        f"- {row.workload.name}, {peer}: {' '.join(failure.split())[:400]}"
+        for row in rows
+        for peer, failure in row.failures.items()
+    ]
+    if failures:
+        parts.append("### Failures\n\n" + "\n".join(failures))
+    return "\n\n".join(parts) + "\n"
+
+
+def processor() -> str:
+    """The name of the processor, and how many cores there are to use."""
+    lines = Path("/proc/cpuinfo").read_text().splitlines()
+    names = [line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")]
+    return f"{[*names, platform.machine()][0]}, {len(os.sched_getaffinity(0))} cores"
+
+
+def main() -> None:
+    """Measure, print, write."""
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    add = parser.add_argument
+    add("--jax-python", default=sys.executable, help="an interpreter that has JAX")
+    add("--rounds", type=int, default=15, help="rounds of a workload (default 15)")
+    add("--seconds", type=float, default=0.3, help="how long a round takes (default 0.3)")
+    add("--repeats", type=int, default=3, help="of first calls and peak memory (default 3)")
+    add("--limit", type=float, default=600, help="seconds for an answer (default 600)")
+    add("--only", nargs="+", default=[""], metavar="SUBSTRING", help="workloads with one of these")
+    add("--quick", action="store_true", help="2 rounds of 0.05 s, 1 repeat: to see that it runs")
+    add("--output", type=Path, metavar="FOLDER", help="where results.md and results.json go")
+    options = parser.parse_args()
+    if options.quick:
+        options.rounds, options.seconds, options.repeats = 2, 0.05, 1
+    chosen = [each for each in WORKLOADS if any(part in each.name for part in options.only)]
+    if not chosen:
+        parser.error(f"no workload has {' or '.join(options.only)} in its name")
+    rows, versions = [], {}
+    for workload in chosen:
+        print(workload.name, file=sys.stderr)
+        rows.append(measure(workload, options, versions))
+    machine = f"{processor()}; {', '.join(versions.values())}; {options.rounds} rounds."
+    found = report(rows, machine)
+    print(found, end="")
+    if options.output:
+        options.output.mkdir(parents=True, exist_ok=True)
+        (options.output / "results.md").write_text(found)
+        results = {"machine": machine, "workloads": [asdict(row) for row in rows]}
+        (options.output / "results.json").write_text(json.dumps(results, indent=1) + "\n")
+
+
+if __name__ == "__main__":
+    main()

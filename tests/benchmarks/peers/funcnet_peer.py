@@ -1,0 +1,51 @@
+"""funcnet's workers: "eager" and "jit"."""
+
+import torch
+from worker import LEARNING_RATE, Job, Workload, serve
+
+import funcnet as fn
+
+
+def make_net(workload: Workload) -> fn.Layer:
+    """Linear layers with ReLU between; with remat, two by two in rematerialised blocks."""
+    layers = [[fn.linear(size), fn.relu()] for size in workload.sizes[1:]]
+    layers[-1].pop()
+    if not workload.remat:
+        return fn.serial(*sum(layers, []))
+    blocks = [fn.serial(*sum(layers[i : i + 2], [])) for i in range(0, len(layers), 2)]
+    return fn.serial(*[fn.remat(block) for block in blocks])
+
+
+def build(mode: str, workload: Workload) -> Job:
+    """A workload as funcnet's users write it."""
+    torch.set_num_threads(workload.threads)
+    if workload.draws:
+        key, draw = fn.key(0), lambda key: fn.random.uniform(key, (workload.draws,))
+        draw = fn.jit(draw) if mode == "jit" else draw
+        return Job(lambda: None, lambda _: draw(key))
+    x = fn.random.normal(fn.key(1), workload.shape(workload.sizes[0]))
+    target = fn.random.normal(fn.key(2), workload.shape(workload.sizes[-1]))
+    example = torch.empty(workload.batch, workload.sizes[0])
+    net = make_net(workload)
+    optimizer = {"sgd": fn.sgd, "adam": fn.adam}[workload.optimizer](LEARNING_RATE)
+    call = step = fn.train_step(net, fn.mse(), optimizer)
+
+    def start_one(key: torch.Tensor) -> fn.TrainState:
+        return fn.init_train_state(net, optimizer, key, example)
+
+    def start() -> fn.TrainState:
+        if workload.members:
+            return fn.vmap(start_one)(fn.random.split(fn.key(0), workload.members))
+        return start_one(fn.key(0))
+
+    if workload.members:
+        call = fn.vmap(step)
+    if workload.scan:
+        call = lambda state, batches: fn.scan(step, state, batches)  # noqa: E731
+    if mode == "jit":
+        call = fn.jit(call, donate=0)
+    return Job(start, lambda state: call(state, (x, target))[0])
+
+
+if __name__ == "__main__":
+    serve(build, f"funcnet {fn.__version__}")

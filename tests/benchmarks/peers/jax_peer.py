@@ -1,0 +1,83 @@
+"""JAX's worker: "jit", with the state donated."""
+
+from typing import Any
+
+import jax
+from jax import numpy as jnp
+from worker import LEARNING_RATE, Job, Workload, serve
+
+Params = list[dict[str, jax.Array]]
+State = tuple[Params, Any]
+
+
+def init(key: jax.Array, sizes: tuple[int, ...]) -> Params:
+    """Linear layers whose weights are uniform in ±1 / sqrt(inputs), PyTorch's own."""
+    params = []
+    for inputs, outputs in zip(sizes, sizes[1:], strict=False):
+        key, weight_key, bias_key = jax.random.split(key, 3)
+        bound = inputs**-0.5
+        weight = jax.random.uniform(weight_key, (inputs, outputs), minval=-bound, maxval=bound)
+        bias = jax.random.uniform(bias_key, (outputs,), minval=-bound, maxval=bound)
+        params.append({"weight": weight, "bias": bias})
+    return params
+
+
+def apply(params: Params, x: jax.Array, remat: bool) -> jax.Array:
+    """Linear layers with ReLU between; with remat, two by two in rematerialised blocks."""
+
+    def block(layers: Params, x: jax.Array, last: bool) -> jax.Array:
+        for place, layer in enumerate(layers):
+            x = x @ layer["weight"] + layer["bias"]
+            if not last or place < len(layers) - 1:
+                x = jax.nn.relu(x)
+        return x
+
+    if not remat:
+        return block(params, x, True)
+    again = jax.checkpoint(block, static_argnums=2)
+    for place in range(0, len(params), 2):
+        x = again(params[place : place + 2], x, place + 2 >= len(params))
+    return x
+
+
+def build(mode: str, workload: Workload) -> Job:
+    """A workload as JAX's users write it; Adam is optax's."""
+    if workload.draws:
+        key, draw = jax.random.key(0), jax.jit(lambda key: jax.random.uniform(key, workload.draws))
+        return Job(lambda: None, lambda _: draw(key), jax.block_until_ready)
+    x = jax.random.normal(jax.random.key(1), workload.shape(workload.sizes[0]))
+    target = jax.random.normal(jax.random.key(2), workload.shape(workload.sizes[-1]))
+    if workload.optimizer == "adam":
+        import optax
+
+        optimizer = optax.adam(LEARNING_RATE)
+
+    def start_one(key: jax.Array) -> State:
+        params = init(key, workload.sizes)
+        return params, optimizer.init(params) if workload.optimizer == "adam" else ()
+
+    def loss(params: Params, x: jax.Array, target: jax.Array) -> jax.Array:
+        return jnp.mean((apply(params, x, workload.remat) - target) ** 2)
+
+    def step(state: State, batch: tuple[jax.Array, jax.Array]) -> tuple[State, jax.Array]:
+        params, opt_state = state
+        value, grads = jax.value_and_grad(loss)(params, *batch)
+        if workload.optimizer == "adam":
+            updates, opt_state = optimizer.update(grads, opt_state, params)
+            params = optax.apply_updates(params, updates)
+        else:
+            params = jax.tree.map(lambda param, dp: param - LEARNING_RATE * dp, params, grads)
+        return (params, opt_state), value
+
+    call, start, key = step, jax.jit(start_one), jax.random.key(0)
+    if workload.members:
+        key = jax.random.split(key, workload.members)
+        call, start = jax.vmap(step), jax.jit(jax.vmap(start_one))
+    if workload.scan:
+        call = lambda state, batches: jax.lax.scan(step, state, batches)  # noqa: E731
+    call = jax.jit(call, donate_argnums=0)
+    return Job(lambda: start(key), lambda state: call(state, (x, target))[0], jax.block_until_ready)
+
+
+if __name__ == "__main__":
+    serve(build, f"jax {jax.__version__}")

@@ -1,0 +1,112 @@
+"""PyTorch's workers: "eager", "compile", and "one by one" for a population's models in turn."""
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.func import functional_call, grad, stack_module_state, vmap
+from torch.nn import functional as F
+from torch.utils.checkpoint import checkpoint
+from worker import LEARNING_RATE, Job, Workload, serve
+
+
+class Checkpointed(nn.Sequential):
+    """A block that is run again for the backward pass."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return checkpoint(super().forward, x, use_reentrant=False)
+
+
+def make_net(workload: Workload) -> nn.Sequential:
+    """Linear layers with ReLU between; with remat, two by two in checkpointed blocks."""
+    pairs = zip(workload.sizes, workload.sizes[1:], strict=False)
+    layers = [[nn.Linear(*pair), nn.ReLU()] for pair in pairs]
+    layers[-1].pop()
+    if not workload.remat:
+        return nn.Sequential(*sum(layers, []))
+    blocks = [sum(layers[i : i + 2], []) for i in range(0, len(layers), 2)]
+    return nn.Sequential(*[Checkpointed(*block) for block in blocks])
+
+
+def compiled(mode: str, f: Callable[..., Any]) -> Callable[..., Any]:
+    """Compiled for its shapes, if that is the mode."""
+    return torch.compile(f, dynamic=False) if mode == "compile" else f
+
+
+def trainer(mode: str, workload: Workload) -> tuple[Callable[[], None], Callable[..., None]]:
+    """A model's ``reset()``, in place, and ``step(x, target)``: torch.nn, autograd, torch.optim."""
+    net = make_net(workload)
+    make = {"sgd": torch.optim.SGD, "adam": torch.optim.Adam}[workload.optimizer]
+    optimizer = make(net.parameters(), lr=LEARNING_RATE)
+    loss = compiled(mode, lambda x, target: F.mse_loss(net(x), target))
+    update = compiled(mode, optimizer.step)
+
+    def step(x: Tensor, target: Tensor) -> None:
+        optimizer.zero_grad()
+        loss(x, target).backward()
+        update()
+
+    def reset() -> None:
+        for module in net.modules():
+            if isinstance(module, nn.Linear):
+                module.reset_parameters()
+        for state in optimizer.state.values():
+            for each in state.values():
+                if isinstance(each, Tensor):
+                    each.zero_()
+
+    return reset, step
+
+
+def population(mode: str, workload: Workload, x: Tensor, target: Tensor) -> Job:
+    """SGD of all members at once, by torch.func."""
+    net = make_net(workload)
+
+    def loss(params: dict[str, Tensor], x: Tensor, target: Tensor) -> tuple[Tensor, Tensor]:
+        value = F.mse_loss(functional_call(net, params, (x,)), target)
+        return value, value
+
+    def step(params: dict[str, Tensor], x: Tensor, target: Tensor) -> tuple[Any, Tensor]:
+        grads, value = grad(loss, has_aux=True)(params, x, target)
+        return {name: params[name] - LEARNING_RATE * grads[name] for name in params}, value
+
+    members = [make_net(workload) for _ in range(workload.members)]
+    initial = {name: each.detach() for name, each in stack_module_state(members)[0].items()}
+    call = compiled(mode, vmap(step))
+    return Job(lambda: initial, lambda params: call(params, x, target)[0])
+
+
+def build(mode: str, workload: Workload) -> Job:
+    """A workload as PyTorch's users write it."""
+    torch.set_num_threads(workload.threads)
+    torch.manual_seed(0)
+    if workload.draws:
+        draw = compiled(mode, lambda: torch.rand(workload.draws))
+        return Job(lambda: None, lambda _: draw())
+    x = torch.randn(workload.shape(workload.sizes[0]))
+    target = torch.randn(workload.shape(workload.sizes[-1]))
+    if workload.members and mode != "one by one":
+        return population(mode, workload, x, target)
+    members = [trainer(mode, workload) for _ in range(workload.members or 1)]
+
+    def start() -> None:
+        for reset, _ in members:
+            reset()
+
+    def advance(_: None) -> None:
+        if workload.scan:
+            _, step = members[0]
+            for batch in zip(x, target, strict=True):
+                step(*batch)
+        elif workload.members:
+            for (_, step), *batch in zip(members, x, target, strict=True):
+                step(*batch)
+        else:
+            members[0][1](x, target)
+
+    return Job(start, advance)
+
+
+if __name__ == "__main__":
+    serve(build, f"torch {torch.__version__}")
