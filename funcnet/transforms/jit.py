@@ -18,7 +18,15 @@ from funcnet.transforms.build import build, cache_dir, compiler, fingerprint, lo
 from funcnet.transforms.host import Program
 from funcnet.transforms.inductor import UnsupportedError
 from funcnet.transforms.staged import Staged
-from funcnet.transforms.tracing import Spec, Traced, readable, spec_of, through_barriers, trace
+from funcnet.transforms.tracing import (
+    Spec,
+    Traced,
+    WritesToArgumentError,
+    readable,
+    spec_of,
+    through_barriers,
+    trace,
+)
 
 _shape = attrgetter("shape")
 _dtype = attrgetter("dtype")
@@ -194,16 +202,12 @@ class Jitted:
         found: list[tuple[int | str, Hashable]] = []
         rest, named = list(args), dict(kwargs)
         for which in self._static:
-            if isinstance(which, int) and -len(rest) <= which < len(rest):
-                found.append((which % len(rest), rest[which]))
-                rest[which] = None
-            elif which in named:
-                found.append((which, named.pop(which)))
-            elif isinstance(which, str):
-                place = self._position(which)
-                if place is not None and place < len(rest):
-                    found.append((place, rest[place]))
-                    rest[place] = None
+            place, name = self._parameter(which)
+            if place is not None and -len(rest) <= place < len(rest):
+                found.append((place % len(rest), rest[place]))
+                rest[place] = None
+            elif name in named:
+                found.append((name, named.pop(name)))
         for which, value in found:
             try:
                 hash(value)
@@ -215,12 +219,15 @@ class Jitted:
         # 1, 1.0 and True are equal, and a program for one is not one for another.
         return tuple(rest), named, tuple([(which, type(value), value) for which, value in found])
 
-    def _position(self, name: str) -> int | None:
+    def _parameter(self, which: int | str) -> tuple[int | None, str]:
+        """The position and the name of a parameter."""
         try:
             names = list(inspect.signature(self._function).parameters)
         except (TypeError, ValueError):
-            return None
-        return names.index(name) if name in names else None
+            names = []
+        if isinstance(which, int):
+            return which, names[which] if -len(names) <= which < len(names) else ""
+        return names.index(which) if which in names else None, which
 
     def _tensors(self, leaves: list[Any], treedef: optree.PyTreeSpec) -> list[Tensor]:
         tensors = []
@@ -230,10 +237,9 @@ class Jitted:
             if type(leaf) in _NUMBERS:
                 leaf = torch.tensor(leaf, dtype=_NUMBERS[type(leaf)], device="cpu")
             if not isinstance(leaf, Tensor):
-                path = tree.path_string(optree.treespec_paths(treedef)[place])
                 raise TypeError(
-                    f"jit: expects tensors and numbers, got {leaf!r} at {path!r} of "
-                    "(args, kwargs); name what is no tensor in static="
+                    f"jit: expects tensors and numbers, got {leaf!r} as {_where(treedef, place)}; "
+                    "name what is no tensor in static="
                 )
             tensors.append(leaf)
         return tensors
@@ -263,6 +269,11 @@ class Jitted:
                 "does not know yet. Name a number that shapes or Python's control flow depend on "
                 "in static=, or choose between tensors with torch.where"
             ) from error
+        except WritesToArgumentError as error:
+            raise ValueError(
+                f"{self!r}: the function writes in place to {_where(treedef, error.args[0])}; a "
+                "pure function writes to tensors of its own only"
+            ) from None
         donated = self._donated_leaves(treedef)
         entry = _Entry(treedef, leaves, traced, out_treedef, donated)
         _prepare(entry)
@@ -328,12 +339,19 @@ class Jitted:
             start, size = spans[source]
             for other, (begin, length) in enumerate(spans):
                 if other != source and begin < start + size and start < begin + length:
-                    paths = [tree.path_string(path) for path in entry.treedef.paths()]
-                    names = [*paths, *["a tensor that f closes over"] * len(entry.captured_sizes)]
                     raise ValueError(
-                        f"{self!r}: the donated tensor at {names[source]!r} of (args, kwargs) "
-                        f"shares memory with {names[other]!r}: pass a clone, or do not donate it"
+                        f"{self!r}: {_where(entry.treedef, source)} is donated and shares memory "
+                        f"with {_where(entry.treedef, other)}: pass a clone, or do not donate it"
                     )
+
+
+def _where(treedef: optree.PyTreeSpec, place: int) -> str:
+    """How errors call a leaf of (args, kwargs)."""
+    paths = treedef.paths()
+    if place >= len(paths):
+        return "a tensor that the function closes over"
+    _, argument, *inside = paths[place]
+    return f"argument {argument!r}" + (f" at {tree.path_string(inside)!r}" if inside else "")
 
 
 def _as_tensor(result: Any) -> Tensor:

@@ -17,6 +17,7 @@ import torch
 from torch import Tensor, fx
 from torch._subclasses.fake_tensor import FakeTensorMode, unset_fake_temporarily
 from torch.fx.experimental.proxy_tensor import make_fx
+from torch.utils._python_dispatch import TorchDispatchMode
 
 aten = torch.ops.aten
 
@@ -149,6 +150,10 @@ def _recording(loops: list[Loop]) -> Iterator[None]:
         _active.loops = before
 
 
+class WritesToArgumentError(ValueError):
+    """A function writes in place to its argument of this position."""
+
+
 def trace(function: Callable[..., list[Tensor]], specs: Sequence[Spec]) -> Traced:
     """Run a function of tensors on fake ones and record what it does.
 
@@ -160,27 +165,43 @@ def trace(function: Callable[..., list[Tensor]], specs: Sequence[Spec]) -> Trace
     mode = FakeTensorMode(allow_non_fake_inputs=True)
     with torch.inference_mode(False), torch.no_grad(), mode, _recording(loops):
         examples = [spec.empty() for spec in specs]
-        recorded = make_fx(function, _allow_non_fake_inputs=True)(*examples)
+
+        def guarded(*inputs: Tensor) -> list[Tensor]:
+            with _Guard():
+                return function(*inputs)
+
+        recorded = make_fx(guarded, _allow_non_fake_inputs=True)(*examples)
         captured = _lift(recorded, mode)
         if any(_writes(node) for node in recorded.graph.nodes):
-            recorded = _without_writes(recorded, len(specs))
-    for node in recorded.graph.nodes:
-        target = node.target
-        tags = target.tags if isinstance(target, torch._ops.OpOverload) else ()
-        if torch.Tag.nondeterministic_seeded in tags and mark(node) is None:
-            raise ValueError(
-                f"jit: the function draws from torch's generator ({target}), whose state is "
-                "hidden; draw from a key with funcnet.random"
-            )
+            recorded = _without_writes(recorded)
     _drop_unused(recorded.graph)
     return Traced(recorded.graph, loops, captured, mode)
+
+
+class _Guard(TorchDispatchMode):
+    """Refuses, before it happens, what a pure function does not do to the world outside it."""
+
+    def __torch_dispatch__(
+        self, operator: Any, types: Any, args: Any = (), kwargs: Any = None
+    ) -> Any:
+        if torch.Tag.nondeterministic_seeded in operator.tags and operator.namespace != "funcnet":
+            raise ValueError(
+                f"jit: the function draws from torch's generator ({operator}), whose state is "
+                "hidden; draw from a key with funcnet.random"
+            )
+        if operator._schema.is_mutable and args and type(args[0]) is Tensor:
+            raise ValueError(
+                f"jit: the function writes in place to a tensor it closes over ({operator}); a "
+                "pure function writes to tensors of its own only"
+            )
+        return operator(*args, **(kwargs or {}))
 
 
 def _writes(node: Node) -> bool:
     return isinstance(node.target, torch._ops.OpOverload) and node.target._schema.is_mutable
 
 
-def _without_writes(recorded: fx.GraphModule, arguments: int) -> fx.GraphModule:
+def _without_writes(recorded: fx.GraphModule) -> fx.GraphModule:
     """The same program, in which nothing is written in place."""
     for node in recorded.graph.nodes:
         # functionalize does not know the operators behind &=, |=, ^=, <<= and >>=.
@@ -198,12 +219,7 @@ def _without_writes(recorded: fx.GraphModule, arguments: int) -> fx.GraphModule:
     inputs = [node for node in pure.graph.nodes if node.op == "placeholder"]
     for node in pure.graph.nodes:
         if _writes(node):
-            place = inputs.index(node.args[0]) if node.args[0] in inputs else arguments
-            what = f"argument leaf {place}" if place < arguments else "a tensor it closes over"
-            raise ValueError(
-                f"jit: the function writes in place to {what} ({node.target}); a pure function "
-                "writes to tensors of its own only"
-            )
+            raise WritesToArgumentError(inputs.index(node.args[0]))
     return pure
 
 

@@ -15,11 +15,12 @@ import os
 import platform
 import re
 import select
+import shutil
 import statistics
 import subprocess
 import sys
 import tempfile
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -64,71 +65,71 @@ PEERS = {
 COMPILED = ("funcnet jit", "torch.compile", "JAX jit")
 OURS = "funcnet jit"
 NOTES = f"""\
-A time is the median over the rounds, of a step: in a scan one of {STEPS}, in a population that of all
-members. The last columns are {OURS}'s time over the peer's. The disk net is 2-25-25-25-2; every
-net has ReLU and the loss MSE; states are donated where a peer can. torch.compile is the compiled
-model and loss, and the compiled optimizer step. torch eager and torch.compile train a population by
-torch.func.vmap, and loop over the steps of a scan; "one by one" trains its models in turn. Remat is in blocks of two layers."""
+A time is the median over the rounds, of a step: in a scan one of {STEPS}, in a population that of
+all members. The last columns are {OURS} over the peer. The disk net is 2-25-25-25-2; every net
+has ReLU and the loss MSE. States are donated where a peer can. torch.compile is the compiled
+model and loss, and the compiled optimizer step. Torch loops over the steps of a scan, and trains
+a population by torch.func.vmap, or one by one: its models in turn. Remat is in blocks of two
+layers."""
 
 
-class Failure(Exception):
-    """A worker that has no answer; the text says why."""
+class WorkerError(Exception):
+    """A worker has no answer; the text says why."""
 
 
-class Worker:
-    """A process that runs a peer's workload; see `peers.worker` for the protocol."""
+Ask = Callable[[str], dict[str, Any]]
 
-    def __init__(
-        self, peer: str, task: str, workload: Workload, cache: str, options: argparse.Namespace
-    ) -> None:
-        library, mode = PEERS[peer]
-        program = Path(__file__).parent / "peers" / f"{library}_peer.py"
-        python = options.jax_python if library == "jax" else sys.executable
-        arguments = [mode, task, json.dumps(asdict(workload)), str(options.seconds)]
-        cores = sorted(os.sched_getaffinity(0))[-workload.threads :]
-        self._limit = options.limit
-        self._errors = tempfile.TemporaryFile("w+")
-        self._process = subprocess.Popen(
+
+@contextlib.contextmanager
+def working(
+    peer: str, task: str, workload: Workload, cache: str, options: argparse.Namespace
+) -> Iterator[Ask]:
+    """A process that runs a peer's workload; ``ask(line)`` gives its next answer."""
+    library, mode = PEERS[peer]
+    program = Path(__file__).parent / "peers" / f"{library}_peer.py"
+    python = options.jax_python if library == "jax" else sys.executable
+    arguments = [mode, task, json.dumps(asdict(workload)), str(options.seconds)]
+    cores = sorted(os.sched_getaffinity(0))[-workload.threads :]
+    with (
+        tempfile.TemporaryFile("w+") as errors,
+        subprocess.Popen(
             [python, str(program), *arguments],
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
-            stderr=self._errors,
+            stderr=errors,
             text=True,
             bufsize=1,
             env=os.environ | settings(workload.threads, cache, task),
             preexec_fn=lambda: os.sched_setaffinity(0, cores),
-        )
+        ) as process,
+    ):
 
-    def __enter__(self) -> "Worker":
-        return self
+        def ask(line: str = "") -> dict[str, Any]:
+            with contextlib.suppress(BrokenPipeError):
+                process.stdin.write(line)
+            if not select.select([process.stdout], [], [], options.limit)[0]:
+                raise WorkerError(f"no answer in {options.limit:.0f} s")
+            if answer := process.stdout.readline():
+                found = json.loads(answer)
+            else:
+                code = process.wait()
+                errors.seek(0)
+                lines = errors.read().strip().splitlines()
+                found = {"error": lines[-1] if lines else f"ended with code {code}"}
+            if "error" not in found:
+                return found
+            missing = re.search(r"No module named '([\w.]+)'", found["error"])
+            raise WorkerError(f"{missing[1]} is missing" if missing else found["error"])
 
-    def __exit__(self, *error: object) -> None:
-        self._process.kill()
-        self._process.communicate()
-        self._errors.close()
-
-    def answer(self) -> dict[str, Any]:
-        """The next line that the worker says."""
-        if not select.select([self._process.stdout], [], [], self._limit)[0]:
-            raise Failure(f"no answer in {self._limit:.0f} s")
-        line = self._process.stdout.readline()
-        found = json.loads(line) if line else {"error": self._last_words()}
-        if "error" not in found:
-            return found
-        missing = re.search(r"No module named '([\w.]+)'", found["error"])
-        raise Failure(f"{missing[1]} is missing" if missing else found["error"])
-
-    def round(self) -> dict[str, Any]:
-        """Time one round."""
-        with contextlib.suppress(BrokenPipeError):
-            self._process.stdin.write("go\n")
-        return self.answer()
-
-    def _last_words(self) -> str:
-        code = self._process.wait()
-        self._errors.seek(0)
-        lines = self._errors.read().strip().splitlines()
-        return lines[-1] if lines else f"ended with code {code}"
+        try:
+            yield ask
+        finally:
+            with contextlib.suppress(BrokenPipeError):
+                process.stdin.close()
+            try:
+                process.wait(10)
+            except subprocess.TimeoutExpired:
+                process.kill()
 
 
 def settings(threads: int, cache: str, task: str) -> dict[str, str]:
@@ -172,47 +173,44 @@ def measure(workload: Workload, options: argparse.Namespace, versions: dict[str,
     row = Row(workload)
     peers = [peer for peer in PEERS if workload.members or not peer.endswith("one by one")]
 
-    def attempt(peer: str, act: Callable[[], None]) -> None:
-        if peer not in row.failures:
-            try:
-                act()
-            except Failure as failure:
-                row.failures[peer] = str(failure)
-                print(f"{peer}: {failure}", file=sys.stderr)
+    def standing(among: Iterable[str]) -> Iterator[str]:
+        return (peer for peer in among if peer not in row.failures)
 
-    def once(peer: str, task: str, cache: str) -> dict[str, Any]:
-        with Worker(peer, task, workload, cache, options) as worker:
-            return worker.answer()
+    @contextlib.contextmanager
+    def attempt(peer: str) -> Iterator[None]:
+        try:
+            yield
+        except WorkerError as error:
+            row.failures[peer] = str(error)
+            print(f"  {peer}: {error}", file=sys.stderr)
 
-    def start(peer: str, stack: contextlib.ExitStack) -> None:
-        cache = stack.enter_context(tempfile.TemporaryDirectory())
-        worker = stack.enter_context(Worker(peer, "time", workload, cache, options))
-        ready = worker.answer()
-        versions[PEERS[peer][0]] = ready["version"]
-        row.first_empty[peer] = [ready["first"]]
-        worker.round()
-        workers[peer] = worker
-
-    def first_calls(peer: str) -> None:
-        with tempfile.TemporaryDirectory() as cache:
-            for found in (row.first_empty, row.first_warm):
-                found.setdefault(peer, []).append(once(peer, "first", cache)["first"])
-
-    workers: dict[str, Worker] = {}
+    asks: dict[str, Ask] = {}
     with contextlib.ExitStack() as stack:
         for peer in peers:
-            attempt(peer, lambda: start(peer, stack))
+            with attempt(peer):
+                cache = stack.enter_context(tempfile.TemporaryDirectory())
+                ask = stack.enter_context(working(peer, "time", workload, cache, options))
+                ready = ask()
+                versions[PEERS[peer][0]] = ready["version"]
+                row.first_empty[peer] = [ready["first"]]
+                ask("warm up\n")
+                asks[peer] = ask
         for _ in range(options.rounds):
-            for peer, worker in workers.items():
-                found = row.seconds.setdefault(peer, [])
-                attempt(peer, lambda: found.append(worker.round()["seconds"]))
+            for peer in standing(asks):
+                with attempt(peer):
+                    seconds = asks[peer]("go\n")["seconds"]
+                    row.seconds.setdefault(peer, []).append(seconds)
+    for _ in range(options.repeats if workload.repeat_first else 0):
+        for peer in standing(COMPILED):
+            with attempt(peer), tempfile.TemporaryDirectory() as cache:
+                for found in (row.first_empty, row.first_warm):
+                    with working(peer, "first", workload, cache, options) as ask:
+                        found.setdefault(peer, []).append(ask()["first"])
     with tempfile.TemporaryDirectory() as cache:
-        for _ in range(options.repeats):
-            for peer in peers if workload.memory else ():
-                found = row.memory.setdefault(peer, [])
-                attempt(peer, lambda: found.append(once(peer, "memory", cache)["memory"]))
-            for peer in COMPILED if workload.repeat_first else ():
-                attempt(peer, lambda: first_calls(peer))
+        for _ in range(options.repeats if workload.memory else 0):
+            for peer in standing(peers):
+                with attempt(peer), working(peer, "memory", workload, cache, options) as ask:
+                    row.memory.setdefault(peer, []).append(ask()["memory"])
     return row
 
 
@@ -223,30 +221,30 @@ def table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
     return "\n".join("| " + " | ".join(line[place] for place in kept) + " |" for line in lines)
 
 
-def text(value: float | None, digits: int = 3) -> str:
-    """A number to so many digits, and at least to its units."""
+def text(value: float | None) -> str:
+    """A number to three digits, and at least to its units."""
     if value is None:
         return ""
-    return f"{value:.0f}" if abs(value) >= 10**digits else f"{value:#.{digits}g}".rstrip(".")
+    return f"{value:.0f}" if value >= 1000 else f"{value:#.3g}".rstrip(".")
 
 
 def ratio(value: float | None, other: float | None) -> str:
-    """A ratio as text."""
-    return f"{value / other:.2f}" if value and other else ""
+    """A ratio as text, if both are there."""
+    return text(value / other) if value and other else ""
 
 
 def cell(row: Row, what: str, peer: str, scale: float = 1.0) -> str:
     """A measure, or why there is none."""
-    if peer in row.failures:
-        failure = " ".join(row.failures[peer].replace("|", "/").split())
-        return failure if len(failure) <= 60 else f"{failure[:60]}..."
     value = row.median(what, peer)
-    return text(None if value is None else value * scale)
+    if value is not None:
+        return text(value * scale)
+    failure = " ".join(row.failures.get(peer, "").replace("|", "/").split())
+    return failure if len(failure) <= 60 else f"{failure[:60]}..."
 
 
 def times(rows: Sequence[Row]) -> str:
     """The table of steps."""
-    others = [peer for peer in PEERS if peer != OURS]
+    others = [peer for peer in PEERS if not peer.startswith("funcnet")]
     lines = []
     for row in rows:
         medians = {peer: row.median("seconds", peer) for peer in PEERS}
@@ -332,6 +330,8 @@ def main() -> None:
     options = parser.parse_args()
     if options.quick:
         options.rounds, options.seconds, options.repeats = 2, 0.05, 1
+    if not shutil.which(options.jax_python):
+        parser.error(f"--jax-python: {options.jax_python} is no program")
     chosen = [each for each in WORKLOADS if any(part in each.name for part in options.only)]
     if not chosen:
         parser.error(f"no workload has {' or '.join(options.only)} in its name")

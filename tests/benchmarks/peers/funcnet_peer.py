@@ -8,11 +8,10 @@ import funcnet as fn
 
 def make_net(workload: Workload) -> fn.Layer:
     """Linear layers with ReLU between; with remat, two by two in rematerialised blocks."""
-    layers = [[fn.linear(size), fn.relu()] for size in workload.sizes[1:]]
-    layers[-1].pop()
+    layers = [layer for size in workload.sizes[1:] for layer in (fn.linear(size), fn.relu())][:-1]
     if not workload.remat:
-        return fn.serial(*sum(layers, []))
-    blocks = [fn.serial(*sum(layers[i : i + 2], [])) for i in range(0, len(layers), 2)]
+        return fn.serial(*layers)
+    blocks = [fn.serial(*layers[place : place + 4]) for place in range(0, len(layers), 4)]
     return fn.serial(*[fn.remat(block) for block in blocks])
 
 

@@ -1,5 +1,6 @@
 """JAX's worker: "jit", with the state donated."""
 
+from itertools import pairwise
 from typing import Any
 
 import jax
@@ -13,7 +14,7 @@ State = tuple[Params, Any]
 def init(key: jax.Array, sizes: tuple[int, ...]) -> Params:
     """Linear layers whose weights are uniform in ±1 / sqrt(inputs), PyTorch's own."""
     params = []
-    for inputs, outputs in zip(sizes, sizes[1:], strict=False):
+    for inputs, outputs in pairwise(sizes):
         key, weight_key, bias_key = jax.random.split(key, 3)
         bound = inputs**-0.5
         weight = jax.random.uniform(weight_key, (inputs, outputs), minval=-bound, maxval=bound)

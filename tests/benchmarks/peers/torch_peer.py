@@ -1,6 +1,7 @@
 """PyTorch's workers: "eager", "compile", and "one by one" for a population's models in turn."""
 
 from collections.abc import Callable
+from itertools import pairwise
 from typing import Any
 
 import torch
@@ -20,13 +21,11 @@ class Checkpointed(nn.Sequential):
 
 def make_net(workload: Workload) -> nn.Sequential:
     """Linear layers with ReLU between; with remat, two by two in checkpointed blocks."""
-    pairs = zip(workload.sizes, workload.sizes[1:], strict=False)
-    layers = [[nn.Linear(*pair), nn.ReLU()] for pair in pairs]
-    layers[-1].pop()
-    if not workload.remat:
-        return nn.Sequential(*sum(layers, []))
-    blocks = [sum(layers[i : i + 2], []) for i in range(0, len(layers), 2)]
-    return nn.Sequential(*[Checkpointed(*block) for block in blocks])
+    pairs = pairwise(workload.sizes)
+    layers = [layer for pair in pairs for layer in (nn.Linear(*pair), nn.ReLU())][:-1]
+    if workload.remat:
+        layers = [Checkpointed(*layers[place : place + 4]) for place in range(0, len(layers), 4)]
+    return nn.Sequential(*layers)
 
 
 def compiled(mode: str, f: Callable[..., Any]) -> Callable[..., Any]:

@@ -1,0 +1,445 @@
+"""jit: when it compiles, what it gives, what it does with donated memory, and what it refuses."""
+
+import functools
+import os
+import subprocess
+import sys
+import threading
+
+import pytest
+import torch
+
+import funcnet as fn
+from funcnet.transforms.build import NoCompilerError
+
+NET = fn.serial(fn.linear(8), fn.relu(), fn.linear(2))
+X = fn.random.normal(fn.key(1), (6, 3))
+TARGET = fn.random.normal(fn.key(2), (6, 2))
+
+
+def counted(function):
+    """The function, and how often Python ran it: once a trace."""
+    calls = []
+
+    @functools.wraps(function)
+    def run(*args, **kwargs):
+        calls.append(None)
+        return function(*args, **kwargs)
+
+    return run, calls
+
+
+def assert_same(found, expected):
+    for one, other in zip(fn.tree.leaves(found), fn.tree.leaves(expected), strict=True):
+        torch.testing.assert_close(one, other)
+
+
+def training(optimizer):
+    return fn.train_step(NET, fn.mse(), optimizer), fn.init_train_state(
+        NET, optimizer, fn.key(0), X
+    )
+
+
+@pytest.mark.parametrize("optimizer", [fn.sgd(0.1), fn.adam(0.01)], ids=["sgd", "adam"])
+@pytest.mark.parametrize("donate", [(), 0])
+def test_a_jitted_step_trains_as_the_eager_one(optimizer, donate):
+    step, state = training(optimizer)
+    compiled, expected = fn.jit(step, donate=donate), state
+    state = fn.tree.map(torch.clone, state)
+    for _ in range(5):
+        state, metrics = compiled(state, (X, TARGET))
+        expected, expected_metrics = step(expected, (X, TARGET))
+    assert_same((state, metrics), (expected, expected_metrics))
+    assert type(state) is fn.TrainState
+
+
+def test_another_value_needs_no_new_program_and_another_shape_needs_one():
+    run, calls = counted(lambda x, rate: rate * x)
+    compiled = fn.jit(run)
+    for rate in range(1000):
+        torch.testing.assert_close(compiled(X, rate / 1000), X * (rate / 1000))
+    assert len(calls) == 1
+    torch.testing.assert_close(compiled(X[:4], 0.5), X[:4] * 0.5)
+    assert len(calls) == 2
+    compiled(X, 0.5)
+    compiled(X[:4], 0.5)
+    assert len(calls) == 2
+    assert compiled(X.double(), 0.5).dtype == torch.float64
+    assert len(calls) == 3
+
+
+def test_a_schedule_of_a_thousand_steps_compiles_once():
+    run, calls = counted(
+        lambda rate, state, batch: fn.train_step(NET, fn.mse(), fn.sgd(rate))(state, batch)
+    )
+    compiled = fn.jit(run)
+    _, state = training(fn.sgd(0.1))
+    expected = state
+    for step in range(1000):
+        rate = 0.1 * 0.99**step
+        state, _ = compiled(rate, state, (X, TARGET))
+        if step < 5:
+            expected, _ = fn.train_step(NET, fn.mse(), fn.sgd(rate))(expected, (X, TARGET))
+            assert_same(state, expected)
+    assert len(calls) == 1
+
+
+def test_static_arguments_are_seen_by_value():
+    run, calls = counted(lambda x, n, kind="sum": getattr(x.expand(n, *x.shape), kind)())
+    compiled = fn.jit(run, static=(1, "kind"))
+    x = torch.ones(3)
+    assert compiled(x, 2) == 6
+    assert compiled(x, 4) == 12
+    assert compiled(x, 4, kind="mean") == 1
+    assert compiled(x, 2) == 6
+    assert len(calls) == 3
+    assert fn.jit(run, static="n")(x, 5) == 15
+    assert fn.jit(run, static="n")(x, n=5) == 15
+    assert fn.jit(run, static=1)(x, n=5) == 15
+    with pytest.raises(TypeError, match="must be hashable, got a list"):
+        compiled(x, [1])
+
+
+def test_what_it_closes_over_is_read_at_each_call():
+    weight = torch.ones(3)
+    compiled = fn.jit(lambda x: x * weight)
+    torch.testing.assert_close(compiled(torch.ones(3)), torch.ones(3))
+    weight.mul_(5)
+    torch.testing.assert_close(compiled(torch.ones(3)), torch.full((3,), 5.0))
+    transposed = torch.arange(6.0).reshape(2, 3).T
+    torch.testing.assert_close(fn.jit(lambda x: x + transposed)(torch.zeros(3, 2)), transposed)
+
+
+def test_inputs_may_lie_in_memory_in_any_way():
+    compiled = fn.jit(lambda x, y: x @ y + x.sum())
+    a, b = fn.random.normal(fn.key(0), (5, 4)), fn.random.normal(fn.key(1), (5, 3))
+    torch.testing.assert_close(compiled(a.T, b), a.T @ b + a.sum())
+    wide = fn.random.normal(fn.key(2), (4, 10))
+    torch.testing.assert_close(compiled(wide[:, ::2], b), wide[:, ::2] @ b + wide[:, ::2].sum())
+    scalar = torch.ones(()).expand(4, 5)
+    torch.testing.assert_close(compiled(scalar, b), scalar @ b + scalar.sum())
+
+
+@pytest.mark.parametrize("size", [0, 1])
+def test_empty_and_single_batches(size):
+    step = lambda w, x: (x @ w.T, (x @ w.T).sum(0), x.t() @ x)  # noqa: E731
+    w, x = torch.ones(4, 3), torch.ones(size, 3)
+    assert_same(fn.jit(step)(w, x), step(w, x))
+
+
+@pytest.mark.parametrize("shape", [(1, 1, 1), (7, 33, 130), (64, 300, 17), (300, 257, 2100)])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_products_of_all_sizes_and_layouts(shape, dtype):
+    m, n, k = shape
+    a, b = (
+        fn.random.normal(fn.key(each), size, dtype) for each, size in ((0, (m, k)), (1, (k, n)))
+    )
+    bias = fn.random.normal(fn.key(2), (n,), dtype)
+    column = fn.random.normal(fn.key(3), (m, 1), dtype)
+
+    def products(a, b, at, bt, bias, column):
+        return (
+            a @ b,
+            at.T @ b,
+            a @ bt.T,
+            at.T @ bt.T,
+            torch.addmm(bias, a, b),
+            torch.addmm(column, at.T, bt.T),
+            torch.cat([a @ b, a @ b], 1),
+            torch.stack([a, a]) @ torch.stack([b, 2 * b]),
+        )
+
+    arguments = (a, b, a.T.contiguous(), b.T.contiguous(), bias, column)
+    compiled = fn.jit(products)
+    assert compiled.lower(*arguments).why_not_one is None
+    tolerance = {"rtol": 1e-3, "atol": 1e-3} if dtype == torch.float32 else {}
+    for found, expected in zip(compiled(*arguments), products(*arguments), strict=True):
+        torch.testing.assert_close(found, expected, **tolerance)
+
+
+def test_nan_and_infinity_pass_through():
+    x = torch.tensor([float("nan"), float("inf"), -float("inf"), -0.0, 1.0])
+    run = lambda x: (torch.relu(x), x.max(), torch.sort(x), x.exp(), x * 0)  # noqa: E731
+    for found, expected in zip(fn.tree.leaves(fn.jit(run)(x)), fn.tree.leaves(run(x)), strict=True):
+        torch.testing.assert_close(found, expected, equal_nan=True)
+
+
+@pytest.mark.parametrize(
+    "dtype", [torch.float32, torch.float64, torch.int64, torch.int32, torch.bool]
+)
+@pytest.mark.parametrize("descending", [False, True])
+def test_a_sort_is_torchs_stable_one(dtype, descending):
+    x = fn.random.randint(fn.key(0), (4, 50, 3), -5, 5).to(dtype)
+    run = lambda x: torch.sort(x, dim=1, stable=True, descending=descending)  # noqa: E731
+    assert fn.jit(run).lower(x).why_not_one is None
+    for found, expected in zip(fn.jit(run)(x), run(x), strict=True):
+        assert torch.equal(found, expected)
+
+
+def test_draws_are_the_eager_ones():
+    def draws(key):
+        return (
+            fn.random.uniform(key, (70_000,)),
+            fn.random.normal(key, (5,), torch.float64),
+            fn.random.bits(fn.random.fold_in(key, "name"), (3, 4)),
+            fn.random.permutation(key, 100),
+            fn.random.split(fn.random.fold_in(key, torch.tensor(7)), 3),
+            fn.random.categorical(key, torch.zeros(3, 4)),
+            fn.random.randint(key, (5,), 0, 9),
+        )
+
+    found, expected = fn.jit(draws)(fn.key(5)), draws(fn.key(5))
+    assert torch.equal(found[0], expected[0])
+    assert_same(found, expected)
+    for one, other in zip(found[2:], expected[2:], strict=True):
+        assert torch.equal(one, other)
+
+
+def test_a_donated_argument_is_updated_in_place_and_then_gone():
+    step, state = training(fn.adam(0.01))
+    state = fn.tree.map(torch.clone, state)
+    places = {leaf.data_ptr() for leaf in fn.tree.leaves((state.params, state.opt_state))}
+    weight, key = state.params["0"]["weight"], state.key
+    after, _ = fn.jit(step, donate=0)(state, (X, TARGET))
+    assert {leaf.data_ptr() for leaf in fn.tree.leaves((after.params, after.opt_state))} == places
+    for use in (lambda: weight + 1, lambda: weight.shape, lambda: step(state, (X, TARGET))):
+        with pytest.raises(RuntimeError, match="was donated"):
+            use()
+    with pytest.raises(RuntimeError, match="was donated"):
+        fn.jit(step, donate=0)(state, (X, TARGET))
+    assert "donated" in repr(weight)
+    # What came out as it went in is still there.
+    assert after.key is key
+    assert torch.equal(key, fn.key(0))
+
+
+def test_donated_memory_must_not_be_shared():
+    compiled = fn.jit(lambda p, q: (p["a"] + q, p["b"] * q), donate=0)
+    x = torch.ones(4)
+    with pytest.raises(
+        ValueError, match=r"argument 0 at 'a' is donated and shares memory with argument 1:"
+    ):
+        compiled({"a": x, "b": torch.ones(4)}, x)
+    with pytest.raises(ValueError, match=r"shares memory"):
+        compiled({"a": x, "b": x[:4]}, torch.ones(4))
+    buffer = torch.ones(6)
+    with pytest.raises(ValueError, match="shares memory"):
+        compiled({"a": buffer[:4], "b": torch.ones(4)}, buffer[2:])
+    a, b = compiled({"a": x, "b": torch.ones(4)}, torch.ones(4))
+    torch.testing.assert_close((a, b), (torch.full((4,), 2.0), torch.ones(4)))
+
+
+def test_donated_values_that_trade_places():
+    compiled = fn.jit(lambda a, b, c: (b, a + c, a, b * 2), donate=(0, 1))
+    a, b, c = torch.ones(3), torch.full((3,), 2.0), torch.full((3,), 3.0)
+    found = compiled(a.clone(), b.clone(), c)
+    assert_same(found, (b, a + c, a, b * 2))
+
+
+@pytest.mark.parametrize("mode", [torch.no_grad, torch.enable_grad, torch.inference_mode])
+def test_it_works_in_every_grad_mode(mode):
+    step, state = training(fn.sgd(0.1))
+    expected, _ = step(state, (X, TARGET))
+    compiled = fn.jit(step)
+    with mode():
+        found, _ = compiled(state, (X, TARGET))
+        again, _ = compiled(found, (X, TARGET))
+        wanting = fn.tree.map(lambda leaf: leaf.clone().requires_grad_(), state.params)
+        traced_with_grad, _ = compiled(state._replace(params=wanting), (X, TARGET))
+    assert_same(found, expected)
+    assert_same(traced_with_grad, expected)
+    assert not any(leaf.requires_grad for leaf in fn.tree.leaves((found, again, traced_with_grad)))
+
+
+def test_inside_another_transformation_it_is_the_function_itself():
+    square = fn.jit(lambda x: (x**2).sum())
+    x = torch.arange(3.0)
+    torch.testing.assert_close(torch.func.grad(square)(x), 2 * x)
+    torch.testing.assert_close(fn.vmap(square)(torch.stack([x, 2 * x])), torch.tensor([5.0, 20.0]))
+    torch.testing.assert_close(fn.jit(lambda x: square(x) + square(2 * x))(x), torch.tensor(25.0))
+    assert fn.jit(lambda x: x + 1)(torch.ones(2, device="meta")).is_meta
+
+
+def test_a_pullback_is_an_argument_and_a_result():
+    forward = fn.jit(lambda params, x: NET.vjp(params, x)[:2])
+    backward = fn.jit(lambda pullback, dy: pullback(dy))
+    params, _ = NET.init(fn.key(0), X)
+    y, pullback = forward(params, X)
+    expected_y, expected_pullback, _ = NET.vjp(params, X)
+    assert_same(y, expected_y)
+    assert_same(backward(pullback, TARGET), expected_pullback(TARGET))
+
+
+def test_trees_come_back_as_they_are():
+    def run(x):
+        return {"b": (x, None), "a": [x + 1, {"c": 2}], "n": 1.5}
+
+    found = fn.jit(run)(X)
+    assert list(found) == ["b", "a", "n"]
+    assert found["b"][0] is X
+    assert found["b"][1] is None
+    assert found["a"][1]["c"] == 2
+    assert found["n"].dtype == torch.float64
+
+
+def test_writes_to_tensors_of_its_own_are_allowed():
+    def run(x):
+        y = x * 1
+        y[0] = 7
+        y[1:] += 1
+        y.view(-1).mul_(2)
+        z = y.to(torch.int64)
+        z &= 3
+        return y, z
+
+    assert_same(fn.jit(run)(X), run(X))
+
+
+OUTSIDE = torch.zeros(3)
+
+
+@pytest.mark.parametrize(
+    ("error", "message", "function", "arguments"),
+    [
+        (TypeError, "reads the value", lambda x: x if x.sum() > 0 else -x, (X,)),
+        (TypeError, "reads the value", lambda x, n: x[: int(n)], (X, 2)),
+        (TypeError, "reads the value", lambda x: x.tolist(), (X,)),
+        (ValueError, "writes in place to argument 0", lambda x: x.add_(1), (X,)),
+        (ValueError, "to a tensor it closes over", lambda x: OUTSIDE.add_(1) + x, (X,)),
+        (ValueError, "to a tensor it closes over", lambda x: OUTSIDE.add_(x), (X,)),
+        (ValueError, "torch's generator", lambda x: x + torch.rand(3), (X,)),
+        (TypeError, "got 'text' as argument 0 at '1'", lambda x: x[0], ((X, "text"),)),
+        (TypeError, "returns tensors and numbers, got 'text'", lambda x: "text", (X,)),
+        (ValueError, "linear: ", lambda x: NET.apply(NET.init(fn.key(0), X)[0], x), (X[:, :2],)),
+    ],
+)
+def test_misuse_is_told(error, message, function, arguments):
+    with pytest.raises(error, match=message):
+        fn.jit(function)(*arguments)
+    torch.testing.assert_close(OUTSIDE, torch.zeros(3))
+
+
+def test_options_are_checked():
+    with pytest.raises(TypeError, match="expects a function, got Layer"):
+        fn.jit(NET)
+    with pytest.raises(TypeError, match="donate expects positions"):
+        fn.jit(abs, donate="x")
+    with pytest.raises(TypeError, match="static expects"):
+        fn.jit(abs, static=(1.5,))
+    with pytest.raises(ValueError, match="cannot be donated and static"):
+        fn.jit(abs, donate=0, static=0)
+    with pytest.raises(ValueError, match=r"donate=\(3,\), but there are 1 positional"):
+        fn.jit(lambda x: x + 1, donate=3)(X)
+
+
+def test_lower_shows_the_graph_and_the_code():
+    step, state = training(fn.sgd(0.1))
+    lowered = fn.jit(step).lower(state, (X, TARGET))
+    assert "aten.addmm" in lowered.graph
+    assert "funcnet::gemm<float, 6, 8, 3" in lowered.code
+    assert lowered.why_not_one is None
+
+
+def test_threads_do_not_disturb_each_other():
+    step, state = training(fn.adam(0.01))
+    compiled = fn.jit(step)
+    expected, _ = compiled(state, (X, TARGET))
+    wrong = []
+
+    def work():
+        for _ in range(200):
+            found, _ = compiled(state, (X, TARGET))
+            if not torch.equal(found.params["0"]["weight"], expected.params["0"]["weight"]):
+                wrong.append(found)
+
+    threads = [threading.Thread(target=work) for _ in range(4)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert not wrong
+
+
+def test_without_a_compiler_the_error_says_what_to_install(monkeypatch):
+    monkeypatch.setenv("CXX", "no-such-compiler")
+    compiled = fn.jit(lambda x: x + 41)
+    with pytest.raises(NoCompilerError, match=r"found no no-such-compiler: install g\+\+"):
+        compiled(X)
+    monkeypatch.delenv("CXX")
+    torch.testing.assert_close(compiled(X), X + 41)
+
+
+PROGRAM = """
+import sys, torch, funcnet as fn
+from funcnet.transforms import host
+step = fn.train_step(fn.linear(2), fn.mse(), fn.sgd(0.1))
+state = fn.init_train_state(fn.linear(2), fn.sgd(0.1), fn.key(0), torch.ones(4, 3))
+fn.jit(step)(state, (torch.ones(4, 3), torch.zeros(4, 2)))
+print("torch._inductor.graph" in sys.modules)
+"""
+
+
+def test_programs_are_kept_on_disk_for_other_processes(tmp_path):
+    def run():
+        environment = os.environ | {"FUNCNET_CACHE_DIR": str(tmp_path)}
+        done = subprocess.run(
+            [sys.executable, "-c", PROGRAM], env=environment, capture_output=True, text=True
+        )
+        assert done.returncode == 0, done.stderr
+        return done.stdout.strip()
+
+    # Inductor, which takes long to import, is needed only once.
+    assert run() == "True"
+    assert len([*tmp_path.glob("*.so")]) == 1
+    assert run() == "False"
+    assert len([*tmp_path.iterdir()]) == 1
+
+
+@pytest.fixture
+def interpreted(monkeypatch):
+    """Staged programs whose segments are not compiled: for the logic of the stages."""
+    monkeypatch.setattr("torch._inductor.compile", lambda graph, inputs: graph)
+    monkeypatch.setattr("funcnet.transforms.jit.build", lambda *_: (_ for _ in ()).throw(refused()))
+
+
+def refused():
+    from funcnet.transforms.inductor import UnsupportedError
+
+    return UnsupportedError("for this test")
+
+
+@pytest.mark.usefixtures("interpreted")
+def test_a_staged_program_gives_the_same(monkeypatch, tmp_path):
+    monkeypatch.setenv("FUNCNET_CACHE_DIR", str(tmp_path))
+    net = fn.remat(fn.serial(fn.linear(4), fn.batch_norm(), fn.dropout(0.2), fn.linear(1)))
+    step = fn.train_step(net, fn.mse(), fn.sgd(0.1, 0.9))
+    data = (X, X.sum(1, keepdim=True))
+
+    def train(key, scale):
+        def epoch(state, key):
+            batches = fn.epoch_batches(key, (data[0] * scale, data[1]), 2)
+            state, metrics = fn.scan(step, state, batches)
+            return state, (metrics["loss"], scale)
+
+        start = fn.init_train_state(net, fn.sgd(0.1, 0.9), key, X)
+        return fn.scan(epoch, start, fn.random.split(key, 2))
+
+    keys = fn.random.split(fn.key(3), 4).reshape(2, 2, 2)
+    scales = torch.tensor([1.0, 2.0])
+    nested = fn.vmap(fn.vmap(train, in_axes=(0, None)), in_axes=(0, 0))
+    compiled = fn.jit(nested)
+    assert compiled.lower(keys, scales).why_not_one == "for this test"
+    assert_same(compiled(keys, scales), nested(keys, scales))
+
+
+def test_a_program_beyond_the_host_is_staged():
+    def run(x, w):
+        return fn.scan(lambda c, row: (torch.tanh(c @ w.T + row), c.sum()), x[0:1], x)
+
+    x = fn.random.normal(fn.key(0), (5, 4)).bfloat16()
+    w = fn.random.normal(fn.key(1), (4, 4)).bfloat16()
+    compiled = fn.jit(run)
+    assert "bfloat16" in compiled.lower(x, w).why_not_one
+    for found, expected in zip(compiled(x, w), run(x, w), strict=True):
+        torch.testing.assert_close(found, expected, rtol=0.05, atol=0.05)
+    assert "mm" in compiled.lower(x, w).code
