@@ -108,7 +108,7 @@ def decomposed(segment: Segment) -> fx.GraphModule:
         for operator, rule in select_decomp_table().items()
         if getattr(operator, "overloadpacket", operator) not in _KEPT
     }
-    examples = [node.meta["val"] for node in segment.inputs]
+    examples = [node.meta["val"] for node in segment.graph.nodes if node.op == "placeholder"]
     module = fx.GraphModule(torch.nn.Module(), segment.graph)
     with torch.no_grad():
         retraced = make_fx(module, decomposition_table=table)(*examples)

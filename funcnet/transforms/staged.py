@@ -13,7 +13,16 @@ from torch.fx.experimental.proxy_tensor import make_fx
 
 from funcnet.random import threefry_at, threefry_range
 from funcnet.transforms.host import locate, reads
-from funcnet.transforms.tracing import Block, Node, Primitive, Region, Segment, Traced, blocks
+from funcnet.transforms.tracing import (
+    Block,
+    Node,
+    Primitive,
+    Region,
+    Segment,
+    Traced,
+    blocks,
+    through_barriers,
+)
 
 
 class _Value(NamedTuple):
@@ -199,9 +208,9 @@ _SORT = (("dim", -1), ("descending", False))
 
 def _read(node: Node, values: Values) -> _Value:
     """The value of a node, which may be a view of another's memory."""
-    root, offset = locate(node)
+    root, _ = locate(node)
     value = values[root]
-    if root is node or (node.meta["val"].shape == root.meta["val"].shape and not offset):
+    if through_barriers(node) is root:
         return value
     tensor, view = value.tensor.contiguous(), node.meta["val"]
     leading = sum(value.batched)

@@ -172,8 +172,9 @@ def trace(function: Callable[..., list[Tensor]], specs: Sequence[Spec]) -> Trace
 
         recorded = make_fx(guarded, _allow_non_fake_inputs=True)(*examples)
         captured = _lift(recorded, mode)
-        if any(_writes(node) for node in recorded.graph.nodes):
-            recorded = _without_writes(recorded)
+        writes = any(_writes(node) for node in recorded.graph.nodes)
+        if writes or not all([tensor.is_contiguous() for tensor in captured]):
+            recorded = _again(recorded)
     _drop_unused(recorded.graph)
     return Traced(recorded.graph, loops, captured, mode)
 
@@ -201,8 +202,8 @@ def _writes(node: Node) -> bool:
     return isinstance(node.target, torch._ops.OpOverload) and node.target._schema.is_mutable
 
 
-def _without_writes(recorded: fx.GraphModule) -> fx.GraphModule:
-    """The same program, in which nothing is written in place."""
+def _again(recorded: fx.GraphModule) -> fx.GraphModule:
+    """The same program, of inputs that lie in rows, in which nothing is written in place."""
     for node in recorded.graph.nodes:
         # functionalize does not know the operators behind &=, |=, ^=, <<= and >>=.
         if isinstance(node.target, torch._ops.OpOverload):
@@ -264,8 +265,8 @@ def _lift(recorded: fx.GraphModule, mode: FakeTensorMode) -> list[Tensor]:
         if id(tensor) not in inputs:
             with graph.inserting_after(last[-1]) if last else graph.inserting_before(node):
                 inputs[id(tensor)] = graph.placeholder(f"captured_{len(captured)}")
-            with mode:
-                inputs[id(tensor)].meta["val"] = spec_of(tensor).empty()
+            # The very fake of which the recorded views are views.
+            inputs[id(tensor)].meta["val"] = mode.from_tensor(tensor)
             last.append(inputs[id(tensor)])
             captured.append(tensor)
         node.replace_all_uses_with(inputs[id(tensor)])
@@ -400,8 +401,8 @@ def _materialize(graph: Graph) -> None:
             while (base := base_of(root)) is not None:
                 root = base
             constant = root.op == "call_function" and not root.all_input_nodes
-            in_rows = _value(value).is_contiguous() and _value(root).is_contiguous()
-            if in_rows and not (constant and mark(root) is None):
+            dense = _value(root).permute(_order(_value(root))).is_contiguous()
+            if dense and _value(value).is_contiguous() and not (constant and mark(root) is None):
                 return value
             if value not in copies:
                 with graph.inserting_before(node):
@@ -507,6 +508,7 @@ def _segment(run: list[Node]) -> Segment:
     graph: Graph = fx.Graph()
     copies: dict[Node, Node] = {}
     inputs: list[Node] = []
+    placeholders: dict[Node, Node] = {}
 
     def copy(node: Node) -> Node:
         node = through_barriers(node)
@@ -517,27 +519,48 @@ def _segment(run: list[Node]) -> Segment:
             else:
                 place = len(inputs)
                 inputs.append(node)
+                order = _order(_value(node))
                 with graph.inserting_before(next(iter(graph.nodes), None)):
-                    copies[node] = graph.placeholder(f"input_{place}")
+                    given = graph.placeholder(f"input_{place}")
                 with _value(node).fake_mode:
-                    copies[node].meta["val"] = spec_of(_value(node)).empty()
+                    given.meta["val"] = spec_of(_value(node).permute(order)).empty()
+                placeholders[given] = node
+                back = [order.index(axis) for axis in range(len(order))]
+                copies[node] = _permuted(graph, given, back)
         return copies[node]
 
     for node in run:
         copy(node)
     outputs = [node for node in run if isinstance(_value(node), Tensor) and _leaves(node, inside)]
-    graph.output([_in_rows(graph, copies[node], node) for node in outputs])
+    results = []
+    for node in outputs:
+        result = _permuted(graph, copies[node], _order(_value(node)))
+        if not _value(node).is_contiguous():
+            options = {"memory_format": torch.contiguous_format}
+            result = graph.call_function(aten.clone.default, (result,), options)
+        results.append(result)
+    graph.output(results)
     # Placeholders were put in front one by one: read their order off the graph.
-    by_copy = {copies[node]: node for node in inputs}
-    inputs = [by_copy[node] for node in graph.nodes if node.op == "placeholder"]
+    inputs = [placeholders[node] for node in graph.nodes if node.op == "placeholder"]
     return Segment(inputs, outputs, graph)
 
 
-def _in_rows(graph: Graph, copy: Node, node: Node) -> Node:
-    if _value(node).is_contiguous():
-        return copy
-    options = {"memory_format": torch.contiguous_format}
-    return graph.call_function(aten.clone.default, (copy,), options)
+def _order(value: Tensor) -> list[int]:
+    """The axes of a value as they lie in memory, the slowest first.
+
+    Every value is kept as its strides say, so that views of it stay views: between segments it
+    goes as the permutation that lies in rows.
+    """
+    order = sorted(range(value.dim()), key=lambda axis: (-value.stride()[axis], axis))
+    if value.is_contiguous() or not value.permute(order).is_contiguous():
+        return list(range(value.dim()))
+    return order
+
+
+def _permuted(graph: Graph, node: Node, order: list[int]) -> Node:
+    if order == sorted(order):
+        return node
+    return graph.call_function(aten.permute.default, (node, order))
 
 
 def through_barriers(node: Node) -> Node:

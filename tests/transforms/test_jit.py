@@ -443,3 +443,17 @@ def test_a_program_beyond_the_host_is_staged():
     for found, expected in zip(compiled(x, w), run(x, w), strict=True):
         torch.testing.assert_close(found, expected, rtol=0.05, atol=0.05)
     assert "mm" in compiled.lower(x, w).code
+
+
+def test_views_of_what_it_closes_over_and_of_results():
+    weight = fn.random.normal(fn.key(0), (4, 3))
+    turned = fn.random.normal(fn.key(1), (3, 4)).T
+
+    def run(x):
+        y = (x @ weight.T).T + 1
+        sums = fn.vmap(lambda row: (row @ weight.T, row @ turned.T, y[:, 0] + 1, weight))(x)
+        z = y.T
+        total, _ = fn.scan(lambda c, row: (c + row, None), torch.zeros(4), z)
+        return y, z, z.reshape(-1), sums, total, y[1:3], weight[1], x.T
+
+    assert_same(fn.jit(run)(X), run(X))
