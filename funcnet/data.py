@@ -26,8 +26,8 @@ def epoch_batches(key: Tensor | None, data: Tree, batch_size: int) -> Tree:
 
     >>> import funcnet as fn
     >>> epoch_batches(fn.key(0), torch.arange(7), 3)
-    tensor([[0, 4, 2],
-            [5, 1, 6]])
+    tensor([[0, 1, 5],
+            [6, 4, 3]])
     """
     leaves = tree.leaves(data)
     extents = {leaf.shape[:1] for leaf in leaves}

@@ -15,6 +15,8 @@ from torch import Tensor
 from funcnet import random, tree
 from funcnet.core import Layer, Loss, Optimizer, Params, Pullback, Tree, anatomy
 from funcnet.optimizers.transforms import apply_updates
+from funcnet.transforms import jit as compilation
+from funcnet.transforms import vmap as mapping
 
 
 def check_layer(
@@ -26,6 +28,7 @@ def check_layer(
     derivative: bool = True,
     vmap: bool = True,
     meta: bool = True,
+    jit: bool = False,
     rtol: float = 1e-10,
 ) -> None:
     """Check that a layer keeps the laws of the protocol; it is computed in float64.
@@ -39,7 +42,7 @@ def check_layer(
     5. ``dparams`` has the structure, shapes and dtypes of ``params``, dx those of x, the new
        state those of the state; the rule is a module-level function.
     6. ``init`` and ``apply`` run on meta tensors, and any memory layout gives the same result.
-    7. Under vmap each member equals its solo run.
+    7. Under vmap each member equals its solo run; under jit the results are the eager ones.
 
     Args:
         layer: the layer.
@@ -48,6 +51,7 @@ def check_layer(
         modes: the values of ``train`` to check.
         derivative: False for a rule that is meant not to be the derivative.
         vmap, meta: False for a layer that cannot.
+        jit: whether to compile it too, which takes seconds and a C++ compiler.
         rtol: the greatest relative error of the derivative in float64.
 
     Raises: AssertionError.
@@ -59,7 +63,7 @@ def check_layer(
     key = random.key(0) if key is None else key
     x = tree.map(torch.Tensor.detach, _to_float64(x))
     with _Globals(name):
-        _check_laws(name, layer, x, key, tuple(modes), derivative, vmap, meta, rtol)
+        _check_laws(name, layer, x, key, tuple(modes), derivative, vmap, meta, jit, rtol)
 
 
 def _check_laws(
@@ -71,6 +75,7 @@ def _check_laws(
     derivative: bool,
     vmap: bool,
     meta: bool,
+    jit: bool,
     rtol: float,
 ) -> None:
     params, state = _check_init(name, layer, random.fold_in(key, "params"), x)
@@ -92,6 +97,8 @@ def _check_laws(
             _check_meta(call)
         if vmap:
             _check_vmap(call)
+        if jit:
+            _check_jit(call)
     _check_defaults(name, layer, params, x, state, key)
 
 
@@ -161,7 +168,7 @@ def check_loss(
             value, pullback = loss.vjp(y, target)
             return value, pullback()
 
-        together, alone = _vmap(run, _stack(members)), [run(y) for y in members]
+        together, alone = mapping.vmap(run)(_stack(members)), [run(y) for y in members]
         _close(name, "law 7: under vmap each member equals its solo run", _stack(alone), together)
 
 
@@ -236,7 +243,7 @@ def check_optimizer(
     _require(finite, name, "gradients of 0 give finite updates")
     if vmap and tree.leaves(params):
         members = [_noise(random.fold_in(key, 100 + member), params) for member in range(3)]
-        together = _vmap(lambda p: _two_updates(optimizer, p), _stack(members))
+        together = mapping.vmap(lambda p: _two_updates(optimizer, p))(_stack(members))
         alone = _stack([_two_updates(optimizer, p) for p in members])
         _close(name, "law 7: under vmap each member equals its solo run", alone, together)
 
@@ -493,14 +500,26 @@ def _check_vmap(call: _Call) -> None:
         for member in range(3)
     ]
 
+    run = _forward_backward(call)
+    together = mapping.vmap(run)(_stack(members))
+    alone = _stack([run(member) for member in members])
+    _close(call.name, "law 7: under vmap each member equals its solo run", alone, together)
+
+
+def _check_jit(call: _Call) -> None:
+    run = _forward_backward(call)
+    arguments = (call.params, call.x, call.state, call.key, call.dy)
+    compiled = compilation.jit(run)(arguments)
+    _close(call.name, "law 7: under jit the results are the eager ones", run(arguments), compiled)
+
+
+def _forward_backward(call: _Call) -> Callable[[Tree], Tree]:
     def run(arguments: Tree) -> Tree:
         params, x, state, key, dy = arguments
         y, pullback, state = call.layer.vjp(params, x, state, key=key, train=call.train)
         return y, state, pullback(dy)
 
-    together = _vmap(run, _stack(members))
-    alone = _stack([run(member) for member in members])
-    _close(call.name, "law 7: under vmap each member equals its solo run", alone, together)
+    return run
 
 
 def _check_defaults(
@@ -763,21 +782,3 @@ def _collapse(inputs: Tree, grads: Tree) -> Tree:
 
 def _stack(members: list[Tree]) -> Tree:
     return optree.tree_map(lambda *leaves: torch.stack(leaves), *members)
-
-
-def _vmap(function: Callable[[Tree], Tree], batched: Tree) -> Tree:
-    """``torch.vmap`` of a function from a tree to a tree."""
-    leaves, treedef = optree.tree_flatten(batched)
-    structure: list[Any] = []
-
-    def flat(*members: Tensor) -> tuple[Tensor, ...]:
-        results, out_structure = optree.tree_flatten(
-            function(optree.tree_unflatten(treedef, members))
-        )
-        structure.append(out_structure)
-        return tuple(results)
-
-    if not leaves:
-        return function(batched)
-    results = torch.vmap(flat)(*leaves)
-    return optree.tree_unflatten(structure[0], results)

@@ -92,3 +92,22 @@ def test_apply_and_pullback_run_under_torch_func(name):
     assert len(got) == len(grads)
     for ours, theirs in zip(got, grads, strict=True):
         torch.testing.assert_close(ours, theirs)
+
+
+def test_check_layer_compiles_on_request():
+    check_layer(*COMBINATORS["serial of all kinds"], jit=True)
+    fooled = fn.stateless(
+        lambda key, x: {},
+        lambda params, x: x + (0.0 if fn.tree.traced() else 1.0),
+        lambda params, x: (
+            x + (0.0 if fn.tree.traced() else 1.0),
+            fn.Pullback(identity_rule, {}),
+        ),
+    )
+    check_layer(fooled, torch.ones(3))
+    with pytest.raises(AssertionError, match="under jit the results are the eager ones"):
+        check_layer(fooled, torch.ones(3), jit=True)
+
+
+def identity_rule(residuals, dy, *, params, x):
+    return ({} if params else None), dy if x else None
