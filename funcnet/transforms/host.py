@@ -105,6 +105,21 @@ class Frame:
     targets: dict[Node, Target]
     lines: list[str] = field(default_factory=list)
 
+    def free_target(self, node: Node, place: int) -> str | None:
+        """Where a value must end up, if step ``place`` may write there already."""
+        target = self.targets.get(node)
+        if target is None:
+            return None
+        writable = target.owner is None or self.last_use.get(target.owner, -1) < place
+        return target.place if writable else None
+
+    def own(self, node: Node, size: int, place: int) -> str:
+        """New memory for a value that step ``place`` makes."""
+        offset = self.arena.allocate(size)
+        self.owned[node] = offset
+        self.last_use.setdefault(node, place)
+        return f"({self.base} + {offset})"
+
 
 class Program:
     """The C++ text of a traced function."""
@@ -242,8 +257,8 @@ class Program:
                     where[new] = where[old]
                     if old in offsets:
                         offsets[new] = offsets.pop(old)
-                case View(name, buffer, offset):
-                    where[name] = f"({where[buffer]} + {offset})"
+                case View(name, buffer, distance):
+                    where[name] = f"({where[buffer]} + {distance})"
                 case Call(kernel, args, types):
                     cast = [
                         f"({kind})({where[arg]})" for arg, kind in zip(args, types, strict=True)
@@ -251,14 +266,25 @@ class Program:
                     frame.lines.append(f"{names[kernel]}({', '.join(cast)});")
                 case Product():
                     frame.lines.append(_product(instruction, where, frame.threads))
+        owners: dict[str, Node] = {}
         for node, matrix in zip(segment.outputs, compiled.outputs, strict=True):
             if matrix is None:
                 continue
             self.place[node] = where[matrix.buffer]
-            if matrix.buffer in offsets:
-                frame.owned.setdefault(node, offsets.pop(matrix.buffer))
-        for offset in offsets.values():
-            frame.arena.free(offset)
+            if matrix.buffer in compiled.inputs:
+                self.place[node] = frame.own(node, _size(node), place)
+                source = where[matrix.buffer]
+                frame.lines.append(f"std::memcpy({self.place[node]}, {source}, {_size(node)});")
+            elif matrix.buffer in offsets:
+                owners[matrix.buffer] = node
+                frame.owned[node] = offsets.pop(matrix.buffer)
+            elif matrix.buffer in owners:
+                # Two outputs in one buffer: it lives as long as either.
+                first = owners[matrix.buffer]
+                uses = [frame.last_use.get(each, place) for each in (first, node)]
+                frame.last_use[first] = max(uses)
+        for left in offsets.values():
+            frame.arena.free(left)
 
     def _adopt(self, compiled: Kernels) -> dict[str, str]:
         """Add kernels to the program, each text once, and return their names in it."""
@@ -295,23 +321,14 @@ class Program:
             if matrix.offset or not _in_rows(matrix):
                 raise UnsupportedError(f"an output with strides {matrix.stride}")
             buffer = first.get(matrix.buffer, matrix.buffer)
-            target = frame.targets.get(node)
-            if target is None or buffer in where or sizes.get(buffer) != _size(node):
-                continue
-            if target.owner is None or frame.last_use.get(target.owner, -1) < place:
-                where[buffer] = target.place
+            target = frame.free_target(node, place)
+            if target is not None and buffer not in where and sizes.get(buffer) == _size(node):
+                where[buffer] = target
 
     def _primitive(self, frame: Frame, item: Primitive, place: int) -> None:
         for node in item.results.values():
-            target = frame.targets.get(node)
-            if target is not None and (
-                target.owner is None or frame.last_use.get(target.owner, -1) < place
-            ):
-                self.place[node] = target.place
-            else:
-                offset = frame.arena.allocate(_size(node))
-                frame.owned[node] = offset
-                self.place[node] = f"({frame.base} + {offset})"
+            target = frame.free_target(node, place)
+            self.place[node] = target or frame.own(node, _size(node), place)
         operands = [(self._pointer(node), node.meta["val"]) for node in item.operands]
         results = {
             position: (self.place[node], node.meta["val"])
@@ -390,7 +407,7 @@ class Program:
         """The memory of a carry, with its first value in it."""
         root, offset = locate(operand)
         result = region.results.get(position)
-        target = frame.targets.get(result) if result is not None else None
+        target = frame.targets.get(result)
         size = _size(operand)
         dies = (
             root in frame.owned
@@ -404,24 +421,15 @@ class Program:
         if dies and (target is None or target.owner in (root, None)):
             # Taken over with its memory; from here on it belongs to the result.
             taken.add(root)
-            slot = self.place[root]
-            arena_offset = frame.owned.pop(root)
-            if result is not None:
-                self.place[result] = slot
-                frame.owned[result] = arena_offset
-            elif arena_offset is not None:
-                frame.owned[operand] = arena_offset
-            return slot
-        if target is not None and (
-            target.owner is None or frame.last_use.get(target.owner, -1) < place
-        ):
-            slot = target.place
-        else:
-            arena_offset = frame.arena.allocate(size)
-            slot = f"({frame.base} + {arena_offset})"
-            key = result if result is not None else object()
-            frame.owned[key] = arena_offset
-            frame.last_use.setdefault(key, place)
+            heir = result if result is not None else object()
+            self.place[heir] = self.place[root]
+            frame.owned[heir] = frame.owned.pop(root)
+            frame.last_use.setdefault(heir, place)
+            frame.last_use[root] = frame.last_use[heir]
+            return self.place[heir]
+        slot = frame.free_target(result, place)
+        if slot is None:
+            slot = frame.own(result if result is not None else object(), size, place)
         if result is not None:
             self.place[result] = slot
         if size and slot != self._pointer(operand):
@@ -441,38 +449,28 @@ class Program:
         slices_owned: dict[Node, int | None],
     ) -> Target:
         """Where the rounds of a loop put what is stacked."""
-        target = frame.targets.get(result) if result is not None else None
-        if target is not None and target.owner is not None:
+        target = frame.targets.get(result)
+        base = frame.free_target(result, place)
+        if target is not None and base is None:
             owner = target.owner
-            reads = [locate(operand) for operand in region.operands]
-            sources = [each for each, (root, _) in enumerate(reads) if root is owner]
-            if frame.last_use.get(owner, -1) < place:
-                pass
-            elif (
+            roots = [locate(operand) for operand in region.operands]
+            sources = [each for each, (root, _) in enumerate(roots) if root is owner]
+            if (
                 region.loop.kind == "map"
                 and owner in frame.owned
                 and frame.last_use[owner] == place
                 and owner not in captured
                 and len(sources) == 1
-                and reads[sources[0]][1] == 0
+                and roots[sources[0]][1] == 0
                 and sources[0] in region.slices
             ):
                 # Each member overwrites its own slice, when it has been read.
-                assert result is not None
-                self.place[result] = target.place
                 node = region.slices[sources[0]]
                 slices_owned[node] = None
+                self.place[result] = target.place
                 return Target(f"({target.place} + {index} * {step})", node)
-            else:
-                target = None
-        if target is not None:
-            base = target.place
-        else:
-            offset = frame.arena.allocate(size)
-            base = f"({frame.base} + {offset})"
-            key = result if result is not None else object()
-            frame.owned[key] = offset
-            frame.last_use.setdefault(key, place)
+        if base is None:
+            base = frame.own(result if result is not None else object(), size, place)
         if result is not None:
             self.place[result] = base
         return Target(f"({base} + {index} * {step})")

@@ -109,13 +109,12 @@ def working(
                 process.stdin.write(line)
             if not select.select([process.stdout], [], [], options.limit)[0]:
                 raise WorkerError(f"no answer in {options.limit:.0f} s")
-            if answer := process.stdout.readline():
-                found = json.loads(answer)
-            else:
+            answer = process.stdout.readline()
+            if not answer:
                 code = process.wait()
                 errors.seek(0)
-                lines = errors.read().strip().splitlines()
-                found = {"error": lines[-1] if lines else f"ended with code {code}"}
+                answer = [f"ended with code {code}", *errors.read().strip().splitlines()][-1]
+            found = json.loads(answer) if answer.startswith("{") else {"error": answer}
             if "error" not in found:
                 return found
             missing = re.search(r"No module named '([\w.]+)'", found["error"])
@@ -285,25 +284,18 @@ def memory(rows: Sequence[Row]) -> str:
 
 def report(rows: Sequence[Row], machine: str) -> str:
     """All tables, as Markdown."""
-    populations = [row for row in rows if row.workload.members]
-    steps = [row for row in rows if not row.workload.members]
-    big = [row for row in rows if row.workload.memory]
     sections = [
-        ("Steps", times, steps),
-        ("Populations", times, populations),
+        ("Steps", times, [row for row in rows if not row.workload.members]),
+        ("Populations", times, [row for row in rows if row.workload.members]),
         ("First call, seconds", first_calls, rows),
-        ("Peak memory, MiB, above the process before the workload was built", memory, big),
+        (
+            "Peak memory, MiB, above the process before the workload was built",
+            memory,
+            [row for row in rows if row.workload.memory],
+        ),
     ]
-    parts = [f"{machine}\n\n{NOTES}"]
-    parts += [f"### {title}\n\n{make(chosen)}" for title, make, chosen in sections if chosen]
-    failures = [
-        f"- {row.workload.name}, {peer}: {' '.join(failure.split())[:400]}"
-        for row in rows
-        for peer, failure in row.failures.items()
-    ]
-    if failures:
-        parts.append("### Failures\n\n" + "\n".join(failures))
-    return "\n\n".join(parts) + "\n"
+    tables = [f"### {title}\n\n{make(chosen)}" for title, make, chosen in sections if chosen]
+    return "\n\n".join([machine, NOTES, *tables]) + "\n"
 
 
 def processor() -> str:
