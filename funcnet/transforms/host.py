@@ -273,8 +273,8 @@ class Program:
             self.place[node] = where[matrix.buffer]
             if matrix.buffer in compiled.inputs:
                 self.place[node] = frame.own(node, _size(node), place)
-                source = where[matrix.buffer]
-                frame.lines.append(f"std::memcpy({self.place[node]}, {source}, {_size(node)});")
+                given = where[matrix.buffer]
+                frame.lines.append(f"std::memcpy({self.place[node]}, {given}, {_size(node)});")
             elif matrix.buffer in offsets:
                 owners[matrix.buffer] = node
                 frame.owned[node] = offsets.pop(matrix.buffer)
