@@ -64,13 +64,16 @@ PEERS = {
 }
 COMPILED = ("funcnet jit", "torch.compile", "JAX jit")
 OURS = "funcnet jit"
+# By task: glibc keeps large blocks in a heap that fragments, or maps and unmaps them.
+MALLOCS = {"memory": "default", "mapped": "large blocks mapped"}
 NOTES = f"""\
 A time is the median over the rounds, of a step: in a scan one of {STEPS}, in a population that of
 all members. The last columns are {OURS} over the peer. The disk net is 2-25-25-25-2; every net
 has ReLU and the loss MSE. States are donated where a peer can. torch.compile is the compiled
 model and loss, and the compiled optimizer step. Torch loops over the steps of a scan, and trains
 a population by torch.func.vmap, or one by one: its models in turn. Remat is in blocks of two
-layers."""
+layers. Memory is data, state and all else, twice: with glibc's default malloc, in whose heap freed
+blocks leave gaps, and with blocks of 1 MiB and more mapped, which is what is in use."""
 
 
 class WorkerError(Exception):
@@ -147,6 +150,8 @@ def settings(threads: int, cache: str, task: str) -> dict[str, str]:
         found["JAX_COMPILATION_CACHE_DIR"] = f"{cache}/jax"
         found["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0"
         found["JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES"] = "-1"
+    if task == "mapped":
+        found["MALLOC_MMAP_THRESHOLD_"] = str(2**20)
     return found
 
 
@@ -159,6 +164,7 @@ class Row:
     first_empty: dict[str, list[float]] = field(default_factory=dict)
     first_warm: dict[str, list[float]] = field(default_factory=dict)
     memory: dict[str, list[float]] = field(default_factory=dict)
+    mapped: dict[str, list[float]] = field(default_factory=dict)
     failures: dict[str, str] = field(default_factory=dict)
 
     def median(self, what: str, peer: str) -> float | None:
@@ -206,10 +212,10 @@ def measure(workload: Workload, options: argparse.Namespace, versions: dict[str,
                     with working(peer, "first", workload, cache, options) as ask:
                         found.setdefault(peer, []).append(ask()["first"])
     with tempfile.TemporaryDirectory() as cache:
-        for _ in range(options.repeats if workload.memory else 0):
+        for task in [*MALLOCS] * (options.repeats if workload.memory else 0):
             for peer in standing(peers):
-                with attempt(peer), working(peer, "memory", workload, cache, options) as ask:
-                    row.memory.setdefault(peer, []).append(ask()["memory"])
+                with attempt(peer), working(peer, task, workload, cache, options) as ask:
+                    getattr(row, task).setdefault(peer, []).append(ask()["memory"])
     return row
 
 
@@ -272,14 +278,15 @@ def memory(rows: Sequence[Row]) -> str:
     lines = []
     for row in rows:
         kept = plain.get(row.workload.name.removesuffix(", remat"))
-        ours = row.median("memory", OURS)
         peers = [(row, "torch eager"), (row, "JAX jit"), (kept, "torch eager")]
-        lines.append(
-            [row.workload.name, *[cell(row, "memory", peer) for peer in PEERS]]
-            + [ratio(ours, each and each.median("memory", peer)) for each, peer in peers]
-        )
+        for task, malloc in MALLOCS.items():
+            ours = row.median(task, OURS)
+            lines.append(
+                [row.workload.name, malloc, *[cell(row, task, peer) for peer in PEERS]]
+                + [ratio(ours, each and each.median(task, peer)) for each, peer in peers]
+            )
     ratios = ["/ torch eager", "/ JAX jit", "/ torch eager without remat"]
-    return table(["workload", *PEERS, *ratios], lines)
+    return table(["workload", "malloc", *PEERS, *ratios], lines)
 
 
 def report(rows: Sequence[Row], machine: str) -> str:

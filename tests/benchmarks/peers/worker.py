@@ -60,9 +60,7 @@ Build = Callable[[str, Workload], Job]
 
 def time_calls(job: Job, calls: int) -> float:
     """Seconds a call, from the first state on, so that every round does the same work."""
-    state = job.start()
-    if calls > 1:
-        state = job.advance(state)
+    state = job.advance(job.start())
     job.wait(state)
     begin = time.perf_counter()
     for _ in range(calls):
@@ -108,7 +106,7 @@ def serve(build: Build, version: str) -> None:
     """Be a worker: answer the driver in lines of JSON."""
     parser = argparse.ArgumentParser()
     parser.add_argument("mode", help="which way of the library, such as eager")
-    parser.add_argument("task", choices=("time", "first", "memory"))
+    parser.add_argument("task", choices=("time", "first", "memory", "mapped"))
     parser.add_argument("workload", type=json.loads)
     parser.add_argument("seconds", type=float, help="of a round")
     options = parser.parse_args()
@@ -121,7 +119,7 @@ def serve(build: Build, version: str) -> None:
         print(json.dumps(fields), file=answers)
 
     try:
-        if options.task == "memory":
+        if options.task in ("memory", "mapped"):
             answer(memory=peak_memory(build, options.mode, workload))
             return
         job = build(options.mode, workload)
