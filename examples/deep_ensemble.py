@@ -39,7 +39,9 @@ def gaussian_nll_rule(residuals: dict[str, Tensor], dvalue: Tensor | float) -> T
 
 
 def gaussian_nll() -> fn.Loss:
-    """``(log variance + error^2 / variance) / 2``, up to a constant, averaged over n examples.
+    """``(log variance + error^2 / variance) / 2``, averaged over n examples.
+
+    That is the negative log-likelihood without its constant, ``log(2 pi) / 2``.
 
     Inputs: prediction (n, 2), a mean and the logarithm of a variance; target (n,).
     """
@@ -56,9 +58,13 @@ def gaussian_nll() -> fn.Loss:
     return fn.Loss(apply, vjp)
 
 
-wide = fn.initializers.normal(std=2.0)
+# Bends all over the data at the start; outside of them each net goes on in its own direction.
 MODEL = fn.serial(
-    fn.linear(50, weight_init=wide, bias_init=wide), fn.tanh(), fn.linear(50), fn.tanh(), fn.linear(2)
+    fn.linear(50, weight_init=fn.initializers.normal(), bias_init=fn.initializers.normal(std=3.0)),
+    fn.silu(),
+    fn.linear(50),
+    fn.silu(),
+    fn.linear(2),
 )
 
 
@@ -108,10 +114,11 @@ def mixture(members: Prediction) -> Prediction:
 
 
 def scores(prediction: Prediction, target: Tensor) -> str:
-    error = target - prediction.mean
-    density = (prediction.variance.log() + error.square() / prediction.variance).mean() / 2
-    likelihood = density + math.log(2 * math.pi) / 2
-    return f"RMSE {error.square().mean().sqrt():.4f}, negative log-likelihood {likelihood:+.4f}"
+    """Of the normal distribution with the predicted mean and variance."""
+    outputs = torch.stack([prediction.mean, prediction.variance.log()], -1)
+    likelihood = gaussian_nll().apply(outputs, target) + math.log(2 * math.pi) / 2
+    root = (prediction.mean - target).square().mean().sqrt()
+    return f"RMSE {root:.4f}, negative log-likelihood {likelihood:.4f}"
 
 
 REGIONS = {"on the data": (1.0, 4.0), "in the gap": (0.0, 0.5), "outside": (5.0, 6.0)}
@@ -127,9 +134,7 @@ def widths(x: Tensor, ensemble: Prediction) -> dict[str, float]:
     }
 
 
-def draw_band(
-    x: Tensor, members: Prediction, data: tuple[Tensor, Tensor], path: Path
-) -> None:
+def draw_band(x: Tensor, members: Prediction, data: tuple[Tensor, Tensor], path: Path) -> None:
     ensemble, line = mixture(members), x[:, 0]
     figure, axes = plt.subplots(figsize=(8, 4.5), layout="constrained")
     for deviations in (2, 1):

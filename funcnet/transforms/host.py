@@ -27,15 +27,15 @@ from funcnet.transforms.inductor import (
 )
 from funcnet.transforms.tracing import (
     Block,
-    Item,
     Node,
     Primitive,
     Region,
     Segment,
     Traced,
-    base_of,
     blocks,
-    through_barriers,
+    locate,
+    reads,
+    reads_inside,
 )
 
 _ALIGNMENT = 64
@@ -340,12 +340,12 @@ class Program:
         self.loops += 1
         index, base = f"i{self.loops}", f"w{self.loops}"
         loop = region.loop
-        captured = _captured(region)
+        inside = reads_inside(region)
         slices_owned: dict[Node, int | None] = {}
         targets: list[Target] = []
         taken: set[Node] = set()
         for position, operand in enumerate(region.operands[: loop.carried]):
-            slot = self._carry(frame, region, position, operand, place, captured, taken)
+            slot = self._carry(frame, region, position, operand, place, inside, taken)
             if position in region.slices:
                 node = region.slices[position]
                 self.place[node] = slot
@@ -363,9 +363,7 @@ class Program:
             size = prod(loop.outer[position].shape) * loop.outer[position].dtype.itemsize
             step = size // max(loop.length, 1)
             targets.append(
-                self._stack(
-                    frame, region, stacked, size, step, index, place, captured, slices_owned
-                )
+                self._stack(frame, region, stacked, size, step, index, place, inside, slices_owned)
             )
         parallel = loop.kind == "map" and frame.threads != 1
         threads = 1 if loop.kind == "map" else frame.threads
@@ -401,7 +399,7 @@ class Program:
         position: int,
         operand: Node,
         place: int,
-        captured: set[Node],
+        inside: set[Node],
         taken: set[Node],
     ) -> str:
         """The memory of a carry, with its first value in it."""
@@ -412,7 +410,7 @@ class Program:
         dies = (
             root in frame.owned
             and frame.last_use.get(root) == place
-            and root not in captured
+            and root not in inside
             and root not in taken
             and offset == 0
             and _size(root) == size
@@ -445,7 +443,7 @@ class Program:
         step: int,
         index: str,
         place: int,
-        captured: set[Node],
+        inside: set[Node],
         slices_owned: dict[Node, int | None],
     ) -> Target:
         """Where the rounds of a loop put what is stacked."""
@@ -459,7 +457,7 @@ class Program:
                 region.loop.kind == "map"
                 and owner in frame.owned
                 and frame.last_use[owner] == place
-                and owner not in captured
+                and owner not in inside
                 and len(sources) == 1
                 and roots[sources[0]][1] == 0
                 and sources[0] in region.slices
@@ -528,22 +526,6 @@ def _tidy(source: str) -> str:
     return source.replace('extern "C"', "static").strip() + "\n"
 
 
-def locate(node: Node) -> tuple[Node, int]:
-    """The value in whose memory a node lies, and how many bytes from its start."""
-    root = node
-    while True:
-        step = through_barriers(root)
-        base = base_of(step)
-        if base is None:
-            root = step
-            break
-        root = base
-    value: Tensor = node.meta["val"]
-    if root is node or through_barriers(node) is root:
-        return root, 0
-    return root, int(value.storage_offset()) * value.element_size()
-
-
 def _size(node: Node) -> int:
     value: Tensor = node.meta["val"]
     return value.numel() * value.element_size()
@@ -561,25 +543,6 @@ def _in_rows(matrix: Matrix) -> bool:
             return False
         step *= max(size, 1)
     return True
-
-
-def reads(item: Item) -> set[Node]:
-    """The values from outside that a step reads."""
-    if isinstance(item, Segment):
-        return {locate(node)[0] for node in item.inputs}
-    if isinstance(item, Primitive):
-        return {locate(node)[0] for node in item.operands}
-    return {locate(node)[0] for node in item.operands} | _captured(item)
-
-
-def _captured(region: Region) -> set[Node]:
-    """The values from outside that the body of a loop reads, its operands' slices aside."""
-    made = set(region.slices.values())
-    read: set[Node] = {locate(node)[0] for node in region.body.outputs}
-    for item in region.body.items:
-        read |= reads(item)
-        made |= set(item.outputs if isinstance(item, Segment) else item.results.values())
-    return read - made
 
 
 Located = tuple[str, Tensor]

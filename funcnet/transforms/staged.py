@@ -12,7 +12,6 @@ from torch import Tensor, fx
 from torch.fx.experimental.proxy_tensor import make_fx
 
 from funcnet.random import threefry_at, threefry_range
-from funcnet.transforms.host import locate, reads
 from funcnet.transforms.tracing import (
     Block,
     Node,
@@ -21,6 +20,8 @@ from funcnet.transforms.tracing import (
     Segment,
     Traced,
     blocks,
+    locate,
+    reads,
     through_barriers,
 )
 

@@ -488,9 +488,63 @@ def _cut(block: Block, runs: dict[Block, list[Any]]) -> None:
         elif mark_of(entry) is None:
             run.append(entry)
     pieces.append(run)
+    _move_up(pieces)
     block.items = [
         _segment(piece) if isinstance(piece, list) else piece for piece in pieces if piece
     ]
+
+
+def _move_up(pieces: list[list[Node] | Region | Primitive]) -> None:
+    """Compute what only outputs need as soon as it can be, such as the update of a parameter.
+
+    It takes no more memory then, for outputs have memory of their own, and what it is made of, such
+    as a gradient, can go. What the block was given is left alone until others have read it, so that
+    it may be overwritten.
+    """
+    made: dict[Node, int] = {}
+    for place, piece in enumerate(pieces):
+        for node in piece if isinstance(piece, list) else piece.results.values():
+            made[node] = place
+    runs = {place: piece for place, piece in enumerate(pieces) if isinstance(piece, list)}
+    final = _only_for_outputs({node for run in runs.values() for node in run})
+    last_read: dict[Node, int] = {}
+    for place, piece in enumerate(pieces):
+        if isinstance(piece, list):
+            readers = [node for node in piece if node not in final]
+            found = {root for node in readers for root in _roots(node)}
+        else:
+            found = reads(piece)
+        last_read.update(dict.fromkeys(found, place))
+    for place, run in runs.items():
+        for node in [node for node in run if node in final]:
+            needs = [made.get(root, last_read.get(root, 0)) for root in _roots(node)]
+            earliest = min([each for each in runs if each >= max(needs, default=place)])
+            if earliest < place:
+                run.remove(node)
+                runs[earliest].append(node)
+                made[node] = earliest
+
+
+def _only_for_outputs(nodes: set[Node]) -> set[Node]:
+    """The pointwise nodes whose values reach nothing but outputs, and each other."""
+    if not nodes:
+        return set()
+    final: dict[Node, bool] = {}
+    for node in reversed(next(iter(nodes)).graph.nodes):
+        ends = node.op == "output" or mark(node) == "end"
+        tags = getattr(node.target, "tags", ())
+        inner = _is_free(node) or (node in nodes and torch.Tag.pointwise in tags)
+        final[node] = ends or (inner and all([final[user] for user in node.users]))
+    return {node for node in nodes if final[node]}
+
+
+def _roots(node: Node) -> set[Node]:
+    """The values that an operator reads, through views."""
+    found: set[Node] = set()
+    for operand in node.all_input_nodes:
+        root = through_barriers(operand)
+        found |= _roots(root) if _is_free(root) else {root}
+    return found
 
 
 def _primitive(node: Node) -> Primitive:
@@ -585,3 +639,38 @@ def _leaves(node: Node, inside: set[Node]) -> bool:
         else:
             return True
     return False
+
+
+def locate(node: Node) -> tuple[Node, int]:
+    """The value in whose memory a node lies, and how many bytes from its start."""
+    root = node
+    while True:
+        step = through_barriers(root)
+        base = base_of(step)
+        if base is None:
+            root = step
+            break
+        root = base
+    value: Tensor = node.meta["val"]
+    if root is node or through_barriers(node) is root:
+        return root, 0
+    return root, int(value.storage_offset()) * value.element_size()
+
+
+def reads(item: Item) -> set[Node]:
+    """The values from outside that a step reads."""
+    if isinstance(item, Segment):
+        return {locate(node)[0] for node in item.inputs}
+    if isinstance(item, Primitive):
+        return {locate(node)[0] for node in item.operands}
+    return {locate(node)[0] for node in item.operands} | reads_inside(item)
+
+
+def reads_inside(region: Region) -> set[Node]:
+    """The values from outside that the body of a loop reads, its operands' slices aside."""
+    made = set(region.slices.values())
+    read: set[Node] = {locate(node)[0] for node in region.body.outputs}
+    for item in region.body.items:
+        read |= reads(item)
+        made |= set(item.outputs if isinstance(item, Segment) else item.results.values())
+    return read - made
