@@ -17,7 +17,7 @@ the loss of a batch is reduced, or whether the points are scaled. Here
   batches of all sizes move the parameters alike in an epoch;
 - the points are z-scored by the mean and deviation of the training points;
 - the first layer's weights and biases start uniform in (-3, 3), so that its units bend all over the
-  square, the other weights with variance 1 / inputs, the other biases at 0.
+  square, and the others as `fn.linear` lets them start: uniform in 1 / sqrt(inputs).
 
 The loss that is printed and drawn is the squared error summed over both outputs and averaged over
 the points. The report's must be the same: from a net that knows but the share of the classes, it is
@@ -137,15 +137,10 @@ class Run(NamedTuple):
 
 def net(activation: fn.Layer) -> fn.Layer:
     """2-25-25-25-2; each unit of the first layer starts with its bend somewhere in the square."""
-    wide, narrow = fn.initializers.uniform(-3.0, 3.0), fn.initializers.lecun_uniform()
-
-    def later(outputs: int) -> fn.Layer:
-        return fn.linear(outputs, weight_init=narrow, bias_init=fn.initializers.zeros())
-
+    wide = fn.initializers.uniform(-3.0, 3.0)
     first = fn.linear(25, weight_init=wide, bias_init=wide)
-    return fn.serial(
-        first, activation, later(25), activation, later(25), activation, later(OBJECTIVE.outputs)
-    )
+    hidden = [layer for _ in range(2) for layer in (activation, fn.linear(25))]
+    return fn.serial(first, *hidden, activation, fn.linear(OBJECTIVE.outputs))
 
 
 def start(model: fn.Layer, key: Tensor, rate: Tensor) -> tuple[Run, fn.TrainState]:

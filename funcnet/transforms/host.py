@@ -375,14 +375,16 @@ class Program:
         head = f"for (int64_t {index} = 0; {index} < {loop.length}; ++{index}) {{"
         if parallel:
             frame.lines += [
-                "{ std::atomic<bool> failed{false};",
+                "{ std::string failed;",
                 f"#pragma omp parallel for num_threads({frame.threads})",
                 head,
                 f"char* const {base} = {start} + omp_get_thread_num() * {stride}; (void){base};",
                 "try {",
                 *body.lines,
-                "} catch (...) { failed = true; } }",
-                'if (failed) { throw std::runtime_error("a member failed: division by zero"); } }',
+                "} catch (const std::exception& error) {",
+                "_Pragma(\"omp critical\")",
+                "failed = error.what(); } }",
+                "if (!failed.empty()) { throw std::runtime_error(failed); } }",
             ]
         else:
             frame.lines += [
