@@ -29,6 +29,7 @@ import os
 import statistics
 import time
 from collections.abc import Callable
+from itertools import pairwise
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -68,6 +69,7 @@ import funcnet as fn
 OBJECTIVE = Objective(fn.mse("sum"), 2, one_hot, margin_score)
 ACTIVATIONS = {"ReLU": fn.relu(), "Tanh": fn.tanh()}
 MODULES = {"ReLU": nn.ReLU, "Tanh": nn.Tanh}
+AVERAGED = 100
 CHUNK = 5
 """Epochs of one call, between which the progress bar moves."""
 
@@ -135,6 +137,14 @@ class Run(NamedTuple):
     test: Data
 
 
+class Progress(NamedTuple):
+    """How far a run is."""
+
+    state: fn.TrainState
+    average: fn.Params
+    """Of the parameters after the last epochs, or all of them if they are not so many."""
+
+
 def net(activation: fn.Layer) -> fn.Layer:
     """2-25-25-25-2; each unit of the first layer starts with its bend somewhere in the square."""
     wide = fn.initializers.uniform(-3.0, 3.0)
@@ -143,12 +153,12 @@ def net(activation: fn.Layer) -> fn.Layer:
     return fn.serial(first, *hidden, activation, fn.linear(OBJECTIVE.outputs))
 
 
-def start(model: fn.Layer, key: Tensor, rate: Tensor) -> tuple[Run, fn.TrainState]:
+def start(model: fn.Layer, key: Tensor, rate: Tensor) -> tuple[Run, Progress]:
     """A run before its first step: all but the rate is a function of the round's key."""
     points = [draw(fn.fold_in(key, name), POINTS, out_of_annulus) for name in ("train", "test")]
     train, test = standardized(*points)
     state = fn.init_train_state(model, fn.sgd(rate), fn.fold_in(key, "model"), train.points)
-    return Run(key, rate, train, test), state
+    return Run(key, rate, train, test), Progress(state, state.params)
 
 
 def measure(model: fn.Layer, params: fn.Params, data: Data) -> Tensor:
@@ -159,24 +169,30 @@ def measure(model: fn.Layer, params: fn.Params, data: Data) -> Tensor:
 
 
 def train(
-    model: fn.Layer, batch_size: int, run: Run, state: fn.TrainState, epochs: Tensor
-) -> tuple[fn.TrainState, Tensor]:
+    model: fn.Layer, batch_size: int, run: Run, progress: Progress, epochs: Tensor
+) -> tuple[Progress, Tensor]:
     """Some epochs of one run: what is vmapped and compiled.
 
     Returns:
-        The state, and loss and error of both data sets after each epoch, (epochs, 2, 2).
+        How far it is, and loss and error of both data sets after each epoch, (epochs, 2, 2).
     """
     step = fn.train_step(model, OBJECTIVE.loss, fn.sgd(run.rate))
     examples = run.train.points, OBJECTIVE.target(run.train.labels)
     shuffle_key = fn.fold_in(run.key, "shuffle")
 
-    def epoch(state: fn.TrainState, number: Tensor) -> tuple[fn.TrainState, Tensor]:
+    def epoch(progress: Progress, number: Tensor) -> tuple[Progress, Tensor]:
         batches = fn.epoch_batches(fn.fold_in(shuffle_key, number), examples, batch_size)
-        state, _ = fn.scan(lambda state, batch: (step(state, batch)[0], None), state, batches)
-        sets = [measure(model, state.params, data) for data in (run.train, run.test)]
-        return state, torch.stack(sets)
+        state, _ = fn.scan(
+            lambda state, batch: (step(state, batch)[0], None), progress.state, batches
+        )
+        share = 1 / (number + 1).clamp(max=AVERAGED)
+        average = fn.tree.map(
+            lambda old, new: old + share * (new - old), progress.average, state.params
+        )
+        sets = [measure(model, average, data) for data in (run.train, run.test)]
+        return Progress(state, average), torch.stack(sets)
 
-    return fn.scan(epoch, state, epochs)
+    return fn.scan(epoch, progress, epochs)
 
 
 def train_row(row: Row, advance: Callable[[int], Any]) -> Result:
@@ -184,18 +200,18 @@ def train_row(row: Row, advance: Callable[[int], Any]) -> Result:
     model = net(ACTIVATIONS[row.activation])
     keys = fn.random.split(fn.key(row.seed), row.rounds).repeat(len(row.rates), 1)
     rates = torch.tensor(row.rates).repeat_interleave(row.rounds)
-    runs, states = fn.vmap(lambda key, rate: start(model, key, rate))(keys, rates)
+    runs, progress = fn.vmap(lambda key, rate: start(model, key, rate))(keys, rates)
 
     train_all = fn.jit(
         fn.vmap(
-            lambda run, state, epochs: train(model, row.batch_size, run, state, epochs),
+            lambda run, progress, epochs: train(model, row.batch_size, run, progress, epochs),
             in_axes=(0, 0, None),
         )
     )
     histories, seconds = [], []
     for epochs in torch.arange(row.epochs).split(CHUNK):
         begin = time.perf_counter()
-        states, history = train_all(runs, states, epochs)
+        progress, history = train_all(runs, progress, epochs)
         seconds.append((time.perf_counter() - begin) / row.steps(len(epochs)))
         histories.append(history)
         advance(len(epochs))
@@ -251,7 +267,7 @@ def epoch_cost(row: Row) -> float:
 def eager_step_seconds(row: Row, steps: int) -> float:
     """The time of a step of one such net in PyTorch: torch.nn, autograd and torch.optim.SGD."""
     widths, layers = (2, 25, 25, 25, OBJECTIVE.outputs), []
-    for inputs, outputs in zip(widths, widths[1:], strict=False):
+    for inputs, outputs in pairwise(widths):
         layers += [nn.Linear(inputs, outputs), MODULES[row.activation]()]
     module = nn.Sequential(*layers[:-1])
     optimizer = torch.optim.SGD(module.parameters(), 1e-4)

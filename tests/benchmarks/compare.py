@@ -176,7 +176,7 @@ class Row:
 def measure(workload: Workload, options: argparse.Namespace, versions: dict[str, str]) -> Row:
     """Everything about a workload; a peer that fails is out, and the others go on."""
     row = Row(workload)
-    peers = [peer for peer in PEERS if workload.members or not peer.endswith("one by one")]
+    peers = [peer for peer in options.peers if workload.members or not peer.endswith("one by one")]
 
     def standing(among: Iterable[str]) -> Iterator[str]:
         return (peer for peer in among if peer not in row.failures)
@@ -206,7 +206,7 @@ def measure(workload: Workload, options: argparse.Namespace, versions: dict[str,
                     seconds = asks[peer]("go\n")["seconds"]
                     row.seconds.setdefault(peer, []).append(seconds)
     for _ in range(options.repeats if workload.repeat_first else 0):
-        for peer in standing(COMPILED):
+        for peer in standing(each for each in COMPILED if each in peers):
             with attempt(peer), tempfile.TemporaryDirectory() as cache:
                 for found in (row.first_empty, row.first_warm):
                     with working(peer, "first", workload, cache, options) as ask:
@@ -324,6 +324,7 @@ def main() -> None:
     add("--repeats", type=int, default=3, help="of first calls and peak memory (default 3)")
     add("--limit", type=float, default=600, help="seconds for an answer (default 600)")
     add("--only", nargs="+", default=[""], metavar="SUBSTRING", help="workloads with one of these")
+    add("--peers", nargs="+", choices=PEERS, default=[*PEERS], metavar="PEER", help="only these")
     add("--quick", action="store_true", help="2 rounds of 0.05 s, 1 repeat: to see that it runs")
     add("--output", type=Path, metavar="FOLDER", help="where results.md and results.json go")
     options = parser.parse_args()
@@ -338,14 +339,15 @@ def main() -> None:
     for workload in chosen:
         print(workload.name, file=sys.stderr)
         rows.append(measure(workload, options, versions))
-    machine = f"{processor()}; {', '.join(versions.values())}; {options.rounds} rounds."
-    found = report(rows, machine)
+        machine = f"{processor()}; {', '.join(versions.values())}; {options.rounds} rounds."
+        found = report(rows, machine)
+        # After every workload, so that a run that is stopped leaves what it has.
+        if options.output:
+            options.output.mkdir(parents=True, exist_ok=True)
+            (options.output / "results.md").write_text(found)
+            results = {"machine": machine, "workloads": [asdict(row) for row in rows]}
+            (options.output / "results.json").write_text(json.dumps(results, indent=1) + "\n")
     print(found, end="")
-    if options.output:
-        options.output.mkdir(parents=True, exist_ok=True)
-        (options.output / "results.md").write_text(found)
-        results = {"machine": machine, "workloads": [asdict(row) for row in rows]}
-        (options.output / "results.json").write_text(json.dumps(results, indent=1) + "\n")
 
 
 if __name__ == "__main__":

@@ -30,6 +30,18 @@ OPTIONS = {
         "--output",
     ),
     "custom_loop": ("--seed", "--epochs"),
+    "deep_ensemble": ("--seed", "--members", "--epochs", "--output"),
+    "population_sweep": (
+        "--seed",
+        "--rounds",
+        "--epochs",
+        "--batch-sizes",
+        "--activations",
+        "--quick",
+        "--results",
+        "--slice",
+        "--output",
+    ),
     "report_tables": ("--table", "--seeds", "--epochs", "--output"),
 }
 
