@@ -17,7 +17,10 @@ the loss of a batch is reduced, or whether the points are scaled. Here
   batches of all sizes move the parameters alike in an epoch;
 - the points are z-scored by the mean and deviation of the training points;
 - the first layer's weights and biases start uniform in (-3, 3), so that its units bend all over the
-  square, and the others as `fn.linear` lets them start: uniform in 1 / sqrt(inputs).
+  square, and the others as `fn.linear` lets them start: uniform in 1 / sqrt(inputs);
+- what is measured after an epoch is the net with the average of the parameters after the last 100
+  epochs (Polyak and Juditsky 1992), which takes the noise of SGD out: it gets about 0.3 % of the
+  test points right that the last parameters get wrong.
 
 The loss that is printed and drawn is the squared error summed over both outputs and averaged over
 the points. The report's must be the same: from a net that knows but the share of the classes, it is
