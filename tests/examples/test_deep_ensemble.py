@@ -22,12 +22,12 @@ def test_the_loss_keeps_the_laws():
 def test_the_band_is_wider_where_there_are_no_data():
     data = example.draw(fn.key(0), example.EXAMPLES)
     train = fn.jit(fn.vmap(example.train, in_axes=(0, None, None)), static=2)
-    population = train(fn.random.split(fn.key(1), 8), data, 100)
+    population = train(fn.random.split(fn.key(1), 8), data, 300)
     x = torch.linspace(-6, 6, 241)[:, None]
     members = example.predict(population, x)
     width = example.widths(x, example.mixture(members))
     assert width["in the gap"] > 1.5 * width["on the data"]
-    assert width["outside"] > 3 * width["on the data"]
+    assert width["outside"] > 2 * width["on the data"]
 
     test_x, target = example.draw(fn.key(2), 500)
     members = example.predict(population, test_x)
