@@ -104,6 +104,7 @@ class Frame:
     owned: dict[Node, int | None]
     targets: dict[Node, Target]
     lines: list[str] = field(default_factory=list)
+    had_before: dict[Node, list[Node]] = field(default_factory=dict)
 
     def free_target(self, node: Node, place: int) -> str | None:
         """Where a value must end up, if step ``place`` may write there already."""
@@ -365,7 +366,8 @@ class Program:
             targets.append(
                 self._stack(frame, region, stacked, size, step, index, place, inside, slices_owned)
             )
-        parallel = loop.kind == "map" and frame.threads != 1
+        # oneDNN waits for threads of its own, which it does not get within a parallel loop.
+        parallel = loop.kind == "map" and frame.threads != 1 and not _convolves(region)
         threads = 1 if loop.kind == "map" else frame.threads
         body = self._block(region.body, base, threads, targets, slices_owned)
         stride = _aligned(body.arena.size) + (_ALIGNMENT if parallel else 0)
@@ -382,7 +384,7 @@ class Program:
                 "try {",
                 *body.lines,
                 "} catch (const std::exception& error) {",
-                "_Pragma(\"omp critical\")",
+                '_Pragma("omp critical")',
                 "failed = error.what(); } }",
                 "if (!failed.empty()) { throw std::runtime_error(failed); } }",
             ]
@@ -425,7 +427,10 @@ class Program:
             self.place[heir] = self.place[root]
             frame.owned[heir] = frame.owned.pop(root)
             frame.last_use.setdefault(heir, place)
-            frame.last_use[root] = frame.last_use[heir]
+            # None of those that had this memory before may be taken for dead while the heir lives.
+            frame.had_before[heir] = [root, *frame.had_before.get(root, [])]
+            for each in frame.had_before[heir]:
+                frame.last_use[each] = frame.last_use[heir]
             return self.place[heir]
         slot = frame.free_target(result, place)
         if slot is None:
@@ -463,6 +468,7 @@ class Program:
                 and len(sources) == 1
                 and roots[sources[0]][1] == 0
                 and sources[0] in region.slices
+                and _size(region.operands[sources[0]]) == _size(owner)
             ):
                 # Each member overwrites its own slice, when it has been read.
                 node = region.slices[sources[0]]
@@ -526,6 +532,17 @@ def _tidy(source: str) -> str:
     if not re.search(r"integer_div_by_zero|_integral|div_floor|mod_", source):
         source = re.sub(r"^.*inductor_cpu_.*integer_div_error.*$", "", source, flags=re.MULTILINE)
     return source.replace('extern "C"', "static").strip() + "\n"
+
+
+def _convolves(region: Region) -> bool:
+    return any(
+        [
+            _convolves(item)
+            if isinstance(item, Region)
+            else isinstance(item, Primitive) and item.name.startswith("convolution")
+            for item in region.body.items
+        ]
+    )
 
 
 def _size(node: Node) -> int:

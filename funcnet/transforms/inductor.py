@@ -130,6 +130,8 @@ def settings(threads: int) -> Iterator[None]:
         "cpp_wrapper": True,
         "fx_graph_cache": False,
         "comment_origin": False,
+        # Every value lies in rows.
+        "comprehensive_padding": False,
         "size_asserts": False,
     }
     if width is not None:

@@ -32,6 +32,7 @@ _shape = attrgetter("shape")
 _dtype = attrgetter("dtype")
 _is_cpu = attrgetter("is_cpu")
 _is_contiguous = methodcaller("is_contiguous")
+_is_neg = methodcaller("is_neg")
 _address = methodcaller("data_ptr")
 _NUMBERS = {bool: torch.bool, int: torch.int64, float: torch.float64}
 
@@ -82,6 +83,7 @@ class _Entry:
         self.captured_sizes = [each.numel() * each.element_size() for each in traced.captured]
         self.traced = traced
         self.threads = torch.get_num_threads()
+        self.default_dtype = torch.get_default_dtype()
         self.on_cpu = all([leaf.is_cpu for leaf in [*leaves, *traced.captured]])
         inputs = [node for node in traced.graph.nodes if node.op == "placeholder"]
         outputs = [through_barriers(node) for node in traced.graph.output_node().args[0]]
@@ -153,6 +155,7 @@ class Jitted:
                     and [*map(_dtype, leaves)] == entry.dtypes
                     and all([*map(_is_cpu, leaves)])
                     and torch.get_num_threads() == entry.threads
+                    and torch.get_default_dtype() is entry.default_dtype
                 ):
                     return self._run(entry, leaves)
             except (ValueError, TypeError, AttributeError):
@@ -183,6 +186,7 @@ class Jitted:
             statics,
             tuple([(tuple(leaf.shape), leaf.dtype, leaf.device) for leaf in leaves]),
             torch.get_num_threads(),
+            torch.get_default_dtype(),
         )
         with self._lock:
             entry = self._entries.get(key)
@@ -241,6 +245,8 @@ class Jitted:
                     f"jit: expects tensors and numbers, got {leaf!r} as {_where(treedef, place)}; "
                     "name what is no tensor in static="
                 )
+            if leaf.is_complex():
+                raise TypeError(f"jit: expects real tensors, got {_where(treedef, place)} complex")
             tensors.append(leaf)
         return tensors
 
@@ -294,8 +300,8 @@ class Jitted:
 
     def _run(self, entry: _Entry, given: list[Tensor]) -> Any:
         leaves = given
-        if not all([*map(_is_contiguous, leaves)]):
-            leaves = [leaf.contiguous() for leaf in leaves]
+        if not all([*map(_is_contiguous, leaves)]) or any([*map(_is_neg, leaves)]):
+            leaves = [leaf.contiguous().resolve_neg() for leaf in leaves]
         captured = entry.traced.captured
         if not all([*map(_is_contiguous, captured)]):
             captured = [tensor.contiguous() for tensor in captured]
@@ -326,7 +332,7 @@ class Jitted:
 
     def _check_overlap(self, entry: _Entry, addresses: list[int]) -> None:
         """Refuse donated memory that another argument shares: it would change under it."""
-        places = sorted(zip(addresses, entry.sizes, strict=False))
+        places = sorted(zip(addresses, [*entry.sizes, *entry.captured_sizes], strict=True))
         end = 0
         for start, size in places:
             if size and start < end:
@@ -369,7 +375,8 @@ def _prepare(entry: _Entry) -> None:
         entry.staged = Staged(entry.traced)
         return
     compiler()
-    name = fingerprint(readable(entry.traced), repr(entry.reused), str(entry.threads))
+    setting = f"{entry.threads} {entry.default_dtype} {entry.specs}"
+    name = fingerprint(readable(entry.traced), repr(entry.reused), setting)
     refused = cache_dir() / f"{name}.refused"
     if refused.exists():
         entry.why_not_one = refused.read_text()

@@ -209,7 +209,7 @@ _SORT = (("dim", -1), ("descending", False))
 
 def _read(node: Node, values: Values) -> _Value:
     """The value of a node, which may be a view of another's memory."""
-    root, _ = locate(node)
+    root, distance = locate(node)
     value = values[root]
     if through_barriers(node) is root:
         return value
@@ -218,7 +218,7 @@ def _read(node: Node, values: Values) -> _Value:
     viewed = tensor.as_strided(
         (*tensor.shape[:leading], *view.shape),
         (*tensor.stride()[:leading], *view.stride()),
-        tensor.storage_offset() + view.storage_offset(),
+        tensor.storage_offset() + distance // view.element_size(),
     )
     return _Value(viewed, value.batched)
 

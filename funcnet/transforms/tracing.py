@@ -11,6 +11,7 @@ import threading
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any, NamedTuple
 
 import torch
@@ -172,8 +173,11 @@ def trace(function: Callable[..., list[Tensor]], specs: Sequence[Spec]) -> Trace
 
         recorded = make_fx(guarded, _allow_non_fake_inputs=True)(*examples)
         captured = _lift(recorded, mode)
-        writes = any(_writes(node) for node in recorded.graph.nodes)
-        if writes or not all([tensor.is_contiguous() for tensor in captured]):
+        # What is found out below is no longer what was recorded: then it is recorded again.
+        stale = _put_in_rows(recorded.graph)
+        stale |= any([_writes(node) for node in recorded.graph.nodes])
+        stale |= not all([tensor.is_contiguous() for tensor in captured])
+        if stale:
             recorded = _again(recorded)
     _drop_unused(recorded.graph)
     return Traced(recorded.graph, loops, captured, mode)
@@ -233,15 +237,39 @@ _SPELLED = {
 }
 
 
+def _put_in_rows(graph: Graph) -> bool:
+    """Copy operands of primitives that do not lie in rows; whether there were any."""
+    found = False
+    for node in list(graph.nodes):
+        if mark(node) in (None, "begin", "end", "barrier"):
+            continue
+        for operand in node.all_input_nodes:
+            if not _value(operand).is_contiguous():
+                found = True
+                with graph.inserting_before(node):
+                    options = {"memory_format": torch.contiguous_format}
+                    copy = graph.call_function(aten.clone.default, (operand,), options)
+                node.replace_input_with(operand, copy)
+    return found
+
+
 def _drop_unused(graph: Graph) -> None:
     """Remove what no output needs; a loop goes as a whole."""
-    graph.eliminate_dead_code(
-        lambda node: node.op in ("placeholder", "output") or mark(node) == "begin"
-    )
-    ended = {node.args[1] for node in graph.nodes if mark(node) == "end"}
-    for node in list(graph.nodes):
-        if mark(node) == "begin" and node.args[1] not in ended:
-            graph.erase_node(node)
+    dead: set[int] = set()
+    while True:
+        graph.eliminate_dead_code(partial(_stays, dead))
+        ended = {node.args[1] for node in graph.nodes if mark(node) == "end"}
+        begun = {node.args[1] for node in graph.nodes if mark(node) == "begin"}
+        if begun <= ended:
+            return
+        dead |= begun - ended
+
+
+def _stays(dead: set[int], node: Node) -> bool:
+    """Whether a node that nothing reads is kept: the start of a loop is, until its end is gone."""
+    if mark(node) == "begin":
+        return node.args[1] not in dead
+    return node.op in ("placeholder", "output")
 
 
 def _lift(recorded: fx.GraphModule, mode: FakeTensorMode) -> list[Tensor]:
@@ -643,18 +671,19 @@ def _leaves(node: Node, inside: set[Node]) -> bool:
 
 def locate(node: Node) -> tuple[Node, int]:
     """The value in whose memory a node lies, and how many bytes from its start."""
-    root = node
+    root, distance = node, 0
     while True:
-        step = through_barriers(root)
-        base = base_of(step)
-        if base is None:
-            root = step
-            break
-        root = base
-    value: Tensor = node.meta["val"]
-    if root is node or through_barriers(node) is root:
-        return root, 0
-    return root, int(value.storage_offset()) * value.element_size()
+        start = root
+        while (base := base_of(root)) is not None:
+            root = base
+        distance += _from_storage(_value(start)) - _from_storage(_value(root))
+        if mark_of(root) != "barrier":
+            return root, distance
+        root = root.args[0].args[0][root.args[1]]
+
+
+def _from_storage(value: Tensor) -> int:
+    return int(value.storage_offset()) * value.element_size()
 
 
 def reads(item: Item) -> set[Node]:

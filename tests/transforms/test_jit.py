@@ -457,3 +457,91 @@ def test_views_of_what_it_closes_over_and_of_results():
         return y, z, z.reshape(-1), sums, total, y[1:3], weight[1], x.T
 
     assert_same(fn.jit(run)(X), run(X))
+
+
+def sorted_twice(x):
+    first = fn.scan(lambda c, _: (c + 1, None), x, length=3)[0]
+    second = fn.scan(lambda c, _: (c * 1.1, None), first, length=3)[0]
+    return torch.sort(second, 0, descending=True).values, second
+
+
+BIG = torch.arange(12.0).reshape(4, 3)
+
+
+@pytest.mark.parametrize(
+    ("function", "shape"),
+    [
+        (lambda x: torch.sort(x.t()).values * 2, (4, 3)),
+        (lambda x: torch.nn.functional.conv2d(x.permute(0, 3, 1, 2), WEIGHT).relu(), (2, 5, 6, 3)),
+        (lambda x: (fn.scan(lambda c, r: (c + r, c), x, PART)[0], PART[1], PART[1:]), (3,)),
+        (sorted_twice, (4, 3)),
+        (
+            lambda x: fn.vmap(lambda r: torch.cat([r, r * 2]))(x[:2]).reshape(4, 3),
+            (4, 3),
+        ),
+        (
+            lambda x: (
+                fn.vmap(lambda r: fn.scan(lambda a, b: (a + b, None), r[0], r)[0])(x),
+                x + 1,
+            )[1],
+            (4, 3),
+        ),
+    ],
+)
+def test_memory_that_a_fuzzer_found_mistaken(function, shape):
+    x = fn.random.normal(fn.key(0), shape)
+    expected = function(x)
+    assert_same(fn.jit(function)(x), expected)
+    assert_same(fn.jit(function, donate=0)(x.clone()), expected)
+
+
+PART = BIG[1:]
+WEIGHT = fn.random.normal(fn.key(7), (4, 3, 3, 3))
+
+
+def test_remat_of_a_view_with_an_offset():
+    layer = fn.remat(fn.serial(fn.conv2d(4, 3), fn.relu()))
+    images = fn.random.normal(fn.key(0), (3, 2, 3, 8, 8))
+    params, _ = layer.init(fn.key(1), images[0])
+
+    def run(params, images):
+        y, pullback, _ = layer.vjp(params, images[1])
+        return pullback(y * 2)
+
+    assert_same(fn.jit(run)(params, images), run(params, images))
+
+
+def test_the_default_dtype_is_part_of_the_program():
+    run = lambda i: (i / 2, torch.ones(3) * i.sum())  # noqa: E731
+    compiled, i = fn.jit(run), torch.arange(5)
+    compiled(i)
+    torch.set_default_dtype(torch.float64)
+    try:
+        assert_same(compiled(i), run(i))
+        assert_same(fn.jit(run)(i), run(i))
+        assert compiled(i)[0].dtype == torch.float64
+    finally:
+        torch.set_default_dtype(torch.float32)
+
+
+def test_donated_memory_is_not_that_of_a_captured_tensor():
+    held = torch.ones(3)
+    with pytest.raises(ValueError, match="with a tensor that the function closes over"):
+        fn.jit(lambda x: x * 2 + held.flip(0), donate=0)(held[:])
+
+
+def test_a_population_of_convolutions_on_two_threads():
+    before = torch.get_num_threads()
+    torch.set_num_threads(2)
+    try:
+        layer = fn.conv2d(4, 3)
+        x = fn.random.normal(fn.key(0), (3, 8, 3, 8, 8))
+        params, _ = layer.init(fn.key(1), x[0])
+
+        def run(a):
+            y, pullback, _ = layer.vjp(params, a)
+            return pullback(y)
+
+        assert_same(fn.jit(fn.vmap(run))(x), fn.vmap(run)(x))
+    finally:
+        torch.set_num_threads(before)
