@@ -104,9 +104,15 @@ def build(name: str, write: Callable[[], str]) -> Path:
     return library
 
 
-def load(library: Path) -> ctypes.CDLL:
-    """The functions of a shared library."""
-    loaded = ctypes.CDLL(str(library))
+def load(name: str, write: Callable[[], str]) -> ctypes.CDLL:
+    """The functions of a program; see `build`."""
+    library = build(name, write)
+    try:
+        loaded = ctypes.CDLL(str(library))
+    except OSError:
+        # The file is not whole: a disk that was full, say.
+        library.unlink()
+        loaded = ctypes.CDLL(str(build(name, write)))
     loaded.funcnet_run.argtypes = [ctypes.c_void_p, ctypes.c_void_p]
     loaded.funcnet_error.restype = ctypes.c_char_p
     return loaded

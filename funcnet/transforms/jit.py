@@ -14,7 +14,7 @@ from torch import Tensor
 from torch._subclasses.fake_tensor import DataDependentOutputException
 
 from funcnet import tree
-from funcnet.transforms.build import build, cache_dir, compiler, fingerprint, load
+from funcnet.transforms.build import cache_dir, compiler, fingerprint, load
 from funcnet.transforms.host import Program
 from funcnet.transforms.inductor import UnsupportedError
 from funcnet.transforms.staged import Staged
@@ -253,6 +253,9 @@ class Jitted:
     def _compile(
         self, treedef: optree.PyTreeSpec, statics: tuple[Any, ...], leaves: list[Tensor]
     ) -> _Entry:
+        if all([leaf.is_cpu for leaf in leaves]):
+            # Before anything else: Inductor reads CXX once, when it is first imported.
+            compiler()
         out_treedef: Any = None
 
         def flat(*inputs: Tensor) -> list[Tensor]:
@@ -374,7 +377,6 @@ def _prepare(entry: _Entry) -> None:
         entry.why_not_one = "tensors on another device than the CPU"
         entry.staged = Staged(entry.traced)
         return
-    compiler()
     setting = f"{entry.threads} {entry.default_dtype} {entry.specs}"
     name = fingerprint(readable(entry.traced), repr(entry.reused), setting)
     refused = cache_dir() / f"{name}.refused"
@@ -382,7 +384,7 @@ def _prepare(entry: _Entry) -> None:
         entry.why_not_one = refused.read_text()
     else:
         try:
-            library = load(build(name, lambda: _program(entry)))
+            library = load(name, lambda: _program(entry))
             entry.run, entry.error = library.funcnet_run, library.funcnet_error
             return
         except UnsupportedError as reason:

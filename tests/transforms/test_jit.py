@@ -395,11 +395,24 @@ def test_programs_are_kept_on_disk_for_other_processes(tmp_path):
     assert len([*tmp_path.iterdir()]) == 1
 
 
+def test_a_broken_file_on_disk_is_made_anew(tmp_path, monkeypatch):
+    whole, cut = tmp_path / "whole", tmp_path / "cut"
+    run = lambda x: x * 3  # noqa: E731
+    monkeypatch.setenv("FUNCNET_CACHE_DIR", str(whole))
+    fn.jit(run)(X)
+    (library,) = whole.glob("*.so")
+    cut.mkdir()
+    (cut / library.name).write_bytes(library.read_bytes()[:100])
+    monkeypatch.setenv("FUNCNET_CACHE_DIR", str(cut))
+    torch.testing.assert_close(fn.jit(run)(X), run(X))
+    assert (cut / library.name).stat().st_size > 1000
+
+
 @pytest.fixture
 def interpreted(monkeypatch):
     """Staged programs whose segments are not compiled: for the logic of the stages."""
     monkeypatch.setattr("torch._inductor.compile", lambda graph, inputs: graph)
-    monkeypatch.setattr("funcnet.transforms.jit.build", lambda *_: (_ for _ in ()).throw(refused()))
+    monkeypatch.setattr("funcnet.transforms.jit.load", lambda *_: (_ for _ in ()).throw(refused()))
 
 
 def refused():
