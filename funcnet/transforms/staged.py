@@ -26,6 +26,9 @@ from funcnet.transforms.tracing import (
 )
 
 
+aten = torch.ops.aten
+
+
 class _Value(NamedTuple):
     """A tensor with one leading axis for each of the open maps in which it is ``batched``."""
 
@@ -82,7 +85,7 @@ class Staged:
         return [_read(node, values) for node in block.outputs]
 
     def _segment(self, segment: Segment, values: Values) -> None:
-        module = fx.GraphModule(torch.nn.Module(), segment.graph)
+        module = fx.GraphModule(torch.nn.Module(), _of_any_layout(segment.graph))
         results = self._apply(segment, module, segment.inputs, values)
         values.update(zip(segment.outputs, results, strict=True))
 
@@ -178,6 +181,16 @@ class Staged:
             values[node] = _Value(whole, everywhere)
 
 
+def _of_any_layout(graph: fx.Graph) -> fx.Graph:
+    """The graph for members of a batch, which need not lie as one alone does."""
+    copy = fx.Graph()
+    copy.output(copy.graph_copy(graph, {}))
+    for node in copy.nodes:
+        if node.target in (aten.view.default, aten._unsafe_view.default):
+            node.target = aten.reshape.default
+    return copy
+
+
 def _formula(item: Primitive) -> Any:
     """A primitive in the operators that Inductor knows."""
     if item.name == "sort":
@@ -188,7 +201,7 @@ def _formula(item: Primitive) -> Any:
         return lambda key: threefry_range(key, start, n)
     if item.name == "threefry_at":
         return threefry_at
-    operator = getattr(torch.ops.aten, item.name).default
+    operator = getattr(aten, item.name).default
 
     def formula(*operands: Tensor) -> Any:
         given = iter(operands)

@@ -445,6 +445,21 @@ def test_a_staged_program_gives_the_same(monkeypatch, tmp_path):
     assert_same(compiled(keys, scales), nested(keys, scales))
 
 
+@pytest.mark.usefixtures("interpreted")
+def test_a_staged_population_views_memory_of_other_layouts(monkeypatch, tmp_path):
+    monkeypatch.setenv("FUNCNET_CACHE_DIR", str(tmp_path))
+    net = fn.serial(fn.embedding(5, 3), fn.flatten(), fn.linear(2))
+    tokens = torch.tensor([[0, 3], [4, 4], [1, 2]])
+
+    def run(key):
+        params, _ = net.init(key, tokens)
+        y, pullback, _ = net.vjp(params, tokens)
+        return y, pullback(y)
+
+    keys = fn.random.split(fn.key(0), 3)
+    assert_same(fn.jit(fn.vmap(run))(keys), fn.vmap(run)(keys))
+
+
 def test_a_program_beyond_the_host_is_staged():
     def run(x, w):
         return fn.scan(lambda c, row: (torch.tanh(c @ w.T + row), c.sum()), x[0:1], x)
@@ -543,18 +558,48 @@ def test_donated_memory_is_not_that_of_a_captured_tensor():
         fn.jit(lambda x: x * 2 + held.flip(0), donate=0)(held[:])
 
 
-def test_a_population_of_convolutions_on_two_threads():
+@pytest.fixture
+def two_threads():
     before = torch.get_num_threads()
     torch.set_num_threads(2)
-    try:
-        layer = fn.conv2d(4, 3)
-        x = fn.random.normal(fn.key(0), (3, 8, 3, 8, 8))
-        params, _ = layer.init(fn.key(1), x[0])
+    yield
+    torch.set_num_threads(before)
 
-        def run(a):
-            y, pullback, _ = layer.vjp(params, a)
-            return pullback(y)
 
-        assert_same(fn.jit(fn.vmap(run))(x), fn.vmap(run)(x))
-    finally:
-        torch.set_num_threads(before)
+@pytest.mark.usefixtures("two_threads")
+def test_a_population_of_convolutions_on_two_threads():
+    layer = fn.conv2d(4, 3)
+    x = fn.random.normal(fn.key(0), (3, 8, 3, 8, 8))
+    params, _ = layer.init(fn.key(1), x[0])
+
+    def run(a):
+        y, pullback, _ = layer.vjp(params, a)
+        return pullback(y)
+
+    assert_same(fn.jit(fn.vmap(run))(x), fn.vmap(run)(x))
+
+
+@pytest.mark.usefixtures("two_threads")
+@pytest.mark.parametrize(
+    ("layer", "x"),
+    [
+        (fn.max_pool2d(3, stride=1), fn.random.normal(fn.key(0), (64, 8, 16, 16))),
+        (fn.embedding(3, 64), fn.random.randint(fn.key(0), (1 << 14,), 0, 3)),
+    ],
+    ids=["max_pool2d", "embedding"],
+)
+def test_two_threads_add_up_in_one_order(layer, x):
+    params, _ = layer.init(fn.key(1), x)
+
+    def run(x, dy):
+        return layer.vjp(params, x)[1](dy)
+
+    dy = fn.random.normal(fn.key(2), tuple(layer.apply(params, x)[0].shape))
+    compiled = fn.jit(run)
+    assert compiled.lower(x, dy).why_not_one is None
+    first = compiled(x, dy)
+    assert_same(first, run(x, dy))
+    for _ in range(20):
+        again = compiled(x, dy)
+        for one, other in zip(fn.tree.leaves(first), fn.tree.leaves(again), strict=True):
+            assert torch.equal(one, other)
