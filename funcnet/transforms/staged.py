@@ -25,7 +25,6 @@ from funcnet.transforms.tracing import (
     through_barriers,
 )
 
-
 aten = torch.ops.aten
 
 
