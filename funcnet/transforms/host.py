@@ -245,7 +245,8 @@ class Program:
             self.place[segment.outputs[position]] = where[compiled.inputs[source]]
         self._aim(frame, segment, compiled, place, where)
         offsets: dict[str, int] = {}
-        for instruction in compiled.instructions:
+        dying = self._dying(frame, compiled, place, where)
+        for position, instruction in enumerate(compiled.instructions):
             match instruction:
                 case Allocate(name, size):
                     if name not in where:
@@ -267,6 +268,10 @@ class Program:
                     frame.lines.append(f"{names[kernel]}({', '.join(cast)});")
                 case Product():
                     frame.lines.append(_product(instruction, where, frame.threads))
+            for node in dying.get(position, ()):
+                offset_of, frame.owned[node] = frame.owned[node], None
+                assert offset_of is not None
+                frame.arena.free(offset_of)
         owners: dict[str, Node] = {}
         for node, matrix in zip(segment.outputs, compiled.outputs, strict=True):
             if matrix is None:
@@ -286,6 +291,19 @@ class Program:
                 frame.last_use[first] = max(uses)
         for left in offsets.values():
             frame.arena.free(left)
+
+    def _dying(
+        self, frame: Frame, compiled: Kernels, place: int, where: dict[str, str]
+    ) -> dict[int, list[Node]]:
+        """The values that nothing reads after an instruction of a segment, by its place."""
+        last = _last_touch(compiled)
+        dying: dict[int, list[Node]] = {}
+        for node, offset in frame.owned.items():
+            if offset is not None and frame.last_use.get(node) == place:
+                inside = [name for name in compiled.inputs if self.place[node] in where[name]]
+                if inside:
+                    dying.setdefault(max([last.get(name, -1) for name in inside]), []).append(node)
+        return dying
 
     def _adopt(self, compiled: Kernels) -> dict[str, str]:
         """Add kernels to the program, each text once, and return their names in it."""
@@ -635,6 +653,26 @@ _PRIMITIVES = {
     "convolution": _convolution,
     "convolution_backward": _convolution_backward,
 }
+
+
+def _last_touch(compiled: Kernels) -> dict[str, int]:
+    """The place of the last instruction that touches each input, by any name it goes by."""
+    origin = {name: name for name in compiled.inputs}
+    last: dict[str, int] = {}
+    for place, instruction in enumerate(compiled.instructions):
+        match instruction:
+            case View(name, old, _) | Rename(old, name):
+                if old in origin:
+                    origin[name] = origin[old]
+            case Call(_, args, _):
+                last.update({origin[name]: place for name in args if name in origin})
+            case Product(_, a, b, bias, out):
+                names = [matrix.buffer for matrix in (a, b, bias, out) if matrix is not None]
+                last.update({origin[name]: place for name in names if name in origin})
+    for matrix in compiled.outputs:
+        if matrix is not None and matrix.buffer in origin:
+            last[origin[matrix.buffer]] = len(compiled.instructions)
+    return last
 
 
 def _product(product: Product, where: dict[str, str], threads: int) -> str:

@@ -5,6 +5,7 @@ around them is written by `funcnet.transforms.host`. The one place that needs In
 """
 
 import contextlib
+import re
 from collections.abc import Iterator, Sequence
 from typing import Any, NamedTuple
 
@@ -202,6 +203,9 @@ def kernels(segment: Segment, threads: int, in_place: Sequence[tuple[int, int]])
             lowering.wrapper_code = Recorder()
             lowering._update_scheduler()
             lowering.wrapper_code.push_codegened_graph(lowering)
+            for buffer in lowering.scheduler.name_to_buf.values():
+                # The order is settled; who only waits for a buffer does not keep it from reuse.
+                buffer.users = [user for user in buffer.users if not user.is_weak]
             lowering.scheduler.codegen()
             if lowering.constants:
                 raise UnsupportedError("a constant tensor")
@@ -221,7 +225,7 @@ def _instructions(lowering: Any) -> tuple[dict[str, str], list[Instruction]]:
     for line in lowering.wrapper_code.lines:
         match type(line).__name__:
             case "KernelDefinitionLine":
-                sources[line.kernel_name] = _ordered(line.kernel_body)
+                sources[line.kernel_name] = _caught(_ordered(line.kernel_body))
             case "KernelCallLine":
                 args = tuple(str(arg) for arg in line.call_args)
                 instructions.append(Call(line.kernel_name, args, tuple(line.arg_types)))
@@ -258,6 +262,39 @@ def _ordered(body: str) -> str:
     if "atomic_add" not in body:
         return body
     return "\n".join([line for line in body.splitlines() if "#pragma omp" not in line])
+
+
+def _caught(body: str) -> str:
+    """A kernel whose errors, such as an index out of range, leave the loops that threads share.
+
+    An exception that went through such a loop would end the process.
+    """
+    if "TORCH_CHECK" not in body or "#pragma omp" not in body:
+        return body
+    lines: list[str] = []
+    depth = shared = 0
+    ends: list[int] = []
+    for line in body.splitlines():
+        text = line.strip()
+        if text.startswith(("#pragma omp for", "#pragma omp single")):
+            collapsed = re.search(r"collapse\((\d+)\)", text)
+            shared = int(collapsed[1]) if collapsed else 1
+        if text == "}" and depth in ends:
+            ends.remove(depth)
+            lines += ["} catch (const std::exception& error) {", '_Pragma("omp critical")']
+            lines += ["failed = error.what(); }"]
+        if text == "}" and depth == 1:
+            lines.append("if (!failed.empty()) { throw std::runtime_error(failed); }")
+        depth += line.count("{") - line.count("}")
+        lines.append(line)
+        if text == "{" and depth == 1:
+            lines.append("std::string failed;")
+        elif text == "{" and shared:
+            shared -= 1
+            if not shared:
+                lines.append("try {")
+                ends.append(depth)
+    return "\n".join(lines)
 
 
 def _bytes(node: Any) -> int:

@@ -2,6 +2,7 @@
 
 import functools
 import inspect
+import re
 import threading
 from array import array
 from collections.abc import Callable, Hashable, Sequence
@@ -177,13 +178,15 @@ class Jitted:
         self, args: tuple[Any, ...], kwargs: dict[str, Any]
     ) -> tuple[_Entry | None, list[Tensor]]:
         args, kwargs, statics = self._split(args, kwargs)
-        leaves, treedef = tree.flatten((args, kwargs))
-        leaves = self._tensors(leaves, treedef)
+        given, treedef = tree.flatten((args, kwargs))
+        leaves = self._tensors(given, treedef)
         if any([leaf.is_meta for leaf in leaves]):
             return None, leaves
+        numbers = [place for place, leaf in enumerate(given) if type(leaf) in _NUMBERS]
         key = (
             treedef,
             statics,
+            tuple(numbers),
             tuple([(tuple(leaf.shape), leaf.dtype, leaf.device) for leaf in leaves]),
             torch.get_num_threads(),
             torch.get_default_dtype(),
@@ -191,9 +194,9 @@ class Jitted:
         with self._lock:
             entry = self._entries.get(key)
             if entry is None:
-                entry = self._compile(treedef, statics, leaves)
+                entry = self._compile(treedef, statics, leaves, numbers)
                 self._entries[key] = entry
-            if entry.run is not None:
+            if entry.run is not None and not numbers:
                 self._last = entry
         return entry, leaves
 
@@ -251,7 +254,11 @@ class Jitted:
         return tensors
 
     def _compile(
-        self, treedef: optree.PyTreeSpec, statics: tuple[Any, ...], leaves: list[Tensor]
+        self,
+        treedef: optree.PyTreeSpec,
+        statics: tuple[Any, ...],
+        leaves: list[Tensor],
+        numbers: list[int],
     ) -> _Entry:
         if all([leaf.is_cpu for leaf in leaves]):
             # Before anything else: Inductor reads CXX once, when it is first imported.
@@ -271,7 +278,7 @@ class Jitted:
             return [_as_tensor(result) for result in results]
 
         try:
-            traced = trace(flat, [spec_of(leaf) for leaf in leaves])
+            traced = trace(flat, [spec_of(leaf) for leaf in leaves], numbers)
         except DataDependentOutputException as error:
             raise TypeError(
                 f"{self!r}: the function reads the value of a tensor, which a compiled program "
@@ -324,9 +331,16 @@ class Jitted:
             outs = array("Q", [0 if each is None else each.data_ptr() for each in outputs])
             if entry.run(ins.buffer_info()[0], outs.buffer_info()[0]):
                 assert entry.error is not None
-                raise RuntimeError(f"{self!r}: {entry.error().decode()}")
+                message = _plain(entry.error().decode())
+                if entry.donated:
+                    # Some of it may hold new values and some old ones.
+                    message += "; what was donated is lost"
+                    for source in entry.donated:
+                        given[source].__class__ = Donated
+                raise RuntimeError(f"{self!r}: {message}")
             for place, source in entry.reused.items():
-                outputs[place] = leaves[source].detach()
+                # As detach, and faster.
+                outputs[place] = leaves[source].data
         for place, source in entry.passed.items():
             outputs[place] = given[source] if source < len(given) else captured[source - len(given)]
         for source in entry.donated:
@@ -361,6 +375,12 @@ def _where(treedef: optree.PyTreeSpec, place: int) -> str:
         return "a tensor that the function closes over"
     _, argument, *inside = paths[place]
     return f"argument {argument!r}" + (f" at {tree.path_string(inside)!r}" if inside else "")
+
+
+def _plain(message: str) -> str:
+    """An error of a kernel without its place in the C++ text and the names there."""
+    message = re.sub(r"^kernel_\d+, \S*, ", "", message)
+    return re.sub(r"0 <= tmp\d+ < (\d+)L", r"expected 0 <= index < \1", message)
 
 
 def _as_tensor(result: Any) -> Tensor:

@@ -6,12 +6,12 @@ the two and depends on the first is the body. What does not is computed once, be
 function may so close over any tensor, at any depth.
 """
 
+import functools
 import operator
 import threading
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from functools import partial
 from typing import Any, NamedTuple
 
 import torch
@@ -155,8 +155,15 @@ class WritesToArgumentError(ValueError):
     """A function writes in place to its argument of this position."""
 
 
-def trace(function: Callable[..., list[Tensor]], specs: Sequence[Spec]) -> Traced:
+def trace(
+    function: Callable[..., list[Tensor]], specs: Sequence[Spec], numbers: Sequence[int] = ()
+) -> Traced:
     """Run a function of tensors on fake ones and record what it does.
+
+    Args:
+        function: takes and gives tensors.
+        specs: what it is called with.
+        numbers: the positions of 0-d tensors that stand for Python numbers.
 
     Raises:
         ValueError: the function writes to an argument or to a tensor that it closes over, or
@@ -168,7 +175,7 @@ def trace(function: Callable[..., list[Tensor]], specs: Sequence[Spec]) -> Trace
         examples = [spec.empty() for spec in specs]
 
         def guarded(*inputs: Tensor) -> list[Tensor]:
-            with _Guard():
+            with _Guard(), _Numbers([inputs[place] for place in numbers]):
                 return function(*inputs)
 
         recorded = make_fx(guarded, _allow_non_fake_inputs=True)(*examples)
@@ -200,6 +207,51 @@ class _Guard(TorchDispatchMode):
                 "pure function writes to tensors of its own only"
             )
         return operator(*args, **(kwargs or {}))
+
+
+class _Numbers(TorchDispatchMode):
+    """Lets tensors that stand for Python numbers promote dtypes as those do: by their kind alone.
+
+    A float times a 0-d float32 tensor is float32; a 0-d float64 tensor would make it float64.
+    """
+
+    def __init__(self, numbers: Sequence[Tensor]) -> None:
+        super().__init__()
+        self._numbers = set(numbers)
+
+    def __torch_dispatch__(
+        self, operator: Any, types: Any, args: Any = (), kwargs: Any = None
+    ) -> Any:
+        operands = [each for each in args if isinstance(each, Tensor)]
+        numbers = self._numbers.intersection(operands)
+        if not numbers or torch.Tag.pointwise not in operator.tags:
+            return operator(*args, **(kwargs or {}))
+        others = [each for each in operands if each not in numbers]
+        cast = {number: number.to(_promoted(number, others)) for number in numbers}
+        given = [cast[each] if isinstance(each, Tensor) and each in cast else each for each in args]
+        result = operator(*given, **(kwargs or {}))
+        if not others and operator is not aten._to_copy.default:
+            self._numbers.add(result)
+        return result
+
+
+def _promoted(number: Tensor, others: Sequence[Tensor]) -> torch.dtype:
+    """The dtype as which a Python number meets these tensors, none of which is one."""
+    kinds = [_kind(each.dtype) for each in others]
+    highest = max(kinds, default=-1)
+    if not others or highest > _kind(number.dtype):
+        return number.dtype
+    if highest < _kind(number.dtype):
+        return torch.get_default_dtype() if number.is_floating_point() else number.dtype
+    alike = [each for each, kind in zip(others, kinds, strict=True) if kind == highest]
+    if any([each.dim() for each in alike]):
+        return number.dtype
+    return functools.reduce(torch.promote_types, [each.dtype for each in alike])
+
+
+def _kind(dtype: torch.dtype) -> int:
+    """bool, integers, floats: of two operands the higher kind decides."""
+    return 2 if dtype.is_floating_point else int(dtype != torch.bool)
 
 
 def _writes(node: Node) -> bool:
@@ -257,7 +309,7 @@ def _drop_unused(graph: Graph) -> None:
     """Remove what no output needs; a loop goes as a whole."""
     dead: set[int] = set()
     while True:
-        graph.eliminate_dead_code(partial(_stays, dead))
+        graph.eliminate_dead_code(functools.partial(_stays, dead))
         ended = {node.args[1] for node in graph.nodes if mark(node) == "end"}
         begun = {node.args[1] for node in graph.nodes if mark(node) == "begin"}
         if begun <= ended:

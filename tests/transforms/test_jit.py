@@ -2,6 +2,7 @@
 
 import functools
 import os
+import re
 import subprocess
 import sys
 import threading
@@ -82,6 +83,45 @@ def test_a_schedule_of_a_thousand_steps_compiles_once():
             expected, _ = fn.train_step(NET, fn.mse(), fn.sgd(rate))(expected, (X, TARGET))
             assert_same(state, expected)
     assert len(calls) == 1
+
+
+@pytest.mark.parametrize(
+    "x",
+    [
+        torch.tensor(1.5),
+        torch.tensor(1.5, dtype=torch.bfloat16),
+        torch.tensor(3, dtype=torch.int32),
+        torch.arange(3),
+        torch.arange(3.0, dtype=torch.float16),
+        torch.tensor([True, False]),
+        torch.tensor(True),
+    ],
+    ids=lambda x: f"{x.dtype} {x.dim()}",
+)
+@pytest.mark.parametrize("number", [0.5, 3, True])
+def test_a_number_promotes_as_pythons_do(x, number):
+    def run(x, number):
+        return {
+            "times": x * number,
+            "over": x / (number + 1),
+            "minus": 1 - number + x,
+            "where": torch.where(x > 1, number, x),
+            "of a list": x.reshape(-1)[:1] + number * 2,
+        }
+
+    found, expected = fn.jit(run)(x, number), run(x, number)
+    assert fn.tree.map(lambda leaf: leaf.dtype, found) == fn.tree.map(
+        lambda leaf: leaf.dtype, expected
+    )
+    assert_same(found, expected)
+
+
+def test_a_number_and_a_tensor_like_it_have_programs_of_their_own():
+    run = fn.jit(lambda x, factor: x * factor)
+    x = torch.tensor(1.5)
+    for _ in range(2):
+        assert run(x, 2.0).dtype == torch.float32
+        assert run(x, torch.tensor(2.0, dtype=torch.float64)).dtype == torch.float64
 
 
 def test_static_arguments_are_seen_by_value():
@@ -603,3 +643,36 @@ def test_two_threads_add_up_in_one_order(layer, x):
         again = compiled(x, dy)
         for one, other in zip(fn.tree.leaves(first), fn.tree.leaves(again), strict=True):
             assert torch.equal(one, other)
+
+
+@pytest.mark.usefixtures("two_threads")
+def test_an_index_out_of_range_is_an_error():
+    rows, tokens = fn.random.normal(fn.key(0), (10, 64)), torch.zeros(5000, dtype=torch.int64)
+    pick = fn.jit(lambda rows, tokens: rows[tokens].sum(1))
+    wrong = tokens.clone()
+    wrong[4000] = 10
+    for _ in range(3):
+        with pytest.raises(RuntimeError, match="out of bounds: expected 0 <= index < 10"):
+            pick(rows, wrong)
+        torch.testing.assert_close(pick(rows, tokens), rows[tokens].sum(1))
+
+    given = rows.clone()
+    add = fn.jit(lambda rows, tokens: rows + rows[tokens].sum(0), donate=0)
+    with pytest.raises(RuntimeError, match="what was donated is lost"):
+        add(given, wrong)
+    with pytest.raises(RuntimeError, match="donated"):
+        _ = given + 1
+
+
+def test_memory_goes_with_its_last_reader():
+    layers = [layer for _ in range(8) for layer in (fn.linear(64), fn.relu())][:-1]
+    blocks = [fn.remat(fn.serial(*layers[start : start + 4])) for start in range(0, 16, 4)]
+    x = torch.zeros(512, 64)
+    # In activations: seven and two cotangents; three, two of a block and its cotangent.
+    for net, expected in ((fn.serial(*layers), 9), (fn.serial(*blocks), 6)):
+        step = fn.train_step(net, fn.mse(), fn.sgd(0.1))
+        start = fn.init_train_state(net, fn.sgd(0.1), fn.key(0), x)
+        code = fn.jit(step, donate=0).lower(start, (x, x)).code
+        (workspace,) = re.findall(r"Workspace workspace\((\d+)\)", code)
+        gradients = 2 * 64 * 64 * 4
+        assert int(workspace) <= expected * 512 * 64 * 4 + gradients + 4096
