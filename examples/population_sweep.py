@@ -149,22 +149,11 @@ class Progress(NamedTuple):
 
 
 def net(activation: fn.Layer) -> fn.Layer:
-    """2-25-25-25-2, which starts sparse; see the top of this file."""
-    init = fn.initializers
-
-    def hidden() -> fn.Layer:
-        biases = init.uniform(-0.5, 0.0)
-        return fn.linear(25, weight_init=init.lecun_uniform(), bias_init=biases)
-
-    return fn.serial(
-        fn.linear(25, weight_init=init.uniform(-2.0, 2.0), bias_init=init.constant(-1.5)),
-        activation,
-        hidden(),
-        activation,
-        hidden(),
-        activation,
-        fn.linear(OBJECTIVE.outputs, weight_init=init.zeros(), bias_init=init.constant(0.5)),
-    )
+    """2-25-25-25-2; each unit of the first layer starts with its bend somewhere in the square."""
+    wide = fn.initializers.uniform(-3.0, 3.0)
+    first = fn.linear(25, weight_init=wide, bias_init=wide)
+    hidden = [layer for _ in range(2) for layer in (activation, fn.linear(25))]
+    return fn.serial(first, *hidden, activation, fn.linear(OBJECTIVE.outputs))
 
 
 def start(model: fn.Layer, key: Tensor, rate: Tensor) -> tuple[Run, Progress]:

@@ -339,7 +339,7 @@ class Jitted:
                         given[source].__class__ = Donated
                 raise RuntimeError(f"{self!r}: {message}")
             for place, source in entry.reused.items():
-                # As detach, and faster.
+                # As detach gives it, and faster.
                 outputs[place] = leaves[source].data
         for place, source in entry.passed.items():
             outputs[place] = given[source] if source < len(given) else captured[source - len(given)]
@@ -434,7 +434,8 @@ def jit(
 
     Args:
         f: a pure function of trees of tensors and numbers. A Python number is traced as a 0-d
-            tensor (float64, int64 or bool), so that another value needs no new program.
+            tensor (float64, int64 or bool), so that another value needs no new program. With
+            tensors it promotes dtypes as a number does, by its kind alone.
         donate: positions of arguments whose memory the results may take. Their tensors cannot be
             used afterwards.
         static: positions or names of hashable arguments that f may read while it is traced.
@@ -444,7 +445,8 @@ def jit(
         results need no gradient.
 
     Raises:
-        RuntimeError: there is no C++ compiler, or a donated tensor is used.
+        RuntimeError: there is no C++ compiler, a donated tensor is used, or an index is out of
+            range; what was donated to that call is lost.
         TypeError: f reads the value of a tensor, or an argument is neither tensor nor number.
         ValueError: a donated tensor shares its memory with another argument.
 
