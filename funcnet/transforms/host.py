@@ -395,16 +395,14 @@ class Program:
         head = f"for (int64_t {index} = 0; {index} < {loop.length}; ++{index}) {{"
         if parallel:
             frame.lines += [
-                "{ std::string failed;",
+                "{ funcnet::Failure failure;",
                 f"#pragma omp parallel for num_threads({frame.threads})",
                 head,
                 f"char* const {base} = {start} + omp_get_thread_num() * {stride}; (void){base};",
                 "try {",
                 *body.lines,
-                "} catch (const std::exception& error) {",
-                '_Pragma("omp critical")',
-                "failed = error.what(); } }",
-                "if (!failed.empty()) { throw std::runtime_error(failed); } }",
+                "} catch (const std::exception& error) { failure.keep(error); } }",
+                "failure.rethrow(); }",
             ]
         else:
             frame.lines += [
@@ -501,7 +499,6 @@ class Program:
 
 
 _PREFIX = """
-#include <atomic>
 #include <cstdlib>
 #include <cstring>
 #include <stdexcept>
@@ -550,6 +547,27 @@ def _tidy(source: str) -> str:
     if not re.search(r"integer_div_by_zero|_integral|div_floor|mod_", source):
         source = re.sub(r"^.*inductor_cpu_.*integer_div_error.*$", "", source, flags=re.MULTILINE)
     return source.replace('extern "C"', "static").strip() + "\n"
+
+
+def _last_touch(compiled: Kernels) -> dict[str, int]:
+    """The place of the last instruction that touches each input, by any name it goes by."""
+    origin = {name: name for name in compiled.inputs}
+    last: dict[str, int] = {}
+    for place, instruction in enumerate(compiled.instructions):
+        names: Sequence[str] = ()
+        match instruction:
+            case View(name, old, _) | Rename(old, name):
+                if old in origin:
+                    origin[name] = origin[old]
+            case Call(_, args, _):
+                names = args
+            case Product(_, a, b, bias, out):
+                names = [matrix.buffer for matrix in (a, b, bias, out) if matrix is not None]
+        last.update({origin[name]: place for name in names if name in origin})
+    for matrix in compiled.outputs:
+        if matrix is not None and matrix.buffer in origin:
+            last[origin[matrix.buffer]] = len(compiled.instructions)
+    return last
 
 
 def _convolves(region: Region) -> bool:
@@ -653,26 +671,6 @@ _PRIMITIVES = {
     "convolution": _convolution,
     "convolution_backward": _convolution_backward,
 }
-
-
-def _last_touch(compiled: Kernels) -> dict[str, int]:
-    """The place of the last instruction that touches each input, by any name it goes by."""
-    origin = {name: name for name in compiled.inputs}
-    last: dict[str, int] = {}
-    for place, instruction in enumerate(compiled.instructions):
-        match instruction:
-            case View(name, old, _) | Rename(old, name):
-                if old in origin:
-                    origin[name] = origin[old]
-            case Call(_, args, _):
-                last.update({origin[name]: place for name in args if name in origin})
-            case Product(_, a, b, bias, out):
-                names = [matrix.buffer for matrix in (a, b, bias, out) if matrix is not None]
-                last.update({origin[name]: place for name in names if name in origin})
-    for matrix in compiled.outputs:
-        if matrix is not None and matrix.buffer in origin:
-            last[origin[matrix.buffer]] = len(compiled.instructions)
-    return last
 
 
 def _product(product: Product, where: dict[str, str], threads: int) -> str:

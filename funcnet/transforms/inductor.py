@@ -281,14 +281,13 @@ def _caught(body: str) -> str:
             shared = int(collapsed[1]) if collapsed else 1
         if text == "}" and depth in ends:
             ends.remove(depth)
-            lines += ["} catch (const std::exception& error) {", '_Pragma("omp critical")']
-            lines += ["failed = error.what(); }"]
+            lines.append("} catch (const std::exception& error) { failure.keep(error); }")
         if text == "}" and depth == 1:
-            lines.append("if (!failed.empty()) { throw std::runtime_error(failed); }")
+            lines.append("failure.rethrow();")
         depth += line.count("{") - line.count("}")
         lines.append(line)
         if text == "{" and depth == 1:
-            lines.append("std::string failed;")
+            lines.append("funcnet::Failure failure;")
         elif text == "{" and shared:
             shared -= 1
             if not shared:

@@ -10,8 +10,10 @@
 #include <cstdint>
 #include <cstdlib>
 #include <cstring>
+#include <exception>
 #include <new>
 #include <stdexcept>
+#include <string>
 #include <type_traits>
 #include <utility>
 #include <vector>
@@ -21,6 +23,23 @@
 #include <torch/csrc/inductor/aoti_torch/generated/c_shim_cpu.h>
 
 namespace funcnet {
+
+// What went wrong in a loop that threads share, which no exception may leave, until it is over.
+class Failure {
+ public:
+  void keep(const std::exception& error) {
+#pragma omp critical
+    message = error.what();
+  }
+  void rethrow() const {
+    if (!message.empty()) {
+      throw std::runtime_error(message);
+    }
+  }
+
+ private:
+  std::string message;
+};
 
 // Products of small matrices whose shapes and strides are known when they are compiled.
 //

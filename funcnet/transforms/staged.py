@@ -84,18 +84,17 @@ class Staged:
         return [_read(node, values) for node in block.outputs]
 
     def _segment(self, segment: Segment, values: Values) -> None:
-        module = fx.GraphModule(torch.nn.Module(), _of_any_layout(segment.graph))
-        results = self._apply(segment, module, segment.inputs, values)
+        results = self._apply(segment, segment.inputs, values)
         values.update(zip(segment.outputs, results, strict=True))
 
     def _primitive(self, item: Primitive, values: Values) -> None:
-        results = self._apply(item, _formula(item), item.operands, values)
+        results = self._apply(item, item.operands, values)
         values.update({node: results[place] for place, node in item.results.items()})
 
     def _apply(
-        self, item: Any, function: Any, operands: Sequence[Node], values: Values
+        self, item: Segment | Primitive, operands: Sequence[Node], values: Values
     ) -> list[_Value]:
-        """A function of tensors, compiled, on values that may be batched."""
+        """What an item does, compiled, on values that may be batched."""
         inputs = [_read(node, values) for node in operands]
         flags = tuple([value.batched for value in inputs])
         tensors = [value.tensor.contiguous() for value in inputs]
@@ -103,25 +102,28 @@ class Staged:
         levels = [level for level in range(depth) if any(batched[level] for batched in flags)]
         key = (item, flags, tuple([tensor.shape for tensor in tensors]))
         if key not in self._compiled:
-            self._compiled[key] = self._compile(function, flags, levels, tensors)
+            self._compiled[key] = self._compile(item, flags, levels, tensors)
         batched = tuple([level in levels for level in range(depth)])
         results = self._compiled[key](*tensors)
         return [_Value(result, batched) for result in results]
 
     def _compile(
         self,
-        module: Any,
+        item: Segment | Primitive,
         flags: tuple[tuple[bool, ...], ...],
         levels: list[int],
         tensors: list[Tensor],
     ) -> Any:
         from torch._inductor import compile as inductor_compile
 
-        function: Any = lambda *inputs: _tuple(module(*inputs))  # noqa: E731
+        if isinstance(item, Segment):
+            function: Any = fx.GraphModule(torch.nn.Module(), _of_any_layout(item.graph))
+        else:
+            function = _formula(item)
         for level in reversed(levels):
             axes = tuple([0 if batched[level] else None for batched in flags])
             function = torch.vmap(function, in_dims=axes, randomness="different")
-        graph = make_fx(function, tracing_mode="fake")(*tensors)
+        graph = make_fx(lambda *inputs: _tuple(function(*inputs)), tracing_mode="fake")(*tensors)
         self._codes.append(graph.code)
         return inductor_compile(graph, list(tensors))
 
