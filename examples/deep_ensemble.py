@@ -21,7 +21,7 @@ from typing import NamedTuple
 
 import matplotlib.pyplot as plt
 import torch
-from disk import save
+from disk import require_positive, save
 from torch import Tensor
 
 import funcnet as fn
@@ -170,9 +170,7 @@ def parse() -> argparse.Namespace:
     add("--epochs", type=int, default=300, help=f"passes over the {EXAMPLES} training points")
     add("--output", type=Path, default=Path("deep_ensemble.png"), help="the figure's file")
     options = parser.parse_args()
-    for name in ("members", "epochs"):
-        if getattr(options, name) < 1:
-            parser.error(f"--{name} must be at least 1")
+    require_positive(parser, options, "members", "epochs")
     return options
 
 

@@ -4,6 +4,7 @@ Everything random, the points, the order of the batches and the first parameters
 a key.
 """
 
+import argparse
 import math
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -106,6 +107,15 @@ def linear_decay(peak: float, steps: int) -> Rate:
 def one_thread() -> None:
     """Compute on one core: 25 units are too few to share, and waiting for a busy core is slow."""
     torch.set_num_threads(1)
+
+
+def require_positive(
+    parser: argparse.ArgumentParser, options: argparse.Namespace, *names: str
+) -> None:
+    """End the program with an error unless these options are at least 1."""
+    for name in names:
+        if getattr(options, name) < 1:
+            parser.error(f"--{name.replace('_', '-')} must be at least 1")
 
 
 def steps_in(n: int, batch_size: int, epochs: int) -> int:

@@ -34,6 +34,7 @@ from disk import (
     mlp,
     one_hot,
     one_thread,
+    require_positive,
     save,
     standardized,
     steps_in,
@@ -105,9 +106,7 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     add("--loss", choices=LOSSES, default="cross_entropy", help="what is minimized")
     add("--output", type=Path, default=Path("disk_classifier.png"), help="the figure's file")
     options = parser.parse_args(arguments)
-    for name in ("seeds", "epochs", "batch_size"):
-        if getattr(options, name) < 1:
-            parser.error(f"--{name.replace('_', '-')} must be at least 1")
+    require_positive(parser, options, "seeds", "epochs", "batch_size")
     return options
 
 

@@ -47,6 +47,7 @@ from disk import (
     one_hot,
     one_thread,
     out_of_annulus,
+    require_positive,
     save,
     standardized,
 )
@@ -380,9 +381,9 @@ def parse() -> argparse.Namespace:
         help="which of the report's",
     )
     add("--activations", nargs="+", choices=ACTIVATIONS, default=[*ACTIVATIONS], help="which")
+    given = {name: value if isinstance(value, tuple) else (value,) for name, value in QUICK.items()}
     quick = "; ".join(
-        f"--{name.replace('_', '-')} {' '.join(map(str, value)) if value is tuple else value}"
-        for name, value in QUICK.items()
+        f"--{name.replace('_', '-')} {' '.join(map(str, values))}" for name, values in given.items()
     )
     add("--quick", action="store_true", help=quick)
     add(
@@ -397,9 +398,7 @@ def parse() -> argparse.Namespace:
     options = parser.parse_args()
     if options.quick:
         vars(options).update(QUICK)
-    for name in ("rounds", "epochs", "slice"):
-        if getattr(options, name) < 1:
-            parser.error(f"--{name} must be at least 1")
+    require_positive(parser, options, "rounds", "epochs", "slice")
     return options
 
 

@@ -38,6 +38,7 @@ from disk import (
     one_hot,
     one_thread,
     out_of_annulus,
+    require_positive,
     save,
     shuffled,
     standardized,
@@ -514,9 +515,7 @@ def parse() -> argparse.Namespace:
     add("--output", type=Path, default=Path(), metavar="DIRECTORY", help="where the figure goes")
     options = parser.parse_args()
     options.epochs = getattr(options, "epochs", TABLES[options.table].epochs)
-    for name in ("seeds", "epochs"):
-        if getattr(options, name) < 1:
-            parser.error(f"--{name} must be at least 1")
+    require_positive(parser, options, "seeds", "epochs")
     return options
 
 
