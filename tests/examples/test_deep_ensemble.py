@@ -1,17 +1,10 @@
 """The deep ensemble: unsure where it has seen nothing, and better than one of its members."""
 
-import sys
-from pathlib import Path
-
+import deep_ensemble as example
 import torch
 
-EXAMPLES = Path(__file__).parents[2] / "examples"
-sys.path.insert(0, str(EXAMPLES))
-
-import deep_ensemble as example  # noqa: E402
-
-import funcnet as fn  # noqa: E402
-from funcnet.testing import check_loss  # noqa: E402
+import funcnet as fn
+from funcnet.testing import check_loss
 
 
 def test_the_loss_keeps_the_laws():

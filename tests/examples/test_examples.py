@@ -1,6 +1,6 @@
 """The programs of ``examples/``: each runs as a user runs it, and its parts do what they say."""
 
-import importlib.util
+import importlib
 import math
 import os
 import re
@@ -72,9 +72,7 @@ def is_png(path: Path) -> bool:
 
 @pytest.fixture(scope="module")
 def disk() -> Iterator[ModuleType]:
-    spec = importlib.util.spec_from_file_location("disk", EXAMPLES / "disk.py")
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
+    module = importlib.import_module("disk")
     threads = torch.get_num_threads()
     module.one_thread()
     yield module

@@ -1,17 +1,10 @@
 """The population sweep: members are solo runs, and a run that was interrupted goes on."""
 
-import sys
-from pathlib import Path
-
+import population_sweep as sweep
 import pytest
 import torch
 
-EXAMPLES = Path(__file__).parents[2] / "examples"
-sys.path.insert(0, str(EXAMPLES))
-
-import population_sweep as sweep  # noqa: E402
-
-import funcnet as fn  # noqa: E402
+import funcnet as fn
 
 
 def test_a_member_is_its_solo_run():

@@ -162,7 +162,9 @@ def test_inputs_may_lie_in_memory_in_any_way():
 
 @pytest.mark.parametrize("size", [0, 1])
 def test_empty_and_single_batches(size):
-    step = lambda w, x: (x @ w.T, (x @ w.T).sum(0), x.t() @ x)  # noqa: E731
+    def step(w, x):
+        return x @ w.T, (x @ w.T).sum(0), x.t() @ x
+
     w, x = torch.ones(4, 3), torch.ones(size, 3)
     assert_same(fn.jit(step)(w, x), step(w, x))
 
@@ -199,7 +201,10 @@ def test_products_of_all_sizes_and_layouts(shape, dtype):
 
 def test_nan_and_infinity_pass_through():
     x = torch.tensor([float("nan"), float("inf"), -float("inf"), -0.0, 1.0])
-    run = lambda x: (torch.relu(x), x.max(), torch.sort(x), x.exp(), x * 0)  # noqa: E731
+
+    def run(x):
+        return torch.relu(x), x.max(), torch.sort(x), x.exp(), x * 0
+
     for found, expected in zip(fn.tree.leaves(fn.jit(run)(x)), fn.tree.leaves(run(x)), strict=True):
         torch.testing.assert_close(found, expected, equal_nan=True)
 
@@ -210,7 +215,10 @@ def test_nan_and_infinity_pass_through():
 @pytest.mark.parametrize("descending", [False, True])
 def test_a_sort_is_torchs_stable_one(dtype, descending):
     x = fn.random.randint(fn.key(0), (4, 50, 3), -5, 5).to(dtype)
-    run = lambda x: torch.sort(x, dim=1, stable=True, descending=descending)  # noqa: E731
+
+    def run(x):
+        return torch.sort(x, dim=1, stable=True, descending=descending)
+
     assert fn.jit(run).lower(x).why_not_one is None
     for found, expected in zip(fn.jit(run)(x), run(x), strict=True):
         assert torch.equal(found, expected)
@@ -437,7 +445,10 @@ def test_programs_are_kept_on_disk_for_other_processes(tmp_path):
 
 def test_a_broken_file_on_disk_is_made_anew(tmp_path, monkeypatch):
     whole, cut = tmp_path / "whole", tmp_path / "cut"
-    run = lambda x: x * 3  # noqa: E731
+
+    def run(x):
+        return x * 3
+
     monkeypatch.setenv("FUNCNET_CACHE_DIR", str(whole))
     fn.jit(run)(X)
     (library,) = whole.glob("*.so")
@@ -580,7 +591,9 @@ def test_remat_of_a_view_with_an_offset():
 
 
 def test_the_default_dtype_is_part_of_the_program():
-    run = lambda i: (i / 2, torch.ones(3) * i.sum())  # noqa: E731
+    def run(i):
+        return i / 2, torch.ones(3) * i.sum()
+
     compiled, i = fn.jit(run), torch.arange(5)
     compiled(i)
     torch.set_default_dtype(torch.float64)

@@ -80,7 +80,10 @@ def test_a_body_may_swap_and_drop_its_carries():
         return (b, a, torch.zeros(2)), (a, unused)
 
     start = (torch.ones(2), torch.full((2,), 2.0), torch.full((2,), 3.0))
-    run = lambda *start: fn.scan(swap, start, length=5)  # noqa: E731
+
+    def run(*start):
+        return fn.scan(swap, start, length=5)
+
     assert_equal(fn.jit(run)(*start), run(*start))
     assert_equal(fn.jit(run, donate=(0, 1, 2))(*[leaf.clone() for leaf in start]), run(*start))
 
