@@ -64,8 +64,9 @@ class _Child:
         own = params.get(name, EMPTY)
         try:
             if self.short_apply is not None and name not in state:
-                return self.short_apply(own, x), EMPTY
-            return self.layer.apply(own, x, state.get(name, EMPTY), key=self._key(key), train=train)
+                return self.short_apply(own, x), {}
+            own_state = state[name] if name in state else {}
+            return self.layer.apply(own, x, own_state, key=self._key(key), train=train)
         except Exception as error:
             locate(error, self.place)
             raise
@@ -78,8 +79,9 @@ class _Child:
         own = params.get(name, EMPTY)
         try:
             if self.short_vjp is not None and name not in state:
-                return *self.short_vjp(own, x), EMPTY
-            return self.layer.vjp(own, x, state.get(name, EMPTY), key=self._key(key), train=train)
+                return *self.short_vjp(own, x), {}
+            own_state = state[name] if name in state else {}
+            return self.layer.vjp(own, x, own_state, key=self._key(key), train=train)
         except Exception as error:
             locate(error, self.place)
             raise
@@ -148,7 +150,7 @@ def serial_rule(
     x: bool,
 ) -> tuple[Params | None, Tree]:
     """The children's pullbacks from the last to the first that is needed."""
-    dparams: dict[str, Params] = {name: EMPTY for name in names if name in learned}
+    dparams: dict[str, Params] = {name: {} for name in names if name in learned}
     remaining = len(learned) if params else 0
     for name in reversed(names):
         learns = params and name in learned
@@ -411,7 +413,7 @@ def residual(layer: Layer) -> Layer:
         key: Tensor | None = None,
         train: bool = False,
     ) -> tuple[Tree, Params]:
-        y, state = _within("residual", layer.apply, params, x, state, key=key, train=train)
+        y, state = _within("residual", layer.apply, params, x, {**state}, key=key, train=train)
         return join(x, y), state
 
     def vjp(
@@ -422,7 +424,9 @@ def residual(layer: Layer) -> Layer:
         key: Tensor | None = None,
         train: bool = True,
     ) -> tuple[Tree, Pullback, Params]:
-        y, pullback, state = _within("residual", layer.vjp, params, x, state, key=key, train=train)
+        y, pullback, state = _within(
+            "residual", layer.vjp, params, x, {**state}, key=key, train=train
+        )
         y = join(x, y)
         return y, Pullback(residual_rule, {"layer": pullback}, y=y), state
 
@@ -496,6 +500,7 @@ def shared(layer: Layer) -> Layer:
         train: bool = False,
     ) -> tuple[tuple[Tree, ...], Params]:
         y = []
+        state = {**state}
         for use, (piece, own_key) in enumerate(uses(x, key)):
             own_y, state = _within(
                 f"shared[{use}]", layer.apply, params, piece, state, key=own_key, train=train
@@ -512,6 +517,7 @@ def shared(layer: Layer) -> Layer:
         train: bool = True,
     ) -> tuple[tuple[Tree, ...], Pullback, Params]:
         y, pullbacks = [], {}
+        state = {**state}
         for use, (piece, own_key) in enumerate(uses(x, key)):
             own_y, pullbacks[str(use)], state = _within(
                 f"shared[{use}]", layer.vjp, params, piece, state, key=own_key, train=train

@@ -35,7 +35,8 @@ Params = Mapping[str, Any]
 """A nested dict with string keys and tensor leaves. State is one too."""
 
 EMPTY: Params = {}
-"""What stands for absent params and state. Nothing writes to it."""
+"""What stands for absent params and state. Nothing writes to it, and nobody gets it as a result:
+a caller owns what is returned, and may write to it."""
 
 
 class Layer(NamedTuple):

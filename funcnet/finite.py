@@ -91,7 +91,7 @@ def _guard(layer: Layer) -> Layer:
         train: bool = False,
     ) -> tuple[Tree, Params]:
         check_input(params, x)
-        y, state = layer.apply(params, x, state, key=key, train=train)
+        y, state = layer.apply(params, x, {**state}, key=key, train=train)
         require_finite(name, "output", y)
         return y, state
 
@@ -104,7 +104,7 @@ def _guard(layer: Layer) -> Layer:
         train: bool = True,
     ) -> tuple[Tree, Pullback, Params]:
         check_input(params, x)
-        y, pullback, state = layer.vjp(params, x, state, key=key, train=train)
+        y, pullback, state = layer.vjp(params, x, {**state}, key=key, train=train)
         require_finite(name, "output", y)
         return y, Pullback(finite_rule, {"layer": pullback}, (name, leaf), y), state
 

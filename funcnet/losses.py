@@ -280,7 +280,7 @@ def bce(reduction: str = "mean", weight: Tensor | None = None) -> Loss:
 
 def _extremes(values: Tensor) -> tuple[float, float] | None:
     """The least and greatest value, where they can be read without waiting for a device."""
-    if values.numel() == 0:
+    if values.numel() == 0 or not values.is_cpu:
         return None
     low, high = (tree.read(extreme) for extreme in values.aminmax())
     return None if low is None or high is None else (low, high)

@@ -173,12 +173,14 @@ def _unsigned(word: Tensor) -> Tensor:
 def key(seed: int, *, device: Device = None) -> Tensor:
     """A key from a seed: the words ``(0, seed mod 2**32)``, as ``jax.random.key`` makes them.
 
+    It lies on ``device``, by default on torch's default device.
+
     >>> key(42)
     tensor([ 0, 42])
     """
     if not isinstance(seed, int):
         raise TypeError(f"key: expects an integer seed, got {type(seed).__name__}")
-    return torch.tensor([0, seed & _MASK], dtype=torch.int64, device=device or "cpu")
+    return torch.tensor([0, seed & _MASK], dtype=torch.int64, device=device)
 
 
 def split(key: Tensor, n: int = 2) -> Tensor:
@@ -214,11 +216,12 @@ def fold_in(key: Tensor, data: int | str | Tensor) -> Tensor:
     if words is not None and counter is not None:
         hashed = _threefry_ints(words[0], words[1], 0, counter)
         return torch.tensor(hashed, dtype=torch.int64, device=key.device)
-    if traced() and counter is not None:
+    if traced() and type(counter) is int:
         words = torch.ops.funcnet.threefry(key, counter, 1)
         return _unsigned(torch.cat(words))
     if not isinstance(data, Tensor):
-        data = torch.tensor(_signed(data), dtype=torch.int32, device=key.device)
+        # Unlike torch.tensor, it does not wait for a device.
+        data = torch.full((), _signed(data), dtype=torch.int32, device=key.device)
     data = data.to(device=key.device, dtype=torch.int32)
     if traced():
         return _unsigned(torch.stack(torch.ops.funcnet.threefry_at(key, data), -1))
@@ -256,6 +259,9 @@ def uniform(
 ) -> Tensor:
     """Uniform draws from [minval, maxval): ``k 2**-m``, k of as many bits as the mantissa, m.
 
+    On an interval other than [0, 1) the sum ``minval + u (maxval - minval)`` is rounded, and may
+    be rounded up to maxval: rarely in float32, often in bfloat16 and float16, as in JAX.
+
     >>> uniform(key(42), (3,))
     tensor([0.4887, 0.6798, 0.6163])
     """
@@ -278,11 +284,16 @@ def uniform(
     if not isinstance(minval, Tensor) and not isinstance(maxval, Tensor):
         if (minval, maxval) == (0.0, 1.0):
             return unit
+    # While a function is traced, a number's value is not known.
+    if not (isinstance(minval, Tensor) or isinstance(maxval, Tensor) or traced()):
         # The buffer is ours. The bounds are rounded to the dtype, as JAX rounds them.
         low, high = _rounded(minval, dtype), _rounded(maxval, dtype)
         return unit.mul_(_rounded(high - low, dtype)).add_(low).clamp(min=low)
     lowest, highest = (
-        torch.as_tensor(bound, device=unit.device).to(dtype) for bound in (minval, maxval)
+        bound.to(unit.device, dtype)
+        if isinstance(bound, Tensor)
+        else torch.full((), bound, dtype=dtype, device=unit.device)
+        for bound in (minval, maxval)
     )
     if torch.broadcast_shapes(unit.shape, lowest.shape, highest.shape) != unit.shape:
         raise ValueError(

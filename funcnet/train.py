@@ -117,7 +117,7 @@ def value_and_grad(
         key: Tensor | None = None,
         train: bool = True,
     ) -> tuple[Tensor, Params, Params]:
-        value, grads, state, _ = run(params, batch, state, key, train)
+        value, grads, state, _ = run(params, batch, {**state}, key, train)
         return value, grads, state
 
     return value_and_grads

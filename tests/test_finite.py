@@ -13,7 +13,10 @@ F64 = torch.float64
 
 
 def numbers(*shape, seed=0):
-    return torch.randn(shape, generator=torch.Generator().manual_seed(seed), dtype=F64)
+    # Drawn on the CPU, so that the numbers are the same on any device.
+    generator = torch.Generator().manual_seed(seed)
+    drawn = torch.randn(shape, generator=generator, dtype=F64, device="cpu")
+    return drawn.to(torch.get_default_device())
 
 
 NETS = {

@@ -9,14 +9,14 @@ import funcnet as fn
 from funcnet import initializers
 
 KEY = fn.key(11)
-CPU = torch.device("cpu")
+DEVICE = torch.get_default_device()
 
 LINEAR = (250, 160)
 CONV1D, CONV2D, CONV3D = (50, 40, 20), (60, 40, 3, 5), (40, 20, 3, 4, 5)
 SHAPES = [LINEAR, (160, 250), CONV1D, CONV2D, CONV3D]
 
 
-def draw(initializer, shape, *, key=KEY, dtype=torch.float64, device=CPU):
+def draw(initializer, shape, *, key=KEY, dtype=torch.float64, device=DEVICE):
     return initializer(key, shape, dtype, device)
 
 
@@ -304,7 +304,7 @@ ALL = {
 def test_initializer_gives_shape_dtype_and_device(name):
     for shape in [(4, 3), (3, 4), (4, 3, 2), (2, 3, 2, 2), (1, 1)]:
         for dtype in (torch.float64, torch.float32, torch.float16, torch.bfloat16):
-            for device in (CPU, torch.device("meta")):
+            for device in (DEVICE, torch.device("meta")):
                 drawn = draw(ALL[name], shape, dtype=dtype, device=device)
                 assert (drawn.shape, drawn.dtype, drawn.device) == (shape, dtype, device)
 

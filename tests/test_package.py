@@ -3,9 +3,12 @@
 import subprocess
 import sys
 
+import pytest
 import torch
 
 import funcnet as fn
+
+pytestmark = pytest.mark.cpu_only
 
 
 def run(code, *flags):

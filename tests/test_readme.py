@@ -3,7 +3,11 @@
 import re
 from pathlib import Path
 
+import pytest
+
 import funcnet as fn
+
+pytestmark = pytest.mark.cpu_only
 
 ROOT = Path(__file__).parent.parent
 README = (ROOT / "README.md").read_text()

@@ -55,6 +55,7 @@ def test_in_evaluation_dropout_keeps_nothing():
     assert found["noise"] == 0
 
 
+@pytest.mark.cpu_only
 def test_the_total_is_what_a_step_really_holds():
     params, state = NET.init(fn.key(0), X)
     _, pullback, _ = NET.vjp(params, X, state, key=fn.key(1))

@@ -16,7 +16,10 @@ F64 = torch.float64
 
 
 def numbers(*shape, seed=0, dtype=F64):
-    return torch.randn(shape, generator=torch.Generator().manual_seed(seed), dtype=F64).to(dtype)
+    # Drawn on the CPU, so that the numbers are the same on any device.
+    generator = torch.Generator().manual_seed(seed)
+    drawn = torch.randn(shape, generator=generator, dtype=F64, device="cpu")
+    return drawn.to(torch.get_default_device(), dtype)
 
 
 def batch_at(step, dtype=F64):
@@ -595,6 +598,7 @@ def test_a_loss_is_a_metric():
     torch.testing.assert_close(metrics["mae"], y.abs().mean())
 
 
+@pytest.mark.cpu_only
 def test_a_run_resumes_bit_for_bit_in_another_process(tmp_path):
     program = """
 import sys, torch, funcnet as fn
@@ -624,6 +628,6 @@ torch.save(state, path)
 def test_a_train_state_does_not_follow_the_default_device():
     with torch.device("meta"):
         state = fn.init_train_state(
-            fn.linear(2), fn.sgd(0.1), fn.key(0), torch.ones(1, 2, device="cpu")
+            fn.linear(2), fn.sgd(0.1), fn.key(0, device="cpu"), torch.ones(1, 2, device="cpu")
         )
     assert {leaf.device.type for leaf in fn.tree.leaves(state)} == {"cpu"}

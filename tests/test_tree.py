@@ -12,7 +12,7 @@ import funcnet as fn
 from funcnet import tree
 
 W, B = torch.ones(2, 3), torch.zeros(2)
-CPU = torch.device("cpu")
+DEVICE = torch.get_default_device()
 
 
 @pytest.mark.parametrize(
@@ -162,16 +162,16 @@ def test_to_meta_keeps_shapes_and_dtypes_and_what_is_no_tensor():
 
 def test_placeholder_has_shape_dtype_and_device_and_owns_one_element():
     found = tree.placeholder(
-        {"w": torch.ones(1000, 7, dtype=torch.float64), "m": W.to("meta")}, CPU
+        {"w": torch.ones(1000, 7, dtype=torch.float64), "m": W.to("meta")}, DEVICE
     )
     assert (found["w"].shape, found["w"].dtype) == ((1000, 7), torch.float64)
     assert found["w"].untyped_storage().nbytes() == 8
-    assert (found["m"].shape, found["m"].device) == (W.shape, CPU)
+    assert (found["m"].shape, found["m"].device) == (W.shape, DEVICE)
 
 
 def test_device_of_is_that_of_the_first_tensor():
     assert tree.device_of({"a": 1, "b": (W.to("meta"), W)}).type == "meta"
-    assert tree.device_of(W) == CPU
+    assert tree.device_of(W) == DEVICE
     for empty in ({}, (), None, {"a": 1}):
         with pytest.raises(ValueError, match="at least one tensor"):
             tree.device_of(empty)

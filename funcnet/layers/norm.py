@@ -261,6 +261,7 @@ def batch_norm(
         """y, mean, the spread that the rule needs with it, whether by batch, and the new state."""
         by_batch = train or not track_running_stats
         check(params, x, state, by_batch)
+        state = {**state}
         weight, bias = params.get("weight"), params.get("bias")
         if x.numel() == 0:  # the kernel divides by the number of values
             zeros = params["weight"] if affine else x.new_zeros(x.shape[1])

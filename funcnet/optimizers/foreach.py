@@ -110,9 +110,12 @@ def add_scalar(leaves: Leaves, scalar: float) -> Leaves:
     return _each(torch._foreach_add, torch.add, (leaves,), scalar)
 
 
-def add_scalar_in_place(leaves: Leaves, scalar: Factor) -> Leaves:
+def add_scalar_in_place(leaves: Leaves, scalar: Tensor) -> Leaves:
     """``leaf + scalar``, in place."""
-    return _by_scalar(torch._foreach_add_, torch.add, leaves, scalar)
+    # Given by position a tensor is read, for the overload that takes a number.
+    return _by_scalar(
+        lambda leaves, other: torch._foreach_add_(leaves, other=other), torch.add, leaves, scalar
+    )
 
 
 def lerp(leaves: Leaves, others: Leaves, weight: float) -> Leaves:
@@ -192,7 +195,7 @@ def adam(
     ``torch._fused_adam_`` does it all in one call, where it may: it checks neither shapes nor
     strides, and autograd and torch.func do not see into it.
     """
-    if not _plain([*grads, *mu, *nu, *nu_max]) or transformed():
+    if transformed() or not _plain([*grads, *mu, *nu, *nu_max]):
         return _adam_by_formula(grads, mu, nu, nu_max, step, betas, eps, factor)
     # From params of 0 and with a learning rate of -factor the kernel steps to what is wanted.
     direction = [torch.zeros_like(leaf) for leaf in grads]

@@ -173,9 +173,9 @@ def scale(factor: float | Tensor) -> Optimizer:
 def _times(name: str, factor: float | Tensor) -> Optimizer:
     if isinstance(factor, Tensor):
         return _leafwise(name, lambda leaves: foreach.multiply(leaves, factor))
-    constant = Constant(float(factor))
+    constant = Constant(factor)
     transform = _leafwise(name, lambda leaves: foreach.multiply(leaves, constant))
-    transform.update.factor = float(factor)  # type: ignore[attr-defined]
+    transform.update.factor = factor  # type: ignore[attr-defined]
     return transform
 
 
@@ -401,7 +401,7 @@ def check_rate(name: str, lr: Any) -> None:
         raise TypeError(
             f"{name}: lr must be a number, a 0-d tensor or a function of the step, got {lr!r}"
         )
-    check_at_least(name, "lr", float(lr), 0.0)
+    check_at_least(name, "lr", lr, 0.0)
 
 
 def optional(condition: object, transform: Callable[[], Optimizer]) -> Sequence[Optimizer]:

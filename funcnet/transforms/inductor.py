@@ -6,17 +6,30 @@ around them is written by `funcnet.transforms.host`. The one place that needs In
 
 import contextlib
 import re
+import sys
+import threading
 from collections.abc import Iterator, Sequence
 from typing import Any, NamedTuple
 
 import torch
-from torch import fx
+from torch import Tensor, fx
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.fx.experimental.proxy_tensor import make_fx
 
 from funcnet.transforms.tracing import Segment
 
 aten = torch.ops.aten
+
+
+_one_at_a_time = threading.RLock()
+
+
+@contextlib.contextmanager
+def compiling() -> Iterator[None]:
+    """One thread traces or runs Inductor at a time, whose settings are one for the process."""
+    dynamo = sys.modules.get("torch._dynamo.convert_frame")
+    with _one_at_a_time, contextlib.nullcontext() if dynamo is None else dynamo.compile_lock:
+        yield
 
 
 class UnsupportedError(Exception):
@@ -109,12 +122,23 @@ def decomposed(segment: Segment) -> fx.GraphModule:
         for operator, rule in select_decomp_table().items()
         if getattr(operator, "overloadpacket", operator) not in _KEPT
     }
+    table[aten.var_mean.correction] = _var_mean_of_nothing
     examples = [node.meta["val"] for node in segment.graph.nodes if node.op == "placeholder"]
     module = fx.GraphModule(torch.nn.Module(), segment.graph)
     with torch.no_grad():
         retraced = make_fx(module, decomposition_table=table)(*examples)
     retraced.graph.eliminate_dead_code()
     return retraced
+
+
+def _var_mean_of_nothing(
+    x: Tensor, dim: list[int] | None = None, *, correction: Any = None, keepdim: bool = False
+) -> Any:
+    """NaN, where Inductor's kernel gives 0 for the mean; other tensors are left to Inductor."""
+    if x.numel():
+        return NotImplemented
+    mean = x.mean(dim, keepdim)
+    return mean, mean.clone()
 
 
 @contextlib.contextmanager

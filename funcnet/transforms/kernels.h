@@ -11,6 +11,7 @@
 #include <cstdlib>
 #include <cstring>
 #include <exception>
+#include <memory>
 #include <new>
 #include <stdexcept>
 #include <string>
@@ -66,6 +67,30 @@ inline void store(const at::vec::Vectorized<T>& vector, T* to) {
     vector.store(to, N);
   }
 }
+
+// Memory for N numbers within a function: on the stack where they are few, because a thread may have
+// little of it, else on the heap, where each thread keeps one block for each size.
+template <typename T, int64_t N>
+class Scratch {
+  static constexpr bool ON_STACK = N * sizeof(T) <= 8192;
+
+ public:
+  T* get() {
+    if constexpr (ON_STACK) {
+      return numbers_;
+    } else {
+      static thread_local std::unique_ptr<T, decltype(&std::free)> kept(
+          static_cast<T*>(std::aligned_alloc(64, (N * sizeof(T) + 63) / 64 * 64)), &std::free);
+      if (kept == nullptr) {
+        throw std::bad_alloc();
+      }
+      return kept.get();
+    }
+  }
+
+ private:
+  alignas(64) T numbers_[ON_STACK ? N : 1];
+};
 
 // panel[k, n] = b[n * BN + k], for k < K and n < N: the columns of a transposed matrix.
 template <typename T, int64_t K, int64_t N, int64_t BN, int64_t LD>
@@ -153,8 +178,9 @@ inline void panel(const T* a, const T* b, const T* bias, T* c) {
   // Rows of B are read where they lie if that is cheap; else the panel is copied first.
   constexpr bool IN_ROWS = BN == 1 || N == 1;
   constexpr int64_t LD = IN_ROWS ? BK : V * W;
-  alignas(64) T copy[IN_ROWS ? 1 : K * LD];
+  Scratch<T, IN_ROWS ? 1 : K * LD> scratch;
   if constexpr (!IN_ROWS) {
+    T* const copy = scratch.get();
     if constexpr (BK == 1 || K == 1) {
       pack_transposed<T, K, N, BN, LD>(b, copy);
     } else {

@@ -109,6 +109,7 @@ def _whole(layer: Layer) -> Layer:
         key: Tensor | None = None,
         train: bool = True,
     ) -> tuple[Tree, Pullback, Params]:
+        state = {**state}
         y, new_state = layer.apply(params, x, state, key=key, train=train)
         kept = {"params": params, "x": x, "state": state}
         if key is not None and anatomy(layer).takes_key:

@@ -12,6 +12,7 @@ from torch import Tensor, fx
 from torch.fx.experimental.proxy_tensor import make_fx
 
 from funcnet.random import threefry_at, threefry_range
+from funcnet.transforms.inductor import compiling
 from funcnet.transforms.tracing import (
     Block,
     Node,
@@ -22,6 +23,7 @@ from funcnet.transforms.tracing import (
     blocks,
     locate,
     reads,
+    settings_of_programs,
     through_barriers,
 )
 
@@ -53,7 +55,7 @@ class Staged:
             node: _Value(tensor.detach(), ())
             for node, tensor in zip(self._inputs, tensors, strict=True)
         }
-        with torch.no_grad():
+        with settings_of_programs():
             return [value.tensor for value in self._block(self._program, values, ())]
 
     def code(self) -> str:
@@ -102,7 +104,8 @@ class Staged:
         levels = [level for level in range(depth) if any(batched[level] for batched in flags)]
         key = (item, flags, tuple([tensor.shape for tensor in tensors]))
         if key not in self._compiled:
-            self._compiled[key] = self._compile(item, flags, levels, tensors)
+            with compiling():
+                self._compiled[key] = self._compile(item, flags, levels, tensors)
         batched = tuple([level in levels for level in range(depth)])
         results = self._compiled[key](*tensors)
         return [_Value(result, batched) for result in results]

@@ -8,9 +8,10 @@ function may so close over any tensor, at any depth.
 
 import functools
 import operator
+import sys
 import threading
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
@@ -18,7 +19,11 @@ import torch
 from torch import Tensor, fx
 from torch._subclasses.fake_tensor import FakeTensorMode, unset_fake_temporarily
 from torch.fx.experimental.proxy_tensor import make_fx
+from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
+
+from funcnet.transforms.numbers import Arithmetic, numbers_meet_tensors
+from funcnet.transforms.signature import Kind, check_tensor
 
 aten = torch.ops.aten
 
@@ -134,12 +139,18 @@ def barrier(values: list[Tensor]) -> list[Tensor]:
 
 
 class Traced(NamedTuple):
-    """A traced function: its graph, whose inputs are the arguments and then ``captured``."""
+    """A traced function: its graph, whose inputs are the arguments, ``captured`` and numbers.
+
+    ``layout_read`` names what the function asked of how a tensor lies in memory, if it did, and
+    ``storage_read`` says whether that was about memory beyond the tensor's own.
+    """
 
     graph: Graph
     loops: list[Loop]
     captured: list[Tensor]
     mode: FakeTensorMode
+    layout_read: str | None
+    storage_read: bool
 
 
 @contextmanager
@@ -151,43 +162,119 @@ def _recording(loops: list[Loop]) -> Iterator[None]:
         _active.loops = before
 
 
+@contextmanager
+def _settings_of_caller() -> Iterator[None]:
+    """The caller's grad mode and autocast, whose casts become part of the graph.
+
+    Autocast keeps what it has cast, which must not be fake tensors, nor values of today.
+    """
+    grad, cache = torch.is_grad_enabled(), torch.is_autocast_cache_enabled()
+    torch.set_autocast_cache_enabled(False)
+    try:
+        with torch.inference_mode(False), torch.set_grad_enabled(grad):
+            yield
+    finally:
+        torch.set_autocast_cache_enabled(cache)
+
+
+@contextmanager
+def settings_of_programs() -> Iterator[None]:
+    """Those under which what was recorded is compiled and run: it says its casts and devices."""
+    with torch.inference_mode(False), torch.no_grad(), torch._C._DisableAutocast():
+        with torch.device("cpu"):
+            yield
+
+
 class WritesToArgumentError(ValueError):
     """A function writes in place to its argument of this position."""
 
 
 def trace(
-    function: Callable[..., list[Tensor]], specs: Sequence[Spec], numbers: Sequence[int] = ()
+    function: Callable[..., list[Tensor]],
+    kinds: Sequence[Kind],
+    arithmetic: Arithmetic | None = None,
 ) -> Traced:
     """Run a function of tensors on fake ones and record what it does.
 
     Args:
         function: takes and gives tensors.
-        specs: what it is called with.
-        numbers: the positions of 0-d tensors that stand for Python numbers.
+        kinds: what it is called with.
+        arithmetic: the Python numbers that it is called with.
 
     Raises:
         ValueError: the function writes to an argument or to a tensor that it closes over, or
             draws from torch's own generator.
+        TypeError: it closes over tensors that are complex, sparse or of a class of their own.
     """
     loops: list[Loop] = []
+    layout = _Layout()
     mode = FakeTensorMode(allow_non_fake_inputs=True)
-    with torch.inference_mode(False), torch.no_grad(), mode, _recording(loops):
-        examples = [spec.empty() for spec in specs]
 
-        def guarded(*inputs: Tensor) -> list[Tensor]:
-            with _Guard(), _Numbers([inputs[place] for place in numbers]):
-                return function(*inputs)
+    def guarded(*inputs: Tensor) -> list[Tensor]:
+        numbers = nullcontext() if arithmetic is None else numbers_meet_tensors(arithmetic)
+        with _Guard(), numbers, layout:
+            return function(*inputs)
 
-        recorded = make_fx(guarded, _allow_non_fake_inputs=True)(*examples)
-        captured = _lift(recorded, mode)
-        # What is found out below is no longer what was recorded: then it is recorded again.
-        stale = _put_in_rows(recorded.graph)
-        stale |= any([_writes(node) for node in recorded.graph.nodes])
-        stale |= not all([tensor.is_contiguous() for tensor in captured])
-        if stale:
-            recorded = _again(recorded)
+    with mode, _recording(loops):
+        with _settings_of_caller():
+            recorded = make_fx(guarded, _allow_non_fake_inputs=True)(*[_example(k) for k in kinds])
+        # From here on nothing but what was recorded is run.
+        with settings_of_programs():
+            captured = _lift(recorded, mode)
+            if arithmetic is not None:
+                _place_numbers(recorded.graph, len(arithmetic.inputs))
+            # What is found out below is no longer what was recorded: then it is recorded again.
+            stale = _put_in_rows(recorded.graph)
+            stale |= any([_writes(node) for node in recorded.graph.nodes])
+            stale |= not all([tensor.is_contiguous() for tensor in captured])
+            if stale:
+                recorded = _again(recorded)
     _drop_unused(recorded.graph)
-    return Traced(recorded.graph, loops, captured, mode)
+    return Traced(recorded.graph, loops, captured, mode, layout.read, layout.of_storage)
+
+
+def _example(kind: Kind) -> Tensor:
+    """A tensor of a kind, without values."""
+    example = torch.empty(kind.shape, dtype=kind.dtype, device=kind.device)
+    if kind.is_parameter:
+        return torch.nn.Parameter(example, requires_grad=kind.requires_grad)
+    return example.requires_grad_() if kind.requires_grad else example
+
+
+class _Layout(TorchFunctionMode):
+    """Notes when a function asks how a tensor lies in memory: a program's tensors are contiguous.
+
+    It refuses questions for what a tensor keeps beside its values.
+    """
+
+    read: str | None = None
+    of_storage = False
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        # Torch's own functions ask too, and give the same values whatever the answer.
+        asked = sys._getframe(1).f_globals.get("__name__", "").partition(".")[0] != "torch"
+        if asked and func in _HIDDEN:
+            raise TypeError(
+                f"jit: the function reads Tensor.{_HIDDEN[func]}, which is no argument of it; "
+                "pass that as one"
+            )
+        if asked and func in _STRIDES and self.read is None:
+            self.read = func.__name__
+        if asked and func in _STORAGE:
+            self.read, self.of_storage = func.__name__, True
+        return func(*args, **(kwargs or {}))
+
+
+_STRIDES = {Tensor.stride, Tensor.is_contiguous, Tensor.is_neg}
+_STORAGE = {
+    *(Tensor.as_strided, torch.as_strided, torch.as_strided_copy, torch.as_strided_scatter),
+    *(Tensor.as_strided_, Tensor.as_strided_scatter, Tensor.storage_offset),
+    *(Tensor.untyped_storage, Tensor.storage),
+}
+_HIDDEN = {
+    Tensor.grad.__get__: "grad",  # type: ignore[attr-defined]
+    Tensor._version.__get__: "_version",  # type: ignore[attr-defined]
+}
 
 
 class _Guard(TorchDispatchMode):
@@ -206,52 +293,10 @@ class _Guard(TorchDispatchMode):
                 f"jit: the function writes in place to a tensor it closes over ({operator}); a "
                 "pure function writes to tensors of its own only"
             )
+        if operator is aten.pow.Tensor_Scalar and isinstance(args[1], int) and args[1] < 0:
+            if not args[0].is_floating_point():
+                raise RuntimeError("Integers to negative integer powers are not allowed.")
         return operator(*args, **(kwargs or {}))
-
-
-class _Numbers(TorchDispatchMode):
-    """Lets tensors that stand for Python numbers promote dtypes as those do: by their kind alone.
-
-    A float times a 0-d float32 tensor is float32; a 0-d float64 tensor would make it float64.
-    """
-
-    def __init__(self, numbers: Sequence[Tensor]) -> None:
-        super().__init__()
-        self._numbers = set(numbers)
-
-    def __torch_dispatch__(
-        self, operator: Any, types: Any, args: Any = (), kwargs: Any = None
-    ) -> Any:
-        operands = [each for each in args if isinstance(each, Tensor)]
-        numbers = self._numbers.intersection(operands)
-        if not numbers or torch.Tag.pointwise not in operator.tags:
-            return operator(*args, **(kwargs or {}))
-        others = [each for each in operands if each not in numbers]
-        cast = {number: number.to(_promoted(number, others)) for number in numbers}
-        given = [cast[each] if isinstance(each, Tensor) and each in cast else each for each in args]
-        result = operator(*given, **(kwargs or {}))
-        if not others and operator is not aten._to_copy.default:
-            self._numbers.add(result)
-        return result
-
-
-def _promoted(number: Tensor, others: Sequence[Tensor]) -> torch.dtype:
-    """The dtype as which a Python number meets these tensors, none of which is one."""
-    kinds = [_kind(each.dtype) for each in others]
-    highest = max(kinds, default=-1)
-    if not others or highest > _kind(number.dtype):
-        return number.dtype
-    if highest < _kind(number.dtype):
-        return torch.get_default_dtype() if number.is_floating_point() else number.dtype
-    alike = [each for each, kind in zip(others, kinds, strict=True) if kind == highest]
-    if any([each.dim() for each in alike]):
-        return number.dtype
-    return functools.reduce(torch.promote_types, [each.dtype for each in alike])
-
-
-def _kind(dtype: torch.dtype) -> int:
-    """bool, integers, floats: of two operands the higher kind decides."""
-    return 2 if dtype.is_floating_point else int(dtype != torch.bool)
 
 
 def _writes(node: Node) -> bool:
@@ -342,8 +387,10 @@ def _lift(recorded: fx.GraphModule, mode: FakeTensorMode) -> list[Tensor]:
                 _become_constant(graph, user, tensor)
             graph.erase_node(node)
             continue
+        check_tensor(tensor, lambda: "a tensor that the function closes over")
         if id(tensor) not in inputs:
-            with graph.inserting_after(last[-1]) if last else graph.inserting_before(node):
+            first = next(iter(graph.nodes))
+            with graph.inserting_after(last[-1]) if last else graph.inserting_before(first):
                 inputs[id(tensor)] = graph.placeholder(f"captured_{len(captured)}")
             # The very fake of which the recorded views are views.
             inputs[id(tensor)].meta["val"] = mode.from_tensor(tensor)
@@ -352,6 +399,20 @@ def _lift(recorded: fx.GraphModule, mode: FakeTensorMode) -> list[Tensor]:
         node.replace_all_uses_with(inputs[id(tensor)])
         graph.erase_node(node)
     return captured
+
+
+def _place_numbers(graph: Graph, count: int) -> None:
+    """Make the numbers that meet tensors inputs of the graph, the last ones."""
+    last = [node for node in graph.nodes if node.op == "placeholder"][-1:]
+    made = [node for node in graph.nodes if node.target is torch.ops.funcnet.number.default]
+    for position in range(count):
+        first = next(iter(graph.nodes))
+        with graph.inserting_after(last[0]) if last else graph.inserting_before(first):
+            last = [graph.placeholder(f"number_{position}")]
+        (node,) = [node for node in made if node.args[0] == position]
+        last[0].meta["val"] = node.meta["val"]
+        node.replace_all_uses_with(last[0])
+        graph.erase_node(node)
 
 
 def _become_constant(graph: Graph, node: Node, tensor: Tensor) -> None:

@@ -5,7 +5,7 @@
 Each peer trains each workload in a process of its own, on the same cores with as many threads. A
 workload's peers take turns, never two at once, round by round; a time is the median over the
 rounds. Tables go to stdout, and with --output to results.md and results.json. JAX may live in
-another environment: --jax-python names its interpreter.
+another environment: --jax-python names its interpreter. With --device cuda all compute on a GPU.
 """
 
 import argparse
@@ -21,7 +21,7 @@ import subprocess
 import sys
 import tempfile
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -60,10 +60,12 @@ PEERS = {
     "torch eager": ("torch", "eager"),
     "torch eager, one by one": ("torch", "one by one"),
     "torch.compile": ("torch", "compile"),
+    "torch.compile, CUDA graphs": ("torch", "graphs"),
     "JAX jit": ("jax", "jit"),
 }
-COMPILED = ("funcnet jit", "torch.compile", "JAX jit")
+COMPILED = ("funcnet jit", "torch.compile", "torch.compile, CUDA graphs", "JAX jit")
 OURS = "funcnet jit"
+ON_GPU = ("torch.compile, CUDA graphs",)
 # By task: glibc keeps large blocks in a heap that fragments, or maps and unmaps them.
 MALLOCS = {"memory": "default", "mapped": "large blocks mapped"}
 NOTES = f"""\
@@ -72,8 +74,13 @@ all members. The last columns are {OURS} over the peer. The disk net is 2-25-25-
 has ReLU and the loss MSE. States are donated where a peer can. torch.compile is the compiled
 model and loss, and the compiled optimizer step. Torch loops over the steps of a scan, and trains
 a population by torch.func.vmap, or one by one: its models in turn. Remat is in blocks of two
-layers. Memory is data, state and all else, twice: with glibc's default malloc, in whose heap freed
+layers. Memory is data, state and all else"""
+ON_CPU_NOTE = """\
+, twice: with glibc's default malloc, in whose heap freed
 blocks leave gaps, and with blocks of 1 MiB and more mapped, which is what is in use."""
+ON_GPU_NOTE = """\
+, as the library's allocator on the GPU counts it.
+A time ends when the GPU is done. CUDA graphs are torch.compile's mode "reduce-overhead"."""
 
 
 class WorkerError(Exception):
@@ -102,7 +109,7 @@ def working(
             stderr=errors,
             text=True,
             bufsize=1,
-            env=os.environ | settings(workload.threads, cache, task),
+            env=os.environ | settings(workload, cache, task),
             preexec_fn=lambda: os.sched_setaffinity(0, cores),
         ) as process,
     ):
@@ -134,12 +141,15 @@ def working(
                 process.kill()
 
 
-def settings(threads: int, cache: str, task: str) -> dict[str, str]:
+def settings(workload: Workload, cache: str, task: str) -> dict[str, str]:
     """The environment of a worker: its threads, and where it keeps what it compiles."""
+    threads = workload.threads
     found = {
         "OMP_NUM_THREADS": str(threads),
         "MKL_NUM_THREADS": str(threads),
-        "JAX_PLATFORMS": "cpu",
+        "JAX_PLATFORMS": workload.device.partition(":")[0],
+        # JAX would take most of the GPU's memory for its own, which the peers need too.
+        "XLA_PYTHON_CLIENT_PREALLOCATE": "false",
         "FUNCNET_CACHE_DIR": f"{cache}/funcnet",
         "TORCHINDUCTOR_CACHE_DIR": f"{cache}/torch",
     }
@@ -212,11 +222,16 @@ def measure(workload: Workload, options: argparse.Namespace, versions: dict[str,
                     with working(peer, "first", workload, cache, options) as ask:
                         found.setdefault(peer, []).append(ask()["first"])
     with tempfile.TemporaryDirectory() as cache:
-        for task in [*MALLOCS] * (options.repeats if workload.memory else 0):
+        for task in [*mallocs(workload)] * (options.repeats if workload.memory else 0):
             for peer in standing(peers):
                 with attempt(peer), working(peer, task, workload, cache, options) as ask:
                     getattr(row, task).setdefault(peer, []).append(ask()["memory"])
     return row
+
+
+def mallocs(workload: Workload) -> dict[str, str]:
+    """The tasks that measure memory, with what stands for the allocator in the table."""
+    return MALLOCS if workload.device == "cpu" else {"memory": "the GPU's"}
 
 
 def table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
@@ -279,7 +294,7 @@ def memory(rows: Sequence[Row]) -> str:
     for row in rows:
         kept = plain.get(row.workload.name.removesuffix(", remat"))
         peers = [(row, "torch eager"), (row, "JAX jit"), (kept, "torch eager")]
-        for task, malloc in MALLOCS.items():
+        for task, malloc in mallocs(row.workload).items():
             ours = row.median(task, OURS)
             lines.append(
                 [row.workload.name, malloc, *[cell(row, task, peer) for peer in PEERS]]
@@ -302,7 +317,9 @@ def report(rows: Sequence[Row], machine: str) -> str:
         ),
     ]
     tables = [f"### {title}\n\n{make(chosen)}" for title, make, chosen in sections if chosen]
-    return "\n\n".join([machine, NOTES, *tables]) + "\n"
+    on_cpu = all(row.workload.device == "cpu" for row in rows)
+    notes = NOTES + (ON_CPU_NOTE if on_cpu else ON_GPU_NOTE)
+    return "\n\n".join([machine, notes, *tables]) + "\n"
 
 
 def processor() -> str:
@@ -324,22 +341,38 @@ def main() -> None:
     add("--repeats", type=int, default=3, help="of first calls and peak memory (default 3)")
     add("--limit", type=float, default=600, help="seconds for an answer (default 600)")
     add("--only", nargs="+", default=[""], metavar="SUBSTRING", help="workloads with one of these")
-    add("--peers", nargs="+", choices=PEERS, default=[*PEERS], metavar="PEER", help="only these")
+    add("--peers", nargs="+", choices=PEERS, metavar="PEER", help="only these")
+    add("--device", default="cpu", help="cpu, or a CUDA device such as cuda (default cpu)")
     add("--quick", action="store_true", help="2 rounds of 0.05 s, 1 repeat: to see that it runs")
     add("--output", type=Path, metavar="FOLDER", help="where results.md and results.json go")
     options = parser.parse_args()
     if options.quick:
         options.rounds, options.seconds, options.repeats = 2, 0.05, 1
+    name = processor()
+    if options.device != "cpu":
+        # The workers import torch; the driver of those on the CPU can do without.
+        from devices import gpu, missing
+
+        problem = missing(options.device)
+        if problem is None and not options.device.startswith("cuda"):
+            problem = "only the CPU and CUDA devices are measured"
+        if problem is not None:
+            parser.error(f"--device {options.device}: {problem}")
+        name = f"{gpu(options.device)}; {name}"
+    possible = [each for each in PEERS if options.device != "cpu" or each not in ON_GPU]
+    options.peers = options.peers or possible
+    if impossible := [each for each in options.peers if each not in possible]:
+        parser.error(f"--peers: {impossible[0]} needs --device cuda")
     if not shutil.which(options.jax_python):
         parser.error(f"--jax-python: {options.jax_python} is no program")
     chosen = [each for each in WORKLOADS if any(part in each.name for part in options.only)]
     if not chosen:
         parser.error(f"no workload has {' or '.join(options.only)} in its name")
     rows, versions = [], {}
-    for workload in chosen:
+    for workload in [replace(each, device=options.device) for each in chosen]:
         print(workload.name, file=sys.stderr)
         rows.append(measure(workload, options, versions))
-        machine = f"{processor()}; {', '.join(versions.values())}; {options.rounds} rounds."
+        machine = f"{name}; {', '.join(versions.values())}; {options.rounds} rounds."
         found = report(rows, machine)
         # After every workload, so that a run that is stopped leaves what it has.
         if options.output:

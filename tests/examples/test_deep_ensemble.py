@@ -1,10 +1,13 @@
 """The deep ensemble: unsure where it has seen nothing, and better than one of its members."""
 
 import deep_ensemble as example
+import pytest
 import torch
 
 import funcnet as fn
 from funcnet.testing import check_loss
+
+pytestmark = pytest.mark.cpu_only
 
 
 def test_the_loss_keeps_the_laws():

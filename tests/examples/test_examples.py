@@ -15,6 +15,8 @@ import torch
 
 import funcnet as fn
 
+pytestmark = pytest.mark.cpu_only
+
 EXAMPLES = Path(__file__).parents[2] / "examples"
 
 OPTIONS = {

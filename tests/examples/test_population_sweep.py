@@ -6,6 +6,8 @@ import torch
 
 import funcnet as fn
 
+pytestmark = pytest.mark.cpu_only
+
 
 def test_a_member_is_its_solo_run():
     row = sweep.Row(100, "Tanh", 2, 3, 0, rates=(1e-3, 1e-4))

@@ -2,9 +2,10 @@
 
 import pytest
 import torch
-from cases import COMBINATORS, EAGER_ONLY, LAYERS, LOSSES, OPTIMIZERS, PARAMS
+from cases import COMBINATORS, EAGER_ONLY, LAYERS, LOSSES, OPTIMIZERS, PAIR, PARAMS, ROWS
 
 import funcnet as fn
+from funcnet.core import EMPTY
 from funcnet.testing import check_layer, check_loss, check_optimizer
 
 
@@ -111,3 +112,54 @@ def test_check_layer_compiles_on_request():
 
 def identity_rule(residuals, dy, *, params, x):
     return ({} if params else None), dy if x else None
+
+
+def echo():
+    """A layer that returns the very state that it got, as a user's may."""
+
+    def vjp(params, x, state=None, *, key=None, train=True):
+        return x, fn.Pullback(identity_rule, {}), state
+
+    return fn.Layer(
+        lambda key, x: ({}, {}),
+        lambda params, x, state=None, *, key=None, train=False: (x, state),
+        vjp,
+    )
+
+
+ECHOES = {
+    "serial": (fn.serial(echo()), ROWS),
+    "residual": (fn.residual(echo()), ROWS),
+    "shared": (fn.shared(echo()), PAIR),
+    "remat": (fn.remat(echo()), ROWS),
+    "check_finite": (fn.check_finite(echo()), ROWS),
+    "parallel": (fn.parallel(echo(), echo()), PAIR),
+}
+
+
+@pytest.mark.parametrize("name", [*LAYERS, *COMBINATORS, *[f"echo in {each}" for each in ECHOES]])
+def test_what_is_returned_is_the_callers_own(name):
+    everything = LAYERS | COMBINATORS | {f"echo in {each}": case for each, case in ECHOES.items()}
+    layer, x = everything[name]
+    params, state = layer.init(fn.key(0), x)
+    if state:
+        return
+    y, pullback, after = layer.vjp(params, x, train=False)
+    dy = fn.tree.map(
+        lambda leaf: torch.ones_like(leaf) if leaf.is_floating_point() else None, y
+    )
+    results = [state, layer.apply(params, x)[1], after, pullback, *pullback(dy)]
+    seen = [id(node) for result in results for node in nodes(result)]
+    assert id(EMPTY) not in seen
+
+
+def nodes(tree):
+    """All dicts in a tree, those in pullbacks too."""
+    if isinstance(tree, fn.Pullback):
+        tree = tree.residuals
+    if isinstance(tree, dict):
+        yield tree
+        tree = [*tree.values()]
+    if isinstance(tree, (tuple, list)):
+        for child in tree:
+            yield from nodes(child)

@@ -14,9 +14,11 @@ TOLERANCE = {torch.float64: 1e-10, torch.float32: 2e-5, torch.bfloat16: 3e-2}
 
 
 def randn(*shape, seed=0, dtype=torch.float64):
-    # Drawn in float64, so that the numbers of all dtypes are the same up to rounding.
+    # Drawn in float64 on the CPU: the numbers are the same up to rounding for all dtypes, and
+    # on any device.
     generator = torch.Generator().manual_seed(seed + 1)
-    return torch.randn(shape, generator=generator, dtype=torch.float64).to(dtype)
+    drawn = torch.randn(shape, generator=generator, dtype=torch.float64, device="cpu")
+    return drawn.to(torch.get_default_device(), dtype)
 
 
 def transposed(x):

@@ -17,7 +17,8 @@ OPTIONS = {
 
 def indices(*shape, seed=0, dtype=torch.int64):
     generator = torch.Generator().manual_seed(seed)
-    return torch.randint(0, 7, shape, generator=generator, dtype=dtype)
+    drawn = torch.randint(0, 7, shape, generator=generator, dtype=dtype, device="cpu")
+    return drawn.to(torch.get_default_device())
 
 
 @pytest.mark.parametrize("dtype", [torch.int64, torch.int32])
@@ -116,6 +117,8 @@ def test_embedding_refuses_what_are_no_indices(dtype):
             call({"weight": torch.ones(7, 3)}, x)
 
 
+# Elsewhere the kernel itself fails, and with it all that the process does there later.
+@pytest.mark.cpu_only
 @pytest.mark.parametrize(
     ("x", "low", "high"), [([0, 7], 0, 7), ([-1, 3], -1, 3), ([[9]], 9, 9)], ids=str
 )

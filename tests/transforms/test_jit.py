@@ -171,6 +171,7 @@ def test_empty_and_single_batches(size):
 
 @pytest.mark.parametrize("shape", [(1, 1, 1), (7, 33, 130), (64, 300, 17), (300, 257, 2100)])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.cpu_only
 def test_products_of_all_sizes_and_layouts(shape, dtype):
     m, n, k = shape
     a, b = (
@@ -213,6 +214,7 @@ def test_nan_and_infinity_pass_through():
     "dtype", [torch.float32, torch.float64, torch.int64, torch.int32, torch.bool]
 )
 @pytest.mark.parametrize("descending", [False, True])
+@pytest.mark.cpu_only
 def test_a_sort_is_torchs_stable_one(dtype, descending):
     x = fn.random.randint(fn.key(0), (4, 50, 3), -5, 5).to(dtype)
 
@@ -243,6 +245,7 @@ def test_draws_are_the_eager_ones():
         assert torch.equal(one, other)
 
 
+@pytest.mark.cpu_only
 def test_a_donated_argument_is_updated_in_place_and_then_gone():
     step, state = training(fn.adam(0.01))
     state = fn.tree.map(torch.clone, state)
@@ -261,6 +264,7 @@ def test_a_donated_argument_is_updated_in_place_and_then_gone():
     assert torch.equal(key, fn.key(0))
 
 
+@pytest.mark.cpu_only
 def test_donated_memory_must_not_be_shared():
     compiled = fn.jit(lambda p, q: (p["a"] + q, p["b"] * q), donate=0)
     x = torch.ones(4)
@@ -277,6 +281,7 @@ def test_donated_memory_must_not_be_shared():
     torch.testing.assert_close((a, b), (torch.full((4,), 2.0), torch.ones(4)))
 
 
+@pytest.mark.cpu_only
 def test_donated_values_that_trade_places():
     compiled = fn.jit(lambda a, b, c: (b, a + c, a, b * 2), donate=(0, 1))
     a, b, c = torch.ones(3), torch.full((3,), 2.0), torch.full((3,), 3.0)
@@ -380,6 +385,7 @@ def test_options_are_checked():
         fn.jit(lambda x: x + 1, donate=3)(X)
 
 
+@pytest.mark.cpu_only
 def test_lower_shows_the_graph_and_the_code():
     step, state = training(fn.sgd(0.1))
     lowered = fn.jit(step).lower(state, (X, TARGET))
@@ -408,6 +414,7 @@ def test_threads_do_not_disturb_each_other():
     assert not wrong
 
 
+@pytest.mark.cpu_only
 def test_without_a_compiler_the_error_says_what_to_install(monkeypatch):
     monkeypatch.setenv("CXX", "no-such-compiler")
     compiled = fn.jit(lambda x: x + 41)
@@ -427,6 +434,7 @@ print("torch._inductor.graph" in sys.modules)
 """
 
 
+@pytest.mark.cpu_only
 def test_programs_are_kept_on_disk_for_other_processes(tmp_path):
     def run():
         environment = os.environ | {"FUNCNET_CACHE_DIR": str(tmp_path)}
@@ -443,6 +451,7 @@ def test_programs_are_kept_on_disk_for_other_processes(tmp_path):
     assert len([*tmp_path.iterdir()]) == 1
 
 
+@pytest.mark.cpu_only
 def test_a_broken_file_on_disk_is_made_anew(tmp_path, monkeypatch):
     whole, cut = tmp_path / "whole", tmp_path / "cut"
 
@@ -463,7 +472,7 @@ def test_a_broken_file_on_disk_is_made_anew(tmp_path, monkeypatch):
 def interpreted(monkeypatch):
     """Staged programs whose segments are not compiled: for the logic of the stages."""
     monkeypatch.setattr("torch._inductor.compile", lambda graph, inputs: graph)
-    monkeypatch.setattr("funcnet.transforms.jit.load", lambda *_: (_ for _ in ()).throw(refused()))
+    monkeypatch.setattr("funcnet.transforms.compiled.load", lambda *_: (_ for _ in ()).throw(refused()))
 
 
 def refused():
@@ -473,6 +482,7 @@ def refused():
 
 
 @pytest.mark.usefixtures("interpreted")
+@pytest.mark.cpu_only
 def test_a_staged_program_gives_the_same(monkeypatch, tmp_path):
     monkeypatch.setenv("FUNCNET_CACHE_DIR", str(tmp_path))
     net = fn.remat(fn.serial(fn.linear(4), fn.batch_norm(), fn.dropout(0.2), fn.linear(1)))
@@ -497,6 +507,7 @@ def test_a_staged_program_gives_the_same(monkeypatch, tmp_path):
 
 
 @pytest.mark.usefixtures("interpreted")
+@pytest.mark.cpu_only
 def test_a_staged_population_views_memory_of_other_layouts(monkeypatch, tmp_path):
     monkeypatch.setenv("FUNCNET_CACHE_DIR", str(tmp_path))
     net = fn.serial(fn.embedding(5, 3), fn.flatten(), fn.linear(2))
@@ -511,6 +522,7 @@ def test_a_staged_population_views_memory_of_other_layouts(monkeypatch, tmp_path
     assert_same(fn.jit(fn.vmap(run))(keys), fn.vmap(run)(keys))
 
 
+@pytest.mark.cpu_only
 def test_a_program_beyond_the_host_is_staged():
     def run(x, w):
         return fn.scan(lambda c, row: (torch.tanh(c @ w.T + row), c.sum()), x[0:1], x)
@@ -605,6 +617,7 @@ def test_the_default_dtype_is_part_of_the_program():
         torch.set_default_dtype(torch.float32)
 
 
+@pytest.mark.cpu_only
 def test_donated_memory_is_not_that_of_a_captured_tensor():
     held = torch.ones(3)
     with pytest.raises(ValueError, match="with a tensor that the function closes over"):
@@ -641,6 +654,7 @@ def test_a_population_of_convolutions_on_two_threads():
     ],
     ids=["max_pool2d", "embedding"],
 )
+@pytest.mark.cpu_only
 def test_two_threads_add_up_in_one_order(layer, x):
     params, _ = layer.init(fn.key(1), x)
 
@@ -659,6 +673,7 @@ def test_two_threads_add_up_in_one_order(layer, x):
 
 
 @pytest.mark.usefixtures("two_threads")
+@pytest.mark.cpu_only
 def test_an_index_out_of_range_is_an_error():
     rows, tokens = fn.random.normal(fn.key(0), (10, 64)), torch.zeros(5000, dtype=torch.int64)
     pick = fn.jit(lambda rows, tokens: rows[tokens].sum(1))
@@ -677,6 +692,7 @@ def test_an_index_out_of_range_is_an_error():
         _ = given + 1
 
 
+@pytest.mark.cpu_only
 def test_memory_goes_with_its_last_reader():
     layers = [layer for _ in range(8) for layer in (fn.linear(64), fn.relu())][:-1]
     blocks = [fn.remat(fn.serial(*layers[start : start + 4])) for start in range(0, 16, 4)]

@@ -117,6 +117,7 @@ def workspace(wrap):
     return int(code.split("Workspace workspace(")[1].split(")")[0]) / (4 * x.numel())
 
 
+@pytest.mark.cpu_only
 def test_the_compiler_does_not_undo_it():
     plain, again = workspace(lambda layer: layer), workspace(fn.remat)
     # 6 blocks of 2 residuals each, against 6 inputs and one block's work.

@@ -47,6 +47,7 @@ def test_the_compiled_loop_equals_the_python_loop(options):
     assert_equal(run(START, xs), fn.scan(accumulate, START, xs, **options))
 
 
+@pytest.mark.cpu_only
 def test_the_compiled_program_does_not_grow_with_the_length():
     def lines(length):
         run = fn.jit(lambda x: fn.scan(lambda c, _: (torch.sin(c) + 1, c), x, length=length))

@@ -122,6 +122,7 @@ def test_a_compiled_member_equals_its_compiled_solo_run_bit_for_bit():
             assert torch.equal(one, other[place])
 
 
+@pytest.mark.cpu_only
 def test_a_donated_population_is_updated_in_place():
     step = fn.train_step(NET, fn.mse(), fn.adam(0.01))
     keys = fn.random.split(fn.key(4), 5)

@@ -1,6 +1,7 @@
 """funcnet's workers: "eager" and "jit"."""
 
 import torch
+from torch_device import device_memory, waiting
 from worker import LEARNING_RATE, Job, Workload, serve
 
 import funcnet as fn
@@ -18,13 +19,15 @@ def make_net(workload: Workload) -> fn.Layer:
 def build(mode: str, workload: Workload) -> Job:
     """A workload as funcnet's users write it."""
     torch.set_num_threads(workload.threads)
+    device, wait = workload.device, waiting(workload.device)
     if workload.draws:
-        key, draw = fn.key(0), lambda key: fn.random.uniform(key, (workload.draws,))
+        key = fn.key(0, device=device)
+        draw = lambda key: fn.random.uniform(key, (workload.draws,))  # noqa: E731
         draw = fn.jit(draw) if mode == "jit" else draw
-        return Job(lambda: None, lambda _: draw(key))
-    x = fn.random.normal(fn.key(1), workload.shape(workload.sizes[0]))
-    target = fn.random.normal(fn.key(2), workload.shape(workload.sizes[-1]))
-    example = torch.empty(workload.batch, workload.sizes[0])
+        return Job(lambda: None, lambda _: draw(key), wait)
+    x = fn.random.normal(fn.key(1, device=device), workload.shape(workload.sizes[0]))
+    target = fn.random.normal(fn.key(2, device=device), workload.shape(workload.sizes[-1]))
+    example = torch.empty(workload.batch, workload.sizes[0], device=device)
     net = make_net(workload)
     optimizer = {"sgd": fn.sgd, "adam": fn.adam}[workload.optimizer](LEARNING_RATE)
     call = step = fn.train_step(net, fn.mse(), optimizer)
@@ -33,9 +36,10 @@ def build(mode: str, workload: Workload) -> Job:
         return fn.init_train_state(net, optimizer, key, example)
 
     def start() -> fn.TrainState:
+        key = fn.key(0, device=device)
         if workload.members:
-            return fn.vmap(start_one)(fn.random.split(fn.key(0), workload.members))
-        return start_one(fn.key(0))
+            return fn.vmap(start_one)(fn.random.split(key, workload.members))
+        return start_one(key)
 
     if workload.members:
         call = fn.vmap(step)
@@ -43,8 +47,8 @@ def build(mode: str, workload: Workload) -> Job:
         call = lambda state, batches: fn.scan(step, state, batches)  # noqa: E731
     if mode == "jit":
         call = fn.jit(call, donate=0)
-    return Job(start, lambda state: call(state, (x, target))[0])
+    return Job(start, lambda state: call(state, (x, target))[0], wait)
 
 
 if __name__ == "__main__":
-    serve(build, f"funcnet {fn.__version__}")
+    serve(build, f"funcnet {fn.__version__}", device_memory)

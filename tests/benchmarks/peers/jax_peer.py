@@ -1,5 +1,6 @@
 """JAX's worker: "jit", with the state donated."""
 
+from collections.abc import Callable
 from itertools import pairwise
 from typing import Any
 
@@ -41,8 +42,30 @@ def apply(params: Params, x: jax.Array, remat: bool) -> jax.Array:
     return x
 
 
+def use(device: str) -> None:
+    """Compute on a device, given by torch's name for it."""
+    kind, _, index = device.partition(":")
+    try:
+        found = jax.devices(kind)[int(index or 0)]
+    except (RuntimeError, IndexError):
+        raise RuntimeError(f"this JAX has no {device}") from None
+    jax.config.update("jax_default_device", found)
+
+
+def device_memory() -> Callable[[], float]:
+    """The peak of JAX's arrays on the GPU beyond what they take now.
+
+    The peak is that of the whole process; what is watched is the largest workload in it.
+    """
+    device = jax.config.jax_default_device or jax.devices()[0]
+    before = device.memory_stats()["bytes_in_use"]
+    return lambda: (device.memory_stats()["peak_bytes_in_use"] - before) / 2**20
+
+
 def build(mode: str, workload: Workload) -> Job:
     """A workload as JAX's users write it; Adam is optax's."""
+    if workload.device != "cpu":
+        use(workload.device)
     if workload.draws:
         key, draw = jax.random.key(0), jax.jit(lambda key: jax.random.uniform(key, workload.draws))
         return Job(lambda: None, lambda _: draw(key), jax.block_until_ready)
@@ -81,4 +104,4 @@ def build(mode: str, workload: Workload) -> Job:
 
 
 if __name__ == "__main__":
-    serve(build, f"jax {jax.__version__}")
+    serve(build, f"jax {jax.__version__}", device_memory)

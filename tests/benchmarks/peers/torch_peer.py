@@ -1,4 +1,7 @@
-"""PyTorch's workers: "eager", "compile", and "one by one" for a population's models in turn."""
+"""PyTorch's workers: "eager", "compile", and "one by one" for a population's models in turn.
+
+"graphs" is "compile" with CUDA graphs, which replay a call's kernels without Python's part in it.
+"""
 
 from collections.abc import Callable
 from itertools import pairwise
@@ -9,6 +12,7 @@ from torch import Tensor, nn
 from torch.func import functional_call, grad, stack_module_state, vmap
 from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
+from torch_device import device_memory, waiting
 from worker import LEARNING_RATE, Job, Workload, serve
 
 
@@ -25,23 +29,34 @@ def make_net(workload: Workload) -> nn.Sequential:
     layers = [layer for pair in pairs for layer in (nn.Linear(*pair), nn.ReLU())][:-1]
     if workload.remat:
         layers = [Checkpointed(*layers[place : place + 4]) for place in range(0, len(layers), 4)]
-    return nn.Sequential(*layers)
+    return nn.Sequential(*layers).to(workload.device)
 
 
 def compiled(mode: str, f: Callable[..., Any]) -> Callable[..., Any]:
     """Compiled for its shapes, if that is the mode."""
+    if mode == "graphs":
+        return torch.compile(f, dynamic=False, mode="reduce-overhead")
     return torch.compile(f, dynamic=False) if mode == "compile" else f
+
+
+def begin(mode: str) -> None:
+    """Tell CUDA graphs that a step begins, and that nobody needs the results of the last one."""
+    if mode == "graphs":
+        torch.compiler.cudagraph_mark_step_begin()
 
 
 def trainer(mode: str, workload: Workload) -> tuple[Callable[[], None], Callable[..., None]]:
     """A model's ``reset()``, in place, and ``step(x, target)``: torch.nn, autograd, torch.optim."""
     net = make_net(workload)
     make = {"sgd": torch.optim.SGD, "adam": torch.optim.Adam}[workload.optimizer]
-    optimizer = make(net.parameters(), lr=LEARNING_RATE)
+    # Adam counts its steps on the CPU unless it is told that a graph shall hold them.
+    options = {"capturable": True} if mode == "graphs" and workload.optimizer == "adam" else {}
+    optimizer = make(net.parameters(), lr=LEARNING_RATE, **options)
     loss = compiled(mode, lambda x, target: F.mse_loss(net(x), target))
     update = compiled(mode, optimizer.step)
 
     def step(x: Tensor, target: Tensor) -> None:
+        begin(mode)
         optimizer.zero_grad()
         loss(x, target).backward()
         update()
@@ -73,18 +88,26 @@ def population(mode: str, workload: Workload, x: Tensor, target: Tensor) -> Job:
     members = [make_net(workload) for _ in range(workload.members)]
     initial = {name: each.detach() for name, each in stack_module_state(members)[0].items()}
     call = compiled(mode, vmap(step))
-    return Job(lambda: initial, lambda params: call(params, x, target)[0])
+
+    def advance(params: dict[str, Tensor]) -> dict[str, Tensor]:
+        begin(mode)
+        found = call(params, x, target)[0]
+        # The next replay writes to the memory of this one's results.
+        return {name: each.clone() for name, each in found.items()} if mode == "graphs" else found
+
+    return Job(lambda: initial, advance, waiting(workload.device))
 
 
 def build(mode: str, workload: Workload) -> Job:
     """A workload as PyTorch's users write it."""
     torch.set_num_threads(workload.threads)
     torch.manual_seed(0)
+    device, wait = workload.device, waiting(workload.device)
     if workload.draws:
-        draw = compiled(mode, lambda: torch.rand(workload.draws))
-        return Job(lambda: None, lambda _: draw())
-    x = torch.randn(workload.shape(workload.sizes[0]))
-    target = torch.randn(workload.shape(workload.sizes[-1]))
+        draw = compiled(mode, lambda: torch.rand(workload.draws, device=device))
+        return Job(lambda: None, lambda _: begin(mode) or draw(), wait)
+    x = torch.randn(workload.shape(workload.sizes[0]), device=device)
+    target = torch.randn(workload.shape(workload.sizes[-1]), device=device)
     if workload.members and mode != "one by one":
         return population(mode, workload, x, target)
     members = [trainer(mode, workload) for _ in range(workload.members or 1)]
@@ -104,8 +127,8 @@ def build(mode: str, workload: Workload) -> Job:
         else:
             members[0][1](x, target)
 
-    return Job(start, advance)
+    return Job(start, advance, wait)
 
 
 if __name__ == "__main__":
-    serve(build, f"torch {torch.__version__}")
+    serve(build, f"torch {torch.__version__}", device_memory)

@@ -23,7 +23,8 @@ class Workload:
     """What to train, all in float32; the activation is ReLU and the loss MSE.
 
     ``scan`` steps are one call, of ``members`` models at once; 0 means a single step or model.
-    With ``draws``, that many uniform draws are all that a call does.
+    With ``draws``, that many uniform draws are all that a call does. ``device`` is as torch
+    names it.
     """
 
     name: str
@@ -37,6 +38,7 @@ class Workload:
     draws: int = 0
     repeat_first: bool = False
     memory: bool = False
+    device: str = "cpu"
 
     def shape(self, features: int) -> tuple[int, ...]:
         """The shape of a call's batches with so many features."""
@@ -47,7 +49,8 @@ class Job(NamedTuple):
     """A workload, built.
 
     ``start()`` makes a state, ``advance(state)`` is a call, and gives the next state;
-    ``wait(state)`` returns when that is computed.
+    ``wait(state)`` returns when that is computed, which on the CPU it is at once for a library
+    that does not work ahead.
     """
 
     start: Callable[[], Any]
@@ -83,27 +86,40 @@ def resident(field: str) -> float:
     return next(int(line.split()[1]) for line in lines if line.startswith(field)) / 1024
 
 
-def peak_memory(build: Build, mode: str, workload: Workload) -> float:
+Watch = Callable[[], Callable[[], float]]
+"""Begins to watch memory; the function that it gives says the peak since then, in MiB."""
+
+
+def host_memory() -> Callable[[], float]:
+    """The peak of this process beyond what it has now."""
+    Path("/proc/self/clear_refs").write_text("5")  # from here on VmHWM counts
+    before = resident("VmRSS")
+    return lambda: resident("VmHWM") - before
+
+
+def peak_memory(build: Build, mode: str, workload: Workload, watch: Watch) -> float:
     """MiB that the workload takes: its data, state, compilation and three calls.
 
     The same workload in small comes first: it imports and warms up what compiles.
     """
     for each in (replace(workload, sizes=(8,) * len(workload.sizes), batch=8), workload):
         gc.collect()
-        Path("/proc/self/clear_refs").write_text("5")  # from here on VmHWM counts
-        before = resident("VmRSS")
+        peak = watch()
         job = build(mode, each)
         state = job.start()
         for _ in range(3):
             state = job.advance(state)
         job.wait(state)
-        peak = resident("VmHWM") - before
+        found = peak()
         del job, state
-    return peak
+    return found
 
 
-def serve(build: Build, version: str) -> None:
-    """Be a worker: answer the driver in lines of JSON."""
+def serve(build: Build, version: str, device_memory: Watch) -> None:
+    """Be a worker: answer the driver in lines of JSON.
+
+    ``device_memory`` watches the memory of a device that is not the CPU.
+    """
     parser = argparse.ArgumentParser()
     parser.add_argument("mode", help="which way of the library, such as eager")
     parser.add_argument("task", choices=("time", "first", "memory", "mapped"))
@@ -120,7 +136,8 @@ def serve(build: Build, version: str) -> None:
 
     try:
         if options.task in ("memory", "mapped"):
-            answer(memory=peak_memory(build, options.mode, workload))
+            watch = host_memory if workload.device == "cpu" else device_memory
+            answer(memory=peak_memory(build, options.mode, workload, watch))
             return
         job = build(options.mode, workload)
         state = job.start()

@@ -1,0 +1,437 @@
+"""Python numbers as arguments of a jitted function.
+
+Another learning rate shall not need another program, and arithmetic on numbers is Python's own:
+``10**-n`` is an int or a float by the value of n, ``n * n`` has no largest value, the sum of two
+bools is an int. So while a function is traced, each number that it was given is a `TracedNumber`.
+Arithmetic on it is recorded as a list of steps, and done again, in Python, on the numbers of each
+call. What meets a tensor becomes an input of the program. Where a result has another type than
+when it was traced, or an ``if`` on it would go the other way, the function is traced again.
+"""
+
+import functools
+import math
+import operator
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any, NamedTuple, NoReturn
+
+import optree
+import torch
+from torch import Tensor
+from torch._subclasses.fake_tensor import DataDependentOutputException
+from torch.fx.experimental.proxy_tensor import disable_proxy_modes_tracing
+from torch.overrides import TorchFunctionMode
+from torch.utils._python_dispatch import TorchDispatchMode
+
+aten = torch.ops.aten
+
+NUMBERS = {bool: torch.bool, int: torch.int64, float: torch.float64}
+"""The types that count as numbers, and the dtype in which each is an input of a program."""
+
+_library = torch.library.Library("funcnet", "FRAGMENT")
+# The tag keeps make_fx from calling it at once, as it does with constants.
+_library.define(
+    "number(int position, ScalarType dtype) -> Tensor", tags=torch.Tag.nondeterministic_seeded
+)
+
+
+@torch.library.register_fake("funcnet::number", lib=_library)
+def _(position: int, dtype: torch.dtype) -> Tensor:
+    return torch.empty((), dtype=dtype, device="cpu")
+
+
+class _Value(NamedTuple):
+    """The result of a step, or a number that was given, by its index."""
+
+    index: int
+
+
+class _Step(NamedTuple):
+    """``function(*operands)``, whose result has this type."""
+
+    function: Callable[..., Any]
+    operands: tuple[Any, ...]
+    kind: type
+
+
+class _Condition(NamedTuple):
+    """What the function read of a value, and what it found: its truth, or its text."""
+
+    read: Callable[[Any], Any]
+    value: _Value
+    found: Any
+
+
+class Arithmetic:
+    """What a function does with the numbers that it is given, as steps to do again on others."""
+
+    def __init__(self, given: Sequence[Any], names: Sequence[str]) -> None:
+        self.values = [*given]
+        self.names = [*names]
+        self.steps: list[_Step | _Condition] = []
+        self.inputs: dict[int, int] = {}
+        self.tensors: dict[int, Tensor] = {}
+        self.given = [TracedNumber(self, index) for index in range(len(given))]
+
+    def record(self, function: Callable[..., Any], *operands: Any) -> Any:
+        """Do a step now, and whenever the program runs."""
+        result = function(*[_value_of(each) for each in operands])
+        if result is NotImplemented:
+            return result
+        if type(result) not in NUMBERS:
+            self.refuse(operands, f"becomes a {type(result).__name__}")
+        recorded = tuple([_Value(each._index) if _is(each) else each for each in operands])
+        self.steps.append(_Step(function, recorded, type(result)))
+        self.values.append(result)
+        return TracedNumber(self, len(self.values) - 1)
+
+    def read(self, number: "TracedNumber", read: Callable[[Any], Any]) -> Any:
+        """``read(value)``, on which the function now depends."""
+        found = read(number._value)
+        self.steps.append(_Condition(read, _Value(number._index), found))
+        return found
+
+    def input(self, number: "TracedNumber") -> Tensor:
+        """The tensor for a number that meets tensors."""
+        index = number._index
+        if index not in self.tensors:
+            dtype = NUMBERS[type(number._value)]
+            torch.tensor(number._value, dtype=dtype)  # raises if it is too large
+            self.inputs[index] = len(self.inputs)
+            self.tensors[index] = torch.ops.funcnet.number(self.inputs[index], dtype)
+        return self.tensors[index]
+
+    def again(self, given: Sequence[Any]) -> list[Any] | None:
+        """The inputs for other numbers; None if the function would go another way with them."""
+        values = [*given]
+        for step in self.steps:
+            if isinstance(step, _Condition):
+                if step.read(values[step.value.index]) != step.found:
+                    return None
+                continue
+            operands = [
+                values[each.index] if type(each) is _Value else each for each in step.operands
+            ]
+            values.append(step.function(*operands))
+            if type(values[-1]) is not step.kind:
+                return None
+        return [values[index] for index in self.inputs]
+
+    def refuse(self, operands: Sequence[Any], what: str) -> NoReturn:
+        """Raise TypeError for a use that would need the number's value."""
+        found = sorted({name for each in operands if _is(each) for name in self._names(each)})
+        raise TypeError(
+            f"jit: the number {' and '.join(found)} {what}, which reads the value while the "
+            "function is traced: name it in static=, or pass a tensor"
+        )
+
+    def _names(self, number: "TracedNumber") -> set[str]:
+        """The arguments from which a number was computed."""
+        if number._index < len(self.names):
+            return {self.names[number._index]}
+        step = [each for each in self.steps if isinstance(each, _Step)][
+            number._index - len(self.names)
+        ]
+        sources = [TracedNumber(self, each.index) for each in step.operands if type(each) is _Value]
+        return {name for source in sources for name in self._names(source)}
+
+
+def _value_of(operand: Any) -> Any:
+    return operand._value if _is(operand) else operand
+
+
+class TracedNumber:
+    """A Python number that a function is traced with; see the module's docstring.
+
+    To ``isinstance`` it is a bool, an int or a float, as its value is.
+    """
+
+    __slots__ = ("_arithmetic", "_index")
+
+    def __init__(self, arithmetic: Arithmetic, index: int) -> None:
+        self._arithmetic = arithmetic
+        self._index = index
+
+    @property
+    def __class__(self) -> Any:
+        return type(self._value)
+
+    @property
+    def _value(self) -> Any:
+        return self._arithmetic.values[self._index]
+
+    @classmethod
+    def __torch_function__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        return _call(func, args, kwargs or {})
+
+    def __bool__(self) -> bool:
+        return bool(self._arithmetic.read(self, bool))
+
+    def __repr__(self) -> str:
+        return str(self._arithmetic.read(self, repr))
+
+    __str__ = __repr__
+
+    def __format__(self, spec: str) -> str:
+        return str(self._arithmetic.read(self, functools.partial(_formatted, spec)))
+
+    def __round__(self, digits: int | None = None) -> Any:
+        return self._arithmetic.record(round, self, digits)
+
+    def __divmod__(self, other: Any) -> Any:
+        return self // other, self % other
+
+    def __rdivmod__(self, other: Any) -> Any:
+        return other // self, other % self
+
+    def __copy__(self) -> "TracedNumber":
+        return self
+
+    def __deepcopy__(self, memo: Any) -> "TracedNumber":
+        return self
+
+
+def _formatted(spec: str, value: Any) -> str:
+    return format(value, spec)
+
+
+def _is(operand: Any) -> bool:
+    return type(operand) is TracedNumber
+
+
+def _binary(function: Callable[..., Any], swapped: bool) -> Callable[..., Any]:
+    def method(self: TracedNumber, other: Any, *rest: Any) -> Any:
+        if not isinstance(other, (bool, int, float)):
+            return NotImplemented
+        operands = (other, self) if swapped else (self, other)
+        return self._arithmetic.record(function, *operands, *rest)
+
+    return method
+
+
+def _unary(function: Callable[..., Any]) -> Callable[..., Any]:
+    return lambda self: self._arithmetic.record(function, self)
+
+
+def _refused(what: str) -> Callable[..., Any]:
+    return lambda self, *_: self._arithmetic.refuse([self], what)
+
+
+_ARITHMETIC = {
+    "add": operator.add,
+    "sub": operator.sub,
+    "mul": operator.mul,
+    "pow": pow,
+    "truediv": operator.truediv,
+    "floordiv": operator.floordiv,
+    "mod": operator.mod,
+    "lshift": operator.lshift,
+    "rshift": operator.rshift,
+    "and": operator.and_,
+    "or": operator.or_,
+    "xor": operator.xor,
+}
+_COMPARISONS = ("lt", "le", "eq", "ne", "ge", "gt")
+_UNARY = {
+    "neg": operator.neg,
+    "pos": operator.pos,
+    "abs": abs,
+    "invert": operator.invert,
+    "floor": math.floor,
+    "ceil": math.ceil,
+    "trunc": math.trunc,
+}
+_READS = {
+    **dict.fromkeys(("int", "index"), "is needed as an int"),
+    **dict.fromkeys(("float", "complex"), "is needed as a float"),
+    **{"hash": "is hashed", "reduce_ex": "is pickled"},
+}
+for _name, _function in _ARITHMETIC.items():
+    setattr(TracedNumber, f"__{_name}__", _binary(_function, False))
+    setattr(TracedNumber, f"__r{_name}__", _binary(_function, True))
+for _name in _COMPARISONS:
+    setattr(TracedNumber, f"__{_name}__", _binary(getattr(operator, _name), False))
+for _name, _function in _UNARY.items():
+    setattr(TracedNumber, f"__{_name}__", _unary(_function))
+for _name, _what in _READS.items():
+    setattr(TracedNumber, f"__{_name}__", _refused(_what))
+
+
+# Numbers and tensors: everything below is about calls of torch's functions with numbers in them.
+
+
+@contextmanager
+def numbers_meet_tensors(arithmetic: Arithmetic) -> Iterator[None]:
+    """Let torch's functions take traced numbers, with the dtypes that Python numbers give."""
+    with _Promotion(arithmetic), _Constructors():
+        yield
+
+
+class _Constructors(TorchFunctionMode):
+    """Finds traced numbers where torch does not look for them: ``torch.tensor([n, 1.0])``."""
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func in _FROM_DATA and _numbers_in((args, kwargs)):
+            return _call(func, args, kwargs or {})
+        return func(*args, **(kwargs or {}))
+
+
+_FROM_DATA = (torch.tensor, torch.as_tensor, torch.asarray, torch.scalar_tensor, torch.full)
+
+
+def _numbers_in(arguments: Any) -> list[TracedNumber]:
+    return [leaf for leaf in optree.tree_leaves(arguments) if _is(leaf)]
+
+
+def _call(func: Any, args: Any, kwargs: Any) -> Any:
+    """``func`` of tensors and traced numbers: what it gives for the numbers themselves."""
+    numbers = _numbers_in((args, kwargs))
+    arithmetic = numbers[0]._arithmetic
+    name = getattr(func, "__name__", str(func))
+    # What it gives eagerly is the measure, and what it does not take is an error here too.
+    expected = _eager(func, args, kwargs)
+    for number in numbers:
+        _depend_on_range(number, expected, (args, kwargs))
+    try:
+        if func in _FROM_DATA:
+            result = _from_data(func, args, kwargs, expected)
+        elif name.strip("_").removesuffix("_") in ("pow", "ipow", "float_power", "rpow"):
+            result = func(*_powers(args), **kwargs)
+        elif any(isinstance(leaf, Tensor) for leaf in optree.tree_leaves((args, kwargs))):
+            lowered, named = optree.tree_map(_lowered, (args, kwargs))
+            result = func(*lowered, **named)
+        else:
+            arithmetic.refuse(numbers, f"goes to {name} without a tensor")
+    except (DataDependentOutputException, _UnknownError, RuntimeError, ValueError):
+        # The number itself is taken, so it is for its tensor that the function fails.
+        arithmetic.refuse(numbers, f"goes to {name}")
+    if _kinds(result) != _kinds(expected):
+        arithmetic.refuse(numbers, f"goes to {name}")
+    return result
+
+
+def _lowered(leaf: Any) -> Any:
+    return leaf._arithmetic.input(leaf) if _is(leaf) else leaf
+
+
+def _kinds(result: Any) -> Any:
+    leaves = optree.tree_leaves(result)
+    return [(leaf.shape, leaf.dtype) for leaf in leaves if isinstance(leaf, Tensor)]
+
+
+def _eager(func: Any, args: Any, kwargs: Any) -> Any:
+    """The result for the numbers' values, unrecorded, on copies, as ``func`` may write to them."""
+
+    def plain(leaf: Any) -> Any:
+        return leaf.detach().clone() if isinstance(leaf, Tensor) else _value_of(leaf)
+
+    with disable_proxy_modes_tracing(), torch.no_grad():
+        copies, named = optree.tree_map(plain, (args, kwargs))
+        return func(*copies, **named)
+
+
+def _depend_on_range(number: TracedNumber, expected: Any, arguments: Any) -> None:
+    """Some functions refuse a number that does not fit a narrow dtype, and others wrap it."""
+    leaves = optree.tree_leaves((expected, arguments))
+    dtypes = {leaf.dtype for leaf in leaves if isinstance(leaf, Tensor)}
+    for dtype in dtypes & {torch.uint8, torch.int8, torch.int16, torch.int32}:
+        number._arithmetic.read(number, functools.partial(_fits, dtype))
+
+
+def _fits(dtype: torch.dtype, value: Any) -> bool:
+    limits = torch.iinfo(dtype)
+    return bool(limits.min <= value <= limits.max)
+
+
+def _powers(args: Sequence[Any]) -> list[Any]:
+    """The operands of a power, which torch computes otherwise where the exponent is special."""
+    lowered = []
+    for place, arg in enumerate(args):
+        if place == 1 and _is(arg):
+            special = [each for each in (-2, -1, -0.5, 0, 0.5, 1, 2, 3) if bool(arg == each)]
+            if special:
+                lowered.append(type(arg._value)(special[0]))
+                continue
+            bool(arg >= 0)  # integers have no negative powers
+        lowered.append(_lowered(arg))
+    return lowered
+
+
+def _from_data(func: Any, args: Any, kwargs: Any, expected: Tensor) -> Tensor:
+    """``torch.tensor`` and its like, of numbers of which some are traced."""
+    named = dict(zip(("size", "fill_value"), args, strict=False)) if func is torch.full else {}
+    data = (named | (kwargs or {})).get("fill_value", args[0] if args else kwargs.get("data"))
+    dtype, device = expected.dtype, expected.device
+    elements = [
+        # A copy: the tensor of a number goes on standing for the number.
+        (_lowered(leaf) if _is(leaf) else torch.as_tensor(leaf)).to(device, dtype, copy=True)
+        for leaf in optree.tree_leaves(data)
+    ]
+    if func is torch.full:
+        return elements[0].expand(expected.shape).clone()
+    return torch.stack(elements).reshape(expected.shape)
+
+
+class _UnknownError(Exception):
+    """An operator got a number of which it is not known how it is one."""
+
+
+class _Promotion(TorchDispatchMode):
+    """Lets the tensors of numbers promote dtypes as numbers do: by their kind alone.
+
+    A float times a 0-d float32 tensor is float32; a 0-d float64 tensor would make it float64.
+    """
+
+    def __init__(self, arithmetic: Arithmetic) -> None:
+        super().__init__()
+        self._arithmetic = arithmetic
+
+    def __torch_dispatch__(
+        self, operator: Any, types: Any, args: Any = (), kwargs: Any = None
+    ) -> Any:
+        kwargs = kwargs or {}
+        numbers = {id(each) for each in self._arithmetic.tensors.values()}
+        leaves = [leaf for leaf in optree.tree_leaves((args, kwargs)) if isinstance(leaf, Tensor)]
+        others = [leaf for leaf in leaves if id(leaf) not in numbers]
+        if len(others) == len(leaves) or operator in _TAKES_ANY or operator.namespace == "prim":
+            return operator(*args, **kwargs)
+        if torch.Tag.pointwise not in operator.tags:
+            raise _UnknownError(operator)
+
+        def cast(leaf: Any) -> Any:
+            if isinstance(leaf, Tensor) and id(leaf) in numbers:
+                return leaf.to(_promoted(leaf, others))
+            return leaf
+
+        args, kwargs = optree.tree_map(cast, (args, kwargs))
+        return operator(*args, **kwargs)
+
+
+# These give their result the dtype of the tensor that is written, or one that they are told.
+_TAKES_ANY = {
+    *(aten._to_copy.default, aten.detach.default, aten.clone.default),
+    *(aten.view.default, aten.expand.default, aten.unsqueeze.default),
+    *(aten.copy_.default, aten.fill_.Tensor, aten.fill.Tensor),
+    *(aten.masked_fill.Tensor, aten.masked_fill_.Tensor),
+    *(aten._foreach_mul.Tensor, aten._foreach_mul_.Tensor),
+    *(aten._foreach_div.Tensor, aten._foreach_div_.Tensor),
+}
+
+
+def _promoted(number: Tensor, others: Sequence[Tensor]) -> torch.dtype:
+    """The dtype as which a Python number meets these tensors, none of which is one."""
+    kinds = [_kind(each.dtype) for each in others]
+    highest = max(kinds, default=-1)
+    if not others or highest > _kind(number.dtype):
+        return number.dtype
+    if highest < _kind(number.dtype):
+        return torch.get_default_dtype() if number.is_floating_point() else number.dtype
+    alike = [each for each, kind in zip(others, kinds, strict=True) if kind == highest]
+    if any([each.dim() for each in alike]):
+        return number.dtype
+    return functools.reduce(torch.promote_types, [each.dtype for each in alike])
+
+
+def _kind(dtype: torch.dtype) -> int:
+    """bool, integers, floats: of two operands the higher kind decides."""
+    return 2 if dtype.is_floating_point else int(dtype != torch.bool)

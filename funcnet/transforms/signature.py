@@ -1,0 +1,226 @@
+"""What a compiled program depends on: a call that differs in any of it needs another program.
+
+That is the structure of the arguments, down to the order of a dict's entries and the types of the
+numbers in it, the kinds of their tensors, the values of static arguments, and the settings of torch
+that operators read: grad mode, autocast, default dtype and device, deterministic algorithms,
+precision of products, number of threads. `signature` finds all of it; `Recognizer` tells, in a few
+microseconds, whether a call is like the last one.
+"""
+
+import dataclasses
+import numbers
+from collections import OrderedDict
+from collections.abc import Callable, Hashable, Sequence
+from typing import Any, NamedTuple
+
+import optree
+import torch
+from torch import Tensor
+from torch._C._dynamo.guards import GlobalStateGuard, TensorGuards
+from torch._subclasses.fake_tensor import FakeTensor
+from torch.nn import Parameter
+from torch.overrides import _get_current_function_mode_stack
+from torch.utils._device import DeviceContext
+
+from funcnet import tree
+
+_function_modes = torch._C._len_torch_function_stack
+
+
+def exact(value: Any) -> Hashable:
+    """A key that tells apart what ``==`` does not: 1, 1.0 and True, 0.0 and -0.0, {1: 2} in order.
+
+    >>> exact((2, 0.0)) == exact((2.0, 0.0)), exact(0.0) == exact(-0.0)
+    (False, False)
+    >>> exact({"a": 1, "b": 2}) == exact({"b": 2, "a": 1})
+    False
+    """
+    kind = type(value)
+    if kind is str or value is None:
+        return value
+    if kind is float:
+        return kind, value.hex()
+    if isinstance(value, (tuple, list)):
+        return kind, *[exact(each) for each in value]
+    if isinstance(value, dict):
+        return kind, *[(exact(name), exact(each)) for name, each in value.items()]
+    if isinstance(value, frozenset):
+        return kind, frozenset([exact(each) for each in value])
+    if isinstance(value, (slice, range)):
+        return kind, exact(value.start), exact(value.stop), exact(value.step)
+    if dataclasses.is_dataclass(value) and not isinstance(value, type):
+        fields = dataclasses.fields(value)
+        return kind, value, *[exact(getattr(value, each.name)) for each in fields]
+    if isinstance(value, numbers.Number):
+        return kind, value, repr(value)
+    return kind, value
+
+
+def structure(treedef: optree.PyTreeSpec) -> Hashable:
+    """A treedef as a key: as `exact` for the names, the types and the metadata of its nodes."""
+    return exact(treedef.__getstate__())  # type: ignore[attr-defined]
+
+
+class Kind(NamedTuple):
+    """What is known of a tensor that a function is given or closes over."""
+
+    is_parameter: bool
+    shape: tuple[int, ...]
+    dtype: torch.dtype
+    device: torch.device
+    requires_grad: bool
+
+
+def kind_of(tensor: Tensor) -> Kind:
+    """The properties of a tensor that a program is made for; its strides are not among them."""
+    return Kind(
+        isinstance(tensor, Parameter),
+        tuple(tensor.shape),
+        tensor.dtype,
+        tensor.device,
+        tensor.requires_grad,
+    )
+
+
+_C = torch._C
+_SETTINGS: tuple[Callable[[], Any], ...] = (
+    _C._get_default_device,
+    _C._get_float32_matmul_precision,
+    _C._get_deterministic_fill_uninitialized_memory,
+    _C._get_mkldnn_enabled,
+    _C._get_cudnn_enabled,
+    _C._get_cudnn_deterministic,
+    _C._get_cudnn_benchmark,
+    _C._get_flash_sdp_enabled,
+    _C._get_mem_efficient_sdp_enabled,
+    _C._get_math_sdp_enabled,
+    _C._get_cudnn_sdp_enabled,
+)
+
+
+def settings() -> tuple[Hashable, ...]:
+    """Torch's settings that operators read."""
+    return (
+        # Grad mode, autocast, default dtype, deterministic algorithms, number of threads.
+        GlobalStateGuard().__getstate__(),  # type: ignore[attr-defined]
+        str(torch.get_default_device()),
+        *[read() for read in _SETTINGS],
+    )
+
+
+def runs_itself(leaves: Sequence[Any]) -> bool:
+    """Whether a call is one for the function itself: there is nothing to compile, or to run on.
+
+    So it is for tensors without data, and while something else watches each operator.
+    """
+    if tree.transformed() or any([isinstance(leaf, FakeTensor) for leaf in leaves]):
+        return True
+    if any([isinstance(leaf, Tensor) and leaf.is_meta for leaf in leaves]):
+        return True
+    if not _function_modes():
+        return False
+    return any([type(mode) is not DeviceContext for mode in _get_current_function_mode_stack()])
+
+
+def check_tensor(tensor: Tensor, where: Callable[[], str]) -> None:
+    """Raise TypeError for a tensor of a kind that programs do not know."""
+    if type(tensor) is not Tensor and type(tensor) is not Parameter:
+        raise TypeError(
+            f"jit: expects plain tensors, got {where()} as a {type(tensor).__qualname__}; pass "
+            ".as_subclass(torch.Tensor) of it"
+        )
+    if tensor.is_complex():
+        raise TypeError(f"jit: expects real tensors, got {where()} complex")
+    if tensor.layout is not torch.strided or tensor.is_quantized or tensor.is_nested:
+        what = "quantized" if tensor.is_quantized else f"in the layout {tensor.layout}"
+        raise TypeError(f"jit: expects dense tensors, got {where()} {what}")
+
+
+def is_plain(tensor: Tensor) -> bool:
+    """Whether a tensor's memory can be read as it lies: contiguous, and no negated view."""
+    return tensor.is_contiguous() and not tensor.is_neg()
+
+
+class Recognizer:
+    """Recognizes later arguments that are like these, under the settings of now.
+
+    What it takes for alike is alike in all that `settings`, `structure` and `kind_of` tell, and
+    its strides are the same. It may miss what they would find alike. Of the tensors that a function
+    closes over it holds that they are what they were.
+    """
+
+    def __init__(
+        self,
+        args: Any,
+        treedef: optree.PyTreeSpec,
+        leaves: Sequence[Tensor],
+        captured: Sequence[Tensor],
+    ) -> None:
+        self._flatten = treedef.flatten_up_to
+        self._in_order = _order_check(args)
+        self._captured = captured
+        tensors = [*leaves, *captured]
+        self._tensors = TensorGuards(
+            *tensors,
+            dynamic_dims_sizes=[list(tensor.shape) for tensor in tensors],
+            dynamic_dims_strides=[list(tensor.stride()) for tensor in tensors],
+        )
+        self._modes = _get_current_function_mode_stack()
+        self._state = GlobalStateGuard()
+        self._settings = [read() for read in _SETTINGS]
+
+    def __call__(self, args: Any) -> list[Any] | None:
+        """The leaves of arguments that are recognized, None for others."""
+        try:
+            leaves = self._flatten(args)
+        except (ValueError, TypeError):
+            return None
+        if (
+            self._tensors.check(*leaves, *self._captured)
+            and self._state.check()
+            and [read() for read in _SETTINGS] == self._settings
+            and _function_modes() == len(self._modes)
+            and self._in_order(args)
+        ):
+            for position, mode in enumerate(self._modes):
+                if _C._get_function_stack_at(position) is not mode:
+                    return None
+            return leaves
+        return None
+
+
+def recognizer(
+    args: Any, treedef: optree.PyTreeSpec, leaves: Sequence[Tensor], captured: Sequence[Tensor]
+) -> Recognizer | None:
+    """A `Recognizer`, unless the arguments are of a structure that it cannot check fast."""
+    if not leaves or _order_check(args) is None:
+        return None
+    return Recognizer(args, treedef, leaves, captured)
+
+
+def _order_check(args: Any) -> Callable[[Any], bool] | None:
+    """A function that tells whether the dicts in a tree have their entries in this order.
+
+    None for trees with nodes other than tuples, lists, and dicts with strings as names.
+    """
+    keys: list[list[str]] = []
+    checks: list[str] = []
+
+    def visit(node: Any, source: str) -> bool:
+        if isinstance(node, dict):
+            if type(node) not in (dict, OrderedDict) or any(
+                [type(each) is not str for each in node]
+            ):
+                return False
+            checks.append(f"[*(d{len(keys)} := {source})] == keys[{len(keys)}]")
+            own = f"d{len(keys)}"
+            keys.append([*node])
+            return all([visit(child, f"{own}[{name!r}]") for name, child in node.items()])
+        if type(node) in (tuple, list) or optree.is_namedtuple(node):
+            return all([visit(child, f"{source}[{place}]") for place, child in enumerate(node)])
+        return node is None or isinstance(node, Tensor)
+
+    if not visit(args, "args"):
+        return None
+    # As Python's own code it takes 0.1 us for each dict, where a walk over the tree takes 0.4.
+    return eval(f"lambda args: {' and '.join(checks)}", {"keys": keys})  # type: ignore[no-any-return]
