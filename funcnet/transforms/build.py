@@ -88,7 +88,8 @@ def load(name: str, threads: int, write: Callable[[], str]) -> ctypes.CDLL:
     Raises:
         BuildError: the compiler is not able to, or what it makes cannot be loaded.
     """
-    if kept := cache.find(f"{name}.so"):
+    # A process gets the first library of a name that it opened again: let it be the right one.
+    if (kept := cache.find(f"{name}.so")) and b"funcnet_run" in kept.read_bytes():
         with contextlib.suppress(OSError, AttributeError):
             return _open(kept)
     text = write()

@@ -56,8 +56,9 @@ def keep(name: str, kept: bytes) -> Path | None:
             file.write(kept + hashlib.sha256(kept).digest())
     except (OSError, RuntimeError) as error:
         say_once(
-            f"jit: compiled programs cannot be kept in {_name_of_folder()} ({error}), so that each "
-            "process compiles them again; name another folder in FUNCNET_CACHE_DIR"
+            f"jit: compiled programs cannot be kept in {_name_of_folder()}, so that each process "
+            "compiles them again; name another folder in FUNCNET_CACHE_DIR",
+            error,
         )
         return None
     return path
@@ -102,8 +103,8 @@ def _name_of_folder() -> str:
         return "the user's cache folder"
 
 
-def say_once(message: str) -> None:
+def say_once(what: str, why: object) -> None:
     """A warning that this process gives a single time."""
-    if message not in _said:
-        _said.add(message)
-        warnings.warn(message, RuntimeWarning, stacklevel=2)
+    if what not in _said:
+        _said.add(what)
+        warnings.warn(f"{what}: {why}", RuntimeWarning, stacklevel=2)

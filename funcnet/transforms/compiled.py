@@ -1,8 +1,9 @@
 """A function that was traced and compiled for one signature, and how it is called."""
 
+import functools
 import re
 from array import array
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from operator import methodcaller
 from typing import Any
 
@@ -49,15 +50,12 @@ class Donated(Tensor):
         return repr(self)
 
 
-# What is left in a donated tensor for functions that do not ask its class, such as to_dlpack.
-_GONE = torch.empty(0)
-torch._C._set_throw_on_mutable_data_ptr(_GONE)
-
-
-def _give_away(tensors: Iterable[Tensor]) -> None:
-    for tensor in tensors:
-        tensor.data = _GONE
-        tensor.__class__ = Donated
+@functools.cache
+def _gone(device: torch.device) -> Tensor:
+    """What is left in a donated tensor for functions that do not ask its class: no memory."""
+    tensor = torch.empty(0, device=device)
+    torch._C._set_throw_on_mutable_data_ptr(tensor)
+    return tensor
 
 
 class Compiled:
@@ -111,6 +109,7 @@ class Compiled:
         untouched = {source for source in self.passed.values() if source in donated}
         # What is donated and returned untouched is neither written nor lost.
         self.donated = [source for source in donated if source not in untouched]
+        self.gone = [_gone(leaves[source].device) for source in self.donated]
         self.reused = _pair(
             self.specs, [spec_of(leaf) for leaf in leaves], self.donated, self.passed
         )
@@ -124,11 +123,12 @@ class Compiled:
         self.error: Callable[[], bytes] | None = None
         self.staged: Staged | None = None
         self.why_not_one: str | None = None
-        self._prepare(all([tensor.is_cpu for tensor in [*leaves, *self.captured]]))
+        self._prepare()
 
-    def _prepare(self, on_cpu: bool) -> None:
+    def _prepare(self) -> None:
         """Compile, or load from disk."""
-        if not on_cpu:
+        values = [node.meta.get("val") for node in self.traced.graph.nodes]
+        if any([isinstance(value, Tensor) and not value.is_cpu for value in values]):
             self.why_not_one = "tensors on another device than the CPU"
             self.staged = Staged(self.traced)
             return
@@ -147,7 +147,7 @@ class Compiled:
                 self.why_not_one = str(reason)
                 cache.keep(f"{name}.refused", str(reason).encode())
             except BuildError as reason:
-                cache.say_once(f"jit: functions run eagerly, as no program can be made: {reason}")
+                cache.say_once("jit: functions run eagerly, as no program can be made", reason)
                 self.why_not_one = str(reason)
                 return
         self.staged = Staged(self.traced)
@@ -205,8 +205,14 @@ class Compiled:
             outputs[place] = (
                 given[source] if source < len(given) else self.captured[source - len(given)]
             )
-        _give_away([given[source] for source in self.donated])
+        self._give_away(given)
         return self.out_treedef.unflatten(outputs)
+
+    def _give_away(self, given: Sequence[Tensor]) -> None:
+        for source, gone in zip(self.donated, self.gone, strict=True):
+            tensor = given[source]
+            tensor.data = gone
+            tensor.__class__ = Donated
 
     def _settled(self) -> list[Tensor]:
         """The captured tensors as they are now, in memory that can be read as it lies."""
@@ -250,7 +256,7 @@ class Compiled:
         if self.donated:
             # Some of it may hold new values and some old ones.
             message += "; what was donated is lost"
-            _give_away([given[source] for source in self.donated])
+            self._give_away(given)
         raise RuntimeError(f"{self.name}: {message}")
 
     def _check_overlap(self, addresses: list[int]) -> None:

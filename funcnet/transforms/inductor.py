@@ -5,6 +5,7 @@ around them is written by `funcnet.transforms.host`. The one place that needs In
 """
 
 import contextlib
+import itertools
 import re
 import sys
 import threading
@@ -16,6 +17,7 @@ from torch import Tensor, fx
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.fx.experimental.proxy_tensor import make_fx
 
+from funcnet.transforms.build import BuildError, compiler
 from funcnet.transforms.tracing import Segment
 
 aten = torch.ops.aten
@@ -122,7 +124,7 @@ def decomposed(segment: Segment) -> fx.GraphModule:
         for operator, rule in select_decomp_table().items()
         if getattr(operator, "overloadpacket", operator) not in _KEPT
     }
-    table[aten.var_mean.correction] = _var_mean_of_nothing
+    table |= _MENDED
     examples = [node.meta["val"] for node in segment.graph.nodes if node.op == "placeholder"]
     module = fx.GraphModule(torch.nn.Module(), segment.graph)
     with torch.no_grad():
@@ -141,6 +143,30 @@ def _var_mean_of_nothing(
     return mean, mean.clone()
 
 
+def _argmin(x: Tensor, *options: Any, **named: Any) -> Any:
+    """Of equal elements the first, which Inductor's kernel for bytes does not find."""
+    if x.dtype not in _BYTES:
+        return NotImplemented
+    return aten.argmin.default(x.to(torch.int32), *options, **named)
+
+
+def _min(x: Tensor, *options: Any, **named: Any) -> Any:
+    """As `_argmin`."""
+    if x.dtype not in _BYTES:
+        return NotImplemented
+    values, indices = aten.min.dim(x.to(torch.int32), *options, **named)
+    return values.to(x.dtype), indices
+
+
+_BYTES = (torch.bool, torch.uint8, torch.int8)
+# Operators of which Inductor's kernels give something else than PyTorch's for some tensors.
+_MENDED = {
+    aten.var_mean.correction: _var_mean_of_nothing,
+    aten.argmin.default: _argmin,
+    aten.min.dim: _min,
+}
+
+
 @contextlib.contextmanager
 def settings(threads: int) -> Iterator[None]:
     """Inductor's settings for kernels on this machine's CPU, run by so many threads."""
@@ -149,6 +175,7 @@ def settings(threads: int) -> Iterator[None]:
 
     width = {"AVX512": 512, "AVX2": 256}.get(torch.backends.cpu.get_cpu_capability())
     changes = {
+        "cpp.cxx": (None, _program(compiler())),
         "cpp.threads": threads,
         # Starting threads for less than this takes longer than the work.
         "cpp.min_chunk_size": 1 << 15,
@@ -166,6 +193,35 @@ def settings(threads: int) -> Iterator[None]:
     known = {name: value for name, value in changes.items() if _has(config, name)}
     with config.patch(known):
         yield
+
+
+def _program(command: Sequence[str]) -> str:
+    """The compiler itself in a command such as ``ccache g++ -O1``: Inductor takes one word."""
+    words = itertools.takewhile(lambda word: not word.startswith("-"), command)
+    return [*words][-1]
+
+
+@contextlib.contextmanager
+def refusals_of_the_compiler() -> Iterator[None]:
+    """Make Inductor's errors about the C++ compiler a `BuildError`."""
+    from torch._dynamo.exc import BackendCompilerFailed
+    from torch._inductor.exc import CppCompileError, InvalidCxxCompiler
+
+    try:
+        yield
+    except (BackendCompilerFailed, CppCompileError, InvalidCxxCompiler) as error:
+        raise BuildError(str(error).strip()[-2000:]) from error
+
+
+def compiled(graph: fx.GraphModule, inputs: list[Tensor]) -> Any:
+    """A graph compiled by Inductor alone, for any device."""
+    from torch._inductor import compile as compile_graph
+    from torch._inductor import config
+
+    on_cpu = all([tensor.is_cpu for tensor in inputs])
+    changes = {"cpp.cxx": (None, _program(compiler()))} if on_cpu else {}
+    with refusals_of_the_compiler(), config.patch(changes):
+        return compile_graph(graph, inputs)
 
 
 def _has(config: Any, name: str) -> bool:
@@ -216,6 +272,7 @@ def kernels(segment: Segment, threads: int, in_place: Sequence[tuple[int, int]])
         V.set_fake_mode(fake_mode),
         fake_mode,
         torch.no_grad(),
+        refusals_of_the_compiler(),
     ):
         lowering = GraphLowering(
             module, example_inputs=examples, cpp_wrapper=True, is_inference=True

@@ -262,6 +262,11 @@ class Jitted:
                 "does not know yet. Name a number that shapes or Python's control flow depend on "
                 "in static=, or choose between tensors with torch.where"
             ) from error
+        except TypeError as error:
+            # Python puts "unsupported operand" in the place of a TypeError from n - tensor.
+            if "unsupported operand" in str(error) and arithmetic.refusal:
+                raise TypeError(arithmetic.refusal) from error
+            raise
         except WritesToArgumentError as error:
             source = error.args[0]
             what = "a tensor that the function closes over"

@@ -71,6 +71,7 @@ class Arithmetic:
         self.steps: list[_Step | _Condition] = []
         self.inputs: dict[int, int] = {}
         self.tensors: dict[int, Tensor] = {}
+        self.refusal = ""
         self.given = [TracedNumber(self, index) for index in range(len(given))]
 
     def record(self, function: Callable[..., Any], *operands: Any) -> Any:
@@ -120,10 +121,11 @@ class Arithmetic:
     def refuse(self, operands: Sequence[Any], what: str) -> NoReturn:
         """Raise TypeError for a use that would need the number's value."""
         found = sorted({name for each in operands if _is(each) for name in self._names(each)})
-        raise TypeError(
+        self.refusal = (
             f"jit: the number {' and '.join(found)} {what}, which reads the value while the "
             "function is traced: name it in static=, or pass a tensor"
         )
+        raise TypeError(self.refusal)
 
     def _names(self, number: "TracedNumber") -> set[str]:
         """The arguments from which a number was computed."""

@@ -12,7 +12,9 @@ from torch import Tensor, fx
 from torch.fx.experimental.proxy_tensor import make_fx
 
 from funcnet.random import threefry_at, threefry_range
-from funcnet.transforms.inductor import compiling
+from funcnet.transforms import cache
+from funcnet.transforms.build import BuildError
+from funcnet.transforms.inductor import compiled, compiling
 from funcnet.transforms.tracing import (
     Block,
     Node,
@@ -117,8 +119,6 @@ class Staged:
         levels: list[int],
         tensors: list[Tensor],
     ) -> Any:
-        from torch._inductor import compile as inductor_compile
-
         if isinstance(item, Segment):
             function: Any = fx.GraphModule(torch.nn.Module(), _of_any_layout(item.graph))
         else:
@@ -126,9 +126,15 @@ class Staged:
         for level in reversed(levels):
             axes = tuple([0 if batched[level] else None for batched in flags])
             function = torch.vmap(function, in_dims=axes, randomness="different")
-        graph = make_fx(lambda *inputs: _tuple(function(*inputs)), tracing_mode="fake")(*tensors)
+        # A tensor may come in twice, as two carries at the start of a scan, and would be one input.
+        apart = [torch.empty_like(tensor) for tensor in tensors]
+        graph = make_fx(lambda *inputs: _tuple(function(*inputs)), tracing_mode="fake")(*apart)
         self._codes.append(graph.code)
-        return inductor_compile(graph, list(tensors))
+        try:
+            return compiled(graph, list(tensors))
+        except BuildError as reason:
+            cache.say_once("jit: functions run eagerly, as no program can be made", reason)
+            return graph
 
     def _region(self, region: Region, values: Values, lengths: tuple[int, ...]) -> None:
         operands = [_read(node, values) for node in region.operands]
