@@ -65,7 +65,7 @@ class _Child:
         try:
             if self.short_apply is not None and name not in state:
                 return self.short_apply(own, x), {}
-            own_state = state[name] if name in state else {}
+            own_state = state.get(name, {})
             return self.layer.apply(own, x, own_state, key=self._key(key), train=train)
         except Exception as error:
             locate(error, self.place)
@@ -80,7 +80,7 @@ class _Child:
         try:
             if self.short_vjp is not None and name not in state:
                 return *self.short_vjp(own, x), {}
-            own_state = state[name] if name in state else {}
+            own_state = state.get(name, {})
             return self.layer.vjp(own, x, own_state, key=self._key(key), train=train)
         except Exception as error:
             locate(error, self.place)

@@ -284,11 +284,11 @@ def uniform(
     if not isinstance(minval, Tensor) and not isinstance(maxval, Tensor):
         if (minval, maxval) == (0.0, 1.0):
             return unit
-    # While a function is traced, a number's value is not known.
-    if not (isinstance(minval, Tensor) or isinstance(maxval, Tensor) or traced()):
-        # The buffer is ours. The bounds are rounded to the dtype, as JAX rounds them.
-        low, high = _rounded(minval, dtype), _rounded(maxval, dtype)
-        return unit.mul_(_rounded(high - low, dtype)).add_(low).clamp(min=low)
+        # While a function is traced, a number's value is not known.
+        if not traced():
+            # The buffer is ours. The bounds are rounded to the dtype, as JAX rounds them.
+            low, high = _rounded(minval, dtype), _rounded(maxval, dtype)
+            return unit.mul_(_rounded(high - low, dtype)).add_(low).clamp(min=low)
     lowest, highest = (
         bound.to(unit.device, dtype)
         if isinstance(bound, Tensor)

@@ -28,6 +28,7 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import funcnet as fn
+from funcnet.transforms import cache
 from tests.fuzzing.programs import INGREDIENTS, Program, Statement, grow_program
 
 # Seconds: for one compilation that hangs, and for the search for a smaller program.
@@ -390,7 +391,7 @@ def main() -> int:
 
 def _reason(path: Path) -> str:
     """Why a program runs in stages, in short."""
-    text = path.read_text()
+    text = (cache.content(path) or b"").decode()
     operator = re.search(r"aten\.\w+", text)
     return operator[0] if operator else text[:60]
 

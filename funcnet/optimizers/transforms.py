@@ -9,7 +9,7 @@ from collections.abc import Callable, Sequence
 from functools import partial
 from numbers import Real
 from operator import attrgetter
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, cast
 
 import torch
 from torch import Tensor
@@ -401,7 +401,7 @@ def check_rate(name: str, lr: Any) -> None:
         raise TypeError(
             f"{name}: lr must be a number, a 0-d tensor or a function of the step, got {lr!r}"
         )
-    check_at_least(name, "lr", lr, 0.0)
+    check_at_least(name, "lr", cast(float, lr), 0.0)
 
 
 def optional(condition: object, transform: Callable[[], Optimizer]) -> Sequence[Optimizer]:

@@ -88,7 +88,7 @@ def _written_aside(path: Path) -> Iterator[IO[bytes]]:
 
 
 def _is_ours(path: Path) -> bool:
-    """Whether a file or folder belongs to this user, or to root, and nobody else can write to it."""
+    """Whether a file or folder is this user's, or root's, and nobody else can write to it."""
     if not hasattr(os, "geteuid"):  # Windows
         return path.exists()
     found = path.stat()

@@ -15,7 +15,7 @@ from funcnet import tree
 from funcnet.transforms import cache
 from funcnet.transforms.build import BuildError, fingerprint, load
 from funcnet.transforms.host import Program
-from funcnet.transforms.inductor import UnsupportedError, compiling
+from funcnet.transforms.inductor import UnsupportedError, writing
 from funcnet.transforms.numbers import NUMBERS, Arithmetic
 from funcnet.transforms.signature import is_plain, kind_of, settings
 from funcnet.transforms.staged import Staged
@@ -154,7 +154,7 @@ class Compiled:
 
     def text(self) -> str:
         """The C++ program."""
-        with compiling(), settings_of_programs():
+        with writing(), settings_of_programs():
             return Program(self.traced, self.reused, self.passed, self.threads).text
 
     def inputs_for(self, numbers: Sequence[Any]) -> list[Any] | None:
@@ -323,7 +323,7 @@ def _end(tensor: Tensor) -> int:
     if not tensor.numel():
         return 0
     last = sum((size - 1) * step for size, step in zip(tensor.shape, tensor.stride(), strict=True))
-    return (tensor.storage_offset() + last + 1) * tensor.element_size()
+    return int(tensor.storage_offset() + last + 1) * tensor.element_size()
 
 
 def _lies_alone(tensor: Tensor) -> bool:

@@ -9,6 +9,7 @@ import itertools
 import re
 import sys
 import threading
+import warnings
 from collections.abc import Iterator, Sequence
 from typing import Any, NamedTuple
 
@@ -31,6 +32,14 @@ def compiling() -> Iterator[None]:
     """One thread traces or runs Inductor at a time, whose settings are one for the process."""
     dynamo = sys.modules.get("torch._dynamo.convert_frame")
     with _one_at_a_time, contextlib.nullcontext() if dynamo is None else dynamo.compile_lock:
+        yield
+
+
+@contextlib.contextmanager
+def writing() -> Iterator[None]:
+    """As `compiling`, for Inductor, whose own warnings, at its import too, tell a user nothing."""
+    with compiling(), warnings.catch_warnings():
+        warnings.simplefilter("ignore")
         yield
 
 
@@ -221,7 +230,7 @@ def compiled(graph: fx.GraphModule, inputs: list[Tensor]) -> Any:
     on_cpu = all([tensor.is_cpu for tensor in inputs])
     changes = {"cpp.cxx": (None, _program(compiler()))} if on_cpu else {}
     with refusals_of_the_compiler(), config.patch(changes):
-        return compile_graph(graph, inputs)
+        return compile_graph(graph, [*inputs])
 
 
 def _has(config: Any, name: str) -> bool:

@@ -96,7 +96,7 @@ class Jitted:
             recognize_next = recognizer(
                 (args, kwargs), call.treedef, call.tensors, program.captured
             )
-            self._last = recognize_next and (recognize_next, program, plain)
+            self._last = (recognize_next, program, plain) if recognize_next else None
         return program(call.tensors, inputs, plain)
 
     def lower(self, *args: Any, **kwargs: Any) -> Lowered:
@@ -306,7 +306,7 @@ class Jitted:
 
 def _attributes(instance: Any) -> Hashable:
     """What an instance has, as a key: its tensors by identity, all else by value."""
-    leaves, treedef = optree.tree_flatten(getattr(instance, "__dict__", {}))
+    leaves, treedef = tree.flatten(getattr(instance, "__dict__", {}))
     found: list[Hashable] = []
     for leaf in leaves:
         hashable = not isinstance(leaf, Tensor) and type(leaf).__hash__ is not None

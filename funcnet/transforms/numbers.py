@@ -15,13 +15,14 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any, NamedTuple, NoReturn
 
-import optree
 import torch
 from torch import Tensor
 from torch._subclasses.fake_tensor import DataDependentOutputException
 from torch.fx.experimental.proxy_tensor import disable_proxy_modes_tracing
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
+
+from funcnet import tree
 
 aten = torch.ops.aten
 
@@ -41,9 +42,9 @@ def _(position: int, dtype: torch.dtype) -> Tensor:
 
 
 class _Value(NamedTuple):
-    """The result of a step, or a number that was given, by its index."""
+    """The result of a step, or a number that was given, by its position."""
 
-    index: int
+    position: int
 
 
 class _Step(NamedTuple):
@@ -67,12 +68,13 @@ class Arithmetic:
 
     def __init__(self, given: Sequence[Any], names: Sequence[str]) -> None:
         self.values = [*given]
-        self.names = [*names]
+        # The names of the arguments from which each value was computed.
+        self.sources = [{name} for name in names]
         self.steps: list[_Step | _Condition] = []
         self.inputs: dict[int, int] = {}
         self.tensors: dict[int, Tensor] = {}
         self.refusal = ""
-        self.given = [TracedNumber(self, index) for index in range(len(given))]
+        self.given = [TracedNumber(self, position) for position in range(len(given))]
 
     def record(self, function: Callable[..., Any], *operands: Any) -> Any:
         """Do a step now, and whenever the program runs."""
@@ -81,61 +83,56 @@ class Arithmetic:
             return result
         if type(result) not in NUMBERS:
             self.refuse(operands, f"becomes a {type(result).__name__}")
-        recorded = tuple([_Value(each._index) if _is(each) else each for each in operands])
+        recorded = tuple([_Value(each._position) if _is(each) else each for each in operands])
         self.steps.append(_Step(function, recorded, type(result)))
         self.values.append(result)
+        self.sources.append(self._sources(operands))
         return TracedNumber(self, len(self.values) - 1)
 
     def read(self, number: "TracedNumber", read: Callable[[Any], Any]) -> Any:
         """``read(value)``, on which the function now depends."""
         found = read(number._value)
-        self.steps.append(_Condition(read, _Value(number._index), found))
+        self.steps.append(_Condition(read, _Value(number._position), found))
         return found
 
     def input(self, number: "TracedNumber") -> Tensor:
         """The tensor for a number that meets tensors."""
-        index = number._index
-        if index not in self.tensors:
+        position = number._position
+        if position not in self.tensors:
             dtype = NUMBERS[type(number._value)]
             torch.tensor(number._value, dtype=dtype)  # raises if it is too large
-            self.inputs[index] = len(self.inputs)
-            self.tensors[index] = torch.ops.funcnet.number(self.inputs[index], dtype)
-        return self.tensors[index]
+            self.inputs[position] = len(self.inputs)
+            self.tensors[position] = torch.ops.funcnet.number(self.inputs[position], dtype)
+        return self.tensors[position]
 
     def again(self, given: Sequence[Any]) -> list[Any] | None:
         """The inputs for other numbers; None if the function would go another way with them."""
         values = [*given]
         for step in self.steps:
             if isinstance(step, _Condition):
-                if step.read(values[step.value.index]) != step.found:
+                if step.read(values[step.value.position]) != step.found:
                     return None
                 continue
             operands = [
-                values[each.index] if type(each) is _Value else each for each in step.operands
+                values[each.position] if type(each) is _Value else each for each in step.operands
             ]
             values.append(step.function(*operands))
             if type(values[-1]) is not step.kind:
                 return None
-        return [values[index] for index in self.inputs]
+        return [values[position] for position in self.inputs]
+
+    def _sources(self, operands: Sequence[Any]) -> set[str]:
+        positions = [each._position for each in operands if _is(each)]
+        return {name for position in positions for name in self.sources[position]}
 
     def refuse(self, operands: Sequence[Any], what: str) -> NoReturn:
         """Raise TypeError for a use that would need the number's value."""
-        found = sorted({name for each in operands if _is(each) for name in self._names(each)})
+        found = sorted(self._sources(operands))
         self.refusal = (
             f"jit: the number {' and '.join(found)} {what}, which reads the value while the "
             "function is traced: name it in static=, or pass a tensor"
         )
         raise TypeError(self.refusal)
-
-    def _names(self, number: "TracedNumber") -> set[str]:
-        """The arguments from which a number was computed."""
-        if number._index < len(self.names):
-            return {self.names[number._index]}
-        step = [each for each in self.steps if isinstance(each, _Step)][
-            number._index - len(self.names)
-        ]
-        sources = [TracedNumber(self, each.index) for each in step.operands if type(each) is _Value]
-        return {name for source in sources for name in self._names(source)}
 
 
 def _value_of(operand: Any) -> Any:
@@ -148,19 +145,19 @@ class TracedNumber:
     To ``isinstance`` it is a bool, an int or a float, as its value is.
     """
 
-    __slots__ = ("_arithmetic", "_index")
+    __slots__ = ("_arithmetic", "_position")
 
-    def __init__(self, arithmetic: Arithmetic, index: int) -> None:
+    def __init__(self, arithmetic: Arithmetic, position: int) -> None:
         self._arithmetic = arithmetic
-        self._index = index
+        self._position = position
 
-    @property
+    @property  # type: ignore[misc]
     def __class__(self) -> Any:
         return type(self._value)
 
     @property
     def _value(self) -> Any:
-        return self._arithmetic.values[self._index]
+        return self._arithmetic.values[self._position]
 
     @classmethod
     def __torch_function__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
@@ -219,7 +216,7 @@ def _refused(what: str) -> Callable[..., Any]:
     return lambda self, *_: self._arithmetic.refuse([self], what)
 
 
-_ARITHMETIC = {
+_ARITHMETIC: dict[str, Callable[..., Any]] = {
     "add": operator.add,
     "sub": operator.sub,
     "mul": operator.mul,
@@ -234,7 +231,7 @@ _ARITHMETIC = {
     "xor": operator.xor,
 }
 _COMPARISONS = ("lt", "le", "eq", "ne", "ge", "gt")
-_UNARY = {
+_UNARY: dict[str, Callable[..., Any]] = {
     "neg": operator.neg,
     "pos": operator.pos,
     "abs": abs,
@@ -246,7 +243,8 @@ _UNARY = {
 _READS = {
     **dict.fromkeys(("int", "index"), "is needed as an int"),
     **dict.fromkeys(("float", "complex"), "is needed as a float"),
-    **{"hash": "is hashed", "reduce_ex": "is pickled"},
+    "hash": "is hashed",
+    "reduce_ex": "is pickled",
 }
 for _name, _function in _ARITHMETIC.items():
     setattr(TracedNumber, f"__{_name}__", _binary(_function, False))
@@ -282,7 +280,7 @@ _FROM_DATA = (torch.tensor, torch.as_tensor, torch.asarray, torch.scalar_tensor,
 
 
 def _numbers_in(arguments: Any) -> list[TracedNumber]:
-    return [leaf for leaf in optree.tree_leaves(arguments) if _is(leaf)]
+    return [leaf for leaf in tree.leaves(arguments) if _is(leaf)]
 
 
 def _call(func: Any, args: Any, kwargs: Any) -> Any:
@@ -299,8 +297,8 @@ def _call(func: Any, args: Any, kwargs: Any) -> Any:
             result = _from_data(func, args, kwargs, expected)
         elif name.strip("_").removesuffix("_") in ("pow", "ipow", "float_power", "rpow"):
             result = func(*_powers(args), **kwargs)
-        elif any(isinstance(leaf, Tensor) for leaf in optree.tree_leaves((args, kwargs))):
-            lowered, named = optree.tree_map(_lowered, (args, kwargs))
+        elif any(isinstance(leaf, Tensor) for leaf in tree.leaves((args, kwargs))):
+            lowered, named = tree.map(_lowered, (args, kwargs))
             result = func(*lowered, **named)
         else:
             arithmetic.refuse(numbers, f"goes to {name} without a tensor")
@@ -317,7 +315,7 @@ def _lowered(leaf: Any) -> Any:
 
 
 def _kinds(result: Any) -> Any:
-    leaves = optree.tree_leaves(result)
+    leaves = tree.leaves(result)
     return [(leaf.shape, leaf.dtype) for leaf in leaves if isinstance(leaf, Tensor)]
 
 
@@ -328,13 +326,13 @@ def _eager(func: Any, args: Any, kwargs: Any) -> Any:
         return leaf.detach().clone() if isinstance(leaf, Tensor) else _value_of(leaf)
 
     with disable_proxy_modes_tracing(), torch.no_grad():
-        copies, named = optree.tree_map(plain, (args, kwargs))
+        copies, named = tree.map(plain, (args, kwargs))
         return func(*copies, **named)
 
 
 def _depend_on_range(number: TracedNumber, expected: Any, arguments: Any) -> None:
     """Some functions refuse a number that does not fit a narrow dtype, and others wrap it."""
-    leaves = optree.tree_leaves((expected, arguments))
+    leaves = tree.leaves((expected, arguments))
     dtypes = {leaf.dtype for leaf in leaves if isinstance(leaf, Tensor)}
     for dtype in dtypes & {torch.uint8, torch.int8, torch.int16, torch.int32}:
         number._arithmetic.read(number, functools.partial(_fits, dtype))
@@ -367,7 +365,7 @@ def _from_data(func: Any, args: Any, kwargs: Any, expected: Tensor) -> Tensor:
     elements = [
         # A copy: the tensor of a number goes on standing for the number.
         (_lowered(leaf) if _is(leaf) else torch.as_tensor(leaf)).to(device, dtype, copy=True)
-        for leaf in optree.tree_leaves(data)
+        for leaf in tree.leaves(data)
     ]
     if func is torch.full:
         return elements[0].expand(expected.shape).clone()
@@ -393,7 +391,7 @@ class _Promotion(TorchDispatchMode):
     ) -> Any:
         kwargs = kwargs or {}
         numbers = {id(each) for each in self._arithmetic.tensors.values()}
-        leaves = [leaf for leaf in optree.tree_leaves((args, kwargs)) if isinstance(leaf, Tensor)]
+        leaves = [leaf for leaf in tree.leaves((args, kwargs)) if isinstance(leaf, Tensor)]
         others = [leaf for leaf in leaves if id(leaf) not in numbers]
         if len(others) == len(leaves) or operator in _TAKES_ANY or operator.namespace == "prim":
             return operator(*args, **kwargs)
@@ -405,7 +403,7 @@ class _Promotion(TorchDispatchMode):
                 return leaf.to(_promoted(leaf, others))
             return leaf
 
-        args, kwargs = optree.tree_map(cast, (args, kwargs))
+        args, kwargs = tree.map(cast, (args, kwargs))
         return operator(*args, **kwargs)
 
 

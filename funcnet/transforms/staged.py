@@ -14,7 +14,7 @@ from torch.fx.experimental.proxy_tensor import make_fx
 from funcnet.random import threefry_at, threefry_range
 from funcnet.transforms import cache
 from funcnet.transforms.build import BuildError
-from funcnet.transforms.inductor import compiled, compiling
+from funcnet.transforms.inductor import compiled, writing
 from funcnet.transforms.tracing import (
     Block,
     Node,
@@ -106,7 +106,7 @@ class Staged:
         levels = [level for level in range(depth) if any(batched[level] for batched in flags)]
         key = (item, flags, tuple([tensor.shape for tensor in tensors]))
         if key not in self._compiled:
-            with compiling():
+            with writing():
                 self._compiled[key] = self._compile(item, flags, levels, tensors)
         batched = tuple([level in levels for level in range(depth)])
         results = self._compiled[key](*tensors)

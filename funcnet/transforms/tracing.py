@@ -13,7 +13,7 @@ import threading
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, cast
 
 import torch
 from torch import Tensor, fx
@@ -180,9 +180,9 @@ def _settings_of_caller() -> Iterator[None]:
 @contextmanager
 def settings_of_programs() -> Iterator[None]:
     """Those under which what was recorded is compiled and run: it says its casts and devices."""
-    with torch.inference_mode(False), torch.no_grad(), torch._C._DisableAutocast():
-        with torch.device("cpu"):
-            yield
+    no_autocast = torch._C._DisableAutocast()
+    with torch.inference_mode(False), torch.no_grad(), no_autocast, torch.device("cpu"):
+        yield
 
 
 class WritesToArgumentError(ValueError):
@@ -272,8 +272,8 @@ _STORAGE = {
     *(Tensor.untyped_storage, Tensor.storage),
 }
 _HIDDEN = {
-    Tensor.grad.__get__: "grad",  # type: ignore[attr-defined]
-    Tensor._version.__get__: "_version",  # type: ignore[attr-defined]
+    cast(Any, Tensor.grad).__get__: "grad",
+    cast(Any, Tensor._version).__get__: "_version",
 }
 
 
@@ -293,8 +293,10 @@ class _Guard(TorchDispatchMode):
                 f"jit: the function writes in place to a tensor it closes over ({operator}); a "
                 "pure function writes to tensors of its own only"
             )
-        if operator is aten.pow.Tensor_Scalar and isinstance(args[1], int) and args[1] < 0:
-            if not args[0].is_floating_point():
+        if operator is aten.pow.Tensor_Scalar:
+            # Fake tensors do not tell, and the kernel would give 0.
+            x, exponent = args
+            if isinstance(exponent, int) and exponent < 0 and not x.is_floating_point():
                 raise RuntimeError("Integers to negative integer powers are not allowed.")
         return operator(*args, **(kwargs or {}))
 

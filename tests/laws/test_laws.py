@@ -145,9 +145,7 @@ def test_what_is_returned_is_the_callers_own(name):
     if state:
         return
     y, pullback, after = layer.vjp(params, x, train=False)
-    dy = fn.tree.map(
-        lambda leaf: torch.ones_like(leaf) if leaf.is_floating_point() else None, y
-    )
+    dy = fn.tree.map(lambda leaf: torch.ones_like(leaf) if leaf.is_floating_point() else None, y)
     results = [state, layer.apply(params, x)[1], after, pullback, *pullback(dy)]
     seen = [id(node) for result in results for node in nodes(result)]
     assert id(EMPTY) not in seen

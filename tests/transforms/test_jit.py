@@ -12,6 +12,7 @@ import torch
 
 import funcnet as fn
 from funcnet.transforms.build import NoCompilerError
+from funcnet.transforms.inductor import UnsupportedError
 
 NET = fn.serial(fn.linear(8), fn.relu(), fn.linear(2))
 X = fn.random.normal(fn.key(1), (6, 3))
@@ -472,13 +473,11 @@ def test_a_broken_file_on_disk_is_made_anew(tmp_path, monkeypatch):
 def interpreted(monkeypatch):
     """Staged programs whose segments are not compiled: for the logic of the stages."""
     monkeypatch.setattr("torch._inductor.compile", lambda graph, inputs: graph)
-    monkeypatch.setattr("funcnet.transforms.compiled.load", lambda *_: (_ for _ in ()).throw(refused()))
+    monkeypatch.setattr("funcnet.transforms.compiled.load", refuse)
 
 
-def refused():
-    from funcnet.transforms.inductor import UnsupportedError
-
-    return UnsupportedError("for this test")
+def refuse(*args):
+    raise UnsupportedError("for this test")
 
 
 @pytest.mark.usefixtures("interpreted")

@@ -6,7 +6,7 @@ import tempfile
 
 import pytest
 import torch
-from hypothesis import HealthCheck, given, settings
+from hypothesis import HealthCheck, assume, given, settings
 from hypothesis import strategies as st
 
 import funcnet as fn
@@ -143,9 +143,7 @@ def test_recorded_arithmetic_is_pythons(expression, first, second):
 
 
 def assume_cheap(function, numbers):
-    from hypothesis import assume
-
-    class Wide(Exception):
+    class WideError(Exception):
         pass
 
     class Probe(Arithmetic):
@@ -154,14 +152,14 @@ def assume_cheap(function, numbers):
             if function in (pow, operator.lshift) and not all(
                 abs(each) <= 64 for each in plain[1:2] if each == each
             ):
-                raise Wide
+                raise WideError
             if not all(abs(each) < 2**128 for each in plain if each is not None and each == each):
-                raise Wide
+                raise WideError
             return super().record(function, *operands)
 
     try:
         function(dict(zip(NAMES, Probe(numbers, NAMES).given, strict=True)))
-    except Wide:
+    except WideError:
         assume(False)
     except Exception:
         return

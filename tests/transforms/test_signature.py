@@ -190,9 +190,7 @@ SETTINGS = {
         lambda x: x * (2 if torch.are_deterministic_algorithms_enabled() else 3),
     ),
     "precision of products": (
-        setting(
-            torch.set_float32_matmul_precision, torch.get_float32_matmul_precision, "medium"
-        ),
+        setting(torch.set_float32_matmul_precision, torch.get_float32_matmul_precision, "medium"),
         lambda x: x * (2 if torch.get_float32_matmul_precision() == "medium" else 3),
     ),
     "number of threads": (

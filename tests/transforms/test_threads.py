@@ -79,7 +79,10 @@ def test_threads_that_meet_in_one_function_compile_it_once():
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 @pytest.mark.parametrize("threads", [1, 2])
 def test_a_thread_with_a_small_stack(dtype, threads):
-    a, b = fn.random.normal(fn.key(0), (4, 2000), dtype), fn.random.normal(fn.key(1), (16, 2000), dtype)
+    a, b = (
+        fn.random.normal(fn.key(0), (4, 2000), dtype),
+        fn.random.normal(fn.key(1), (16, 2000), dtype),
+    )
     before = torch.get_num_threads()
     torch.set_num_threads(threads)
     try:
