@@ -29,8 +29,6 @@ from funcnet.transforms.tracing import (
 )
 
 _address = methodcaller("data_ptr")
-_storage = methodcaller("untyped_storage")
-_nbytes = methodcaller("nbytes")
 
 
 class Donated(Tensor):
@@ -95,7 +93,7 @@ class Compiled:
         self.captured = traced.captured
         self.captured_kinds = [*map(_state_of, self.captured)]
         self.captured_sizes = [each.numel() * each.element_size() for each in self.captured]
-        self.captured_ends = [*map(_end, self.captured)]
+        self.captured_extents = [*map(_extent, self.captured)]
         inputs = [node for node in traced.graph.nodes if node.op == "placeholder"]
         outputs = [through_barriers(node) for node in traced.graph.output_node().args[0]]
         self.specs = [spec_of(node.meta["val"]) for node in outputs]
@@ -217,11 +215,13 @@ class Compiled:
     def _settled(self) -> list[Tensor]:
         """The captured tensors as they are now, in memory that can be read as it lies."""
         # Their memory may be gone although their shapes are what they were.
-        present = [*map(_nbytes, map(_storage, self.captured))]
-        if any([size < end for size, end in zip(present, self.captured_ends, strict=True)]):
-            raise RuntimeError(
-                f"{self.name}: the memory of a tensor that the function closes over was taken away"
-            )
+        for tensor, extent in zip(self.captured, self.captured_extents, strict=True):
+            start = tensor.storage_offset() * tensor.element_size()
+            if tensor.untyped_storage().nbytes() < start + extent:
+                raise RuntimeError(
+                    f"{self.name}: the memory of a tensor that the function closes over was taken "
+                    "away"
+                )
         self._check_layout(self.captured, len(self.places))
         return [tensor.contiguous().resolve_neg() for tensor in self.captured]
 
@@ -318,12 +318,12 @@ def _state_of(tensor: Tensor) -> Any:
     return kind_of(tensor), tensor.stride(), tensor.is_neg(), type(tensor)
 
 
-def _end(tensor: Tensor) -> int:
-    """The size that the storage of a tensor has at least."""
+def _extent(tensor: Tensor) -> int:
+    """How many bytes lie between the first and the last of a tensor, both included."""
     if not tensor.numel():
         return 0
-    last = sum((size - 1) * step for size, step in zip(tensor.shape, tensor.stride(), strict=True))
-    return int(tensor.storage_offset() + last + 1) * tensor.element_size()
+    steps = zip(tensor.shape, tensor.stride(), strict=True)
+    return (1 + sum([(size - 1) * step for size, step in steps])) * tensor.element_size()
 
 
 def _lies_alone(tensor: Tensor) -> bool:

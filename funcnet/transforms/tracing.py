@@ -293,12 +293,31 @@ class _Guard(TorchDispatchMode):
                 f"jit: the function writes in place to a tensor it closes over ({operator}); a "
                 "pure function writes to tensors of its own only"
             )
-        if operator is aten.pow.Tensor_Scalar:
-            # Fake tensors do not tell, and the kernel would give 0.
-            x, exponent = args
-            if isinstance(exponent, int) and exponent < 0 and not x.is_floating_point():
-                raise RuntimeError("Integers to negative integer powers are not allowed.")
+        _check_as_kernels_do(operator, args)
         return operator(*args, **(kwargs or {}))
+
+
+def _check_as_kernels_do(operator: Any, args: Any) -> None:
+    """Raise what PyTorch's kernels raise for arguments that fake tensors let pass."""
+    if operator is aten.pow.Tensor_Scalar:
+        x, exponent = args
+        if isinstance(exponent, int) and exponent < 0 and not x.is_floating_point():
+            raise RuntimeError("Integers to negative integer powers are not allowed.")
+    if operator in _SUBTRACTIONS and any([_is_bool(each) for each in args[:2]]):
+        raise RuntimeError(
+            "Subtraction, the `-` operator, with a bool tensor is not supported. If you are trying "
+            "to invert a mask, use the `~` or `logical_not()` operator instead."
+        )
+
+
+_SUBTRACTIONS = {
+    *(aten.sub.Tensor, aten.sub.Scalar, aten.rsub.Tensor, aten.rsub.Scalar),
+    *(aten.sub_.Tensor, aten.sub_.Scalar),
+}
+
+
+def _is_bool(operand: Any) -> bool:
+    return isinstance(operand, bool) or getattr(operand, "dtype", None) is torch.bool
 
 
 def _writes(node: Node) -> bool:

@@ -54,7 +54,7 @@ torch.var_mean({f}, {ds}, correction=0)[0]; torch.var_mean({f}, {d}, keepdim=Tru
 {f}.logsumexp({d}); {x}.cumsum({d}); {b}.any({d}); {b}.all(); {f}.prod({d}); ({x} > 0).sum({d});
 {f}.argmax(); F.layer_norm({f}, {f}.shape[-1:]); {f}.cumprod({d}); {x}.sort({d}).values;
 {x}.sort({d}, descending={z}, stable=True).indices; {x}.argsort({d}, stable=True);
-{f}.topk(1, {d}).values; {f}.std({ds}, correction=0); ({x} * 1).min({d}).indices; {f}.mean()
+{f}.topk(1, {d}).values; {f}.std({ds}, correction=0); {x}.min({d}).indices; {f}.mean()
 """
 PRODUCTS = """
 {m} @ {w}; {m} @ {w}; {m}.T @ {m}; {m} @ {m}.T; torch.addmm({v}, {m}, {w}); {h} @ {hw}; {h} @ {w};

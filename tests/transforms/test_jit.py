@@ -1,7 +1,9 @@
 """jit: when it compiles, what it gives, what it does with donated memory, and what it refuses."""
 
+import copy
 import functools
 import os
+import pickle
 import re
 import subprocess
 import sys
@@ -266,6 +268,44 @@ def test_a_donated_argument_is_updated_in_place_and_then_gone():
 
 
 @pytest.mark.cpu_only
+@pytest.mark.cpu_only
+@pytest.mark.parametrize(
+    "use",
+    [
+        lambda x: x + 1,
+        lambda x: x.shape,
+        lambda x: x.data_ptr(),
+        lambda x: x.numpy(),
+        lambda x: x.tolist(),
+        lambda x: copy.copy(x),
+        lambda x: pickle.dumps(x),
+        lambda x: torch.utils.dlpack.to_dlpack(x),
+        lambda x: x.__dlpack__(),
+        lambda x: torch.add(torch.ones(3), 1, out=x),
+        lambda x: fn.jit(lambda x: x + 1)(x),
+        lambda x: fn.jit(lambda y: y + x)(torch.ones(3)),
+    ],
+)
+def test_every_use_of_a_donated_tensor_is_an_error(use):
+    x = torch.ones(3)
+    fn.jit(lambda x: x * 2, donate=0)(x)
+    with pytest.raises(RuntimeError, match="was donated|Cannot access data pointer"):
+        use(x)
+
+
+def test_a_donated_tensor_can_be_shown_and_told_from_others():
+    x = torch.ones(3)
+    name, number = id(x), hash(x)
+    (y,) = fn.jit(lambda x: (x * 2,), donate=0)(x)
+    for text in (repr(x), str(x), f"{x}"):
+        assert text == "<a tensor that was donated to a jitted function>"
+    assert (id(x), hash(x)) == (name, number)
+    assert {x: 1}[x] == 1
+    # Its memory is out of reach of those who do not ask for its class.
+    assert x.as_subclass(torch.Tensor).numel() == 0
+    assert torch.equal(y, torch.full((3,), 2.0))
+
+
 def test_donated_memory_must_not_be_shared():
     compiled = fn.jit(lambda p, q: (p["a"] + q, p["b"] * q), donate=0)
     x = torch.ones(4)
