@@ -308,14 +308,20 @@ def _check_init(name: str, layer: Layer, key: Tensor, x: Tree) -> tuple[Params, 
     return made
 
 
+def _generators() -> list[Tensor]:
+    """The states of torch's generators, one for each device in use."""
+    on_gpus = torch.cuda.get_rng_state_all() if torch.cuda.is_initialized() else []
+    return [torch.random.get_rng_state(), *on_gpus]
+
+
 class _Globals:
-    """What of torch's global state no function may change: its generator and two settings."""
+    """What of torch's global state no function may change: its generators and two settings."""
 
     def __init__(self, name: str) -> None:
         self.name = name
 
     def __enter__(self) -> None:
-        self.generator = torch.random.get_rng_state()
+        self.generators = _generators()
         self.settings = (torch.is_grad_enabled(), torch.get_default_dtype())
 
     def __exit__(self, kind: type | None, *error: object) -> None:
@@ -323,7 +329,9 @@ class _Globals:
         torch.set_grad_enabled(self.settings[0])
         torch.set_default_dtype(self.settings[1])
         if kind is None:
-            same = torch.equal(self.generator, torch.random.get_rng_state())
+            # A GPU that was first used here may not have had a generator before.
+            pairs = zip(self.generators, _generators(), strict=False)
+            same = all([torch.equal(before, after) for before, after in pairs])
             _require(same, self.name, "law 1: torch's random generator is not used")
             _require(settings == self.settings, self.name, "law 1: no global setting is changed")
 

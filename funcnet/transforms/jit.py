@@ -69,7 +69,7 @@ class Jitted:
         self._last: tuple[Recognizer, Compiled, bool] | None = None
         self._programs: dict[Hashable, list[Compiled]] = {}
         self._lock = threading.RLock()
-        self._methods: dict[int, tuple[Any, Jitted]] = {}
+        self._methods: dict[int, tuple[Jitted, Callable[[], Any]]] = {}
         self._instance: Callable[[], Any] | None = None
 
     def __repr__(self) -> str:
@@ -118,15 +118,22 @@ class Jitted:
             return self
         if not optree.tree_is_leaf(instance):
             return types.MethodType(self, instance)
-        known = self._methods.get(id(instance))
-        if known is not None and known[0]() is instance:
-            return known[1]
+        identity = id(instance)
+        found, reference = self._methods.get(identity, (None, None))
+        if found is None or reference is None or reference() is not instance:
+            try:
+                # When the instance goes, so do its programs.
+                reference = weakref.ref(instance, lambda _: self._methods.pop(identity, None))
+            except TypeError:
+                reference = functools.partial(_itself, instance)
+            found = self._bound_to(instance, reference)
+            self._methods[identity] = found, reference
+        return _Method(found, instance)
+
+    def _bound_to(self, instance: Any, reference: Callable[[], Any]) -> "Jitted":
+        """This function without its first parameter, which is what ``reference`` gives."""
         if 0 in self._donate:
             raise ValueError(f"{self!r}: self is no tree of tensors, and cannot be donated")
-        try:
-            reference: Any = weakref.ref(instance, lambda _: self._methods.pop(id(instance), None))
-        except TypeError:
-            reference = lambda: instance  # noqa: E731
 
         def method(*args: Any, **kwargs: Any) -> Any:
             return self._function(reference(), *args, **kwargs)
@@ -135,16 +142,15 @@ class Jitted:
         method.__signature__ = inspect.signature(  # type: ignore[attr-defined]
             types.MethodType(self._function, instance)
         )
-        shifted = [
-            each - 1 if isinstance(each, int) and each > 0 else each for each in self._static
+        # Positions are those of the function, whose first parameter is self.
+        donate = [each - (each > 0) for each in self._donate]
+        static = [
+            each - (each > 0) if isinstance(each, int) else each
+            for each in self._static
+            if each != 0
         ]
-        bound = Jitted(
-            method,
-            tuple([each - 1 if each > 0 else each for each in self._donate]),
-            tuple([new for old, new in zip(self._static, shifted, strict=True) if old != 0]),
-        )
+        bound = Jitted(method, tuple(donate), tuple(static))
         bound._instance = reference
-        self._methods[id(instance)] = reference, bound
         return bound
 
     def _read(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> _Call:
@@ -302,6 +308,30 @@ class Jitted:
             leaves = range(start, start + counts[which])
             found += [source for source, place in enumerate(call.places) if place in leaves]
         return found
+
+
+class _Method:
+    """A jitted method of an instance, which it keeps alive."""
+
+    __slots__ = ("_instance", "_jitted")
+
+    def __init__(self, jitted: Jitted, instance: Any) -> None:
+        self._jitted = jitted
+        self._instance = instance
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        return self._jitted(*args, **kwargs)
+
+    def __repr__(self) -> str:
+        return repr(self._jitted)
+
+    def lower(self, *args: Any, **kwargs: Any) -> Lowered:
+        """The graph and the generated code for these arguments."""
+        return self._jitted.lower(*args, **kwargs)
+
+
+def _itself(instance: Any) -> Any:
+    return instance
 
 
 def _attributes(instance: Any) -> Hashable:

@@ -56,9 +56,7 @@ def test_two_threads(command, openmp, tmp_path, monkeypatch):
     for one, other in zip(fn.tree.leaves(found), fn.tree.leaves(expected), strict=True):
         torch.testing.assert_close(one, other, rtol=1e-4, atol=1e-3)
     for _ in range(5):
-        for one, other in zip(
-            fn.tree.leaves(compiled(x, w)), fn.tree.leaves(found), strict=True
-        ):
+        for one, other in zip(fn.tree.leaves(compiled(x, w)), fn.tree.leaves(found), strict=True):
             assert torch.equal(one, other)
 
 

@@ -289,7 +289,7 @@ def test_a_donated_argument_is_updated_in_place_and_then_gone():
 def test_every_use_of_a_donated_tensor_is_an_error(use):
     x = torch.ones(3)
     fn.jit(lambda x: x * 2, donate=0)(x)
-    with pytest.raises(RuntimeError, match="was donated|Cannot access data pointer"):
+    with pytest.raises(RuntimeError, match=r"was donated|Cannot access data pointer"):
         use(x)
 
 

@@ -2,6 +2,8 @@
 
 import contextlib
 import functools
+import gc
+import weakref
 from collections import OrderedDict
 from dataclasses import dataclass
 from decimal import Decimal
@@ -368,8 +370,9 @@ class Model(NamedTuple):
 
 def test_a_method_is_bound():
     one, two = Net(2.0), Net(3.0)
-    for net in (one, two, one):
-        torch.testing.assert_close(net.apply(X), X * net.scale)
+    for scale, net in ((2.0, one), (3.0, two), (2.0, one)):
+        torch.testing.assert_close(net.apply(X), X * scale)
+    del net
     one.weight.mul_(2)
     torch.testing.assert_close(one.apply(X), X * 4)
     one.weight = torch.full((3,), 7.0)
@@ -382,6 +385,13 @@ def test_a_method_is_bound():
     torch.testing.assert_close(two.power(given, 2), X**2 * 3)
     with pytest.raises(RuntimeError, match="donated"):
         _ = given + 1
+    # A method keeps its instance, and programs do not.
+    torch.testing.assert_close(Net(9.0).apply(X), X * 9)
+    gone = weakref.ref(two)
+    del two
+    gc.collect()
+    assert gone() is None
+    assert len(Net.__dict__["apply"]._methods) == 1
     model = Model(torch.full((3,), 2.0))
     torch.testing.assert_close(model.apply(X), X * 2)
     torch.testing.assert_close(Model(torch.ones(3)).apply(X), X)
