@@ -91,7 +91,8 @@ class Compiled:
         self.sizes = [leaf.numel() * leaf.element_size() for leaf in leaves]
         self.threads = torch.get_num_threads()
         self.captured = traced.captured
-        self.captured_kinds = [*map(_state_of, self.captured)]
+        self.watched = traced.watched
+        self.watched_kinds = [*map(_state_of, self.watched)]
         self.captured_sizes = [each.numel() * each.element_size() for each in self.captured]
         self.captured_extents = [*map(_extent, self.captured)]
         inputs = [node for node in traced.graph.nodes if node.op == "placeholder"]
@@ -161,7 +162,7 @@ class Compiled:
         It is not if the function would do something else with the numbers, or if a tensor that it
         closes over is of another kind, or lies elsewhere, than when it was traced.
         """
-        if [*map(_state_of, self.captured)] != self.captured_kinds:
+        if [*map(_state_of, self.watched)] != self.watched_kinds:
             return None
         return self.arithmetic.again(numbers)
 

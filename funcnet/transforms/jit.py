@@ -1,5 +1,6 @@
 """`jit`: a pure function compiled as one program."""
 
+import copyreg
 import functools
 import inspect
 import threading
@@ -11,7 +12,7 @@ from typing import Any, NamedTuple
 import optree
 import torch
 from torch import Tensor
-from torch._subclasses.fake_tensor import DataDependentOutputException
+from torch._subclasses.fake_tensor import DataDependentOutputException, DynamicOutputShapeException
 
 from funcnet import tree
 from funcnet.transforms.build import compiler
@@ -20,6 +21,7 @@ from funcnet.transforms.inductor import compiling
 from funcnet.transforms.numbers import NUMBERS, Arithmetic
 from funcnet.transforms.signature import (
     Recognizer,
+    Same,
     check_tensor,
     exact,
     is_plain,
@@ -45,7 +47,10 @@ class Lowered(NamedTuple):
 
 
 class _Call(NamedTuple):
-    """The arguments of a call: what is static, and the tensors and numbers among the leaves."""
+    """The arguments of a call: what is static, and what the leaves are.
+
+    A bool among them has two values, so each has its own program; other numbers are traced.
+    """
 
     statics: tuple[Any, ...]
     treedef: optree.PyTreeSpec
@@ -53,6 +58,7 @@ class _Call(NamedTuple):
     places: list[int]
     tensors: list[Tensor]
     numbers: list[Any]
+    flags: tuple[bool, ...]
 
 
 class Jitted:
@@ -75,6 +81,13 @@ class Jitted:
     def __repr__(self) -> str:
         return f"jit({getattr(self._function, '__qualname__', self._function)})"
 
+    def __deepcopy__(self, memo: Any) -> "Jitted":
+        return self
+
+    def __reduce__(self) -> str:
+        # As functions are pickled: by name.
+        return str(getattr(self, "__qualname__", ""))
+
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         last = self._last
         if last is not None and not tree.transformed():
@@ -93,9 +106,7 @@ class Jitted:
             return self._function(*args, **kwargs)
         plain = all([is_plain(tensor) for tensor in call.tensors])
         if program.run is not None and not (call.numbers or self._static or self._instance):
-            recognize_next = recognizer(
-                (args, kwargs), call.treedef, call.tensors, program.captured
-            )
+            recognize_next = recognizer((args, kwargs), call.treedef, call.tensors, program.watched)
             self._last = (recognize_next, program, plain) if recognize_next else None
         return program(call.tensors, inputs, plain)
 
@@ -156,11 +167,16 @@ class Jitted:
     def _read(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> _Call:
         args, kwargs, statics = self._split(args, kwargs)
         leaves, treedef = tree.flatten((args, kwargs))
-        places, tensors, numbers = [], [], []
+        places: list[int] = []
+        tensors: list[Tensor] = []
+        numbers: list[Any] = []
+        flags: list[bool] = []
         for place, leaf in enumerate(leaves):
             if isinstance(leaf, Donated):
                 _ = leaf.shape  # raises
-            if type(leaf) in NUMBERS:
+            if type(leaf) is bool:
+                flags.append(leaf)
+            elif type(leaf) in NUMBERS:
                 numbers.append(leaf)
             elif isinstance(leaf, Tensor):
                 places.append(place)
@@ -170,7 +186,7 @@ class Jitted:
                     f"jit: expects tensors and numbers, got {leaf!r} as {name_of(treedef, place)}; "
                     "name what is no tensor in static="
                 )
-        return _Call(statics, treedef, leaves, places, tensors, numbers)
+        return _Call(statics, treedef, leaves, places, tensors, numbers, tuple(flags))
 
     def _find(self, call: _Call) -> tuple[Compiled, list[Any]]:
         """The program for a call, compiled if there is none, and its inputs of numbers."""
@@ -182,6 +198,7 @@ class Jitted:
             tuple([type(leaf) for leaf in call.leaves if not isinstance(leaf, Tensor)]),
             tuple([kind_of(tensor) for tensor in call.tensors]),
             tuple(call.places),
+            call.flags,
             settings(),
             self._instance and _attributes(self._instance()),
         )
@@ -236,14 +253,14 @@ class Jitted:
         if all([tensor.is_cpu for tensor in call.tensors]):
             # Before anything else: Inductor reads CXX once, when it is first imported.
             compiler()
-        numbered = [place for place in range(len(call.leaves)) if place not in set(call.places)]
+        numbered = [place for place, leaf in enumerate(call.leaves) if type(leaf) in (int, float)]
         names = [name_of(call.treedef, place) for place in numbered]
         arithmetic = Arithmetic(call.numbers, names)
         out_treedef: Any = None
 
         def flat(*inputs: Tensor) -> list[Tensor]:
             nonlocal out_treedef
-            leaves: list[Any] = [None] * len(call.leaves)
+            leaves = [*call.leaves]
             for place, given in zip(call.places, inputs, strict=True):
                 leaves[place] = given
             for place, number in zip(numbered, arithmetic.given, strict=True):
@@ -262,6 +279,11 @@ class Jitted:
         try:
             with compiling():
                 traced = trace(flat, kinds, arithmetic)
+        except DynamicOutputShapeException as error:
+            raise TypeError(
+                f"{self!r}: the shape of a result of {error.func} depends on the values of a "
+                "tensor, which a compiled program does not know yet: choose with torch.where"
+            ) from error
         except DataDependentOutputException as error:
             raise TypeError(
                 f"{self!r}: the function reads the value of a tensor, which a compiled program "
@@ -334,13 +356,25 @@ def _itself(instance: Any) -> Any:
     return instance
 
 
-def _attributes(instance: Any) -> Hashable:
-    """What an instance has, as a key: its tensors by identity, all else by value."""
-    leaves, treedef = tree.flatten(getattr(instance, "__dict__", {}))
+def _attributes(value: Any, seen: frozenset[int] = frozenset()) -> Hashable:
+    """What an instance has, and what the objects in it have, as a key.
+
+    Tensors count by identity and kind, their values do not.
+    """
+    names = [*getattr(value, "__dict__", {}), *copyreg._slotnames(type(value))]  # type: ignore[attr-defined]
+    own = {name: getattr(value, name) for name in names if hasattr(value, name)}
+    leaves, treedef = tree.flatten(own)
+    seen |= {id(value)}
     found: list[Hashable] = []
     for leaf in leaves:
-        hashable = not isinstance(leaf, Tensor) and type(leaf).__hash__ is not None
-        found.append(exact(leaf) if hashable else id(leaf))
+        if isinstance(leaf, Tensor):
+            found.append((Same(leaf), kind_of(leaf)))
+        elif id(leaf) in seen or isinstance(leaf, (type, types.FunctionType, types.ModuleType)):
+            found.append(Same(leaf))
+        elif hasattr(leaf, "__dict__"):
+            found.append((type(leaf), _attributes(leaf, seen)))
+        else:
+            found.append(exact(leaf))
     return structure(treedef), tuple(found)
 
 
@@ -348,7 +382,8 @@ def _as_tensor(result: Any) -> Tensor:
     if isinstance(result, Tensor):
         return result
     if isinstance(result, (bool, int, float)):
-        return torch.tensor(result, dtype=NUMBERS[result.__class__])
+        kind = next(kind for kind in NUMBERS if isinstance(result, kind))
+        return torch.tensor(result, dtype=NUMBERS[kind])
     raise TypeError(f"jit: a function returns tensors and numbers, got {result!r}")
 
 

@@ -63,6 +63,14 @@ class _Condition(NamedTuple):
     found: Any
 
 
+class _Raises(NamedTuple):
+    """``function(*operands)``, which raised an error of this type; the function may catch it."""
+
+    function: Callable[..., Any]
+    operands: tuple[Any, ...]
+    error: type[Exception]
+
+
 class Arithmetic:
     """What a function does with the numbers that it is given, as steps to do again on others."""
 
@@ -70,7 +78,7 @@ class Arithmetic:
         self.values = [*given]
         # The names of the arguments from which each value was computed.
         self.sources = [{name} for name in names]
-        self.steps: list[_Step | _Condition] = []
+        self.steps: list[_Step | _Condition | _Raises] = []
         self.inputs: dict[int, int] = {}
         self.tensors: dict[int, Tensor] = {}
         self.refusal = ""
@@ -78,12 +86,16 @@ class Arithmetic:
 
     def record(self, function: Callable[..., Any], *operands: Any) -> Any:
         """Do a step now, and whenever the program runs."""
-        result = function(*[_value_of(each) for each in operands])
+        recorded = tuple([_Value(each._position) if _is(each) else each for each in operands])
+        try:
+            result = function(*[_value_of(each) for each in operands])
+        except Exception as error:
+            self.steps.append(_Raises(function, recorded, type(error)))
+            raise
         if result is NotImplemented:
             return result
         if type(result) not in NUMBERS:
             self.refuse(operands, f"becomes a {type(result).__name__}")
-        recorded = tuple([_Value(each._position) if _is(each) else each for each in operands])
         self.steps.append(_Step(function, recorded, type(result)))
         self.values.append(result)
         self.sources.append(self._sources(operands))
@@ -116,9 +128,16 @@ class Arithmetic:
             operands = [
                 values[each.position] if type(each) is _Value else each for each in step.operands
             ]
-            values.append(step.function(*operands))
-            if type(values[-1]) is not step.kind:
+            try:
+                result = step.function(*operands)
+            except Exception as error:
+                # An error where there was none: tracing again raises it, or finds it caught.
+                if not isinstance(step, _Raises) or type(error) is not step.error:
+                    return None
+                continue
+            if isinstance(step, _Raises) or type(result) is not step.kind:
                 return None
+            values.append(result)
         return [values[position] for position in self.inputs]
 
     def _sources(self, operands: Sequence[Any]) -> set[str]:
@@ -182,6 +201,11 @@ class TracedNumber:
 
     def __rdivmod__(self, other: Any) -> Any:
         return other // self, other % self
+
+    def __getattr__(self, name: str) -> Any:
+        if hasattr(self._value, name):
+            self._arithmetic.refuse([self], f"is asked for its {name}")
+        raise AttributeError(name)
 
     def __copy__(self) -> "TracedNumber":
         return self
@@ -290,24 +314,67 @@ def _call(func: Any, args: Any, kwargs: Any) -> Any:
     name = getattr(func, "__name__", str(func))
     # What it gives eagerly is the measure, and what it does not take is an error here too.
     expected = _eager(func, args, kwargs)
-    for number in numbers:
-        _depend_on_range(number, expected, (args, kwargs))
-    try:
-        if func in _FROM_DATA:
-            result = _from_data(func, args, kwargs, expected)
-        elif name.strip("_").removesuffix("_") in ("pow", "ipow", "float_power", "rpow"):
-            result = func(*_powers(args), **kwargs)
-        elif any(isinstance(leaf, Tensor) for leaf in tree.leaves((args, kwargs))):
-            lowered, named = tree.map(_lowered, (args, kwargs))
-            result = func(*lowered, **named)
-        else:
-            arithmetic.refuse(numbers, f"goes to {name} without a tensor")
-    except (DataDependentOutputException, _UnknownError, RuntimeError, ValueError):
-        # The number itself is taken, so it is for its tensor that the function fails.
-        arithmetic.refuse(numbers, f"goes to {name}")
-    if _kinds(result) != _kinds(expected):
+    taken = _takes(name, numbers, args, expected)
+    result = None
+    if taken:
+        try:
+            result = _with_tensors(func, name, args, kwargs, expected)
+        except (DataDependentOutputException, _UnknownError, RuntimeError, ValueError, TypeError):
+            # The number itself is taken, so it is for its tensor that the function fails.
+            taken = False
+    if not taken or _kinds(result) != _kinds(expected):
         arithmetic.refuse(numbers, f"goes to {name}")
     return result
+
+
+def _with_tensors(func: Any, name: str, args: Any, kwargs: Any, expected: Any) -> Any:
+    if func in _FROM_DATA:
+        return _from_data(func, args, kwargs, expected)
+    if _base_name(name) in _POWERS:
+        return func(*_powers(args), **kwargs)
+    lowered, named = tree.map(_lowered, (args, kwargs))
+    if not any([isinstance(leaf, Tensor) for leaf in tree.leaves((args, kwargs))]):
+        raise _UnknownError(name)
+    return func(*lowered, **named)
+
+
+def _base_name(name: str) -> str:
+    """``add`` for ``add_``, ``__add__`` and ``__iadd__``."""
+    plain = name.strip("_")
+    return plain[1:] if name.startswith("__") and plain[:1] in ("i", "r") else plain
+
+
+_POWERS = ("pow", "float_power")
+_WRAPS = ("add", "sub", "mul")
+_DIVIDES = ("div", "truediv", "true_divide")
+_CASTS = ("fill", "masked_fill", "setitem", "index_fill", "copy", "to")
+
+
+def _takes(name: str, numbers: Sequence[TracedNumber], args: Any, expected: Any) -> bool:
+    """Whether PyTorch's kernels take the numbers, which fake tensors do not tell."""
+    plain = _base_name(name)
+    leaves = [leaf for leaf in tree.leaves((expected, args)) if isinstance(leaf, Tensor)]
+    for number in numbers:
+        for dtype in {leaf.dtype for leaf in leaves} - {torch.bool}:
+            # Arithmetic wraps what does not fit, or makes it infinite; other kernels refuse it.
+            wraps = plain in _WRAPS or (dtype.is_floating_point and plain in _DIVIDES)
+            if not wraps and not number._arithmetic.read(number, functools.partial(_fits, dtype)):
+                return False
+        in_place = name.startswith("__i") or (name.endswith("_") and not name.endswith("__"))
+        written = args[0] if in_place and plain not in _CASTS and args else None
+        if isinstance(written, Tensor):
+            # Adding 0.5 to integers in place, say.
+            result = torch.result_type(written, number._value)
+            if not torch.can_cast(result, written.dtype):
+                return False
+    return True
+
+
+def _fits(dtype: torch.dtype, value: Any) -> bool:
+    if dtype.is_floating_point:
+        return not math.isfinite(value) or abs(value) <= torch.finfo(dtype).max
+    limits = torch.iinfo(dtype)
+    return bool(limits.min <= value <= limits.max)
 
 
 def _lowered(leaf: Any) -> Any:
@@ -330,19 +397,6 @@ def _eager(func: Any, args: Any, kwargs: Any) -> Any:
         return func(*copies, **named)
 
 
-def _depend_on_range(number: TracedNumber, expected: Any, arguments: Any) -> None:
-    """Some functions refuse a number that does not fit a narrow dtype, and others wrap it."""
-    leaves = tree.leaves((expected, arguments))
-    dtypes = {leaf.dtype for leaf in leaves if isinstance(leaf, Tensor)}
-    for dtype in dtypes & {torch.uint8, torch.int8, torch.int16, torch.int32}:
-        number._arithmetic.read(number, functools.partial(_fits, dtype))
-
-
-def _fits(dtype: torch.dtype, value: Any) -> bool:
-    limits = torch.iinfo(dtype)
-    return bool(limits.min <= value <= limits.max)
-
-
 def _powers(args: Sequence[Any]) -> list[Any]:
     """The operands of a power, which torch computes otherwise where the exponent is special."""
     lowered = []
@@ -352,19 +406,26 @@ def _powers(args: Sequence[Any]) -> list[Any]:
             if special:
                 lowered.append(type(arg._value)(special[0]))
                 continue
-            bool(arg >= 0)  # integers have no negative powers
+            base = args[0]
+            if not (arg >= 0 or isinstance(arg, float) or base.is_floating_point()):
+                raise RuntimeError("Integers to negative integer powers are not allowed.")
         lowered.append(_lowered(arg))
     return lowered
 
 
 def _from_data(func: Any, args: Any, kwargs: Any, expected: Tensor) -> Tensor:
     """``torch.tensor`` and its like, of numbers of which some are traced."""
-    named = dict(zip(("size", "fill_value"), args, strict=False)) if func is torch.full else {}
-    data = (named | (kwargs or {})).get("fill_value", args[0] if args else kwargs.get("data"))
+    names = ("size", "fill_value") if func is torch.full else ("data",)
+    given = dict(zip(names, args, strict=False)) | kwargs
+    data = next(given.pop(name) for name in ("fill_value", "data", "obj", "s") if name in given)
+    if _numbers_in(given):
+        raise _UnknownError("a shape or an option is a traced number")
     dtype, device = expected.dtype, expected.device
     elements = [
         # A copy: the tensor of a number goes on standing for the number.
-        (_lowered(leaf) if _is(leaf) else torch.as_tensor(leaf)).to(device, dtype, copy=True)
+        _lowered(leaf).to(device, dtype, copy=True)
+        if _is(leaf)
+        else torch.tensor(leaf, device=device, dtype=dtype)
         for leaf in tree.leaves(data)
     ]
     if func is torch.full:

@@ -26,6 +26,21 @@ from funcnet import tree
 _function_modes = torch._C._len_torch_function_stack
 
 
+class Same:
+    """A key for this very object, which it keeps, so that no other gets its id."""
+
+    __slots__ = ("value",)
+
+    def __init__(self, value: Any) -> None:
+        self.value = value
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, Same) and other.value is self.value
+
+    def __hash__(self) -> int:
+        return id(self.value)
+
+
 def exact(value: Any) -> Hashable:
     """A key that tells apart what ``==`` does not: 1, 1.0 and True, 0.0 and -0.0, {1: 2} in order.
 
@@ -43,16 +58,16 @@ def exact(value: Any) -> Hashable:
         return kind, *[exact(each) for each in value]
     if isinstance(value, dict):
         return kind, *[(exact(name), exact(each)) for name, each in value.items()]
-    if isinstance(value, frozenset):
-        return kind, frozenset([exact(each) for each in value])
+    if isinstance(value, (set, frozenset)):
+        return kind, *[exact(each) for each in value]  # which may come in another order
     if isinstance(value, (slice, range)):
         return kind, exact(value.start), exact(value.stop), exact(value.step)
     if dataclasses.is_dataclass(value) and not isinstance(value, type):
         fields = dataclasses.fields(value)
-        return kind, hash(value), *[exact(getattr(value, each.name)) for each in fields]
+        return kind, *[exact(getattr(value, each.name)) for each in fields]
     if isinstance(value, numbers.Number):
         return kind, value, repr(value)
-    return kind, value
+    return (kind, value) if kind.__hash__ is not None else Same(value)
 
 
 def structure(treedef: optree.PyTreeSpec) -> Hashable:

@@ -17,7 +17,12 @@ from typing import Any, NamedTuple, cast
 
 import torch
 from torch import Tensor, fx
-from torch._subclasses.fake_tensor import FakeTensorMode, unset_fake_temporarily
+from torch._subclasses.fake_tensor import (
+    DataDependentOutputException,
+    FakeTensor,
+    FakeTensorMode,
+    unset_fake_temporarily,
+)
 from torch.fx.experimental.proxy_tensor import make_fx
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -142,7 +147,8 @@ class Traced(NamedTuple):
     """A traced function: its graph, whose inputs are the arguments, ``captured`` and numbers.
 
     ``layout_read`` names what the function asked of how a tensor lies in memory, if it did, and
-    ``storage_read`` says whether that was about memory beyond the tensor's own.
+    ``storage_read`` says whether that was about memory beyond the tensor's own. ``watched`` are
+    all tensors from outside that it met, captured ones among them.
     """
 
     graph: Graph
@@ -151,6 +157,7 @@ class Traced(NamedTuple):
     mode: FakeTensorMode
     layout_read: str | None
     storage_read: bool
+    watched: list[Tensor]
 
 
 @contextmanager
@@ -230,7 +237,8 @@ def trace(
             if stale:
                 recorded = _again(recorded)
     _drop_unused(recorded.graph)
-    return Traced(recorded.graph, loops, captured, mode, layout.read, layout.of_storage)
+    watched = [*({id(each): each for each in captured} | layout.met).values()]
+    return Traced(recorded.graph, loops, captured, mode, layout.read, layout.of_storage, watched)
 
 
 def _example(kind: Kind) -> Tensor:
@@ -244,19 +252,28 @@ def _example(kind: Kind) -> Tensor:
 class _Layout(TorchFunctionMode):
     """Notes when a function asks how a tensor lies in memory: a program's tensors are contiguous.
 
-    It refuses questions for what a tensor keeps beside its values.
+    It notes the tensors from outside that the function meets, if only to ask for their shapes, and
+    refuses questions for what a tensor keeps beside its values.
     """
 
     read: str | None = None
     of_storage = False
 
+    def __init__(self) -> None:
+        super().__init__()
+        self.met: dict[int, Tensor] = {}
+
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         # Torch's own functions ask too, and give the same values whatever the answer.
         asked = sys._getframe(1).f_globals.get("__name__", "").partition(".")[0] != "torch"
+        real = [each for each in args if _is_real(each) and each.layout is torch.strided]
+        self.met.update({id(each): each for each in real})
+        if func in _VALUES and any([*map(_is_real, args)]):
+            raise DataDependentOutputException(func)
         if asked and func in _HIDDEN:
             raise TypeError(
-                f"jit: the function reads Tensor.{_HIDDEN[func]}, which is no argument of it; "
-                "pass that as one"
+                f"jit: the function reads or sets Tensor.{_HIDDEN[func]}, which is no value of "
+                "its arguments: pass what it needs as one"
             )
         if asked and func in _STRIDES and self.read is None:
             self.read = func.__name__
@@ -271,9 +288,16 @@ _STORAGE = {
     *(Tensor.as_strided_, Tensor.as_strided_scatter, Tensor.storage_offset),
     *(Tensor.untyped_storage, Tensor.storage),
 }
+_VALUES = {Tensor.tolist, Tensor.numpy, Tensor.__array__}
 _HIDDEN = {
     cast(Any, Tensor.grad).__get__: "grad",
     cast(Any, Tensor._version).__get__: "_version",
+    cast(Any, Tensor._base).__get__: "_base",
+    cast(Any, Tensor.grad_fn).__get__: "grad_fn",
+    cast(Any, Tensor.is_leaf).__get__: "is_leaf",
+    cast(Any, Tensor.data).__set__: "data",
+    Tensor.is_inference: "is_inference",
+    Tensor.is_shared: "is_shared",
 }
 
 
@@ -293,8 +317,15 @@ class _Guard(TorchDispatchMode):
                 f"jit: the function writes in place to a tensor it closes over ({operator}); a "
                 "pure function writes to tensors of its own only"
             )
+        if torch.Tag.data_dependent_output in operator.tags and any([*map(_is_real, args)]):
+            raise DataDependentOutputException(operator)
         _check_as_kernels_do(operator, args)
         return operator(*args, **(kwargs or {}))
+
+
+def _is_real(operand: Any) -> bool:
+    """Whether a tensor comes from outside: its values are there, and may be others next time."""
+    return isinstance(operand, Tensor) and not isinstance(operand, FakeTensor)
 
 
 def _check_as_kernels_do(operator: Any, args: Any) -> None:

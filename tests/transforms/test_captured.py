@@ -152,3 +152,58 @@ def test_in_a_loop_and_for_a_population():
         compiled(x)
     weight.data = torch.ones(3)
     assert torch.equal(compiled(x), first)
+
+
+@pytest.mark.parametrize(
+    "function",
+    [
+        lambda x, w: x * w.item(),
+        lambda x, w: x * float(w),
+        lambda x, w: x * w.tolist(),
+        lambda x, w: x * torch.tensor([w]),
+        lambda x, w: torch.full((4,), w),
+        lambda x, w: x if torch.equal(w, torch.tensor(2.0)) else -x,
+        lambda x, w: x if torch.allclose(w, torch.tensor(2.0)) else -x,
+        lambda x, w: x if w else -x,
+    ],
+    ids=["item", "float", "tolist", "tensor", "full", "equal", "allclose", "bool"],
+)
+def test_its_value_is_not_read_while_tracing(function):
+    held = torch.tensor(2.0)
+    with pytest.raises(TypeError, match="reads the value of a tensor"):
+        fn.jit(lambda x: function(x, held))(torch.ones(4))
+
+
+@pytest.mark.parametrize(
+    ("function", "change"),
+    [
+        (lambda x, w: x * w.shape[0], lambda w: torch.ones(7)),
+        (lambda x, w: x * len(w), lambda w: torch.ones(7)),
+        (lambda x, w: x * w.numel(), lambda w: torch.ones(7)),
+        (lambda x, w: x.to(w.dtype), lambda w: w.double()),
+    ],
+    ids=["shape", "len", "numel", "dtype"],
+)
+def test_a_tensor_of_which_only_the_shape_is_read(function, change):
+    held = torch.ones(4)
+    compiled, x = fn.jit(lambda x: function(x, held)), torch.ones(3)
+    for _ in range(2):
+        torch.testing.assert_close(compiled(x), function(x, held))
+    held.data = change(held)
+    for _ in range(2):
+        torch.testing.assert_close(compiled(x), function(x, held))
+
+
+def test_setting_data_is_refused():
+    def run(x):
+        y = x * 1
+        y.data = x * 2
+        return y
+
+    with pytest.raises(TypeError, match=r"reads or sets Tensor.data"):
+        fn.jit(run)(torch.ones(3))
+
+
+def test_a_shape_that_depends_on_values_is_refused():
+    with pytest.raises(TypeError, match="the shape of a result of .* depends on the values"):
+        fn.jit(lambda x: x[x > 2])(torch.ones(3))

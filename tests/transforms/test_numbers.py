@@ -130,7 +130,7 @@ def test_recorded_arithmetic_is_pythons(expression, first, second):
         return
     assert same_number(found._value, expected), text
     assert isinstance(found, type(expected)), text
-    arithmetic.inputs[found._index] = 0
+    arithmetic.inputs[found._position] = 0
     if [*map(type, first)] == [*map(type, second)]:
         again = outcome(arithmetic.again, second)
         expected = outcome(function, dict(zip(NAMES, second, strict=True)))
@@ -267,6 +267,9 @@ def test_compiled_functions_of_numbers_equal_the_eager_ones(dtype):
         (lambda x, p: fn.dropout(p).apply({}, x, key=fn.key(0), train=True)[0], (X, 0.25)),
         (lambda x, n: x**n, (torch.tensor([-math.inf, -0.0]), 0.5)),
         (lambda x, n: f"{n:.2f}" == "0.50" and x * 2, (X, 0.5)),
+        (lambda x, b: x * 2 if b is True else x, (X, True)),
+        (lambda x, n: torch.tensor([n, 0.1], dtype=torch.float64), (X, 0.3)),
+        (lambda x, n: torch.full((2,), n, dtype=torch.int32), (X, 3)),
     ],
 )
 def test_what_a_hunt_found(function, arguments):
@@ -285,6 +288,10 @@ def test_what_a_hunt_found(function, arguments):
         (TypeError, r"argument 1 goes to leaky_relu", torch.nn.functional.leaky_relu, 0.1),
         (TypeError, r"argument 1 goes to add", lambda x, n: torch.add(x, x, alpha=n), 2),
         (TypeError, r"argument 1 becomes a complex", lambda x, n: x * n**0.5, -2),
+        (TypeError, r"argument 1 goes to full", lambda x, n: torch.full((n,), 2.0), 2),
+        (TypeError, r"argument 1 is asked for its is_integer", lambda x, n: n.is_integer(), 2.0),
+        (TypeError, r"argument 1 goes to mul_", lambda x, n: x.long().mul_(n), 0.5),
+        (TypeError, r"argument 1 goes to where", lambda x, n: torch.where(x > 0, x.byte(), n), 300),
         (OverflowError, "too big", lambda x, n: x * (n * n), 2**33),
         (ZeroDivisionError, "division", lambda x, n: x * (1 / n), 0),
         (RuntimeError, "negative integer powers", lambda x, n: x.long() ** n, -1),
@@ -310,6 +317,20 @@ def test_an_error_of_python_comes_from_later_calls_too():
     torch.testing.assert_close(compiled(X, 5), X.long() ** 5)
     with pytest.raises(RuntimeError, match="negative integer powers"):
         compiled(X, -5)
+
+
+@pytest.mark.parametrize("order", [(0, 4, 0), (4, 0, 4)])
+def test_an_error_that_the_function_catches(order):
+    def run(x, n):
+        try:
+            y = 1 / n
+        except ZeroDivisionError:
+            y = 0.5
+        return x * y
+
+    compiled = fn.jit(run)
+    for n in order:
+        torch.testing.assert_close(compiled(X, n), run(X, n))
 
 
 def test_a_branch_is_traced_once_each_way():

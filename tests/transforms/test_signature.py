@@ -1,6 +1,7 @@
 """What a program depends on: two calls that differ in it do not share a program."""
 
 import contextlib
+import copy
 import functools
 import gc
 import weakref
@@ -360,6 +361,25 @@ class Net:
         return x**power * self.scale
 
 
+class Slots:
+    __slots__ = ("scale",)
+
+    @fn.jit
+    def apply(self, x):
+        return x * self.scale
+
+
+class Nested(torch.nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.inner = torch.nn.Linear(3, 3)
+        self.options = Net(2.0)
+
+    @fn.jit
+    def forward(self, x):
+        return x @ self.inner.weight.T * self.options.scale
+
+
 class Model(NamedTuple):
     weight: torch.Tensor
 
@@ -395,3 +415,46 @@ def test_a_method_is_bound():
     model = Model(torch.full((3,), 2.0))
     torch.testing.assert_close(model.apply(X), X * 2)
     torch.testing.assert_close(Model(torch.ones(3)).apply(X), X)
+
+
+def test_what_a_methods_instance_holds_is_part_of_the_program():
+    slots = Slots()
+    for scale in (2.0, 3.0, 2):
+        slots.scale = scale
+        torch.testing.assert_close(slots.apply(X), X * scale)
+    net = Nested()
+
+    def check():
+        expected = X @ net.inner.weight.T * net.options.scale
+        torch.testing.assert_close(net(X), expected.detach())
+
+    check()
+    net.options.scale = 5.0
+    check()
+    net.inner.weight = torch.nn.Parameter(torch.ones(3, 3))
+    check()
+    with torch.no_grad():
+        net.inner.weight.mul_(3)
+    check()
+
+
+def test_shapes_of_tensors_that_went_are_not_taken_for_those_that_came():
+    class Holder:
+        @fn.jit
+        def apply(self, x):
+            return x * self.weight.shape[0]
+
+    holder = Holder()
+    for size in range(1, 9):
+        holder.weight = torch.ones(size)
+        torch.testing.assert_close(holder.apply(X), X * size)
+
+
+@fn.jit
+def at_the_top(x):
+    return x + 1
+
+
+def test_a_jitted_function_is_copied_and_pickled_as_a_function():
+    assert copy.deepcopy({"f": at_the_top})["f"] is at_the_top
+    assert copy.deepcopy(Net(2.0)).scale == 2.0
