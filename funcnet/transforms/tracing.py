@@ -27,6 +27,7 @@ from torch.fx.experimental.proxy_tensor import make_fx
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from funcnet import tree
 from funcnet.transforms.numbers import Arithmetic, numbers_meet_tensors
 from funcnet.transforms.signature import Kind, check_tensor
 
@@ -268,7 +269,10 @@ class _Layout(TorchFunctionMode):
         asked = sys._getframe(1).f_globals.get("__name__", "").partition(".")[0] != "torch"
         real = [each for each in args if _is_real(each) and each.layout is torch.strided]
         self.met.update({id(each): each for each in real})
-        if func in _VALUES and any([*map(_is_real, args)]):
+        # torch.tensor reads the values of tensors in a list, and copies one that is alone.
+        listed = func in _FROM_LISTS and args and isinstance(args[0], (list, tuple))
+        read = tree.leaves(args[0]) if listed or func in _VALUES else []
+        if any([*map(_is_real, read)]):
             raise DataDependentOutputException(func)
         if asked and func in _HIDDEN:
             raise TypeError(
@@ -288,6 +292,7 @@ _STORAGE = {
     *(Tensor.as_strided_, Tensor.as_strided_scatter, Tensor.storage_offset),
     *(Tensor.untyped_storage, Tensor.storage),
 }
+_FROM_LISTS = {torch.tensor, torch.as_tensor, torch.asarray}
 _VALUES = {Tensor.tolist, Tensor.numpy, Tensor.__array__}
 _HIDDEN = {
     cast(Any, Tensor.grad).__get__: "grad",
