@@ -218,7 +218,7 @@ class Compiled:
         # Their memory may be gone although their shapes are what they were.
         for tensor, extent in zip(self.captured, self.captured_extents, strict=True):
             start = tensor.storage_offset() * tensor.element_size()
-            if tensor.untyped_storage().nbytes() < start + extent:
+            if extent and tensor.untyped_storage().nbytes() < start + extent:
                 raise RuntimeError(
                     f"{self.name}: the memory of a tensor that the function closes over was taken "
                     "away"
