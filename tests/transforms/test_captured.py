@@ -103,8 +103,8 @@ def test_a_captured_tensor_that_changes_is_read_as_it_is(change, by):
 @pytest.mark.cpu_only
 @pytest.mark.parametrize("size", [0, 8])
 def test_memory_that_was_taken_away_is_an_error(size):
-    held = torch.ones(300)
-    compiled = fn.jit(lambda x: x + held)
+    held, empty = torch.ones(300), torch.ones(4)[4:]
+    compiled = fn.jit(lambda x: x + held + empty.sum())
     x = torch.ones(300)
     compiled(x)
     compiled(x)
