@@ -1,10 +1,19 @@
-"""``pytest --device cuda``: the tests on another device, as torch's default device."""
+"""What tests share, and ``pytest --device cuda``: torch's default device for them."""
 
 import pytest
 import torch
 from benchmarks.devices import missing
 
 LEFT_OUT = pytest.StashKey[int]()
+
+
+@pytest.fixture
+def two_threads():
+    """Two threads for torch, whatever the machine has."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(2)
+    yield
+    torch.set_num_threads(before)
 
 
 def pytest_addoption(parser):

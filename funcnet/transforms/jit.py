@@ -402,14 +402,18 @@ def jit(
     can be made, a warning says so once, and the function itself runs.
 
     Tensors that the function closes over are read at each call; if one has become of another shape
-    or dtype, the function is traced again. All else that it closes over, and Python's own effects,
-    such as printing, belong to tracing only. Inside another transformation, f itself is called.
+    or dtype, the function is traced again. All else that it closes over, other tensors that a name
+    is bound to later among it, and Python's own effects, such as printing, belong to tracing only.
+    Inside another transformation, f itself is called. As a decorator of a method it binds self:
+    what the instance and the objects in it hold is then part of what the program is made for.
 
     Args:
-        f: a pure function of trees of tensors and numbers. Another value of a Python number needs
-            no new program: arithmetic among numbers is done by Python at each call, and a number
-            meets a tensor as it does eagerly. Only an ``if`` that goes another way, or a result
-            of another type, is traced anew. Numbers among the results become 0-d tensors.
+        f: a pure function of trees of tensors and numbers. Another value of an int or a float
+            needs no new program: arithmetic among numbers is done by Python at each call, and a
+            number meets a tensor as it does eagerly. Only an ``if`` that goes another way, or a
+            result of another type, is traced anew, and each bool has its own program. While f is
+            traced, ``isinstance(n, float)`` is what it is eagerly, and ``type(n)`` is not. Numbers
+            among the results become 0-d tensors.
         donate: positions of arguments whose memory the results may take. Their tensors cannot be
             used afterwards.
         static: positions or names of hashable arguments that f may read while it is traced.

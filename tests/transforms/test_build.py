@@ -11,14 +11,6 @@ from funcnet.transforms import build
 pytestmark = pytest.mark.cpu_only
 
 
-@pytest.fixture
-def two_threads():
-    before = torch.get_num_threads()
-    torch.set_num_threads(2)
-    yield
-    torch.set_num_threads(before)
-
-
 def workload(x, w):
     """Kernels, products and loops of which threads take a part each."""
     net = fn.serial(fn.linear(8), fn.tanh(), fn.linear(2))

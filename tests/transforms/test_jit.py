@@ -663,14 +663,6 @@ def test_donated_memory_is_not_that_of_a_captured_tensor():
         fn.jit(lambda x: x * 2 + held.flip(0), donate=0)(held[:])
 
 
-@pytest.fixture
-def two_threads():
-    before = torch.get_num_threads()
-    torch.set_num_threads(2)
-    yield
-    torch.set_num_threads(before)
-
-
 @pytest.mark.usefixtures("two_threads")
 def test_a_population_of_convolutions_on_two_threads():
     layer = fn.conv2d(4, 3)
