@@ -291,8 +291,8 @@ class Jitted:
                 "in static=, or choose between tensors with torch.where"
             ) from error
         except TypeError as error:
-            # Python puts "unsupported operand" in the place of a TypeError from n - tensor.
-            if "unsupported operand" in str(error) and arithmetic.refusal:
+            # Python puts an error of its own in the place of a TypeError from n - tensor.
+            if "TracedNumber" in str(error) and arithmetic.refusal:
                 raise TypeError(arithmetic.refusal) from error
             raise
         except WritesToArgumentError as error:
