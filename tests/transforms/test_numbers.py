@@ -127,7 +127,9 @@ def same_number(found, expected):
 
 
 @given(expressions(), st.tuples(values, values, values), st.tuples(values, values, values))
-@settings(max_examples=400, deadline=None, suppress_health_check=list(HealthCheck))
+@settings(
+    max_examples=400, deadline=None, suppress_health_check=list(HealthCheck), derandomize=True
+)
 def test_recorded_arithmetic_is_pythons(expression, first, second):
     text, function = expression
     arithmetic = Arithmetic(first, NAMES)
@@ -186,7 +188,9 @@ def function_of(expression, meets, dtype):
     st.tuples(values, values, values),
     st.tuples(values, values, values),
 )
-@settings(max_examples=150, deadline=None, suppress_health_check=list(HealthCheck))
+@settings(
+    max_examples=150, deadline=None, suppress_health_check=list(HealthCheck), derandomize=True
+)
 def test_a_function_of_numbers_and_a_tensor_equals_the_eager_one(
     expression, meets, dtype, first, second
 ):
