@@ -133,7 +133,8 @@ class Compiled:
             return
         # What grad mode and autocast did is in the graph.
         _, *others = settings()
-        made_for = f"{self.threads} {torch.get_default_dtype()} {_deterministic()} {others}"
+        deterministic = torch.are_deterministic_algorithms_enabled()
+        made_for = f"{self.threads} {torch.get_default_dtype()} {deterministic} {others}"
         name = fingerprint(readable(self.traced), repr(self.reused), f"{made_for} {self.specs}")
         if refused := cache.find(f"{name}.refused"):
             self.why_not_one = (cache.content(refused) or b"").decode()
@@ -331,10 +332,6 @@ def _lies_alone(tensor: Tensor) -> bool:
     """Whether a tensor's memory is its own, from the first byte to the last."""
     own = tensor.numel() * tensor.element_size()
     return is_plain(tensor) and tensor.untyped_storage().nbytes() == own
-
-
-def _deterministic() -> bool:
-    return torch.are_deterministic_algorithms_enabled()
 
 
 def _plain(message: str) -> str:

@@ -16,7 +16,7 @@ from torch._subclasses.fake_tensor import DataDependentOutputException, DynamicO
 
 from funcnet import tree
 from funcnet.transforms.build import compiler
-from funcnet.transforms.compiled import Compiled, Donated, name_of
+from funcnet.transforms.compiled import Compiled, Donated, name_of, where
 from funcnet.transforms.inductor import compiling
 from funcnet.transforms.numbers import NUMBERS, Arithmetic
 from funcnet.transforms.signature import (
@@ -89,15 +89,15 @@ class Jitted:
         return str(getattr(self, "__qualname__", ""))
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        if tree.transformed():
+            # One program is compiled, that of the outermost function.
+            return self._function(*args, **kwargs)
         last = self._last
-        if last is not None and not tree.transformed():
+        if last is not None:
             recognize, program, plain = last
             leaves = recognize((args, kwargs))
             if leaves is not None:
                 return program(leaves, (), plain)
-        if tree.transformed():
-            # One program is compiled, that of the outermost function.
-            return self._function(*args, **kwargs)
         call = self._read(args, kwargs)
         if runs_itself(call.leaves):
             return self._function(*args, **kwargs)
@@ -296,10 +296,7 @@ class Jitted:
                 raise TypeError(arithmetic.refusal) from error
             raise
         except WritesToArgumentError as error:
-            source = error.args[0]
-            what = "a tensor that the function closes over"
-            if source < len(call.places):
-                what = name_of(call.treedef, call.places[source])
+            what = where(call.treedef, call.places, error.args[0])
             raise ValueError(
                 f"{self!r}: the function writes in place to {what}; a pure function writes to "
                 "tensors of its own only"

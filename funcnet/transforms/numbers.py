@@ -2,10 +2,11 @@
 
 Another learning rate shall not need another program, and arithmetic on numbers is Python's own:
 ``10**-n`` is an int or a float by the value of n, ``n * n`` has no largest value, the sum of two
-bools is an int. So while a function is traced, each number that it was given is a `TracedNumber`.
-Arithmetic on it is recorded as a list of steps, and done again, in Python, on the numbers of each
-call. What meets a tensor becomes an input of the program. Where a result has another type than
-when it was traced, or an ``if`` on it would go the other way, the function is traced again.
+bools is an int. So while a function is traced, each int and float that it was given is a
+`TracedNumber`. Arithmetic on it is recorded as a list of steps, and done again, in Python, on the
+numbers of each call. What meets a tensor becomes an input of the program. Where a result has
+another type than when it was traced, or an ``if`` on it would go the other way, the function is
+traced again. A bool, which has two values, is part of what the program is made for.
 """
 
 import functools

@@ -3,8 +3,8 @@
 That is the structure of the arguments, down to the order of a dict's entries and the types of the
 numbers in it, the kinds of their tensors, the values of static arguments, and the settings of torch
 that operators read: grad mode, autocast, default dtype and device, deterministic algorithms,
-precision of products, number of threads. `signature` finds all of it; `Recognizer` tells, in a few
-microseconds, whether a call is like the last one.
+precision of products, number of threads. `structure`, `exact`, `kind_of` and `settings` make keys
+of them; `Recognizer` tells, in a few microseconds, whether a call is like the last one.
 """
 
 import dataclasses

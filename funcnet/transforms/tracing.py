@@ -11,7 +11,7 @@ import operator
 import sys
 import threading
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple, cast
 
@@ -200,7 +200,7 @@ class WritesToArgumentError(ValueError):
 def trace(
     function: Callable[..., list[Tensor]],
     kinds: Sequence[Kind],
-    arithmetic: Arithmetic | None = None,
+    arithmetic: Arithmetic,
 ) -> Traced:
     """Run a function of tensors on fake ones and record what it does.
 
@@ -219,8 +219,7 @@ def trace(
     mode = FakeTensorMode(allow_non_fake_inputs=True)
 
     def guarded(*inputs: Tensor) -> list[Tensor]:
-        numbers = nullcontext() if arithmetic is None else numbers_meet_tensors(arithmetic)
-        with _Guard(), numbers, layout:
+        with _Guard(), numbers_meet_tensors(arithmetic), layout:
             return function(*inputs)
 
     with mode, _recording(loops):
@@ -229,8 +228,7 @@ def trace(
         # From here on nothing but what was recorded is run.
         with settings_of_programs():
             captured = _lift(recorded, mode)
-            if arithmetic is not None:
-                _place_numbers(recorded.graph, len(arithmetic.inputs))
+            _place_numbers(recorded.graph, len(arithmetic.inputs))
             # What is found out below is no longer what was recorded: then it is recorded again.
             stale = _put_in_rows(recorded.graph)
             stale |= any([_writes(node) for node in recorded.graph.nodes])
@@ -317,7 +315,7 @@ class _Guard(TorchDispatchMode):
                 f"jit: the function draws from torch's generator ({operator}), whose state is "
                 "hidden; draw from a key with funcnet.random"
             )
-        if operator._schema.is_mutable and args and type(args[0]) is Tensor:
+        if operator._schema.is_mutable and args and _is_real(args[0]):
             raise ValueError(
                 f"jit: the function writes in place to a tensor it closes over ({operator}); a "
                 "pure function writes to tensors of its own only"
