@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from funcnet import tree
+from funcnet import runtime, tree
 from funcnet.core import Loss, LossPullback
 
 
@@ -282,7 +282,7 @@ def _extremes(values: Tensor) -> tuple[float, float] | None:
     """The least and greatest value, where they can be read without waiting for a device."""
     if values.numel() == 0 or not values.is_cpu:
         return None
-    low, high = (tree.read(extreme) for extreme in values.aminmax())
+    low, high = (runtime.read(extreme) for extreme in values.aminmax())
     return None if low is None or high is None else (low, high)
 
 

@@ -18,7 +18,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from funcnet.tree import read, traced
+from funcnet.runtime import is_tracing, read
 
 Shape = Sequence[int]
 Device = torch.device | str | None
@@ -150,7 +150,7 @@ def _hash_range(
         raise ValueError(f"expected a shape without negative sizes, got {tuple(shape)}")
     size = math.prod(shape)
     device = torch.device(device) if device is not None else key.device
-    if traced() and size <= 1 << 32:
+    if is_tracing() and size <= 1 << 32:
         hashed = finish(*torch.ops.funcnet.threefry(key.to(device), 0, size))
         return hashed.reshape((*shape, *hashed.shape[1:]))
     k0, k1 = _key_words(key, device)
@@ -216,14 +216,14 @@ def fold_in(key: Tensor, data: int | str | Tensor) -> Tensor:
     if words is not None and counter is not None:
         hashed = _threefry_ints(words[0], words[1], 0, counter)
         return torch.tensor(hashed, dtype=torch.int64, device=key.device)
-    if traced() and type(counter) is int:
+    if is_tracing() and type(counter) is int:
         words = torch.ops.funcnet.threefry(key, counter, 1)
         return _unsigned(torch.cat(words))
     if not isinstance(data, Tensor):
         # Unlike torch.tensor, it does not wait for a device.
         data = torch.full((), _signed(data), dtype=torch.int32, device=key.device)
     data = data.to(device=key.device, dtype=torch.int32)
-    if traced():
+    if is_tracing():
         return _unsigned(torch.stack(torch.ops.funcnet.threefry_at(key, data), -1))
     k0, k1 = _key_words(key, key.device)
     return _unsigned(torch.stack(_threefry_tensors(k0, k1, 0, data), -1))
@@ -285,7 +285,7 @@ def uniform(
         if (minval, maxval) == (0.0, 1.0):
             return unit
         # While a function is traced, a number's value is not known.
-        if not traced():
+        if not is_tracing():
             # The buffer is ours. The bounds are rounded to the dtype, as JAX rounds them.
             low, high = _rounded(minval, dtype), _rounded(maxval, dtype)
             return unit.mul_(_rounded(high - low, dtype)).add_(low).clamp(min=low)

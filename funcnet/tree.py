@@ -14,9 +14,6 @@ import torch
 from torch import Tensor
 
 _shape = attrgetter("shape")
-_interpreter = torch._C._functorch.peek_interpreter_stack
-_forward_ad = torch.autograd.forward_ad
-_dispatch_modes = torch._C._len_torch_dispatch_stack
 
 
 def leaves(tree: Any) -> list[Any]:
@@ -191,35 +188,6 @@ def alike(a: Any, b: Any) -> bool:
         leaf.shape == other.shape and leaf.dtype == other.dtype
         for leaf, other in zip(leaves, others, strict=True)
     )
-
-
-def read(tensor: Tensor) -> Any:
-    """``tensor.tolist()`` where the values can be had without waiting for a device, else None.
-
-    >>> read(torch.tensor([1, 2])), read(torch.ones(2, device="meta"))
-    ([1, 2], None)
-    """
-    if tensor.device.type != "cpu" or traced():
-        return None
-    try:
-        return tensor.tolist()
-    except RuntimeError:  # it stands for many values (vmap)
-        return None
-
-
-def traced() -> bool:
-    """Whether operators are being recorded, so that tensors have no values to read."""
-    return bool(_dispatch_modes())
-
-
-def transformed(*tensors: Tensor) -> bool:
-    """Whether torch.func or a tracer is at work or a tensor needs a gradient.
-
-    Fused kernels may have no rule for vmap or no derivative there, where a formula has both.
-    """
-    if _interpreter() is not None or _forward_ad._current_level >= 0 or _dispatch_modes():
-        return True
-    return bool(tensors) and any([tensor.requires_grad for tensor in tensors])
 
 
 def to_meta(tree: Any) -> Any:

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from funcnet import tree
+from funcnet import runtime, tree
 from funcnet.core import (
     Layer,
     Params,
@@ -41,7 +41,7 @@ _sigmoid_backward = aten.sigmoid_backward.default
 
 
 def _silu_derivative(dy: Tensor, x: Tensor) -> Tensor:
-    if not tree.transformed(dy, x):
+    if not runtime.is_transformed(dy, x):
         return aten.silu_backward(dy, x)
     s = torch.sigmoid(x)  # torch has no derivative of the fused kernel
     return dy * s * (1 + x * (1 - s))

@@ -6,7 +6,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from funcnet import tree
+from funcnet import runtime
 from funcnet.core import (
     EMPTY,
     Anatomy,
@@ -271,7 +271,7 @@ def batch_norm(
             return x.clone(), zeros, zeros, by_batch, state
         if not by_batch:
             mean, spread = state["running_mean"], state["running_var"]
-            if tree.transformed(mean, spread):
+            if runtime.is_transformed(mean, spread):
                 y = by_formula(x, weight, bias, mean, spread)
             else:
                 y = torch.native_batch_norm(x, weight, bias, mean, spread, False, 0.0, eps)[0]

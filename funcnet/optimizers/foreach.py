@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from funcnet.tree import transformed
+from funcnet.runtime import is_transformed
 
 Leaves = list[Tensor]
 
@@ -68,7 +68,7 @@ def _each(
     if not lists[0]:
         return []
     # On meta tensors a 0-d factor would be read.
-    if lists[0][0].is_meta or transformed():
+    if lists[0][0].is_meta or is_transformed():
         return [one(*leaves, *args) for leaves in zip(*lists, strict=True)]
     return list(foreach(*lists, *args) or lists[0])
 
@@ -149,7 +149,7 @@ def sign(leaves: Leaves) -> Leaves:
 
 def sqrt(leaves: Leaves) -> Leaves:
     """``sqrt(leaf)``, whose derivative at 0 is taken as 0."""
-    if transformed(*leaves):
+    if is_transformed(*leaves):
         roots = [torch.where(leaf > 0, leaf, 1.0).sqrt() for leaf in leaves]
         return [
             torch.where(leaf > 0, root, leaf.detach())
@@ -195,7 +195,7 @@ def adam(
     ``torch._fused_adam_`` does it all in one call, where it may: it checks neither shapes nor
     strides, and autograd and torch.func do not see into it.
     """
-    if transformed() or not _plain([*grads, *mu, *nu, *nu_max]):
+    if is_transformed() or not _plain([*grads, *mu, *nu, *nu_max]):
         return _adam_by_formula(grads, mu, nu, nu_max, step, betas, eps, factor)
     # From params of 0 and with a learning rate of -factor the kernel steps to what is wanted.
     direction = [torch.zeros_like(leaf) for leaf in grads]

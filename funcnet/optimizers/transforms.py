@@ -14,7 +14,7 @@ from typing import Any, NamedTuple, cast
 import torch
 from torch import Tensor
 
-from funcnet import tree
+from funcnet import runtime, tree
 from funcnet.core import Optimizer, Params, Tree
 from funcnet.optimizers import foreach
 from funcnet.optimizers.foreach import Constant, Leaves
@@ -394,7 +394,7 @@ def check_rate(name: str, lr: Any) -> None:
     if isinstance(lr, Tensor):
         if lr.dim() != 0:
             raise ValueError(f"{name}: lr must be a 0-d tensor, got {tuple(lr.shape)}")
-        lr = tree.read(lr)
+        lr = runtime.read(lr)
         if lr is None:
             return
     if isinstance(lr, bool) or not isinstance(lr, Real):

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 from torch._subclasses.fake_tensor import DataDependentOutputException, DynamicOutputShapeException
 
-from funcnet import tree
+from funcnet import runtime, tree
 from funcnet.transforms.build import compiler
 from funcnet.transforms.compiled import Compiled, Donated, name_of, where
 from funcnet.transforms.inductor import compiling
@@ -89,7 +89,7 @@ class Jitted:
         return str(getattr(self, "__qualname__", ""))
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        if tree.transformed():
+        if runtime.is_transformed():
             # One program is compiled, that of the outermost function.
             return self._function(*args, **kwargs)
         last = self._last

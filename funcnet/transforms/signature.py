@@ -21,7 +21,7 @@ from torch._subclasses.fake_tensor import FakeTensor
 from torch.nn import Parameter
 from torch.overrides import _get_current_function_mode_stack
 
-from funcnet import tree
+from funcnet import runtime
 
 _function_modes = torch._C._len_torch_function_stack
 
@@ -127,7 +127,7 @@ def runs_itself(leaves: Sequence[Any]) -> bool:
 
     So it is for tensors without data, and while something else watches each operator.
     """
-    if tree.transformed() or any([isinstance(leaf, FakeTensor) for leaf in leaves]):
+    if runtime.is_transformed() or any([isinstance(leaf, FakeTensor) for leaf in leaves]):
         return True
     if any([isinstance(leaf, Tensor) and leaf.is_meta for leaf in leaves]):
         return True

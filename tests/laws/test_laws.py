@@ -5,6 +5,7 @@ import torch
 from cases import COMBINATORS, EAGER_ONLY, LAYERS, LOSSES, OPTIMIZERS, PAIR, PARAMS, ROWS
 
 import funcnet as fn
+from funcnet import runtime
 from funcnet.core import EMPTY
 from funcnet.testing import check_layer, check_loss, check_optimizer
 
@@ -99,9 +100,9 @@ def test_check_layer_compiles_on_request():
     check_layer(*COMBINATORS["serial of all kinds"], jit=True)
     fooled = fn.stateless(
         lambda key, x: {},
-        lambda params, x: x + (0.0 if fn.tree.traced() else 1.0),
+        lambda params, x: x + (0.0 if runtime.is_tracing() else 1.0),
         lambda params, x: (
-            x + (0.0 if fn.tree.traced() else 1.0),
+            x + (0.0 if runtime.is_tracing() else 1.0),
             fn.Pullback(identity_rule, {}),
         ),
     )

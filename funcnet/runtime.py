@@ -1,0 +1,42 @@
+"""The few questions to PyTorch's private side: is a transformation at work, can values be read?
+
+Outside the compiler, this is the one module that uses private names of PyTorch.
+"""
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+_interpreter = torch._C._functorch.peek_interpreter_stack
+_forward_ad = torch.autograd.forward_ad
+_dispatch_modes = torch._C._len_torch_dispatch_stack
+
+
+def is_tracing() -> bool:
+    """Whether operators are being recorded, so that tensors have no values to read."""
+    return bool(_dispatch_modes())
+
+
+def is_transformed(*tensors: Tensor) -> bool:
+    """Whether torch.func or a tracer is at work, or one of the tensors needs a gradient.
+
+    Fused kernels may have no rule for vmap or no derivative there, where a formula has both.
+    """
+    if _interpreter() is not None or _forward_ad._current_level >= 0 or _dispatch_modes():
+        return True
+    return bool(tensors) and any([tensor.requires_grad for tensor in tensors])
+
+
+def read(tensor: Tensor) -> Any:
+    """``tensor.tolist()`` where the values can be had without waiting for a device, else None.
+
+    >>> read(torch.tensor([1, 2])), read(torch.ones(2, device="meta"))
+    ([1, 2], None)
+    """
+    if tensor.device.type != "cpu" or is_tracing():
+        return None
+    try:
+        return tensor.tolist()
+    except RuntimeError:  # under vmap a tensor stands for those of all members
+        return None
