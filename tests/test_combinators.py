@@ -3,8 +3,7 @@ import re
 import optree
 import pytest
 import torch
-from hypothesis import given, settings
-from hypothesis import strategies as st
+from hypothesis import given, settings, strategies as st
 from layers.oracle import assert_near, check_against, check_module, cotangent, params_of, randn
 from torch import nn
 from torch.nn import functional as F

@@ -2,8 +2,7 @@ import warnings
 
 import pytest
 import torch
-from hypothesis import given, settings
-from hypothesis import strategies as st
+from hypothesis import given, settings, strategies as st
 from layers.oracle import assert_near, check_against, check_module, randn, strided, transposed
 from torch import nn
 from torch.nn import functional as F
