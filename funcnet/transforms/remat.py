@@ -7,8 +7,8 @@ from torch import Tensor
 
 from funcnet import tree
 from funcnet.combinators import serial
+from funcnet.compiler.tracing import barrier
 from funcnet.core import EMPTY, Anatomy, Layer, Params, Pullback, Tree, anatomy, pull, with_anatomy
-from funcnet.transforms.tracing import barrier
 
 Policy = Collection[str] | Callable[[str, Layer], bool]
 
