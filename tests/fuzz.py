@@ -28,7 +28,7 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import funcnet as fn
-from funcnet.transforms import cache
+from funcnet.compiler import cache
 from tests.fuzzing.programs import INGREDIENTS, Program, Statement, grow_program
 
 # Seconds: for one compilation that hangs, and for the search for a smaller program.

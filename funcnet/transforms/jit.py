@@ -15,11 +15,11 @@ from torch import Tensor
 from torch._subclasses.fake_tensor import DataDependentOutputException, DynamicOutputShapeException
 
 from funcnet import runtime, tree
-from funcnet.transforms.build import compiler
-from funcnet.transforms.compiled import Compiled, Donated, name_of, where
-from funcnet.transforms.inductor import compiling
-from funcnet.transforms.numbers import NUMBERS, Arithmetic
-from funcnet.transforms.signature import (
+from funcnet.compiler.build import compiler
+from funcnet.compiler.compiled import Compiled, Donated, name_of, where
+from funcnet.compiler.inductor import compiling
+from funcnet.compiler.numbers import NUMBERS, Arithmetic
+from funcnet.compiler.signature import (
     Recognizer,
     Same,
     check_tensor,
@@ -31,7 +31,7 @@ from funcnet.transforms.signature import (
     settings,
     structure,
 )
-from funcnet.transforms.tracing import WritesToArgumentError, readable, trace
+from funcnet.compiler.tracing import WritesToArgumentError, readable, trace
 
 
 class Lowered(NamedTuple):

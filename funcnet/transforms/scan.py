@@ -8,8 +8,8 @@ from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from funcnet import tree
+from funcnet.compiler.tracing import record_loop, spec_of, tracing
 from funcnet.core import Tree
-from funcnet.transforms.tracing import record_loop, spec_of, tracing
 
 Body = Callable[[Tree, Tree], tuple[Tree, Tree]]
 

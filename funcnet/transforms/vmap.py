@@ -9,8 +9,8 @@ import torch
 from torch import Tensor
 
 from funcnet import tree
+from funcnet.compiler.tracing import record_loop, tracing
 from funcnet.core import Tree
-from funcnet.transforms.tracing import record_loop, tracing
 
 Axes = Any
 """An int, None for what is not mapped, or a tree of them that is a prefix of another tree."""

@@ -13,8 +13,8 @@ import pytest
 import torch
 
 import funcnet as fn
-from funcnet.transforms.build import NoCompilerError
-from funcnet.transforms.inductor import UnsupportedError
+from funcnet.compiler.build import NoCompilerError
+from funcnet.compiler.inductor import UnsupportedError
 
 NET = fn.serial(fn.linear(8), fn.relu(), fn.linear(2))
 X = fn.random.normal(fn.key(1), (6, 3))
@@ -467,7 +467,7 @@ def test_without_a_compiler_the_error_says_what_to_install(monkeypatch):
 
 PROGRAM = """
 import sys, torch, funcnet as fn
-from funcnet.transforms import host
+from funcnet.compiler import host
 step = fn.train_step(fn.linear(2), fn.mse(), fn.sgd(0.1))
 state = fn.init_train_state(fn.linear(2), fn.sgd(0.1), fn.key(0), torch.ones(4, 3))
 fn.jit(step)(state, (torch.ones(4, 3), torch.zeros(4, 2)))
@@ -513,7 +513,7 @@ def test_a_broken_file_on_disk_is_made_anew(tmp_path, monkeypatch):
 def interpreted(monkeypatch):
     """Staged programs whose segments are not compiled: for the logic of the stages."""
     monkeypatch.setattr("torch._inductor.compile", lambda graph, inputs: graph)
-    monkeypatch.setattr("funcnet.transforms.compiled.load", refuse)
+    monkeypatch.setattr("funcnet.compiler.compiled.load", refuse)
 
 
 def refuse(*args):

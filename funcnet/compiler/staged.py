@@ -11,11 +11,10 @@ import torch
 from torch import Tensor, fx
 from torch.fx.experimental.proxy_tensor import make_fx
 
-from funcnet.random import threefry_at, threefry_range
-from funcnet.transforms import cache
-from funcnet.transforms.build import BuildError
-from funcnet.transforms.inductor import compiled, writing
-from funcnet.transforms.tracing import (
+from funcnet.compiler import cache
+from funcnet.compiler.build import BuildError
+from funcnet.compiler.inductor import compiled, writing
+from funcnet.compiler.tracing import (
     Block,
     Node,
     Primitive,
@@ -28,6 +27,7 @@ from funcnet.transforms.tracing import (
     settings_of_programs,
     through_barriers,
 )
+from funcnet.random import threefry_at, threefry_range
 
 aten = torch.ops.aten
 

@@ -1,7 +1,7 @@
 """Inductor as a writer of kernels: a segment in, C++ functions and the calls of them out.
 
 Inductor fuses the operators of a segment and writes a C++ function for each group; the program
-around them is written by `funcnet.transforms.host`. The one place that needs Inductor's insides.
+around them is written by `funcnet.compiler.host`. The one place that needs Inductor's insides.
 """
 
 import contextlib
@@ -18,8 +18,8 @@ from torch import Tensor, fx
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.fx.experimental.proxy_tensor import make_fx
 
-from funcnet.transforms.build import BuildError, compiler
-from funcnet.transforms.tracing import Segment
+from funcnet.compiler.build import BuildError, compiler
+from funcnet.compiler.tracing import Segment
 
 aten = torch.ops.aten
 

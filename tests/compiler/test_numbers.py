@@ -9,10 +9,10 @@ import torch
 from hypothesis import HealthCheck, given, settings, strategies as st
 
 import funcnet as fn
-from funcnet.transforms.inductor import UnsupportedError
-from funcnet.transforms.numbers import Arithmetic, TracedNumber
-from funcnet.transforms.signature import kind_of
-from funcnet.transforms.tracing import trace
+from funcnet.compiler.inductor import UnsupportedError
+from funcnet.compiler.numbers import Arithmetic, TracedNumber
+from funcnet.compiler.signature import kind_of
+from funcnet.compiler.tracing import trace
 
 X = torch.tensor([-1.5, 0.0, 2.0])
 NAMES = ("a", "b", "c")
@@ -168,7 +168,7 @@ def interpreted():
     with pytest.MonkeyPatch.context() as patch, tempfile.TemporaryDirectory() as folder:
         patch.setenv("FUNCNET_CACHE_DIR", folder)
         patch.setattr("torch._inductor.compile", lambda graph, inputs: graph)
-        patch.setattr("funcnet.transforms.compiled.load", refuse)
+        patch.setattr("funcnet.compiler.compiled.load", refuse)
         yield
 
 

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 import funcnet as fn
-from funcnet.transforms import build
+from funcnet.compiler import build
 
 pytestmark = pytest.mark.cpu_only
 

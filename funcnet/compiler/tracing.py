@@ -28,8 +28,8 @@ from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from funcnet import tree
-from funcnet.transforms.numbers import Arithmetic, numbers_meet_tensors
-from funcnet.transforms.signature import Kind, check_tensor
+from funcnet.compiler.numbers import Arithmetic, numbers_meet_tensors
+from funcnet.compiler.signature import Kind, check_tensor
 
 aten = torch.ops.aten
 

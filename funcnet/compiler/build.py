@@ -17,7 +17,7 @@ from pathlib import Path
 
 import torch
 
-from funcnet.transforms import cache
+from funcnet.compiler import cache
 
 _HERE = Path(__file__).parent
 _FLAGS = (

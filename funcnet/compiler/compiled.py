@@ -12,14 +12,14 @@ import torch
 from torch import Tensor
 
 from funcnet import tree
-from funcnet.transforms import cache
-from funcnet.transforms.build import BuildError, fingerprint, load
-from funcnet.transforms.host import Program
-from funcnet.transforms.inductor import UnsupportedError, writing
-from funcnet.transforms.numbers import NUMBERS, Arithmetic
-from funcnet.transforms.signature import is_plain, kind_of, settings
-from funcnet.transforms.staged import Staged
-from funcnet.transforms.tracing import (
+from funcnet.compiler import cache
+from funcnet.compiler.build import BuildError, fingerprint, load
+from funcnet.compiler.host import Program
+from funcnet.compiler.inductor import UnsupportedError, writing
+from funcnet.compiler.numbers import NUMBERS, Arithmetic
+from funcnet.compiler.signature import is_plain, kind_of, settings
+from funcnet.compiler.staged import Staged
+from funcnet.compiler.tracing import (
     Spec,
     Traced,
     readable,

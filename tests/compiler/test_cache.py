@@ -12,7 +12,7 @@ import pytest
 import torch
 
 import funcnet as fn
-from funcnet.transforms import build, cache
+from funcnet.compiler import build, cache
 
 pytestmark = pytest.mark.cpu_only
 
@@ -145,7 +145,7 @@ def open_to_others(folder, monkeypatch):
 def full_of_others(folder, monkeypatch):
     # The folder has the name of the program, and is not empty.
     monkeypatch.setattr(build, "fingerprint", lambda *parts: "same")
-    monkeypatch.setattr("funcnet.transforms.compiled.fingerprint", lambda *parts: "same")
+    monkeypatch.setattr("funcnet.compiler.compiled.fingerprint", lambda *parts: "same")
     (folder / "same.so").mkdir()
     (folder / "same.so" / "file").write_text("")
 

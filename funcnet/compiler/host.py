@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from funcnet.transforms.inductor import (
+from funcnet.compiler.inductor import (
     Allocate,
     Call,
     Free,
@@ -25,7 +25,7 @@ from funcnet.transforms.inductor import (
     View,
     kernels,
 )
-from funcnet.transforms.tracing import (
+from funcnet.compiler.tracing import (
     Block,
     Node,
     Primitive,

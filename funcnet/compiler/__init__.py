@@ -1,0 +1,1 @@
+"""How `jit` makes a program of a function."""
