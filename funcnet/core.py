@@ -141,15 +141,15 @@ class Pullback:
             It gets a dict of its own and may empty it, to let residuals go early. It returns
             None for the half that was not asked for, and does not compute it.
         residuals: a dict from names to trees; other pullbacks may be among them.
-        static: hashable arguments of the rule. A rule that serves several layers takes the
-            layer's name first.
-        y: the output, if known. Its shape is kept, and a ``dy`` of another is refused. Layers
-            that `stateless` lifts need not give it.
+        static: hashable arguments of the rule.
+        y: the output, if known. Its shape is kept, and a ``dy`` of another is refused.
+        name: of the layer, for errors; default that of the rule. `stateless` and `stateful` give
+            the output and the name of the layers that they lift.
 
     >>> import funcnet as fn
     >>> y, pullback, _ = fn.tanh().vjp({}, torch.tensor([0.0, 1.0]))
     >>> pullback
-    Pullback(elementwise_rule, residuals=['y'], static=('tanh',))
+    Pullback(elementwise_rule, residuals=['y'], static=(<function tanh_derivative at ...>, 'y'))
     >>> pullback(torch.ones(2))
     ({}, tensor([1.0000, 0.4200]))
     >>> pullback(torch.ones(()))
@@ -166,11 +166,12 @@ class Pullback:
         residuals: Mapping[str, Tree],
         static: tuple[Hashable, ...] = (),
         y: Tree = None,
+        name: str | None = None,
     ) -> None:
         self.rule = rule
         self.residuals = residuals
         self.static = static
-        self.expected = _kinds(y)
+        self.expected = None if y is None else (name, *_kinds(y))
 
     def __call__(self, dy: Tree, *, params: bool = True, x: bool = True) -> tuple[Tree, Tree]:
         """``(dparams, dx)``; the half that is not asked for is None and costs nothing."""
@@ -180,10 +181,9 @@ class Pullback:
     def _check(self, dy: Tree) -> None:
         if self.expected is None:
             return
-        name = getattr(self.rule, "__name__", "").removesuffix("_rule")
-        if self.static and isinstance(self.static[0], str):
-            name = self.static[0]
-        treedef, kinds = self.expected
+        name, treedef, kinds = self.expected
+        if name is None:
+            name = getattr(self.rule, "__name__", "").removesuffix("_rule")
         try:
             cotangents = treedef.flatten_up_to(dy)
         except (ValueError, TypeError):
@@ -214,10 +214,8 @@ class Pullback:
 _LEAF = optree.treespec_leaf()
 
 
-def _kinds(y: Tree) -> tuple[Any, tuple[Any, ...]] | None:
-    """The structure of an output and the shapes and dtypes of its leaves; None if not known."""
-    if y is None:
-        return None
+def _kinds(y: Tree) -> tuple[Any, tuple[Any, ...]]:
+    """The structure of an output, and the shapes and dtypes of its leaves."""
     if type(y) is Tensor:
         return _LEAF, ((y.shape, y.dtype),)
     leaves, treedef = optree.tree_flatten(y)

@@ -176,7 +176,7 @@ def lift(
         train: bool = True,
     ) -> tuple[Tree, Pullback, Params]:
         y, pullback, state = forward(params, x, {**state}, key, train)
-        return y, Pullback(pullback.rule, pullback.residuals, pullback.static, y), state
+        return y, Pullback(pullback.rule, pullback.residuals, pullback.static, y, name), state
 
     return Layer(lifted_init, lifted_apply, lifted_vjp, name=name, **metadata)
 
@@ -266,7 +266,7 @@ def parameterless(
 
     def vjp(params: Params, x: Tree) -> tuple[Tree, Pullback]:
         y, residuals, static = run(x)
-        return y, Pullback(backward_rule, residuals, (name, backward, *static))
+        return y, Pullback(backward_rule, residuals, (backward, *static))
 
     return stateless(declare(declaration), lambda params, x: run(x)[0], vjp, name=name)
 
@@ -274,7 +274,6 @@ def parameterless(
 def backward_rule(
     residuals: dict[str, Any],
     dy: Tree,
-    name: str,
     backward: Callable[..., Tree],
     *static: Any,
     params: bool,
@@ -315,7 +314,7 @@ def elementwise(
     if saves not in ("x", "y"):
         raise ValueError(f"elementwise: saves must be 'x' or 'y', got {saves!r}")
     name = name or function.__name__
-    static = (name, derivative, saves, *options)
+    static = (derivative, saves, *options)
 
     def apply(params: Params, x: Tensor) -> Tensor:
         return function(x, *options)
@@ -330,7 +329,6 @@ def elementwise(
 def elementwise_rule(
     residuals: dict[str, Tensor],
     dy: Tensor,
-    name: str,
     derivative: Callable[..., Tensor],
     saves: str,
     *options: Any,

@@ -53,7 +53,7 @@ class declare:  # noqa: N801, a decorator
     >>> init.check("scale", {"scale": torch.ones(3)}, {}, torch.zeros(5, 2))
     Traceback (most recent call last):
     ...
-    ValueError: scale: expects a scale of shape (2,) for x float32 (5, 2), got (3,)
+    ValueError: scale: expects a scale of shape (2,), got (3,)
     """
 
     def __init__(self, declaration: Callable[[Tree], Mapping[str, Param]]) -> None:
@@ -89,7 +89,7 @@ class declare:  # noqa: N801, a decorator
             else:
                 if len(params) + len(state) == len(declared):
                     return
-        except (KeyError, TypeError, AttributeError):
+        except (KeyError, TypeError, AttributeError, RuntimeError):
             pass
         _explain(layer, declared, params, state, x)
 
@@ -141,7 +141,4 @@ def _explain_one(layer: str, name: str, entry: Param, leaf: Any, x: Tree) -> Non
             size: Any = leaf.shape[index]
             words = words.format(tuple(size) if isinstance(index, slice) else size)
             raise ValueError(f"{layer}: {name} expects {words}, got {tuple(x.shape)}")
-    raise ValueError(
-        f"{layer}: expects a {name} of shape {entry.shape} for x {tree.describe(x)}, "
-        f"got {tuple(leaf.shape)}"
-    )
+    raise ValueError(f"{layer}: expects a {name} of shape {entry.shape}, got {tuple(leaf.shape)}")

@@ -25,6 +25,9 @@ Name = str | tuple[str, ...]
 of the params; or several strings, for a child that has their entries, such as a `serial` of some
 children of another."""
 
+_OWN = ".residuals"
+"""Where a combinator's own residuals are among the pullbacks: no child has a dot in its name."""
+
 
 def combine(
     name: str,
@@ -68,30 +71,25 @@ def combine(
     takes_key = any([layer.takes_key for layer in children.values()])
 
     def init(key: Tensor, x: Tree) -> tuple[Params, Params]:
-        try:
-            device = tree.device_of(x)
-        except ValueError as error:
-            locate(error, f"{name}:")
-            raise
-        run = _Init(name, children, key, device)
+        run = _Init(name, children, key, x)
         forward(run, tree.to_meta(x), *static)
         return run.params, run.state
 
     def apply(
         params: Params, x: Tree, state: Params, key: Tensor | None, train: bool
     ) -> tuple[Tree, Params]:
-        run = _Apply(name, children, params, state, key, train)
+        run = _Call(name, children, params, state, key, train, differentiated=False)
         y, _ = forward(run, x, *static)
         return y, run.new_state
 
     def vjp(
         params: Params, x: Tree, state: Params, key: Tensor | None, train: bool
     ) -> tuple[Tree, Pullback, Params]:
-        run = _Vjp(name, children, params, state, key, train)
+        run = _Call(name, children, params, state, key, train, differentiated=True)
         y, residuals = forward(run, x, *static)
-        own = tuple(residuals)
-        about = (name, backward, tuple(children), frozenset(run.learned), own, static)
-        return y, Pullback(combine_rule, {**run.pullbacks, **residuals}, about), run.new_state
+        kept = {**run.pullbacks, _OWN: dict(residuals)} if residuals else run.pullbacks
+        known = (name, backward, tuple(children), run.learned(), static)
+        return y, Pullback(combine_rule, kept, known), run.new_state
 
     return lift(
         name,
@@ -110,19 +108,17 @@ def combine_rule(
     name: str,
     backward: Callable[..., Tree],
     names: tuple[Name, ...],
-    learned: frozenset[str],
-    own: tuple[str, ...],
+    learned: frozenset[Name],
     static: tuple[Hashable, ...],
     *,
     params: bool,
     x: bool,
 ) -> tuple[Params | None, Tree]:
     """The combinator's ``backward``, with the children's pullbacks among the residuals."""
-    saved = {entry: residuals.pop(entry) for entry in own}
+    own = residuals.pop(_OWN, EMPTY)
     pull = Pull(name, names, residuals, learned if params else frozenset(), x)
-    dx = backward(pull, dy, saved, *static)
-    if left := pull.learned - pull.pulled:
-        raise ValueError(f"{name}: backward pulls no cotangent through {sorted(left)}")
+    dx = backward(pull, dy, own, *static)
+    pull.check_all_pulled()
     return pull.dparams if params else None, dx if x else None
 
 
@@ -133,8 +129,8 @@ def _check_children(parent: str, children: Mapping[Any, Layer]) -> None:
             raise TypeError(
                 f"{parent}{_brackets(name)}: expects a Layer, got {type(layer).__name__}{hint}"
             )
-        if isinstance(name, str) and "." in name:
-            raise ValueError(f"{parent}: a name must not have a dot, got {name!r}")
+        if isinstance(name, str) and ("." in name or (not name and len(children) > 1)):
+            raise ValueError(f"{parent}: a name must not be empty or have a dot, got {name!r}")
 
 
 def _brackets(child: Name, use: int | None = None) -> str:
@@ -150,6 +146,11 @@ def _own(whole: Params, child: Name) -> Params:
     if isinstance(child, str):
         return whole.get(child, EMPTY)
     return {name: whole[name] for name in child if name in whole}
+
+
+def _has(whole: Params, child: Name) -> bool:
+    """Whether a child has an entry in a combinator's params."""
+    return child in whole if child and isinstance(child, str) else bool(_own(whole, child))
 
 
 def _put(whole: dict[str, Any], child: Name, own: Params) -> None:
@@ -197,12 +198,14 @@ class Run:
 class _Init(Run):
     """Makes the params and state of each child, and finds its output on the meta device."""
 
-    def __init__(
-        self, parent: str, children: Mapping[Any, Layer], key: Tensor, device: torch.device
-    ) -> None:
+    def __init__(self, parent: str, children: Mapping[Any, Layer], key: Tensor, x: Tree) -> None:
         super().__init__(parent, children, key)
         self.init_key = key
-        self.device = device
+        try:
+            self.device = tree.device_of(x) if children else torch.device("meta")
+        except ValueError as error:
+            locate(error, f"{parent}:")
+            raise
         self.params: dict[str, Any] = {}
         self.state: dict[str, Any] = {}
         self.made: dict[Name, tuple[Params, Params]] = {}
@@ -221,8 +224,8 @@ class _Init(Run):
         return layer.apply(params, x, state, key=noise)[0]
 
 
-class _Apply(Run):
-    """Applies each child."""
+class _Call(Run):
+    """Applies each child; with ``differentiated``, by its vjp, whose pullback is kept."""
 
     def __init__(
         self,
@@ -232,15 +235,18 @@ class _Apply(Run):
         state: Params,
         key: Tensor | None,
         train: bool,
+        differentiated: bool,
     ) -> None:
         super().__init__(parent, children, key)
+        _check_names(parent, "params", params, children)
+        _check_names(parent, "state", state, children)
         self.params = params
         self.state = state
         self.train = train
+        self.differentiated = differentiated
         self.new_state: dict[str, Any] = {}
+        self.pullbacks: dict[str, Pullback] = {}
         self.ran: set[Name] = set()
-        _check_names(parent, "params", params, children)
-        _check_names(parent, "state", state, children)
 
     def run(self, layer: Layer, child: Name, x: Tree, use: int | None) -> Tree:
         params = _own(self.params, child)
@@ -248,40 +254,25 @@ class _Apply(Run):
         state = _own(self.new_state if child in self.ran else self.state, child)
         self.ran.add(child)
         key = self.key_of(layer, child, use)
-        y, state = self.call(layer, _call_name(child, use), params, x, state, key)
+        if self.differentiated:
+            call = _call_name(child, use)
+            if call in self.pullbacks:
+                raise ValueError("runs twice: tell the uses of a child apart by use=0, use=1, ...")
+            y, self.pullbacks[call], state = layer.vjp(params, x, state, key=key, train=self.train)
+        else:
+            y, state = layer.apply(params, x, state, key=key, train=self.train)
         _put(self.new_state, child, state)
         return y
 
-    def call(
-        self, layer: Layer, call: str, params: Params, x: Tree, state: Params, key: Tensor | None
-    ) -> tuple[Tree, Params]:
-        """The output of a child, and its new state."""
-        return layer.apply(params, x, state, key=key, train=self.train)
-
-
-class _Vjp(_Apply):
-    """Applies each child, and keeps its pullback."""
-
-    def __init__(self, *args: Any) -> None:
-        super().__init__(*args)
-        self.pullbacks: dict[str, Pullback] = {}
-        self.learned: set[str] = set()
-
-    def call(
-        self, layer: Layer, call: str, params: Params, x: Tree, state: Params, key: Tensor | None
-    ) -> tuple[Tree, Params]:
-        if call in self.pullbacks:
-            raise ValueError("runs twice: tell the uses of a child apart by run(child, x, use=...)")
-        if params or call in self.params:
-            self.learned.add(call)
-        y, self.pullbacks[call], state = layer.vjp(params, x, state, key=key, train=self.train)
-        return y, state
+    def learned(self) -> frozenset[Name]:
+        """The children that have params."""
+        return frozenset([child for child in self.children if _has(self.params, child)])
 
 
 def _call_name(child: Name, use: int | None) -> str:
     """The name of a child's pullback among the residuals."""
-    name = child if isinstance(child, str) else child[0]
-    return name if use is None else f"{name}[{use}]"
+    name = child if isinstance(child, str) else "+".join(child)
+    return name if use is None else f"{name}.{use}"
 
 
 class Pull:
@@ -296,7 +287,7 @@ class Pull:
         parent: str,
         names: tuple[Name, ...],
         pullbacks: dict[str, Any],
-        learned: frozenset[str],
+        learned: frozenset[Name],
         x: bool,
     ) -> None:
         self.parent = parent
@@ -304,15 +295,18 @@ class Pull:
         self.pullbacks = pullbacks
         self.x = x
         self.learned = learned
-        self.pulled: set[str] = set()
-        self.dparams: dict[str, Any] = {name: {} for name in names if name and name in learned}
+        self.dparams: dict[str, Any] = {}
+        for name in names:
+            if isinstance(name, str) and name and name in learned:
+                self.dparams[name] = {}
 
     def __call__(self, child: Name, dy: Tree, use: int | None = None, needed: bool = True) -> Tree:
         """The child's dx, None where it is not ``needed``; its dparams are kept."""
-        call = _call_name(child, use)
-        learns = call in self.learned
+        learns = child in self.learned
         try:
-            dparams, dx = core.pull(self.pullbacks, call, dy, params=learns, x=needed)
+            dparams, dx = core.pull(
+                self.pullbacks, _call_name(child, use), dy, params=learns, x=needed
+            )
         except Exception as error:
             locate(error, self.parent + _brackets(child, use))
             raise
@@ -320,8 +314,13 @@ class Pull:
             if use is not None and (before := _own(self.dparams, child)):
                 dparams = sum_cotangents(before, dparams)
             _put(self.dparams, child, dparams)
-            self.pulled.add(call)
         return dx
+
+    def check_all_pulled(self) -> None:
+        """Raise ValueError if a child with params has not got its cotangent."""
+        calls = {_call_name(child, None) for child in self.learned}
+        if left := [call for call in self.pullbacks if call.partition(".")[0] in calls]:
+            raise ValueError(f"{self.parent}: backward pulls no cotangent through {left}")
 
 
 def _check_names(parent: str, what: str, found: Params, children: Mapping[Any, Layer]) -> None:

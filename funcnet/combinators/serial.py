@@ -57,5 +57,5 @@ def children_of(
     if layers and named:
         raise TypeError(f"{parent}: expects layers by position or by name, not both")
     if "" in named:
-        raise ValueError(f"{parent}: a name must not be empty")
+        raise ValueError(f"{parent}: a name must not be empty or have a dot, got ''")
     return dict(named) or {str(index): layer for index, layer in enumerate(layers)}

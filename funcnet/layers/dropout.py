@@ -43,7 +43,7 @@ def dropout(p: float = 0.5) -> Layer:
             kept = random.bernoulli(key, 1.0 - p, x.shape, device=x.device)
             residuals["kept"] = kept
             x = torch.where(kept, x * scale, 0.0)
-        static = ("dropout", dropout_backward, scale)
+        static = (dropout_backward, scale)
         return x, Pullback(backward_rule, residuals, static), state
 
     return stateful(declare(require_floating), forward, keyed=p > 0.0)

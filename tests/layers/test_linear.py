@@ -98,7 +98,7 @@ MISUSES = {
     ),
     "a scalar": (
         DOUBLE, randn(), ValueError,
-        "linear: weight expects 4 features in the last dimension, got ()",
+        "linear: expects at least one dimension, got ()",
     ),
     "another dtype": (
         DOUBLE, randn(2, 4, dtype=torch.float32), TypeError,
