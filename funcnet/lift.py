@@ -11,8 +11,8 @@ from funcnet.params import Param, declare
 from funcnet.tree import describe
 
 Init = Callable[[Tensor, Tree], Any]
-Forward = Callable[[Params, Tree, Params, Tensor | None, bool], tuple[Tree, Pullback, Params]]
-Apply = Callable[[Params, Tree, Params, Tensor | None, bool], tuple[Tree, Params]]
+Forward = Callable[..., tuple[Tree, Pullback, Params]]
+Apply = Callable[..., tuple[Tree, Params]]
 
 
 def stateless(
@@ -49,29 +49,22 @@ def stateless(
     >>> fn.testing.check_layer(scale(), torch.randn(4, 3, dtype=torch.float64))
     """
     name = name or function_name(apply)
-    checked = init if isinstance(init, declare) else None
 
-    def made(key: Tensor, x: Tree) -> tuple[Params, Params]:
-        return (init(key, x), {}) if checked is None else checked(key, x, name)
-
-    def check(params: Params, x: Tree, state: Params) -> None:
-        if checked is not None:
-            checked.check(name, params, state, x)
-        elif state:
+    def check(state: Params) -> None:
+        if state:
             raise ValueError(f"{name}: has no state, got state with {sorted(state)}")
 
-    def full_apply(
-        params: Params, x: Tree, state: Params, key: Tensor | None, train: bool
-    ) -> tuple[Tree, Params]:
-        check(params, x, state)
+    def full_apply(params: Params, x: Tree, state: Params, *rest: Any) -> tuple[Tree, Params]:
+        check(state)
         return apply(params, x), {}
 
     def forward(
-        params: Params, x: Tree, state: Params, key: Tensor | None, train: bool
+        params: Params, x: Tree, state: Params, *rest: Any
     ) -> tuple[Tree, Pullback, Params]:
-        check(params, x, state)
+        check(state)
         return *vjp(params, x), {}
 
+    made: Init = init if isinstance(init, declare) else lambda key, x: (init(key, x), {})
     return lift(name, made, full_apply, forward, takes_key=False)
 
 
@@ -110,52 +103,34 @@ def stateful(
     >>> noise(0.1).apply({}, torch.zeros(2), {"calls": torch.tensor(0)})
     (tensor([0., 0.]), {'calls': tensor(1)})
     """
-    name = name or function_name(forward)
-    given_apply = apply
-    checked = init if isinstance(init, declare) else None
 
-    def made(key: Tensor, x: Tree) -> tuple[Params, Params]:
-        return init(key, x) if checked is None else checked(key, x, name)
-
-    def check(params: Params, x: Tree, state: Params, key: Tensor | None, train: bool) -> None:
-        if checked is not None:
-            checked.check(name, params, state, x)
-        if keyed and train and key is None:
-            raise ValueError(f"{name}: needs a key when train=True, got None; pass key=fn.key(...)")
-
-    def full_apply(
-        params: Params, x: Tree, state: Params, key: Tensor | None, train: bool
-    ) -> tuple[Tree, Params]:
-        check(params, x, state, key, train)
-        if given_apply is not None:
-            return given_apply(params, x, state, key, train)
-        y, _, state = forward(params, x, state, key, train)
+    def without_pullback(*arguments: Any) -> tuple[Tree, Params]:
+        y, _, state = forward(*arguments)
         return y, state
 
-    def full_forward(
-        params: Params, x: Tree, state: Params, key: Tensor | None, train: bool
-    ) -> tuple[Tree, Pullback, Params]:
-        check(params, x, state, key, train)
-        return forward(params, x, state, key, train)
-
-    return lift(name, made, full_apply, full_forward, takes_key=keyed)
+    name = name or function_name(forward)
+    return lift(name, init, apply or without_pullback, forward, keyed=keyed, takes_key=keyed)
 
 
 def lift(
-    name: str,
-    init: Init,
-    apply: Apply,
-    forward: Forward,
-    **metadata: Any,
+    name: str, init: Init, apply: Apply, forward: Forward, *, keyed: bool = False, **metadata: Any
 ) -> Layer:
-    """The `Layer` of functions that take all arguments by position, which is its full signature.
+    """The `Layer` of functions that take all arguments by position; its full signature is here.
 
-    ``metadata`` is that of `Layer`. The state that is passed on is a copy, since what a layer
-    returns belongs to its caller.
+    Arguments are checked, if ``init`` is a declaration; see `stateful` for ``keyed``, and `Layer`
+    for the metadata. The state that is passed on is a copy, since what a layer returns belongs to
+    its caller.
     """
+    declared = init if isinstance(init, declare) else None
+
+    def check(params: Params, x: Tree, state: Params, key: Tensor | None, train: bool) -> None:
+        if declared is not None:
+            declared.check(name, params, state, x)
+        if keyed and train and key is None:
+            raise ValueError(f"{name}: needs a key when train=True, got None; pass key=fn.key(...)")
 
     def lifted_init(key: Tensor, x: Tree) -> tuple[Params, Params]:
-        return init(key, x)
+        return init(key, x) if declared is None else declared(key, x, name)
 
     def lifted_apply(
         params: Params,
@@ -165,6 +140,7 @@ def lift(
         key: Tensor | None = None,
         train: bool = False,
     ) -> tuple[Tree, Params]:
+        check(params, x, state, key, train)
         return apply(params, x, {**state}, key, train)
 
     def lifted_vjp(
@@ -175,6 +151,7 @@ def lift(
         key: Tensor | None = None,
         train: bool = True,
     ) -> tuple[Tree, Pullback, Params]:
+        check(params, x, state, key, train)
         y, pullback, state = forward(params, x, {**state}, key, train)
         return y, Pullback(pullback.rule, pullback.residuals, pullback.static, y, name), state
 

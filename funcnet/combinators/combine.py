@@ -10,7 +10,7 @@ layer changes no other layer's noise.
 """
 
 from collections.abc import Callable, Hashable, Mapping
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -67,29 +67,77 @@ def combine(
     >>> net = gated(fn.serial(fn.linear(3), fn.sigmoid()), fn.linear(3))
     >>> fn.testing.check_layer(net, torch.ones(4, 2))
     """
-    _check_children(name, children)
-    takes_key = any([layer.takes_key for layer in children.values()])
+    slots = {child: Slot(name, child) for child in children}
+    for slot, layer in zip(slots.values(), children.values(), strict=True):
+        slot.check(layer, alone=len(children) == 1)
 
     def init(key: Tensor, x: Tree) -> tuple[Params, Params]:
-        run = _Init(name, children, key, x)
-        forward(run, tree.to_meta(x), *static)
-        return run.params, run.state
+        params: dict[str, Any] = {}
+        state: dict[str, Any] = {}
+        made: dict[Slot, tuple[Params, Params]] = {}
+        try:
+            device = tree.device_of(x) if children else torch.device("meta")
+        except ValueError as error:
+            locate(error, f"{name}:")
+            raise
 
-    def apply(
-        params: Params, x: Tree, state: Params, key: Tensor | None, train: bool
-    ) -> tuple[Tree, Params]:
-        run = _Call(name, children, params, state, key, train, differentiated=False)
-        y, _ = forward(run, x, *static)
-        return y, run.new_state
+        def make(slot: Slot, layer: Layer, x: Tree, use: int | None) -> Tree:
+            if slot not in made:
+                own, own_state = layer.init(slot.key(key), tree.placeholder(x, device))
+                slot.put(params, own)
+                slot.put(state, own_state)
+                made[slot] = tree.to_meta((own, own_state))
+            own, own_state = made[slot]
+            noise = torch.empty(2, dtype=torch.int64, device="meta") if layer.takes_key else None
+            return layer.apply(own, x, own_state, key=noise)[0]
 
-    def vjp(
-        params: Params, x: Tree, state: Params, key: Tensor | None, train: bool
-    ) -> tuple[Tree, Pullback, Params]:
-        run = _Call(name, children, params, state, key, train, differentiated=True)
-        y, residuals = forward(run, x, *static)
-        kept = {**run.pullbacks, _OWN: dict(residuals)} if residuals else run.pullbacks
-        known = (name, backward, tuple(children), run.learned(), static)
-        return y, Pullback(combine_rule, kept, known), run.new_state
+        forward(Run(slots, children, make), tree.to_meta(x), *static)
+        return params, state
+
+    def flow(
+        params: Params,
+        x: Tree,
+        state: Params,
+        key: Tensor | None,
+        train: bool,
+        pullbacks: dict[str, Pullback] | None,
+    ) -> tuple[Tree, Mapping[str, Tree], Params]:
+        """y, the combinator's own residuals, and the new state; fills ``pullbacks``."""
+        _check_names(name, "params", params, children)
+        _check_names(name, "state", state, children)
+        new_state: dict[str, Any] = {}
+        ran: set[Slot] = set()
+
+        def call(slot: Slot, layer: Layer, x: Tree, use: int | None) -> Tree:
+            if slot in ran and use is None:
+                raise ValueError("runs twice: tell the uses of a child apart by use=0, use=1, ...")
+            # A later use goes on from the state that the one before it left.
+            own, own_state = slot.own(params), slot.own(new_state if slot in ran else state)
+            own_key = None if key is None or not layer.takes_key else slot.key(key, use)
+            if pullbacks is None:
+                y, own_state = layer.apply(own, x, own_state, key=own_key, train=train)
+            else:
+                y, pullback, own_state = layer.vjp(own, x, own_state, key=own_key, train=train)
+                pullbacks[slot.call(use)] = pullback
+            ran.add(slot)
+            slot.put(new_state, own_state)
+            return y
+
+        y, residuals = forward(Run(slots, children, call), x, *static)
+        return y, residuals, new_state
+
+    def apply(*arguments: Any) -> tuple[Tree, Params]:
+        y, _, new_state = flow(*arguments, None)
+        return y, new_state
+
+    def vjp(params: Params, *rest: Any) -> tuple[Tree, Pullback, Params]:
+        kept: dict[str, Any] = {}
+        y, residuals, new_state = flow(params, *rest, kept)
+        if residuals:
+            kept[_OWN] = dict(residuals)
+        learned = frozenset([child for child, slot in slots.items() if slot.is_in(params)])
+        known = (backward, tuple(slots.values()), learned, static)
+        return y, Pullback(combine_rule, kept, known), new_state
 
     return lift(
         name,
@@ -98,16 +146,15 @@ def combine(
         vjp,
         children=children,
         rebuild=lambda children: combine(name, children, forward, backward, *static),
-        takes_key=takes_key,
+        takes_key=any([layer.takes_key for layer in children.values()]),
     )
 
 
 def combine_rule(
     residuals: dict[str, Any],
     dy: Tree,
-    name: str,
     backward: Callable[..., Tree],
-    names: tuple[Name, ...],
+    slots: tuple["Slot", ...],
     learned: frozenset[Name],
     static: tuple[Hashable, ...],
     *,
@@ -116,211 +163,119 @@ def combine_rule(
 ) -> tuple[Params | None, Tree]:
     """The combinator's ``backward``, with the children's pullbacks among the residuals."""
     own = residuals.pop(_OWN, EMPTY)
-    pull = Pull(name, names, residuals, learned if params else frozenset(), x)
+    pull = Pull(slots, residuals, learned if params else frozenset(), x)
     dx = backward(pull, dy, own, *static)
-    pull.check_all_pulled()
+    if left := [call for call in residuals if call.partition(".")[0] in pull.learned]:
+        raise ValueError(f"{slots[0].parent}: backward pulls no cotangent through {left}")
     return pull.dparams if params else None, dx if x else None
 
 
-def _check_children(parent: str, children: Mapping[Any, Layer]) -> None:
-    for name, layer in children.items():
+class Slot(NamedTuple):
+    """Where a child is in its parent: its entries of trees, its key, its path in errors."""
+
+    parent: str
+    child: Name
+
+    def check(self, layer: Any, alone: bool) -> None:
+        """Raise TypeError for what is no layer, ValueError for a name that no entry can have."""
         if not isinstance(layer, Layer):
             hint = "; call its constructor" if callable(layer) else ""
-            raise TypeError(
-                f"{parent}{_brackets(name)}: expects a Layer, got {type(layer).__name__}{hint}"
+            raise TypeError(f"{self.path()}: expects a Layer, got {type(layer).__name__}{hint}")
+        if isinstance(self.child, str) and ("." in self.child or not (self.child or alone)):
+            raise ValueError(
+                f"{self.parent}: a name must not be empty or have a dot, got {self.child!r}"
             )
-        if isinstance(name, str) and ("." in name or (not name and len(children) > 1)):
-            raise ValueError(f"{parent}: a name must not be empty or have a dot, got {name!r}")
 
+    def path(self, use: int | None = None) -> str:
+        """The path in an error's message: ``serial['head']``, ``shared[0]`` for a use."""
+        inside = f"[{self.child!r}]" if self.child and isinstance(self.child, str) else ""
+        return f"{self.parent}{inside}" + ("" if use is None else f"[{use}]")
 
-def _brackets(child: Name, use: int | None = None) -> str:
-    """What the path of an error has for a child: ``['head']``, ``[0]`` for a use, or nothing."""
-    inside = f"[{child!r}]" if child and isinstance(child, str) else ""
-    return inside if use is None else f"{inside}[{use}]"
+    def call(self, use: int | None) -> str:
+        """The name of the pullback among the residuals."""
+        name = self.child if isinstance(self.child, str) else "+".join(self.child)
+        return name if use is None else f"{name}.{use}"
 
+    def key(self, key: Tensor, use: int | None = None) -> Tensor:
+        """The child's key, of its parent's."""
+        if self.child and isinstance(self.child, str):
+            key = fold_in(key, self.child)
+        return key if use is None else fold_in(key, use)
 
-def _own(whole: Params, child: Name) -> Params:
-    """The child's part of a combinator's params or state."""
-    if child == "":
-        return whole
-    if isinstance(child, str):
-        return whole.get(child, EMPTY)
-    return {name: whole[name] for name in child if name in whole}
+    def own(self, whole: Params) -> Params:
+        """The child's part of its parent's params or state."""
+        if isinstance(self.child, str):
+            return whole.get(self.child, EMPTY) if self.child else whole
+        return {name: whole[name] for name in self.child if name in whole}
 
+    def is_in(self, whole: Params) -> bool:
+        """Whether the child has a part of its parent's params."""
+        if self.child and isinstance(self.child, str):
+            return self.child in whole
+        return bool(self.own(whole))
 
-def _has(whole: Params, child: Name) -> bool:
-    """Whether a child has an entry in a combinator's params."""
-    return child in whole if child and isinstance(child, str) else bool(_own(whole, child))
-
-
-def _put(whole: dict[str, Any], child: Name, own: Params) -> None:
-    """Put a child's part into a combinator's params or state, which are sparse."""
-    if child == "" or not isinstance(child, str):
-        whole.update(own)
-    elif own:
-        whole[child] = own
+    def put(self, whole: dict[str, Any], own: Params) -> None:
+        """Put the child's part into its parent's params or state, which are sparse."""
+        if not self.child or not isinstance(self.child, str):
+            whole.update(own)
+        elif own:
+            whole[self.child] = own
 
 
 class Run:
     """Runs the children of a combinator: ``run(child, x)`` is the output of a child."""
 
-    def __init__(self, parent: str, children: Mapping[Any, Layer], key: Tensor | None) -> None:
-        self.parent = parent
-        self.children = children
-        self.key = key
-
-    @property
-    def names(self) -> tuple[Any, ...]:
-        """The names of the children."""
-        return tuple(self.children)
+    def __init__(
+        self, slots: Mapping[Name, Slot], children: Mapping[Any, Layer], call: Callable[..., Tree]
+    ) -> None:
+        self.names: Any = tuple(slots)
+        self._slots, self._children, self._call = slots, children, call
 
     def __call__(self, child: Name, x: Tree, use: int | None = None) -> Tree:
         """The output of a child; ``use`` tells several uses of one child apart."""
+        slot = self._slots[child]
         try:
-            return self.run(self.children[child], child, x, use)
+            return self._call(slot, self._children[child], x, use)
         except Exception as error:
-            locate(error, self.parent + _brackets(child, use))
+            locate(error, slot.path(use))
             raise
-
-    def run(self, layer: Layer, child: Name, x: Tree, use: int | None) -> Tree:
-        raise NotImplementedError
-
-    def key_of(self, layer: Layer, child: Name, use: int | None) -> Tensor | None:
-        """The child's key."""
-        key = self.key
-        if key is None or not layer.takes_key:
-            return None
-        if child and isinstance(child, str):
-            key = fold_in(key, child)
-        return key if use is None else fold_in(key, use)
-
-
-class _Init(Run):
-    """Makes the params and state of each child, and finds its output on the meta device."""
-
-    def __init__(self, parent: str, children: Mapping[Any, Layer], key: Tensor, x: Tree) -> None:
-        super().__init__(parent, children, key)
-        self.init_key = key
-        try:
-            self.device = tree.device_of(x) if children else torch.device("meta")
-        except ValueError as error:
-            locate(error, f"{parent}:")
-            raise
-        self.params: dict[str, Any] = {}
-        self.state: dict[str, Any] = {}
-        self.made: dict[Name, tuple[Params, Params]] = {}
-
-    def run(self, layer: Layer, child: Name, x: Tree, use: int | None) -> Tree:
-        if child not in self.made:
-            key = self.init_key
-            if child and isinstance(child, str):
-                key = fold_in(key, child)
-            params, state = layer.init(key, tree.placeholder(x, self.device))
-            _put(self.params, child, params)
-            _put(self.state, child, state)
-            self.made[child] = tree.to_meta((params, state))
-        params, state = self.made[child]
-        noise = torch.empty(2, dtype=torch.int64, device="meta") if layer.takes_key else None
-        return layer.apply(params, x, state, key=noise)[0]
-
-
-class _Call(Run):
-    """Applies each child; with ``differentiated``, by its vjp, whose pullback is kept."""
-
-    def __init__(
-        self,
-        parent: str,
-        children: Mapping[Any, Layer],
-        params: Params,
-        state: Params,
-        key: Tensor | None,
-        train: bool,
-        differentiated: bool,
-    ) -> None:
-        super().__init__(parent, children, key)
-        _check_names(parent, "params", params, children)
-        _check_names(parent, "state", state, children)
-        self.params = params
-        self.state = state
-        self.train = train
-        self.differentiated = differentiated
-        self.new_state: dict[str, Any] = {}
-        self.pullbacks: dict[str, Pullback] = {}
-        self.ran: set[Name] = set()
-
-    def run(self, layer: Layer, child: Name, x: Tree, use: int | None) -> Tree:
-        params = _own(self.params, child)
-        # A later use goes on from the state that the one before it left.
-        state = _own(self.new_state if child in self.ran else self.state, child)
-        self.ran.add(child)
-        key = self.key_of(layer, child, use)
-        if self.differentiated:
-            call = _call_name(child, use)
-            if call in self.pullbacks:
-                raise ValueError("runs twice: tell the uses of a child apart by use=0, use=1, ...")
-            y, self.pullbacks[call], state = layer.vjp(params, x, state, key=key, train=self.train)
-        else:
-            y, state = layer.apply(params, x, state, key=key, train=self.train)
-        _put(self.new_state, child, state)
-        return y
-
-    def learned(self) -> frozenset[Name]:
-        """The children that have params."""
-        return frozenset([child for child in self.children if _has(self.params, child)])
-
-
-def _call_name(child: Name, use: int | None) -> str:
-    """The name of a child's pullback among the residuals."""
-    name = child if isinstance(child, str) else "+".join(child)
-    return name if use is None else f"{name}.{use}"
 
 
 class Pull:
     """Pulls cotangents back through the children: ``pull(child, dy)`` is the child's dx.
 
-    Nothing else holds the children's residuals in a training step, so they are freed as the
+    In a training step nothing else holds the children's residuals, so they are freed as the
     backward pass consumes them.
     """
 
     def __init__(
         self,
-        parent: str,
-        names: tuple[Name, ...],
+        slots: tuple[Slot, ...],
         pullbacks: dict[str, Any],
         learned: frozenset[Name],
         x: bool,
     ) -> None:
-        self.parent = parent
-        self.names: Any = names
-        self.pullbacks = pullbacks
-        self.x = x
-        self.learned = learned
-        self.dparams: dict[str, Any] = {}
-        for name in names:
-            if isinstance(name, str) and name and name in learned:
-                self.dparams[name] = {}
+        self.names: Any = tuple([slot.child for slot in slots])
+        self.learned, self.x = learned, x
+        self._slots, self._pullbacks = dict(zip(self.names, slots, strict=True)), pullbacks
+        # In the order of params.
+        self.dparams: dict[Any, Any] = {
+            name: {} for name in self.names if name in learned and isinstance(name, str) and name
+        }
 
     def __call__(self, child: Name, dy: Tree, use: int | None = None, needed: bool = True) -> Tree:
         """The child's dx, None where it is not ``needed``; its dparams are kept."""
-        learns = child in self.learned
+        slot, learns = self._slots[child], child in self.learned
         try:
-            dparams, dx = core.pull(
-                self.pullbacks, _call_name(child, use), dy, params=learns, x=needed
-            )
+            dparams, dx = core.pull(self._pullbacks, slot.call(use), dy, params=learns, x=needed)
         except Exception as error:
-            locate(error, self.parent + _brackets(child, use))
+            locate(error, slot.path(use))
             raise
         if learns:
-            if use is not None and (before := _own(self.dparams, child)):
+            if use is not None and (before := slot.own(self.dparams)):
                 dparams = sum_cotangents(before, dparams)
-            _put(self.dparams, child, dparams)
+            slot.put(self.dparams, dparams)
         return dx
-
-    def check_all_pulled(self) -> None:
-        """Raise ValueError if a child with params has not got its cotangent."""
-        calls = {_call_name(child, None) for child in self.learned}
-        if left := [call for call in self.pullbacks if call.partition(".")[0] in calls]:
-            raise ValueError(f"{self.parent}: backward pulls no cotangent through {left}")
 
 
 def _check_names(parent: str, what: str, found: Params, children: Mapping[Any, Layer]) -> None:

@@ -55,21 +55,23 @@ def require_images(x: Tensor) -> None:
         raise ValueError(f"expects (batch, channels, height, width), got {tuple(x.shape)}")
 
 
-def _conv2d_kernel(
-    dy: Tensor,
-    x: Tensor,
-    weight: Tensor,
-    stride: tuple[int, int],
-    padding: tuple[int, int],
-    dilation: tuple[int, int],
-    groups: int,
-    wanted: tuple[bool, bool, bool],
-) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
-    kind = (stride, padding, dilation, False, (0, 0), groups)
-    return torch.ops.aten.convolution_backward(dy, x, weight, weight.shape[:1], *kind, wanted)
-
-
-@with_kernel(_conv2d_kernel)
+@with_kernel(
+    lambda dy, x, weight, stride, padding, dilation, groups, wanted: (
+        torch.ops.aten.convolution_backward(
+            dy,
+            x,
+            weight,
+            weight.shape[:1],
+            stride,
+            padding,
+            dilation,
+            False,
+            (0, 0),
+            groups,
+            wanted,
+        )
+    )
+)
 def conv2d_backward(
     dy: Tensor,
     x: Tensor,

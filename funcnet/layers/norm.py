@@ -26,20 +26,11 @@ def normalize_backward(dy: Tensor, n: Tensor, rstd: Tensor, dims: list[int]) -> 
     return rstd * (dy - mean - n * (dy * n).mean(dims, keepdim=True))
 
 
-def _layer_norm_kernel(
-    dy: Tensor,
-    x: Tensor,
-    mean: Tensor,
-    rstd: Tensor,
-    weight: Tensor | None,
-    bias: Tensor | None,
-    shape: tuple[int, ...],
-    wanted: Wanted,
-) -> Grads:
-    return aten.native_layer_norm_backward(dy, x, shape, mean, rstd, weight, bias, wanted)
-
-
-@with_kernel(_layer_norm_kernel)
+@with_kernel(
+    lambda dy, x, mean, rstd, weight, bias, shape, wanted: aten.native_layer_norm_backward(
+        dy, x, shape, mean, rstd, weight, bias, wanted
+    )
+)
 def layer_norm_backward(
     dy: Tensor,
     x: Tensor,
@@ -153,14 +144,11 @@ def _other_dims(x: Tensor) -> list[int]:
     return [dim for dim in range(x.dim()) if dim != 1]
 
 
-def _batch_norm_kernel(
-    dy: Tensor, x: Tensor, weight: Tensor | None, mean: Tensor, rstd: Tensor, wanted: Wanted
-) -> Grads:
-    running = (None, None)
-    return aten.native_batch_norm_backward(dy, x, weight, *running, mean, rstd, True, 0.0, wanted)
-
-
-@with_kernel(_batch_norm_kernel)
+@with_kernel(
+    lambda dy, x, weight, mean, rstd, wanted: aten.native_batch_norm_backward(
+        dy, x, weight, None, None, mean, rstd, True, 0.0, wanted
+    )
+)
 def batch_norm_backward(
     dy: Tensor, x: Tensor, weight: Tensor | None, mean: Tensor, rstd: Tensor, wanted: Wanted
 ) -> Grads:
