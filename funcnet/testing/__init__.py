@@ -4,8 +4,12 @@
 broken, what it asks for, where, and by how much. They need nothing but torch and optree.
 """
 
-from funcnet.testing.layers import check_layer
-from funcnet.testing.losses import check_loss
-from funcnet.testing.optimizers import check_optimizer
-
-__all__ = ["check_layer", "check_loss", "check_optimizer"]
+from funcnet.testing.layers import (
+    check_layer as check_layer,
+)
+from funcnet.testing.losses import (
+    check_loss as check_loss,
+)
+from funcnet.testing.optimizers import (
+    check_optimizer as check_optimizer,
+)
