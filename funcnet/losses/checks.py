@@ -29,8 +29,8 @@ def check_pair(name: str, prediction: Tree, target: Tree) -> None:
         )
 
 
-def check_broadcasts(name: str, option: str, value: Tensor, prediction: Tensor) -> None:
-    """Raise ValueError unless an option broadcasts to the prediction's shape."""
+def broadcastable(name: str, option: str, value: Tensor, prediction: Tensor) -> Tensor:
+    """An option in the prediction's dtype; ValueError unless it broadcasts to its shape."""
     shape = prediction.shape
     try:
         fits = torch.broadcast_shapes(value.shape, shape) == shape
@@ -41,6 +41,7 @@ def check_broadcasts(name: str, option: str, value: Tensor, prediction: Tensor) 
             f"{name}: expects a {option} that broadcasts to the prediction's shape "
             f"{tuple(shape)}, got {tuple(value.shape)}"
         )
+    return value.to(prediction.dtype)
 
 
 def extremes(values: Tensor) -> tuple[float, float] | None:

@@ -1,27 +1,27 @@
 """`pointwise`: a loss from a function of each element and its derivative."""
 
 from collections.abc import Callable, Hashable, Mapping
+from typing import Any
 
 from torch import Tensor
 
 from funcnet.core import EMPTY, Loss, LossPullback, function_name
-from funcnet.losses.checks import check_broadcasts, check_pair
+from funcnet.losses.checks import broadcastable, check_pair
 from funcnet.losses.reductions import check_reduction, divided, divisor, reduced
 
 
 def pointwise_rule(
-    residuals: dict[str, Tensor],
+    residuals: dict[str, Any],
     dvalue: Tensor | float,
     derivative: Callable[..., Tensor],
     reduction: str,
     *options: Hashable,
 ) -> Tensor:
     """``dprediction = d weight derivative(prediction, target) / n``."""
-    prediction, target = residuals.pop("prediction"), residuals.pop("target")
-    weight = residuals.pop("weight", None)
-    gradient = derivative(prediction, target, *options, **residuals)
-    if weight is not None:
-        gradient = gradient * weight
+    prediction, target = residuals["prediction"], residuals["target"]
+    gradient = derivative(prediction, target, *options, **residuals["tensors"])
+    if "weight" in residuals:
+        gradient = gradient * residuals["weight"]
     return gradient * divided(dvalue, divisor(prediction, reduction))
 
 
@@ -68,22 +68,23 @@ def pointwise(
     """
     name = name or function_name(function)
     check_reduction(name, reduction, reductions)
-    optional = {"weight": weight, **tensors}
-    given = {option: value for option, value in optional.items() if value is not None}
+    present = {option: value for option, value in tensors.items() if value is not None}
     static = (derivative, reduction, *options)
 
     def vjp(prediction: Tensor, target: Tensor) -> tuple[Tensor, LossPullback]:
         check_pair(name, prediction, target)
-        for option, value in given.items():
-            check_broadcasts(name, option, value, prediction)
+        given = {
+            option: broadcastable(name, option, value, prediction)
+            for option, value in present.items()
+        }
+        residuals: dict[str, Any] = {"prediction": prediction, "target": target, "tensors": given}
+        if weight is not None:
+            residuals["weight"] = broadcastable(name, "weight", weight, prediction)
         if check is not None:
             check(prediction, target)
-        cast = {option: value.to(prediction.dtype) for option, value in given.items()}
-        residuals = {"prediction": prediction, "target": target, **cast}
-        weight = cast.pop("weight", None)
-        elements = function(prediction, target, *options, **cast)
+        elements = function(prediction, target, *options, **given)
         if weight is not None:
-            elements = elements * weight
+            elements = elements * residuals["weight"]
         return reduced(elements, reduction), LossPullback(pointwise_rule, residuals, static)
 
     def apply(prediction: Tensor, target: Tensor) -> Tensor:

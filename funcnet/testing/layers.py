@@ -54,7 +54,7 @@ class Case:
         self.grads = self.dparams, self.dx = self.pullback(self.dy)
 
     def vjp(self, params: Params | None = None, x: Tree = None, state: Params | None = None) -> Any:
-        """The layer's vjp, with other arguments in place of those that are given."""
+        """The layer's vjp; what is not given is the case's."""
         return self.layer.vjp(
             self.params if params is None else params,
             self.x if x is None else x,
@@ -64,7 +64,7 @@ class Case:
         )
 
     def apply(self, params: Params | None = None, x: Tree = None) -> Any:
-        """The layer's apply, with other arguments in place of those that are given."""
+        """The layer's apply; what is not given is the case's."""
         return self.layer.apply(
             self.params if params is None else params,
             self.x if x is None else x,
@@ -75,7 +75,7 @@ class Case:
 
 
 def check_init(case: Case) -> None:
-    """Reads only the key and the shape, dtype and device of x, and makes nested dicts of tensors.
+    """Only the key and the shape, dtype and device of x are read; nested dicts of tensors result.
 
     The tensors have the dtype of a floating-point x.
     """
@@ -144,11 +144,10 @@ def check_vjp_equals_apply(case: Case) -> None:
 
 
 def check_structure(case: Case) -> None:
-    """The gradients and the new state have the structure, shapes and dtypes of what they are of.
+    """dparams, dx and the new state have the structure, shapes and dtypes of params, x and state.
 
-    These are dparams and params, dx and x (None where x has integers), new state and state. The
-    pullback is a `Pullback`: a pytree of its residuals, with a module-level rule and the same
-    treedef at each call.
+    Where x has integers, dx has None. The pullback is a `Pullback`: a pytree of its residuals, with
+    a module-level rule and the same treedef at each call.
     """
     require(isinstance(case.pullback, Pullback), "vjp returns a Pullback")
     alike("dparams is like params", case.params, case.dparams)
