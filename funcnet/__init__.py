@@ -6,6 +6,7 @@ type checkers that a name is public.
 
 from funcnet import (
     initializers as initializers,
+    losses as losses,
     random as random,
     testing as testing,
     tree as tree,

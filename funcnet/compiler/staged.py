@@ -27,7 +27,7 @@ from funcnet.compiler.tracing import (
     settings_of_programs,
     through_barriers,
 )
-from funcnet.random import threefry_at, threefry_range
+from funcnet.threefry import threefry_at, threefry_range
 
 aten = torch.ops.aten
 
