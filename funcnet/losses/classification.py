@@ -6,7 +6,7 @@ not expanded to all classes.
 """
 
 from collections.abc import Callable
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -115,11 +115,14 @@ def _class_loss(
                 raise TypeError(f"{name}: expects int64 class indices, got {tree.describe(target)}")
             check_pair(name, prediction, target)
         log_p = log_probabilities(prediction)
-        value = _value(log_p, *_distribution(log_p, target, weight, options))
-        residuals = {"log_p": log_p, "target": target}
-        if weight is not None:
-            residuals["weight"] = weight
-        return value, LossPullback(rule, residuals, (options,))
+        q, n = _distribution(log_p, target, weight, options)
+        residuals: dict[str, Any] = {"log_p": log_p, "q": q}
+        static: tuple[int, ...] = ()
+        if isinstance(n, Tensor):
+            residuals["n"] = n
+        else:
+            static = (n,)
+        return _value(log_p, q, n), LossPullback(rule, residuals, static)
 
     def apply(prediction: Tensor, target: Tensor) -> Tensor:
         return vjp(prediction, target)[0]
@@ -159,14 +162,11 @@ def _check_classes(
         raise ValueError(f"{name}: expects classes in [0, {classes}), got {found[0]} to {found[1]}")
 
 
-def cross_entropy_rule(
-    residuals: dict[str, Tensor], dvalue: Tensor | float, options: Options
-) -> Tensor:
+def cross_entropy_rule(residuals: dict[str, Any], dvalue: Tensor | float, count: int = 1) -> Tensor:
     """``d (p sum(q) - q) / n`` with p the softmax and q the weighted target distribution."""
-    log_p, target, weight = residuals["log_p"], residuals["target"], residuals.get("weight")
+    log_p, q = residuals["log_p"], residuals["q"]
     dim = _class_dim(log_p)
-    q, n = _distribution(log_p, target, weight, options)
-    scale = divided(dvalue, n)
+    scale = divided(dvalue, residuals.get("n", count))
     if isinstance(q, Picked):
         scaled = q.weight * scale
         return (log_p.exp() * scaled).scatter_add(dim, q.class_index, -scaled)
@@ -215,13 +215,11 @@ def cross_entropy(
     )
 
 
-def nll_rule(residuals: dict[str, Tensor], dvalue: Tensor | float, options: Options) -> Tensor:
+def nll_rule(residuals: dict[str, Any], dvalue: Tensor | float, count: int = 1) -> Tensor:
     """``-d weight / n`` at each example's class, else 0."""
-    log_p, target, weight = residuals["log_p"], residuals["target"], residuals.get("weight")
-    picked = _picked(log_p, target, weight, options.ignore_index)
-    n = _wide_sum(picked.weight) if options.reduction == "mean" else 1
-    scaled = picked.weight * divided(dvalue, n)
-    return torch.zeros_like(log_p).scatter_add(_class_dim(log_p), picked.class_index, -scaled)
+    log_p, q = residuals["log_p"], residuals["q"]
+    scaled = q.weight * divided(dvalue, residuals.get("n", count))
+    return torch.zeros_like(log_p).scatter_add(_class_dim(log_p), q.class_index, -scaled)
 
 
 def nll(reduction: str = "mean", weight: Tensor | None = None, ignore_index: int = -100) -> Loss:

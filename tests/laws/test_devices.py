@@ -187,7 +187,7 @@ INITIALIZERS = {
     name: make()
     for name, make in vars(fn.initializers).items()
     if getattr(make, "__annotations__", {}).get("return") is fn.initializers.Initializer
-    and name not in ("constant", "variance_scaling")
+    and name not in ("_rounded", "constant", "variance_scaling", "torch_default")
 }
 
 
