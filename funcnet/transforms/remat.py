@@ -7,7 +7,7 @@ from torch import Tensor
 
 from funcnet import tree
 from funcnet.combinators import serial
-from funcnet.compiler.tracing import barrier
+from funcnet.compiler.loops import barrier
 from funcnet.core import EMPTY, Anatomy, Layer, Params, Pullback, Tree, anatomy, pull, with_anatomy
 
 Policy = Collection[str] | Callable[[str, Layer], bool]
