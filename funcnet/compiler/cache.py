@@ -19,6 +19,7 @@ from funcnet.compiler.errors import UnsafeCacheError, say_once
 
 _DIGEST = hashlib.sha256().digest_size
 _HOUR = 60 * 60
+_ROOT = 0
 
 
 def cache_dir() -> Path:
@@ -128,6 +129,6 @@ def _others(path: Path) -> str:
     found = path.stat()
     if not hasattr(os, "geteuid"):  # Windows
         return ""
-    if found.st_uid not in (os.geteuid(), 0):
+    if found.st_uid not in (os.geteuid(), _ROOT):
         return f"it belongs to another user, number {found.st_uid}"
     return "others can write to it" if found.st_mode & (stat.S_IWGRP | stat.S_IWOTH) else ""

@@ -171,18 +171,13 @@ class Frame:
 
     def __str__(self) -> str:
         count = len(self.statements)
-        rows = [
-            (f"{self.base} + {each.offset}", f"{each.size} bytes", _alive(each, count), each.values)
-            for each in sorted(self.arena.all, key=lambda each: (each.offset, each.first))
-        ]
-        rows += [(str(address), "", "", values) for address, values in self.fixed.items()]
-        title = f"{self.loop or 'program'}: {count} statements"
-        lines = [f"{title}, {self.base} has {self.arena.size} bytes"]
-        widths = [max([len(row[column]) for row in rows], default=0) for column in (0, 1, 2)]
-        for *cells, values in rows:
-            padded = [f"{cell:<{width}}" for cell, width in zip(cells, widths, strict=True)]
-            lines.append("  ".join(["   ", *padded, ", then ".join(values)]))
-        return "\n".join(lines)
+        title = f"{self.loop or 'program'}, statements 0 to {count - 1}, a workspace {self.base}"
+        lines = [f"{title} of {self.arena.size} bytes"]
+        for each in sorted(self.arena.all, key=lambda each: (each.offset, each.first)):
+            where = f"{self.base} + {each.offset}: {each.size} bytes, {_alive(each, count)}"
+            lines.append(f"{where}: {', then '.join(each.values)}")
+        lines += [f"{address}: {', then '.join(each)}" for address, each in self.fixed.items()]
+        return "\n    ".join(lines)
 
 
 def _alive(buffer: Buffer, count: int) -> str:

@@ -97,8 +97,7 @@ class Staged:
         levels = [level for level in range(depth) if any(batched[level] for batched in flags)]
         key = (step, flags, tuple([tensor.shape for tensor in tensors]))
         if key not in self._compiled:
-            with writing():
-                self._compiled[key] = self._compile(step, flags, levels, tensors)
+            self._compiled[key] = self._compile(step, flags, levels, tensors)
         batched = tuple([level in levels for level in range(depth)])
         results = self._compiled[key](*tensors)
         return [_Value(result, batched) for result in results]
@@ -110,6 +109,29 @@ class Staged:
         levels: list[int],
         tensors: list[Tensor],
     ) -> Any:
+        with writing():
+            graph = self._graph(step, flags, levels, tensors)
+        self._codes.append(graph.code)
+        # The warnings are given outside: Inductor's are not shown.
+        try:
+            with writing():
+                return compiled(graph, tensors)
+        except NoCompilerError:
+            raise
+        except BuildError as reason:
+            say_once("jit: functions run eagerly, as no program can be made", reason)
+        except Exception as reason:
+            say_unknown("functions run eagerly", reason)
+        return graph
+
+    def _graph(
+        self,
+        step: Segment | PrimitiveStep,
+        flags: tuple[tuple[bool, ...], ...],
+        levels: list[int],
+        tensors: list[Tensor],
+    ) -> fx.GraphModule:
+        """A step as a graph of its own, batched over the maps at these levels."""
         if isinstance(step, Segment):
             function: Any = fx.GraphModule(torch.nn.Module(), _of_any_layout(step.graph))
         else:
@@ -119,17 +141,7 @@ class Staged:
             function = torch.vmap(function, in_dims=axes, randomness="different")
         # A tensor may come in twice, as two carries at the start of a scan, and would be one input.
         apart = [torch.empty_like(tensor) for tensor in tensors]
-        graph = make_fx(lambda *inputs: _tuple(function(*inputs)), tracing_mode="fake")(*apart)
-        self._codes.append(graph.code)
-        try:
-            return compiled(graph, list(tensors))
-        except NoCompilerError:
-            raise
-        except BuildError as reason:
-            say_once("jit: functions run eagerly, as no program can be made", reason)
-        except Exception as reason:
-            say_unknown("functions run eagerly, as no program can be made", reason)
-        return graph
+        return make_fx(lambda *inputs: _tuple(function(*inputs)), tracing_mode="fake")(*apart)
 
     def _loop(self, step: LoopStep, values: Values, lengths: tuple[int, ...]) -> None:
         operands = [_read(node, values) for node in step.operands]
