@@ -1,194 +1,173 @@
 """funcnet: deep learning in which training is a pure function.
 
-The protocol is in `funcnet.core`; all public names are here.
+The protocol is in `funcnet.core`; all public names are here, each once. ``import a as a`` tells
+type checkers that a name is public.
 """
 
-from funcnet import initializers, random, testing, tree
-from funcnet.combinators import branch, parallel, residual, serial, shared
+from funcnet import (
+    initializers as initializers,
+    random as random,
+    testing as testing,
+    tree as tree,
+)
+from funcnet.combinators.combine import (
+    combine as combine,
+)
+from funcnet.combinators.parallel import (
+    branch as branch,
+    parallel as parallel,
+)
+from funcnet.combinators.residual import (
+    residual as residual,
+)
+from funcnet.combinators.serial import (
+    serial as serial,
+)
+from funcnet.combinators.shared import (
+    shared as shared,
+)
 from funcnet.core import (
-    Layer,
-    Loss,
-    LossPullback,
-    Optimizer,
-    Params,
-    Pullback,
-    TrainState,
-    Tree,
-    map_layers,
-    stateless,
+    Layer as Layer,
+    Loss as Loss,
+    LossPullback as LossPullback,
+    Optimizer as Optimizer,
+    Params as Params,
+    Pullback as Pullback,
+    TrainState as TrainState,
+    Tree as Tree,
+    map_layers as map_layers,
+    sum_cotangents as sum_cotangents,
+    wrap as wrap,
 )
-from funcnet.data import epoch_batches
-from funcnet.finite import check_finite
+from funcnet.data import (
+    epoch_batches as epoch_batches,
+)
+from funcnet.finite import (
+    detect_nonfinite as detect_nonfinite,
+)
 from funcnet.layers.activations import (
-    celu,
-    elu,
-    gelu,
-    glu,
-    hardsigmoid,
-    hardswish,
-    hardtanh,
-    leaky_relu,
-    log_softmax,
-    logsigmoid,
-    mish,
-    prelu,
-    relu,
-    relu6,
-    selu,
-    sigmoid,
-    silu,
-    softmax,
-    softplus,
-    softsign,
-    tanh,
+    celu as celu,
+    elu as elu,
+    gelu as gelu,
+    glu as glu,
+    hardsigmoid as hardsigmoid,
+    hardswish as hardswish,
+    hardtanh as hardtanh,
+    leaky_relu as leaky_relu,
+    log_softmax as log_softmax,
+    logsigmoid as logsigmoid,
+    mish as mish,
+    prelu as prelu,
+    relu as relu,
+    relu6 as relu6,
+    selu as selu,
+    sigmoid as sigmoid,
+    silu as silu,
+    softmax as softmax,
+    softplus as softplus,
+    softsign as softsign,
+    tanh as tanh,
 )
-from funcnet.layers.conv import conv2d
-from funcnet.layers.dropout import dropout
-from funcnet.layers.embedding import embedding
-from funcnet.layers.linear import linear
-from funcnet.layers.norm import batch_norm, layer_norm
-from funcnet.layers.pooling import max_pool2d
+from funcnet.layers.conv import (
+    conv2d as conv2d,
+)
+from funcnet.layers.dropout import (
+    dropout as dropout,
+)
+from funcnet.layers.embedding import (
+    embedding as embedding,
+)
+from funcnet.layers.linear import (
+    linear as linear,
+)
+from funcnet.layers.norm import (
+    batch_norm as batch_norm,
+    layer_norm as layer_norm,
+)
+from funcnet.layers.pooling import (
+    max_pool2d as max_pool2d,
+)
 from funcnet.layers.shape import (
-    concat,
-    flatten,
-    identity,
-    permute,
-    reshape,
-    select,
-    split,
-    unflatten,
+    concat as concat,
+    flatten as flatten,
+    identity as identity,
+    permute as permute,
+    reshape as reshape,
+    select as select,
+    split as split,
+    unflatten as unflatten,
 )
-from funcnet.layers.tuples import add, fan_out, multiply
+from funcnet.layers.tuples import (
+    add as add,
+    fan_out as fan_out,
+    multiply as multiply,
+)
+from funcnet.lift import (
+    elementwise as elementwise,
+    parameterless as parameterless,
+    stateful as stateful,
+    stateless as stateless,
+)
 from funcnet.losses import (
-    bce,
-    bce_with_logits,
-    cross_entropy,
-    hinge,
-    huber,
-    kl_div,
-    mae,
-    mse,
-    nll,
-    smooth_l1,
+    bce as bce,
+    bce_with_logits as bce_with_logits,
+    cross_entropy as cross_entropy,
+    hinge as hinge,
+    huber as huber,
+    kl_div as kl_div,
+    mae as mae,
+    mse as mse,
+    nll as nll,
+    smooth_l1 as smooth_l1,
 )
-from funcnet.optimizers.optimizers import adam, adamw, rmsprop, sgd, signsgd
+from funcnet.optimizers.optimizers import (
+    adam as adam,
+    adamw as adamw,
+    rmsprop as rmsprop,
+    sgd as sgd,
+    signsgd as signsgd,
+)
 from funcnet.optimizers.transforms import (
-    add_decayed_weights,
-    apply_updates,
-    chain,
-    negate,
-    scale,
-    scale_by_adam,
-    scale_by_learning_rate,
-    scale_by_rms,
-    scale_by_sign,
-    trace,
+    add_decayed_weights as add_decayed_weights,
+    apply_updates as apply_updates,
+    chain as chain,
+    negate as negate,
+    scale as scale,
+    scale_by_adam as scale_by_adam,
+    scale_by_learning_rate as scale_by_learning_rate,
+    scale_by_rms as scale_by_rms,
+    scale_by_sign as scale_by_sign,
+    trace as trace,
 )
-from funcnet.random import fold_in, key
-from funcnet.summary import summary
-from funcnet.train import init_train_state, train_step, value_and_grad
-from funcnet.transforms.jit import jit
-from funcnet.transforms.remat import remat
-from funcnet.transforms.scan import fori, scan
-from funcnet.transforms.vmap import vmap
+from funcnet.params import (
+    Param as Param,
+    State as State,
+    declare as declare,
+)
+from funcnet.random import (
+    fold_in as fold_in,
+    key as key,
+)
+from funcnet.summary import (
+    summary as summary,
+)
+from funcnet.train import (
+    init_train_state as init_train_state,
+    train_step as train_step,
+    value_and_grad as value_and_grad,
+)
+from funcnet.transforms.jit import (
+    jit as jit,
+)
+from funcnet.transforms.remat import (
+    remat as remat,
+)
+from funcnet.transforms.scan import (
+    fori as fori,
+    scan as scan,
+)
+from funcnet.transforms.vmap import (
+    vmap as vmap,
+)
 
 __version__ = "0.1.0"
-
-__all__ = [
-    "Layer",
-    "Loss",
-    "LossPullback",
-    "Optimizer",
-    "Params",
-    "Pullback",
-    "TrainState",
-    "Tree",
-    "adam",
-    "adamw",
-    "add",
-    "add_decayed_weights",
-    "apply_updates",
-    "batch_norm",
-    "bce",
-    "bce_with_logits",
-    "branch",
-    "celu",
-    "chain",
-    "check_finite",
-    "concat",
-    "conv2d",
-    "cross_entropy",
-    "dropout",
-    "elu",
-    "embedding",
-    "epoch_batches",
-    "fan_out",
-    "flatten",
-    "fold_in",
-    "fori",
-    "gelu",
-    "glu",
-    "hardsigmoid",
-    "hardswish",
-    "hardtanh",
-    "hinge",
-    "huber",
-    "identity",
-    "init_train_state",
-    "initializers",
-    "jit",
-    "key",
-    "kl_div",
-    "layer_norm",
-    "leaky_relu",
-    "linear",
-    "log_softmax",
-    "logsigmoid",
-    "mae",
-    "map_layers",
-    "max_pool2d",
-    "mish",
-    "mse",
-    "multiply",
-    "negate",
-    "nll",
-    "parallel",
-    "permute",
-    "prelu",
-    "random",
-    "relu",
-    "relu6",
-    "remat",
-    "reshape",
-    "residual",
-    "rmsprop",
-    "scale",
-    "scale_by_adam",
-    "scale_by_learning_rate",
-    "scale_by_rms",
-    "scale_by_sign",
-    "scan",
-    "select",
-    "selu",
-    "serial",
-    "sgd",
-    "shared",
-    "sigmoid",
-    "signsgd",
-    "silu",
-    "smooth_l1",
-    "softmax",
-    "softplus",
-    "softsign",
-    "split",
-    "stateless",
-    "summary",
-    "tanh",
-    "testing",
-    "trace",
-    "train_step",
-    "tree",
-    "unflatten",
-    "value_and_grad",
-    "vmap",
-]

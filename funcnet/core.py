@@ -1,4 +1,4 @@
-"""The protocol: what a layer, a loss and an optimizer are, and how a layer is lifted into it.
+"""The protocol: what a layer, a loss, an optimizer and a training state are.
 
 ::
 
@@ -20,7 +20,7 @@
 
 from collections.abc import Callable, Hashable, Mapping
 from functools import reduce
-from typing import Any, NamedTuple, NoReturn
+from typing import Any, NamedTuple
 
 import optree
 import torch
@@ -35,27 +35,70 @@ Params = Mapping[str, Any]
 """A nested dict with string keys and tensor leaves. State is one too."""
 
 EMPTY: Params = {}
-"""What stands for absent params and state. Nothing writes to it, and nobody gets it as a result:
-a caller owns what is returned, and may write to it."""
+"""The default for params and state that are absent. Nothing writes to it, and nobody gets it as a
+result: a caller owns what is returned, and may write to it."""
 
 
-class Layer(NamedTuple):
-    """Three pure functions, ``(init, apply, vjp)``; see the module's docstring for the protocol.
-
-    A layer is made by a constructor such as `linear`, by a combinator such as `serial`, by
-    `stateless` from the short triple, or directly: ``Layer(init, apply, vjp)``.
-    """
-
+class _Triple(NamedTuple):
     init: Callable[..., tuple[Params, Params]]
     apply: Callable[..., tuple[Tree, Params]]
     vjp: Callable[..., tuple[Tree, "Pullback", Params]]
 
+
+class Layer(_Triple):
+    """Three pure functions, ``(init, apply, vjp)``; see the module's docstring for the protocol.
+
+    A layer is made by a constructor such as `linear`, by a combinator such as `serial`, by
+    `stateless` or `stateful` from formulas, or directly: ``Layer(init, apply, vjp)``. It unpacks
+    into its three functions. Beside them it carries metadata, for code that walks a model.
+
+    Args:
+        init, apply, vjp: the functions.
+        name: what errors and summaries call the layer; default the name of its constructor.
+        children: the layers that it is made of, by name. A child named "" has the very params
+            and state of its parent.
+        rebuild: makes the same layer of other children.
+        takes_key: False for a layer that ignores the key, so that nobody need make one for it.
+
+    >>> import funcnet as fn
+    >>> net = fn.serial(fn.linear(3), fn.relu())
+    >>> net.name, list(net.children), net.takes_key
+    ('serial', ['0', '1'], False)
+    """
+
+    name: str
+    children: Mapping[str, "Layer"]
+    rebuild: Callable[[Mapping[str, "Layer"]], "Layer"] | None
+    takes_key: bool
+
+    def __new__(
+        cls,
+        init: Callable[..., tuple[Params, Params]],
+        apply: Callable[..., tuple[Tree, Params]],
+        vjp: Callable[..., tuple[Tree, "Pullback", Params]],
+        *,
+        name: str | None = None,
+        children: Mapping[str, "Layer"] = EMPTY,
+        rebuild: Callable[[Mapping[str, "Layer"]], "Layer"] | None = None,
+        takes_key: bool = True,
+    ) -> "Layer":
+        layer = super().__new__(cls, init, apply, vjp)
+        layer.name = name or function_name(apply)
+        layer.children, layer.rebuild, layer.takes_key = children, rebuild, takes_key
+        return layer
+
+    def _replace(self, **functions: Any) -> "Layer":
+        """The layer with other functions, under the same name.
+
+        It has no children any more: a layer that is rebuilt of them would lose the new functions.
+        """
+        return Layer(*super()._replace(**functions), name=self.name, takes_key=self.takes_key)
+
     def __repr__(self) -> str:
-        name, children, *_ = anatomy(self)
         inside = ", ".join(
-            f"{child}={layer!r}" if child else repr(layer) for child, layer in children.items()
+            f"{child}={layer!r}" if child else repr(layer) for child, layer in self.children.items()
         )
-        return f"{name}({inside})"
+        return f"{self.name}({inside})"
 
 
 class Loss(NamedTuple):
@@ -98,15 +141,15 @@ class Pullback:
             It gets a dict of its own and may empty it, to let residuals go early. It returns
             None for the half that was not asked for, and does not compute it.
         residuals: a dict from names to trees; other pullbacks may be among them.
-        static: hashable arguments of the rule. A rule that serves several layers takes the
-            layer's name first.
-        y: the output, if known. Its shape is kept, and a ``dy`` of another is refused. Layers
-            that `stateless` lifts need not give it.
+        static: hashable arguments of the rule.
+        y: the output, if known. Its shape is kept, and a ``dy`` of another is refused.
+        name: of the layer, for errors; default that of the rule. `stateless` and `stateful` give
+            the output and the name of the layers that they lift.
 
     >>> import funcnet as fn
     >>> y, pullback, _ = fn.tanh().vjp({}, torch.tensor([0.0, 1.0]))
     >>> pullback
-    Pullback(elementwise_rule, residuals=['y'], static=('tanh',))
+    Pullback(elementwise_rule, residuals=['y'], static=(<function tanh_derivative at ...>, 'y'))
     >>> pullback(torch.ones(2))
     ({}, tensor([1.0000, 0.4200]))
     >>> pullback(torch.ones(()))
@@ -123,11 +166,12 @@ class Pullback:
         residuals: Mapping[str, Tree],
         static: tuple[Hashable, ...] = (),
         y: Tree = None,
+        name: str | None = None,
     ) -> None:
         self.rule = rule
         self.residuals = residuals
         self.static = static
-        self.expected = _kinds(y)
+        self.expected = None if y is None else (name, *_kinds(y))
 
     def __call__(self, dy: Tree, *, params: bool = True, x: bool = True) -> tuple[Tree, Tree]:
         """``(dparams, dx)``; the half that is not asked for is None and costs nothing."""
@@ -137,10 +181,9 @@ class Pullback:
     def _check(self, dy: Tree) -> None:
         if self.expected is None:
             return
-        name = getattr(self.rule, "__name__", "").removesuffix("_rule")
-        if self.static and isinstance(self.static[0], str):
-            name = self.static[0]
-        treedef, kinds = self.expected
+        name, treedef, kinds = self.expected
+        if name is None:
+            name = getattr(self.rule, "__name__", "").removesuffix("_rule")
         try:
             cotangents = treedef.flatten_up_to(dy)
         except (ValueError, TypeError):
@@ -171,10 +214,8 @@ class Pullback:
 _LEAF = optree.treespec_leaf()
 
 
-def _kinds(y: Tree) -> tuple[Any, tuple[Any, ...]] | None:
-    """The structure of an output and the shapes and dtypes of its leaves; None if not known."""
-    if y is None:
-        return None
+def _kinds(y: Tree) -> tuple[Any, tuple[Any, ...]]:
+    """The structure of an output, and the shapes and dtypes of its leaves."""
     if type(y) is Tensor:
         return _LEAF, ((y.shape, y.dtype),)
     leaves, treedef = optree.tree_flatten(y)
@@ -229,48 +270,18 @@ def pull(
     return rule(residuals, dy, *static, params=params, x=x)
 
 
-def sum_cotangents(cotangents: list[Tree]) -> Tree:
-    """The sum of cotangents of one value; None is the cotangent of an integer."""
+def sum_cotangents(*cotangents: Tree) -> Tree:
+    """The sum of the cotangents of a value that was used several times.
+
+    None, the cotangent of an integer and of what was not asked for, counts as nothing.
+
+    >>> sum_cotangents(torch.ones(2), None, torch.ones(2))
+    tensor([2., 2.])
+    """
     present = [cotangent for cotangent in cotangents if cotangent is not None]
     if not present:
         return None
     return reduce(lambda a, b: tree.map(torch.add, a, b), present)
-
-
-class Anatomy(NamedTuple):
-    """What a layer is made of, for code that walks a model: `map_layers`, `summary`.
-
-    ``children`` is by name; a child whose parameters are its parent's own is named "".
-    ``rebuild`` makes the same combinator of other children. A layer with ``takes_key`` False
-    ignores the key, so nobody need fold one for it. ``short`` is the ``(apply, vjp)`` of the
-    short triple that a stateless layer was lifted from.
-    """
-
-    name: str
-    children: Mapping[str, Layer] = EMPTY
-    rebuild: Callable[[Mapping[str, Layer]], Layer] | None = None
-    takes_key: bool = True
-    short: tuple[Callable[..., Any], Callable[..., Any]] | None = None
-
-
-def with_anatomy(layer: Layer, anatomy: Anatomy) -> Layer:
-    """Record what a layer is made of. Its ``init`` must be a function of this layer alone."""
-    layer.init.anatomy = (layer, anatomy)  # type: ignore[attr-defined]
-    return layer
-
-
-def anatomy(layer: Layer) -> Anatomy:
-    """What a layer is made of; a layer that says nothing, or was edited, is a leaf.
-
-    >>> import funcnet as fn
-    >>> list(anatomy(fn.serial(fn.linear(3), fn.relu())).children)
-    ['0', '1']
-    """
-    described, found = getattr(layer.init, "anatomy", ((), None))
-    # After layer._replace(vjp=...) the record no longer tells what the layer does.
-    if found is not None and layer == described:
-        return found
-    return Anatomy(function_name(layer.apply))
 
 
 def map_layers(function: Callable[[str, Layer], Layer], layer: Layer, path: str = "") -> Layer:
@@ -285,15 +296,56 @@ def map_layers(function: Callable[[str, Layer], Layer], layer: Layer, path: str 
     >>> paths
     ['0', '1', '']
     """
-    _, children, rebuild, *_ = anatomy(layer)
-    if rebuild is not None:
-        layer = rebuild(
+    if layer.rebuild is not None:
+        layer = layer.rebuild(
             {
-                name: map_layers(function, child, ".".join(part for part in (path, name) if part))
-                for name, child in children.items()
+                name: map_layers(function, child, join_paths(path, name))
+                for name, child in layer.children.items()
             }
         )
     return function(path, layer)
+
+
+def join_paths(path: str, name: str) -> str:
+    """The dotted path of a child; a child named "" has its parent's.
+
+    >>> join_paths("", "body"), join_paths("body", "0"), join_paths("body", "")
+    ('body', 'body.0', 'body')
+    """
+    return ".".join([part for part in (path, name) if part])
+
+
+def wrap(layer: Layer, functions: Callable[[Layer], Layer]) -> Layer:
+    """A layer with other functions around its own, which keeps its name and its children.
+
+    Args:
+        layer: any layer.
+        functions: ``layer -> layer``, such as ``lambda layer: layer._replace(vjp=...)``. It is
+            called again for a layer that is rebuilt of other children.
+
+    >>> import funcnet as fn
+    >>> def halved(layer):
+    ...     def apply(*args, **options):
+    ...         y, state = layer.apply(*args, **options)
+    ...         return y / 2, state
+    ...     return layer._replace(apply=apply)
+    >>> net = wrap(fn.serial(fn.relu()), halved)
+    >>> net, net.apply({}, torch.ones(1))[0]
+    (serial(0=relu()), tensor([0.5000]))
+    """
+    rebuild = layer.rebuild
+
+    def rebuilt(children: Mapping[str, Layer]) -> Layer:
+        assert rebuild is not None
+        return wrap(rebuild(children), functions)
+
+    return Layer(
+        *functions(layer),
+        name=layer.name,
+        children=layer.children,
+        rebuild=None if rebuild is None else rebuilt,
+        takes_key=layer.takes_key,
+    )
 
 
 def function_name(function: Callable[..., Any]) -> str:
@@ -301,93 +353,9 @@ def function_name(function: Callable[..., Any]) -> str:
     return getattr(function, "__qualname__", type(function).__name__).split(".")[0]
 
 
-def stateless(
-    init: Callable[[Tensor, Tree], Params],
-    apply: Callable[[Params, Tree], Tree],
-    vjp: Callable[[Params, Tree], tuple[Tree, Pullback]],
-    *,
-    name: str | None = None,
-) -> Layer:
-    """A layer without state and randomness, lifted from the short triple.
-
-    Args:
-        init: ``(key, x) -> params``.
-        apply: ``(params, x) -> y``.
-        vjp: ``(params, x) -> (y, pullback)``.
-        name: what errors and summaries call the layer; by default the constructor's name.
-
-    >>> import funcnet as fn
-    >>> def scale_rule(residuals, dy, *, params, x):
-    ...     dparams = {"scale": (dy * residuals["x"]).sum()} if params else None
-    ...     return dparams, dy * residuals["scale"] if x else None
-    >>> def scale():
-    ...     def init(key, x):
-    ...         return {"scale": torch.ones((), dtype=x.dtype, device=x.device)}
-    ...     def apply(params, x):
-    ...         return params["scale"] * x
-    ...     def vjp(params, x):
-    ...         return apply(params, x), fn.Pullback(scale_rule, {"x": x, **params})
-    ...     return fn.stateless(init, apply, vjp)
-    >>> scale()
-    scale()
-    >>> fn.testing.check_layer(scale(), torch.randn(4, 3, dtype=torch.float64))
-    """
-    name = name or function_name(apply)
-
-    def lifted_init(key: Tensor, x: Tree) -> tuple[Params, Params]:
-        return init(key, x), {}
-
-    def lifted_apply(
-        params: Params,
-        x: Tree,
-        state: Params = EMPTY,
-        *,
-        key: Tensor | None = None,
-        train: bool = False,
-    ) -> tuple[Tree, Params]:
-        if state:
-            refuse_state(name, state)
-        return apply(params, x), {}
-
-    def lifted_vjp(
-        params: Params,
-        x: Tree,
-        state: Params = EMPTY,
-        *,
-        key: Tensor | None = None,
-        train: bool = True,
-    ) -> tuple[Tree, Pullback, Params]:
-        if state:
-            refuse_state(name, state)
-        y, pullback = vjp(params, x)
-        return y, Pullback(pullback.rule, pullback.residuals, pullback.static, y), {}
-
-    layer = Layer(lifted_init, lifted_apply, lifted_vjp)
-    return with_anatomy(layer, Anatomy(name, takes_key=False, short=(apply, vjp)))
-
-
 def locate(error: Exception, where: str) -> None:
-    """Put a layer's place in front of an error's message, as it passes a combinator."""
+    """Put a layer's path, or a part of it, in front of an error's message."""
     if isinstance(error, (ValueError, TypeError)) and len(error.args) == 1:
         error.args = (f"{where} {error.args[0]}",)
     else:
         error.add_note(f"in {where}")
-
-
-def refuse_state(name: str, state: Params) -> NoReturn:
-    """Raise ValueError for state given to a layer that has none."""
-    raise ValueError(f"{name}: has no state, got state with {sorted(state)}")
-
-
-def check_floating(name: str, x: Tree) -> None:
-    """Raise TypeError unless ``x`` is a tensor of real floating-point numbers."""
-    if not isinstance(x, Tensor) or not x.is_floating_point():
-        raise TypeError(f"{name}: expects a floating-point tensor, got {tree.describe(x)}")
-
-
-def check_params(name: str, params: Params, expected: tuple[str, ...]) -> None:
-    """Raise ValueError unless ``params`` has just the expected names."""
-    if not isinstance(params, Mapping):
-        raise TypeError(f"{name}: expects a dict of params, got {tree.describe(params)}")
-    if len(params) != len(expected) or not all([entry in params for entry in expected]):
-        raise ValueError(f"{name}: expects params {sorted(expected)}, got {sorted(params)}")

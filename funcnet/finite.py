@@ -6,34 +6,25 @@ import optree
 import torch
 from torch import Tensor
 
-from funcnet.core import (
-    EMPTY,
-    Anatomy,
-    Layer,
-    Params,
-    Pullback,
-    Tree,
-    anatomy,
-    map_layers,
-    pull,
-    with_anatomy,
-)
+from funcnet.core import Layer, Params, Pullback, Tree, map_layers, pull, wrap
 
 
-def check_finite(model: Layer) -> Layer:
+def detect_nonfinite(model: Layer) -> Layer:
     """The model with every layer's output, and every cotangent it passes back, checked.
 
     The first value that is NaN or infinite raises ValueError with the layer's path. The values
     are read, so this is for eager mode and for debugging: it waits for the device.
 
+    Source: ``torch.autograd.detect_anomaly``, for the forward pass as well.
+
     >>> import funcnet as fn
-    >>> net = check_finite(fn.serial(fn.identity(), fn.softplus()))
+    >>> net = detect_nonfinite(fn.serial(fn.identity(), fn.softplus()))
     >>> net.apply({}, torch.tensor([1.0, float("inf")]))
     Traceback (most recent call last):
     ...
     ValueError: serial['0'] identity: x is not finite: 1 of 2 values
     """
-    return map_layers(lambda path, layer: _guard(layer), model)
+    return map_layers(lambda path, layer: wrap(layer, _guarded), model)
 
 
 def require_finite(name: str, what: str, values: Tree) -> None:
@@ -54,7 +45,7 @@ def require_finite(name: str, what: str, values: Tree) -> None:
             count = int(wrong.sum())
         except RuntimeError:
             raise TypeError(
-                "check_finite reads values, which tensors do not have under jit and vmap; "
+                "detect_nonfinite reads values, which tensors do not have under jit and vmap; "
                 "use it in eager mode"
             ) from None
         if count:
@@ -73,43 +64,26 @@ def finite_rule(
     return dparams, dx
 
 
-def _guard(layer: Layer) -> Layer:
-    name, children, rebuild, takes_key, _ = anatomy(layer)
-    leaf = not children
+def _guarded(layer: Layer) -> Layer:
+    name, leaf = layer.name, not layer.children
 
     def check_input(params: Params, x: Tree) -> None:
         if leaf:
             require_finite(name, "x", x)
             require_finite(name, "params", params)
 
-    def apply(
-        params: Params,
-        x: Tree,
-        state: Params = EMPTY,
-        *,
-        key: Tensor | None = None,
-        train: bool = False,
-    ) -> tuple[Tree, Params]:
+    def apply(params: Params, x: Tree, *state: Params, **options: Any) -> tuple[Tree, Params]:
         check_input(params, x)
-        y, state = layer.apply(params, x, {**state}, key=key, train=train)
+        y, new_state = layer.apply(params, x, *state, **options)
         require_finite(name, "output", y)
-        return y, state
+        return y, new_state
 
     def vjp(
-        params: Params,
-        x: Tree,
-        state: Params = EMPTY,
-        *,
-        key: Tensor | None = None,
-        train: bool = True,
+        params: Params, x: Tree, *state: Params, **options: Any
     ) -> tuple[Tree, Pullback, Params]:
         check_input(params, x)
-        y, pullback, state = layer.vjp(params, x, {**state}, key=key, train=train)
+        y, pullback, new_state = layer.vjp(params, x, *state, **options)
         require_finite(name, "output", y)
-        return y, Pullback(finite_rule, {"layer": pullback}, (name, leaf), y), state
+        return y, Pullback(finite_rule, {"layer": pullback}, (name, leaf), y), new_state
 
-    def init(key: Tensor, x: Tree) -> tuple[Params, Params]:
-        return layer.init(key, x)
-
-    again = None if rebuild is None else lambda children: _guard(rebuild(children))
-    return with_anatomy(Layer(init, apply, vjp), Anatomy(name, children, again, takes_key))
+    return layer._replace(apply=apply, vjp=vjp)

@@ -259,6 +259,18 @@ def torch_linear() -> Initializer:
     return he_uniform(negative_slope=math.sqrt(5.0))
 
 
+def torch_default(fan_in: int) -> Initializer:
+    """U(-b, b) with ``b = 1 / sqrt(fan_in)``, for a weight and for the bias beside it.
+
+    Source: ``reset_parameters`` of ``torch.nn.Linear`` and of torch's convolutions.
+
+    >>> torch_default(4)(random.key(42), (2,), torch.float32, torch.device("cpu"))
+    tensor([-0.0113,  0.1798])
+    """
+    bound = fan_in**-0.5 if fan_in else 0.0
+    return uniform(-bound, bound)
+
+
 def gain(nonlinearity: str, param: float | None = None) -> float:
     """The factor that keeps the variance through a nonlinearity, ``torch.nn.init.calculate_gain``.
 

@@ -9,6 +9,8 @@ import torch
 from torch import Tensor
 
 _interpreter = torch._C._functorch.peek_interpreter_stack
+_interpreters = torch._C._functorch.get_interpreter_stack
+_DERIVATIVES = (torch._C._functorch.TransformType.Grad, torch._C._functorch.TransformType.Jvp)
 _forward_ad = torch.autograd.forward_ad
 _dispatch_modes = torch._C._len_torch_dispatch_stack
 
@@ -28,6 +30,16 @@ def is_transformed(*tensors: Tensor) -> bool:
     return bool(tensors) and any([tensor.requires_grad for tensor in tensors])
 
 
+def is_differentiated(*tensors: Tensor) -> bool:
+    """Whether a derivative is taken of what is computed with these tensors.
+
+    By autograd, if one of them needs a gradient, or by torch.func.
+    """
+    if any([tensor.requires_grad for tensor in tensors]) or _forward_ad._current_level >= 0:
+        return True
+    return any([level.key() in _DERIVATIVES for level in _interpreters() or ()])
+
+
 def read(tensor: Tensor) -> Any:
     """``tensor.tolist()`` where the values can be had without waiting for a device, else None.
 
@@ -40,3 +52,12 @@ def read(tensor: Tensor) -> Any:
         return tensor.tolist()
     except RuntimeError:  # under vmap a tensor stands for those of all members
         return None
+
+
+def storage_id(tensor: Tensor) -> int:
+    """A number that tells a tensor's storage from all others that are there, on meta as well."""
+    return tensor.untyped_storage()._cdata
+
+
+softmax_backward = torch.ops.aten._softmax_backward_data
+log_softmax_backward = torch.ops.aten._log_softmax_backward_data

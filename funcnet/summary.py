@@ -1,12 +1,12 @@
 """A table of what a model holds, found on the meta device before anything is computed."""
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
-from funcnet import tree
-from funcnet.core import EMPTY, Layer, Params, Pullback, Tree, anatomy, map_layers
+from funcnet import runtime, tree
+from funcnet.core import Layer, Params, Pullback, Tree, map_layers
 
 
 class Row(NamedTuple):
@@ -70,26 +70,20 @@ def summary(model: Layer, x: Tree, *, train: bool = True) -> Summary:
     example = tree.to_meta(x)
     key = torch.empty(2, dtype=torch.int64, device="meta")
     params, state = model.init(key, example)
-    counted = {_storage(leaf) for leaf in tree.leaves(params)}
+    counted = {runtime.storage_id(leaf) for leaf in tree.leaves(params)}
     found: dict[str, Row] = {}
 
     def observed(path: str, layer: Layer) -> Layer:
-        name, children, *_ = anatomy(layer)
-        if children:
+        if layer.children:
             return layer
 
         def vjp(
-            params: Params,
-            x: Tree,
-            state: Params = EMPTY,
-            *,
-            key: Tensor | None = None,
-            train: bool = True,
+            params: Params, x: Tree, state: Params, **options: Any
         ) -> tuple[Tree, Pullback, Params]:
-            y, pullback, new_state = layer.vjp(params, x, state, key=key, train=train)
+            y, pullback, new_state = layer.vjp(params, x, state, **options)
             residual_bytes = 0
             for leaf in tree.leaves(pullback):
-                storage = _storage(leaf)
+                storage = runtime.storage_id(leaf)
                 if storage not in counted:
                     counted.add(storage)
                     residual_bytes += leaf.untyped_storage().nbytes()
@@ -98,7 +92,7 @@ def summary(model: Layer, x: Tree, *, train: bool = True) -> Summary:
             leaves = tree.leaves(params)
             found[path] = Row(
                 path,
-                name,
+                layer.name,
                 tree.describe(y),
                 sum(leaf.numel() for leaf in leaves),
                 _bytes(leaves),
@@ -107,17 +101,13 @@ def summary(model: Layer, x: Tree, *, train: bool = True) -> Summary:
             )
             return y, pullback, new_state
 
-        return Layer(layer.init, layer.apply, vjp)
+        return layer._replace(vjp=vjp)
 
     y, pullback, _ = map_layers(observed, model).vjp(params, example, state, key=key, train=train)
     del y, pullback  # until here no storage may be freed, and its address used again
     rows = tuple(found.values())
     numbers = [sum(column) for column in zip(*[row[3:] for row in rows], strict=True)]
     return Summary(rows, Row("total", "", "", *(numbers or [0, 0, 0, 0])))
-
-
-def _storage(leaf: Tensor) -> int:
-    return leaf.untyped_storage()._cdata
 
 
 def _bytes(leaves: list[Tensor]) -> int:

@@ -13,10 +13,9 @@ import torch
 from torch import Tensor
 
 from funcnet import random, tree
-from funcnet.core import Layer, Loss, Optimizer, Params, Pullback, Tree, anatomy
+from funcnet.core import Layer, Loss, Optimizer, Params, Pullback, Tree
 from funcnet.optimizers.transforms import apply_updates
-from funcnet.transforms import jit as compilation
-from funcnet.transforms import vmap as mapping
+from funcnet.transforms import jit as compilation, vmap as mapping
 
 
 def check_layer(
@@ -59,7 +58,7 @@ def check_layer(
     >>> import funcnet as fn
     >>> check_layer(fn.serial(fn.linear(3), fn.tanh()), torch.ones(4, 2))
     """
-    name = anatomy(layer).name
+    name = layer.name
     key = random.key(0) if key is None else key
     x = tree.map(torch.Tensor.detach, _to_float64(x))
     with _Globals(name):

@@ -15,11 +15,9 @@ from funcnet.core import (
     Params,
     TrainState,
     Tree,
-    anatomy,
     pull,
 )
-from funcnet.finite import check_finite as checked_layers
-from funcnet.finite import require_finite
+from funcnet.finite import detect_nonfinite, require_finite
 from funcnet.optimizers.transforms import apply_updates
 from funcnet.random import fold_in
 
@@ -64,7 +62,7 @@ def _forward_backward(
     _check_kind("train_step", "model", model, Layer)
     _check_kind("train_step", "loss", loss, Loss)
     if check_finite:
-        model = checked_layers(model)
+        model = detect_nonfinite(model)
 
     def run(
         params: Params, batch: Batch, state: Params, key: Tensor | None, train: bool
@@ -160,7 +158,7 @@ def train_step(
     if "loss" in measures:
         raise ValueError("train_step: the metric 'loss' is there already, pick another name")
     run = _forward_backward(model, loss, measures, check_finite)
-    takes_key = anatomy(model).takes_key
+    takes_key = model.takes_key
 
     def step(train_state: TrainState, batch: Batch) -> tuple[TrainState, dict[str, Any]]:
         params, state, opt_state, key, count = train_state

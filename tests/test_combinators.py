@@ -3,8 +3,7 @@ import re
 import optree
 import pytest
 import torch
-from hypothesis import given, settings
-from hypothesis import strategies as st
+from hypothesis import given, settings, strategies as st
 from layers.oracle import assert_near, check_against, check_module, cotangent, params_of, randn
 from torch import nn
 from torch.nn import functional as F
@@ -717,7 +716,7 @@ MISUSES = {
     "state left out": (
         lambda: fn.serial(norm=fn.batch_norm(affine=False)).apply({}, X), ValueError,
         "serial['norm'] batch_norm: expects state "
-        "['running_mean', 'running_var', 'num_batches_tracked'], got []",
+        "['num_batches_tracked', 'running_mean', 'running_var'], got []",
     ),
     "layers by position and by name": (
         lambda: fn.serial(fn.relu(), drop=fn.dropout()), TypeError,
@@ -751,10 +750,10 @@ MISUSES = {
     ),
     "a child of residual": (
         lambda: fn.residual(fn.relu), TypeError,
-        "residual['0']: expects a Layer, got function; call its constructor",
+        "residual: expects a Layer, got function; call its constructor",
     ),
     "a child of shared": (
-        lambda: fn.shared(3), TypeError, "shared['0']: expects a Layer, got int",
+        lambda: fn.shared(3), TypeError, "shared: expects a Layer, got int",
     ),
     "a name with a dot": (
         lambda: fn.serial(**{"a.b": fn.relu()}), ValueError,

@@ -44,7 +44,7 @@ def assert_trees_equal(found, expected):
 @pytest.mark.parametrize("train", [True, False])
 def test_a_finite_model_is_unchanged(name, train):
     net, x, key = NETS[name], input_of(name), fn.key(1)
-    checked = fn.check_finite(net)
+    checked = fn.detect_nonfinite(net)
     params, state = net.init(key, x)
     assert_trees_equal(checked.init(key, x), (params, state))
     assert_trees_equal(
@@ -61,15 +61,15 @@ def test_a_finite_model_is_unchanged(name, train):
 
 def test_checked_model_has_the_name_and_the_children_of_the_model():
     net = fn.serial(a=fn.linear(3), b=fn.residual(fn.relu()))
-    assert repr(fn.check_finite(net)) == repr(net)
-    assert repr(fn.check_finite(fn.check_finite(net))) == repr(net)
+    assert repr(fn.detect_nonfinite(net)) == repr(net)
+    assert repr(fn.detect_nonfinite(fn.detect_nonfinite(net))) == repr(net)
 
 
 def test_checked_pullback_is_a_pytree_of_the_residuals():
     net = fn.serial(fn.linear(3), fn.tanh())
     x = numbers(4, 5)
     params, _ = net.init(fn.key(0), x)
-    checked, plain = (model.vjp(params, x)[1] for model in (fn.check_finite(net), net))
+    checked, plain = (model.vjp(params, x)[1] for model in (fn.detect_nonfinite(net), net))
     assert len(optree.tree_leaves(checked)) == len(optree.tree_leaves(plain))
     copy = optree.tree_map(torch.clone, checked)
     assert_trees_equal(copy(numbers(4, 3)), plain(numbers(4, 3)))
@@ -78,7 +78,7 @@ def test_checked_pullback_is_a_pytree_of_the_residuals():
 @pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf])
 @pytest.mark.parametrize("call", ["apply", "vjp"])
 def test_a_bad_input_is_named_with_its_count(value, call):
-    net = fn.check_finite(fn.serial(fn.identity(), fn.relu()))
+    net = fn.detect_nonfinite(fn.serial(fn.identity(), fn.relu()))
     x = torch.tensor([1.0, value, 2.0, value])
     with pytest.raises(
         ValueError, match=r"^serial\['0'\] identity: x is not finite: 2 of 4 values$"
@@ -88,7 +88,7 @@ def test_a_bad_input_is_named_with_its_count(value, call):
 
 @pytest.mark.parametrize("call", ["apply", "vjp"])
 def test_the_layer_that_overflows_is_named_and_not_those_after_it(call):
-    net = fn.check_finite(
+    net = fn.detect_nonfinite(
         fn.serial(first=fn.linear(3), deep=fn.serial(fn.relu(), fn.linear(2)), last=fn.linear(1))
     )
     x = torch.full((4, 5), 1e30)
@@ -104,7 +104,7 @@ def test_the_layer_that_overflows_is_named_and_not_those_after_it(call):
 
 @pytest.mark.parametrize("call", ["apply", "vjp"])
 def test_bad_params_are_named(call):
-    net = fn.check_finite(fn.serial(fn.linear(3)))
+    net = fn.detect_nonfinite(fn.serial(fn.linear(3)))
     x = numbers(4, 5)
     params, _ = net.init(fn.key(0), x)
     params["0"]["bias"][1] = math.nan
@@ -115,7 +115,7 @@ def test_bad_params_are_named(call):
 
 
 def test_a_bad_cotangent_is_named_where_it_enters():
-    net = fn.check_finite(fn.serial(fn.linear(3), fn.tanh()))
+    net = fn.detect_nonfinite(fn.serial(fn.linear(3), fn.tanh()))
     x = numbers(4, 5)
     params, _ = net.init(fn.key(0), x)
     _, pullback, _ = net.vjp(params, x)
@@ -124,7 +124,7 @@ def test_a_bad_cotangent_is_named_where_it_enters():
 
 
 def test_a_cotangent_that_overflows_on_its_way_back_is_named_where_it_does():
-    net = fn.check_finite(fn.serial(fn.relu(), fn.linear(3), fn.identity()))
+    net = fn.detect_nonfinite(fn.serial(fn.relu(), fn.linear(3), fn.identity()))
     x = torch.zeros(4, 5)
     params, _ = net.init(fn.key(0), x)
     params["1"]["weight"] = torch.full((3, 5), 1e30)
@@ -146,7 +146,7 @@ def test_layers_within_every_combinator_are_checked(net):
     x = numbers(4, 5)
     if "parallel" in repr(net):
         x = (x,)
-    checked = fn.check_finite(net)
+    checked = fn.detect_nonfinite(net)
     params, _ = net.init(fn.key(0), x)
     broken = optree.tree_map(lambda leaf: leaf * math.inf, params)
     with pytest.raises(ValueError, match="linear: params is not finite"):
@@ -188,7 +188,7 @@ def test_require_finite_lets_finite_values_integers_and_meta_tensors_pass(values
 
 
 def test_checked_layer_under_vmap_says_that_it_is_for_eager_mode():
-    checked = fn.check_finite(fn.serial(fn.relu()))
+    checked = fn.detect_nonfinite(fn.serial(fn.relu()))
     with pytest.raises(TypeError, match=r"serial\['0'\] .*eager"):
         torch.vmap(lambda x: checked.apply({}, x)[0])(torch.ones(2, 3))
 
@@ -202,4 +202,4 @@ def test_checked_layer_under_vmap_says_that_it_is_for_eager_mode():
 )
 def test_a_combinators_own_overflow_is_named(net, message):
     with pytest.raises(ValueError, match=f"^{message}"):
-        fn.check_finite(net).apply({}, torch.full((2,), 3e38))
+        fn.detect_nonfinite(net).apply({}, torch.full((2,), 3e38))

@@ -497,7 +497,7 @@ def watched(kind):
         "nested serial": lambda: fn.serial(fn.serial(a, b), fn.serial(c, fn.serial(d))),
         "residual": lambda: fn.serial(a, fn.residual(fn.serial(b, c)), fn.residual(d)),
         "with other layers": lambda: fn.serial(a, fn.tanh(), b, fn.linear(3), c, fn.relu(), d),
-        "guarded": lambda: fn.check_finite(fn.serial(a, fn.serial(b, c), d)),
+        "guarded": lambda: fn.detect_nonfinite(fn.serial(a, fn.serial(b, c), d)),
     }
     return watch, nets[kind](), in_turn
 

@@ -5,8 +5,7 @@ from collections import OrderedDict, defaultdict, namedtuple
 import optree
 import pytest
 import torch
-from hypothesis import given, settings
-from hypothesis import strategies as st
+from hypothesis import given, settings, strategies as st
 
 import funcnet as fn
 from funcnet import tree

@@ -165,8 +165,7 @@ def refusals_of_the_compiler() -> Iterator[None]:
 
 def compiled(graph: fx.GraphModule, inputs: list[Tensor]) -> Any:
     """A graph compiled by Inductor alone, for any device."""
-    from torch._inductor import compile as compile_graph
-    from torch._inductor import config
+    from torch._inductor import compile as compile_graph, config
 
     on_cpu = all([tensor.is_cpu for tensor in inputs])
     changes = {"cpp.cxx": (None, _program(compiler()))} if on_cpu else {}

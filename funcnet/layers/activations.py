@@ -1,139 +1,30 @@
-"""Activations: a table of functions and their derivatives, and constructors of its rows.
+"""Activations: each with its derivative, and PyTorch's fused kernel for it where there is one."""
 
-A row's derivative gives dx from dy and from x or y, whichever it saves. ``aten.*_backward`` are
-PyTorch's fused kernels for the formula in the constructor's docstring.
-"""
-
-from collections.abc import Callable, Hashable
-from typing import Any, Literal, NamedTuple
+import math
+from typing import Any
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
 from funcnet import runtime, tree
-from funcnet.core import (
-    Layer,
-    Params,
-    Pullback,
-    check_floating,
-    check_params,
-    stateless,
-)
+from funcnet.core import EMPTY, Layer, Params, Pullback
+from funcnet.initializers import constant
+from funcnet.lift import elementwise, parameterless, require_floating, stateless, with_kernel
+from funcnet.params import Param, declare
 
 aten = torch.ops.aten
 
-
-class Elementwise(NamedTuple):
-    """``y = function(x, *options)``, ``dx = derivative(dy, saved, *options)``."""
-
-    function: Callable[..., Tensor]
-    derivative: Callable[..., Tensor]
-    saves: Literal["x", "y"]
-
+Step = tuple[Tensor, dict[str, Tensor], tuple[Any, ...]]
 
 SELU_SCALE = 1.0507009873554804934193349852946
 SELU_ALPHA = 1.6732632423543772848170429916717
 
-_threshold_backward = aten.threshold_backward.default
-_tanh_backward = aten.tanh_backward.default
-_sigmoid_backward = aten.sigmoid_backward.default
 
-
-def _silu_derivative(dy: Tensor, x: Tensor) -> Tensor:
-    if not runtime.is_transformed(dy, x):
-        return aten.silu_backward(dy, x)
-    s = torch.sigmoid(x)  # torch has no derivative of the fused kernel
-    return dy * s * (1 + x * (1 - s))
-
-
-def _mish_derivative(dy: Tensor, x: Tensor) -> Tensor:
-    t = torch.tanh(F.softplus(x))
-    return dy * (t + x * torch.sigmoid(x) * (1 - t * t))
-
-
-# fmt: off
-ACTIVATIONS: dict[str, Elementwise] = {
-    "relu": Elementwise(
-        torch.relu,    lambda dy, y: _threshold_backward(dy, y, 0), "y"),
-    "leaky_relu": Elementwise(
-        F.leaky_relu,  lambda dy, x, slope: aten.leaky_relu_backward(dy, x, slope, False), "x"),
-    "tanh": Elementwise(
-        torch.tanh,    lambda dy, y: _tanh_backward(dy, y), "y"),
-    "sigmoid": Elementwise(
-        torch.sigmoid, lambda dy, y: _sigmoid_backward(dy, y), "y"),
-    "gelu": Elementwise(
-        lambda x, approximate: F.gelu(x, approximate=approximate),
-        lambda dy, x, approximate: aten.gelu_backward(dy, x, approximate=approximate), "x"),
-    "silu": Elementwise(
-        F.silu,        _silu_derivative, "x"),
-    "elu": Elementwise(
-        F.elu,         lambda dy, x, alpha: aten.elu_backward(dy, alpha, 1, 1, False, x), "x"),
-    "celu": Elementwise(
-        F.celu,
-        lambda dy, x, alpha: aten.elu_backward(dy, alpha, 1, 1 / alpha, False, x), "x"),
-    "selu": Elementwise(
-        F.selu,
-        lambda dy, x: aten.elu_backward(dy, SELU_ALPHA, SELU_SCALE, 1, False, x), "x"),
-    "softplus": Elementwise(
-        F.softplus,
-        lambda dy, x, beta, threshold: aten.softplus_backward(dy, x, beta, threshold), "x"),
-    "softsign": Elementwise(
-        F.softsign,    lambda dy, x: dy / (1 + x.abs()).square(), "x"),
-    "mish": Elementwise(
-        F.mish,        _mish_derivative, "x"),
-    "hardtanh": Elementwise(
-        F.hardtanh,    lambda dy, x, low, high: aten.hardtanh_backward(dy, x, low, high), "x"),
-    "hardsigmoid": Elementwise(
-        F.hardsigmoid, lambda dy, x: aten.hardsigmoid_backward(dy, x), "x"),
-    "hardswish": Elementwise(
-        F.hardswish,   lambda dy, x: aten.hardswish_backward(dy, x), "x"),
-    "relu6": Elementwise(
-        F.relu6,       lambda dy, x: aten.hardtanh_backward(dy, x, 0.0, 6.0), "x"),
-    "logsigmoid": Elementwise(
-        F.logsigmoid,  lambda dy, x: dy * torch.sigmoid(-x), "x"),
-    "softmax": Elementwise(
-        torch.softmax, lambda dy, y, dim: aten._softmax_backward_data(dy, y, dim, y.dtype), "y"),
-    "log_softmax": Elementwise(
-        torch.log_softmax,
-        lambda dy, y, dim: aten._log_softmax_backward_data(dy, y, dim, y.dtype), "y"),
-}
-# fmt: on
-
-
-def elementwise_rule(
-    residuals: dict[str, Tensor], dy: Tensor, name: str, *options: Any, params: bool, x: bool
-) -> tuple[Params | None, Tensor | None]:
-    """``dx = derivative(dy, saved, *options)`` of the row ``name``."""
-    if not x:
-        return ({} if params else None), None
-    _, derivative, saves = ACTIVATIONS[name]
-    return ({} if params else None), derivative(dy, residuals[saves], *options)
-
-
-def _activation(name: str, *options: Hashable) -> Layer:
-    function, _, saves = ACTIVATIONS[name]
-    static = (name, *options)
-
-    def init(key: Tensor, x: Tensor) -> Params:
-        check_floating(name, x)
-        return {}
-
-    def apply(params: Params, x: Tensor) -> Tensor:
-        if params:
-            check_params(name, params, ())
-        if type(x) is not Tensor or not x.is_floating_point():
-            check_floating(name, x)
-        try:
-            return function(x, *options)
-        except IndexError as error:
-            raise ValueError(f"{name}: does not fit {tuple(x.shape)}: {error}") from None
-
-    def vjp(params: Params, x: Tensor) -> tuple[Tensor, Pullback]:
-        y = apply(params, x)
-        return y, Pullback(elementwise_rule, {saves: y if saves == "y" else x}, static)
-
-    return stateless(init, apply, vjp, name=name)
+@with_kernel(lambda dy, y: aten.threshold_backward(dy, y, 0))
+def relu_derivative(y: Tensor) -> Tensor:
+    """``[y > 0]``."""
+    return y > 0
 
 
 def relu() -> Layer:
@@ -142,7 +33,13 @@ def relu() -> Layer:
     >>> relu().apply({}, torch.tensor([-1.0, 2.0]))[0]
     tensor([0., 2.])
     """
-    return _activation("relu")
+    return elementwise(torch.relu, relu_derivative, "y", name="relu")
+
+
+@with_kernel(lambda dy, x, slope: aten.leaky_relu_backward(dy, x, slope, False))
+def leaky_relu_derivative(x: Tensor, negative_slope: float) -> Tensor:
+    """``1 where x > 0, else the slope``."""
+    return torch.where(x > 0, 1.0, negative_slope).to(x.dtype)
 
 
 def leaky_relu(negative_slope: float = 0.01) -> Layer:
@@ -153,7 +50,15 @@ def leaky_relu(negative_slope: float = 0.01) -> Layer:
     >>> leaky_relu(0.1).apply({}, torch.tensor([-1.0, 2.0]))[0]
     tensor([-0.1000,  2.0000])
     """
-    return _activation("leaky_relu", negative_slope)
+    return elementwise(
+        F.leaky_relu, leaky_relu_derivative, options=(negative_slope,), name="leaky_relu"
+    )
+
+
+@with_kernel(aten.tanh_backward.default)
+def tanh_derivative(y: Tensor) -> Tensor:
+    """``1 - y^2``."""
+    return 1 - y * y
 
 
 def tanh() -> Layer:
@@ -162,7 +67,13 @@ def tanh() -> Layer:
     >>> tanh().apply({}, torch.tensor([0.0, 1.0]))[0]
     tensor([0.0000, 0.7616])
     """
-    return _activation("tanh")
+    return elementwise(torch.tanh, tanh_derivative, "y", name="tanh")
+
+
+@with_kernel(aten.sigmoid_backward.default)
+def sigmoid_derivative(y: Tensor) -> Tensor:
+    """``y (1 - y)``."""
+    return y * (1 - y)
 
 
 def sigmoid() -> Layer:
@@ -171,7 +82,22 @@ def sigmoid() -> Layer:
     >>> sigmoid().apply({}, torch.tensor([0.0, 1.0]))[0]
     tensor([0.5000, 0.7311])
     """
-    return _activation("sigmoid")
+    return elementwise(torch.sigmoid, sigmoid_derivative, "y", name="sigmoid")
+
+
+def _gelu(x: Tensor, approximate: str) -> Tensor:
+    return F.gelu(x, approximate=approximate)
+
+
+@with_kernel(lambda dy, x, approximate: aten.gelu_backward(dy, x, approximate=approximate))
+def gelu_derivative(x: Tensor, approximate: str) -> Tensor:
+    """``Phi(x) + x phi(x)``."""
+    if approximate == "none":
+        phi = torch.exp(-0.5 * x * x) / math.sqrt(2 * math.pi)
+        return 0.5 * (1 + torch.erf(x / math.sqrt(2))) + x * phi
+    slope = math.sqrt(2 / math.pi)
+    t = torch.tanh(slope * (x + 0.044715 * x**3))
+    return 0.5 * (1 + t) + 0.5 * x * (1 - t * t) * slope * (1 + 3 * 0.044715 * x * x)
 
 
 def gelu(approximate: str = "none") -> Layer:
@@ -187,7 +113,14 @@ def gelu(approximate: str = "none") -> Layer:
     """
     if approximate not in ("none", "tanh"):
         raise ValueError(f"gelu: approximate must be 'none' or 'tanh', got {approximate!r}")
-    return _activation("gelu", approximate)
+    return elementwise(_gelu, gelu_derivative, options=(approximate,), name="gelu")
+
+
+@with_kernel(aten.silu_backward.default)
+def silu_derivative(x: Tensor) -> Tensor:
+    """``s (1 + x (1 - s)) with s = sigmoid(x)``."""
+    s = torch.sigmoid(x)
+    return s * (1 + x * (1 - s))
 
 
 def silu() -> Layer:
@@ -196,7 +129,13 @@ def silu() -> Layer:
     >>> silu().apply({}, torch.tensor([-1.0, 1.0]))[0]
     tensor([-0.2689,  0.7311])
     """
-    return _activation("silu")
+    return elementwise(F.silu, silu_derivative, name="silu")
+
+
+@with_kernel(lambda dy, x, alpha: aten.elu_backward(dy, alpha, 1, 1, False, x))
+def elu_derivative(x: Tensor, alpha: float) -> Tensor:
+    """``1 where x > 0, else alpha exp(x)``."""
+    return torch.where(x > 0, 1.0, alpha * x.clamp(max=0).exp())
 
 
 def elu(alpha: float = 1.0) -> Layer:
@@ -207,7 +146,13 @@ def elu(alpha: float = 1.0) -> Layer:
     >>> elu().apply({}, torch.tensor([-1.0, 1.0]))[0]
     tensor([-0.6321,  1.0000])
     """
-    return _activation("elu", alpha)
+    return elementwise(F.elu, elu_derivative, options=(alpha,), name="elu")
+
+
+@with_kernel(lambda dy, x, alpha: aten.elu_backward(dy, alpha, 1, 1 / alpha, False, x))
+def celu_derivative(x: Tensor, alpha: float) -> Tensor:
+    """``1 where x > 0, else exp(x / alpha)``."""
+    return torch.where(x > 0, 1.0, (x.clamp(max=0) / alpha).exp())
 
 
 def celu(alpha: float = 1.0) -> Layer:
@@ -220,7 +165,13 @@ def celu(alpha: float = 1.0) -> Layer:
     """
     if alpha == 0:
         raise ValueError("celu: alpha must not be 0")
-    return _activation("celu", alpha)
+    return elementwise(F.celu, celu_derivative, options=(alpha,), name="celu")
+
+
+@with_kernel(lambda dy, x: aten.elu_backward(dy, SELU_ALPHA, SELU_SCALE, 1, False, x))
+def selu_derivative(x: Tensor) -> Tensor:
+    """``that of elu, scaled``."""
+    return SELU_SCALE * elu_derivative(x, SELU_ALPHA)
 
 
 def selu() -> Layer:
@@ -231,7 +182,13 @@ def selu() -> Layer:
     >>> selu().apply({}, torch.tensor([-1.0, 1.0]))[0]
     tensor([-1.1113,  1.0507])
     """
-    return _activation("selu")
+    return elementwise(F.selu, selu_derivative, name="selu")
+
+
+@with_kernel(aten.softplus_backward.default)
+def softplus_derivative(x: Tensor, beta: float, threshold: float) -> Tensor:
+    """``sigmoid(beta x), and 1 where y is x``."""
+    return torch.where(beta * x > threshold, 1.0, torch.sigmoid(beta * x))
 
 
 def softplus(beta: float = 1.0, threshold: float = 20.0) -> Layer:
@@ -242,7 +199,12 @@ def softplus(beta: float = 1.0, threshold: float = 20.0) -> Layer:
     >>> softplus().apply({}, torch.tensor([0.0, 30.0]))[0]
     tensor([ 0.6931, 30.0000])
     """
-    return _activation("softplus", beta, threshold)
+    return elementwise(F.softplus, softplus_derivative, options=(beta, threshold), name="softplus")
+
+
+def softsign_derivative(x: Tensor) -> Tensor:
+    """``1 / (1 + |x|)^2``."""
+    return (1 + x.abs()).square().reciprocal()
 
 
 def softsign() -> Layer:
@@ -251,7 +213,13 @@ def softsign() -> Layer:
     >>> softsign().apply({}, torch.tensor([-1.0, 3.0]))[0]
     tensor([-0.5000,  0.7500])
     """
-    return _activation("softsign")
+    return elementwise(F.softsign, softsign_derivative, name="softsign")
+
+
+def mish_derivative(x: Tensor) -> Tensor:
+    """``t + x sigmoid(x) (1 - t^2) with t = tanh(softplus(x))``."""
+    t = torch.tanh(F.softplus(x))
+    return t + x * torch.sigmoid(x) * (1 - t * t)
 
 
 def mish() -> Layer:
@@ -262,7 +230,13 @@ def mish() -> Layer:
     >>> mish().apply({}, torch.tensor([-1.0, 1.0]))[0]
     tensor([-0.3034,  0.8651])
     """
-    return _activation("mish")
+    return elementwise(F.mish, mish_derivative, name="mish")
+
+
+@with_kernel(aten.hardtanh_backward.default)
+def hardtanh_derivative(x: Tensor, min_val: float, max_val: float) -> Tensor:
+    """``[min_val < x < max_val]``."""
+    return (x > min_val) & (x < max_val)
 
 
 def hardtanh(min_val: float = -1.0, max_val: float = 1.0) -> Layer:
@@ -275,7 +249,13 @@ def hardtanh(min_val: float = -1.0, max_val: float = 1.0) -> Layer:
     """
     if not min_val < max_val:
         raise ValueError(f"hardtanh: expects min_val < max_val, got {min_val} and {max_val}")
-    return _activation("hardtanh", min_val, max_val)
+    return elementwise(F.hardtanh, hardtanh_derivative, options=(min_val, max_val), name="hardtanh")
+
+
+@with_kernel(aten.hardsigmoid_backward.default)
+def hardsigmoid_derivative(x: Tensor) -> Tensor:
+    """``[-3 < x < 3] / 6``."""
+    return torch.where((x > -3) & (x < 3), 1 / 6, 0.0).to(x.dtype)
 
 
 def hardsigmoid() -> Layer:
@@ -284,7 +264,13 @@ def hardsigmoid() -> Layer:
     >>> hardsigmoid().apply({}, torch.tensor([-4.0, 1.5]))[0]
     tensor([0.0000, 0.7500])
     """
-    return _activation("hardsigmoid")
+    return elementwise(F.hardsigmoid, hardsigmoid_derivative, name="hardsigmoid")
+
+
+@with_kernel(aten.hardswish_backward.default)
+def hardswish_derivative(x: Tensor) -> Tensor:
+    """``x / 3 + 1/2 where -3 <= x <= 3, else 0 or 1``."""
+    return torch.where(x < -3, 0.0, torch.where(x <= 3, x / 3 + 0.5, 1.0))
 
 
 def hardswish() -> Layer:
@@ -295,7 +281,13 @@ def hardswish() -> Layer:
     >>> hardswish().apply({}, torch.tensor([-4.0, 1.5]))[0]
     tensor([-0.0000, 1.1250])
     """
-    return _activation("hardswish")
+    return elementwise(F.hardswish, hardswish_derivative, name="hardswish")
+
+
+@with_kernel(lambda dy, x: aten.hardtanh_backward(dy, x, 0.0, 6.0))
+def relu6_derivative(x: Tensor) -> Tensor:
+    """``[0 < x < 6]``."""
+    return (x > 0) & (x < 6)
 
 
 def relu6() -> Layer:
@@ -304,7 +296,12 @@ def relu6() -> Layer:
     >>> relu6().apply({}, torch.tensor([-1.0, 8.0]))[0]
     tensor([0., 6.])
     """
-    return _activation("relu6")
+    return elementwise(F.relu6, relu6_derivative, name="relu6")
+
+
+def logsigmoid_derivative(x: Tensor) -> Tensor:
+    """``sigmoid(-x)``."""
+    return torch.sigmoid(-x)
 
 
 def logsigmoid() -> Layer:
@@ -313,7 +310,13 @@ def logsigmoid() -> Layer:
     >>> logsigmoid().apply({}, torch.tensor([0.0, 2.0]))[0]
     tensor([-0.6931, -0.1269])
     """
-    return _activation("logsigmoid")
+    return elementwise(F.logsigmoid, logsigmoid_derivative, name="logsigmoid")
+
+
+@with_kernel(lambda dy, dim, y: runtime.softmax_backward(dy, y, dim, y.dtype))
+def softmax_backward(dy: Tensor, dim: int, y: Tensor) -> Tensor:
+    """``dx = y (dy - sum y dy)``."""
+    return y * (dy - (y * dy).sum(dim, keepdim=True))
 
 
 def softmax(dim: int = -1) -> Layer:
@@ -322,7 +325,18 @@ def softmax(dim: int = -1) -> Layer:
     >>> softmax().apply({}, torch.tensor([0.0, 0.0]))[0]
     tensor([0.5000, 0.5000])
     """
-    return _activation("softmax", dim)
+
+    def forward(x: Tensor) -> Step:
+        y = torch.softmax(x, dim)
+        return y, {"y": y}, (dim,)
+
+    return parameterless(forward, softmax_backward)
+
+
+@with_kernel(lambda dy, dim, y: runtime.log_softmax_backward(dy, y, dim, y.dtype))
+def log_softmax_backward(dy: Tensor, dim: int, y: Tensor) -> Tensor:
+    """``dx = dy - exp(y) sum dy``."""
+    return dy - y.exp() * dy.sum(dim, keepdim=True)
 
 
 def log_softmax(dim: int = -1) -> Layer:
@@ -333,14 +347,20 @@ def log_softmax(dim: int = -1) -> Layer:
     >>> log_softmax().apply({}, torch.tensor([0.0, 0.0]))[0]
     tensor([-0.6931, -0.6931])
     """
-    return _activation("log_softmax", dim)
+
+    def forward(x: Tensor) -> Step:
+        y = torch.log_softmax(x, dim)
+        return y, {"y": y}, (dim,)
+
+    return parameterless(forward, log_softmax_backward)
 
 
-def glu_rule(
-    residuals: dict[str, Tensor], dy: Tensor, dim: int, *, params: bool, x: bool
-) -> tuple[Params | None, Tensor | None]:
+@with_kernel(lambda dy, dim, x: aten.glu_backward(dy, x, dim))
+def glu_backward(dy: Tensor, dim: int, x: Tensor) -> Tensor:
     """``da = dy s``, ``db = dy a s (1 - s)`` with ``s = sigmoid(b)``."""
-    return ({} if params else None), aten.glu_backward(dy, residuals["x"], dim) if x else None
+    a, b = x.chunk(2, dim)
+    s = torch.sigmoid(b)
+    return torch.cat([dy * s, dy * a * s * (1 - s)], dim)
 
 
 def glu(dim: int = -1) -> Layer:
@@ -352,21 +372,16 @@ def glu(dim: int = -1) -> Layer:
     tensor([1.5000])
     """
 
-    def init(key: Tensor, x: Tensor) -> Params:
-        check_floating("glu", x)
-        return {}
-
-    def apply(params: Params, x: Tensor) -> Tensor:
-        check_floating("glu", x)
-        check_params("glu", params, ())
+    def declaration(x: Tensor) -> Params:
+        require_floating(x)
         if not -x.dim() <= dim < x.dim() or x.shape[dim] % 2:
-            raise ValueError(f"glu: expects an even size along dim {dim}, got {tuple(x.shape)}")
-        return F.glu(x, dim)
+            raise ValueError(f"expects an even size along dim {dim}, got {tuple(x.shape)}")
+        return EMPTY
 
-    def vjp(params: Params, x: Tensor) -> tuple[Tensor, Pullback]:
-        return apply(params, x), Pullback(glu_rule, {"x": x}, (dim,))
+    def forward(x: Tensor) -> Step:
+        return F.glu(x, dim), {"x": x}, (dim,)
 
-    return stateless(init, apply, vjp)
+    return parameterless(forward, glu_backward, declaration=declaration)
 
 
 def prelu_rule(
@@ -413,27 +428,17 @@ def prelu(
     if num_parameters < 1:
         raise ValueError(f"prelu: num_parameters must be at least 1, got {num_parameters}")
 
-    def start(key: Tensor, x: Tensor) -> Params:
-        check_floating("prelu", x)
-        kind: Any = {"dtype": dtype or x.dtype, "device": x.device}
-        return {"weight": torch.full((num_parameters,), init, **kind)}
+    @declare
+    def start(x: Tensor) -> dict[str, Param]:
+        require_floating(x)
+        if num_parameters > 1 and (x.dim() < 2 or x.shape[1] != num_parameters):
+            raise ValueError(
+                f"weight expects {num_parameters} channels in dimension 1, got {tree.describe(x)}"
+            )
+        return {"weight": Param((num_parameters,), constant(init), dtype)}
 
     def apply(params: Params, x: Tensor) -> Tensor:
-        check_floating("prelu", x)
-        check_params("prelu", params, ("weight",))
-        weight = params["weight"]
-        if weight.shape != (num_parameters,):
-            raise ValueError(
-                f"prelu: expects a weight of shape {(num_parameters,)}, got {tuple(weight.shape)}"
-            )
-        if weight.shape[0] > 1 and (x.dim() < 2 or x.shape[1] != weight.shape[0]):
-            raise ValueError(
-                f"prelu: weight expects {weight.shape[0]} channels in dimension 1, "
-                f"got {tree.describe(x)}"
-            )
-        if x.dtype != weight.dtype:
-            raise TypeError(f"prelu: weight is {weight.dtype}, x is {x.dtype}")
-        return F.prelu(x, weight)
+        return F.prelu(x, params["weight"])
 
     def vjp(params: Params, x: Tensor) -> tuple[Tensor, Pullback]:
         return apply(params, x), Pullback(prelu_rule, {"x": x, "weight": params["weight"]})

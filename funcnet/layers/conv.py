@@ -1,15 +1,17 @@
-"""Convolution, with PyTorch's fused backward kernel."""
+"""Convolution."""
 
 import math
+from typing import Any
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from funcnet import initializers
-from funcnet.core import Layer, Params, Pullback, check_floating, check_params, stateless
-from funcnet.initializers import Initializer
-from funcnet.random import fold_in
+from funcnet import tree
+from funcnet.core import Layer, Params, Pullback
+from funcnet.initializers import Initializer, torch_default
+from funcnet.lift import fastest, require_floating, stateless, with_kernel
+from funcnet.params import Param, declare
 
 Pair = int | tuple[int, int]
 Padding = tuple[int, int, int, int]
@@ -46,45 +48,86 @@ def pad_vjp(dy: Tensor, padding: Padding, mode: str) -> Tensor:
     return dy
 
 
-def conv2d_rule(
-    residuals: dict[str, Tensor],
+def require_images(x: Tensor) -> None:
+    """Raise ValueError or TypeError unless x is (batch, channels, height, width), or one image."""
+    require_floating(x)
+    if x.dim() not in (3, 4):
+        raise ValueError(f"expects (batch, channels, height, width), got {tuple(x.shape)}")
+
+
+@with_kernel(
+    lambda dy, x, weight, stride, padding, dilation, groups, wanted: (
+        torch.ops.aten.convolution_backward(
+            dy,
+            x,
+            weight,
+            weight.shape[:1],
+            stride,
+            padding,
+            dilation,
+            False,
+            (0, 0),
+            groups,
+            wanted,
+        )
+    )
+)
+def conv2d_backward(
     dy: Tensor,
+    x: Tensor,
+    weight: Tensor,
     stride: tuple[int, int],
     padding: tuple[int, int],
     dilation: tuple[int, int],
     groups: int,
+    wanted: tuple[bool, bool, bool],
+) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
+    """``(dx, dweight, dbias)``, those that are ``wanted``.
+
+    With the patches of x that the kernel sees as the columns of a matrix, y is ``weight patches``,
+    so ``dweight = dy patches^T``, and dx adds up the columns of ``weight^T dy`` where they came
+    from.
+    """
+    n, (out, _, *kernel) = x.shape[0], weight.shape
+    options: Any = {
+        "kernel_size": kernel,
+        "stride": stride,
+        "padding": padding,
+        "dilation": dilation,
+    }
+    g = dy.reshape(n, groups, out // groups, -1)
+    dx = dweight = None
+    if wanted[0]:
+        matrix = weight.reshape(groups, out // groups, -1)
+        dpatches = (matrix.mT @ g).flatten(1, 2)
+        dx = F.fold(dpatches, x.shape[-2:], **options)
+    if wanted[1]:
+        patches = F.unfold(x, **options).unflatten(1, (groups, -1))
+        dweight = (g @ patches.mT).sum(0).reshape(weight.shape)
+    return dx, dweight, dy.sum((0, 2, 3)) if wanted[2] else None
+
+
+def conv2d_rule(
+    residuals: dict[str, Tensor],
+    dy: Tensor,
     bias: bool,
     edges: tuple[Padding, str] | None,
-    *,
+    *static: Any,
     params: bool,
     x: bool,
 ) -> tuple[Params | None, Tensor | None]:
-    """dweight is x correlated with dy, dx is dy convolved with the weight, ``dbias = sum dy``."""
+    """`conv2d_backward`, then the pullback of the padding."""
     inputs, weight = residuals["x"], residuals["weight"]
     single = inputs.dim() == 3
     if single:
         inputs, dy = inputs[None], dy[None]
-    dx, dweight, dbias = torch.ops.aten.convolution_backward(
-        dy,
-        inputs,
-        weight,
-        [weight.shape[0]] if bias else None,
-        stride,
-        padding,
-        dilation,
-        False,
-        [0, 0],
-        groups,
-        [x, params, params and bias],
-    )
-    dparams = None
-    if params:
-        dparams = {"weight": dweight, "bias": dbias} if bias else {"weight": dweight}
-    if not x:
-        return dparams, None
-    if edges is not None:
+    backward = fastest(conv2d_backward, dy, inputs, weight)
+    wanted = (x, params, params and bias)
+    dx, dweight, dbias = backward(dy, inputs, weight, *static, wanted)
+    dparams = {"weight": dweight, "bias": dbias} if bias else {"weight": dweight}
+    if x and edges is not None:
         dx = pad_vjp(dx, *edges)
-    return dparams, dx[0] if single else dx
+    return dparams if params else None, dx[0] if single and x else dx
 
 
 def conv2d(
@@ -106,7 +149,7 @@ def conv2d(
     Args:
         out_channels: the number of kernels.
         kernel_size: (height, width), or one int for both; so with the next three.
-        stride: the step between places of the kernel.
+        stride: the step between positions of the kernel.
         padding: what is added on each side of x, "valid" for nothing, or "same" for as much as
             keeps the image's size (with stride 1).
         dilation: the step between the kernel's points.
@@ -158,69 +201,38 @@ def conv2d(
     within = padding_mode == "zeros" and top == bottom and left == right
     edges = None if within else ((left, right, top, bottom), padding_mode)
     inner = (top, left) if within else (0, 0)
-    static = (stride, inner, dilation, groups, bias, edges)
-    names = ("weight", "bias") if bias else ("weight",)
+    static = (bias, edges, stride, inner, dilation, groups)
 
-    def check_images(x: Tensor) -> int:
-        check_floating("conv2d", x)
-        if x.dim() not in (3, 4):
-            raise ValueError(
-                f"conv2d: expects (batch, channels, height, width), got {tuple(x.shape)}"
-            )
-        return x.shape[-3]
-
-    def init(key: Tensor, x: Tensor) -> Params:
-        channels = check_images(x)
+    @declare
+    def init(x: Tensor) -> dict[str, Param]:
+        require_images(x)
+        channels = x.shape[-3]
         if channels % groups:
-            raise ValueError(f"conv2d: groups must divide channels, got {groups}, {channels}")
+            raise ValueError(f"groups must divide channels, got {groups}, {channels}")
         shape = (out_channels, channels // groups, *kernel)
-        kind = (dtype or x.dtype, x.device)
-        fan_in = math.prod(shape[1:])
-        bound = fan_in**-0.5 if fan_in else 0.0
-        default = initializers.uniform(-bound, bound)
-        params = {"weight": (weight_init or default)(fold_in(key, "weight"), shape, *kind)}
+        default = torch_default(math.prod(shape[1:]))
+        seen = (1, "{} channels" if groups == 1 else f"{{}} channels for each of {groups} groups")
+        params = {"weight": Param(shape, weight_init or default, dtype, of_x=seen)}
         if bias:
-            params["bias"] = (bias_init or default)(fold_in(key, "bias"), (out_channels,), *kind)
+            params["bias"] = Param((out_channels,), bias_init or default, dtype)
         return params
 
-    def padded(params: Params, x: Tensor) -> Tensor:
-        channels = check_images(x)
-        check_params("conv2d", params, names)
-        weight = params["weight"]
-        for name in names:
-            if params[name].dtype != x.dtype:
-                raise TypeError(f"conv2d: {name} is {params[name].dtype}, x is {x.dtype}")
-        shapes = {"weight": (out_channels, *weight.shape[1:2], *kernel), "bias": (out_channels,)}
-        for name in names:
-            if params[name].shape != shapes[name]:
-                raise ValueError(
-                    f"conv2d: expects a {name} of shape {shapes[name]}, "
-                    f"got {tuple(params[name].shape)}"
-                )
-        if weight.shape[1] * groups != channels:
-            raise ValueError(
-                f"conv2d: weight expects {weight.shape[1] * groups} channels, got {tuple(x.shape)}"
-            )
-        if edges is None:
-            return x
+    def forward(params: Params, x: Tensor) -> tuple[Tensor, Tensor]:
+        """y, and the padded x."""
+        mode = "constant" if padding_mode == "zeros" else padding_mode
         try:
-            return F.pad(x, edges[0], "constant" if padding_mode == "zeros" else padding_mode)
+            if edges is not None:
+                x = F.pad(x, edges[0], mode)
+            weight, offset = params["weight"], params.get("bias")
+            return F.conv2d(x, weight, offset, stride, inner, dilation, groups), x
         except RuntimeError as error:
-            raise ValueError(f"conv2d: cannot pad {tuple(x.shape)}: {error}") from None
-
-    def convolve(params: Params, x: Tensor) -> Tensor:
-        bias_ = params["bias"] if bias else None
-        try:
-            return F.conv2d(x, params["weight"], bias_, stride, inner, dilation, groups)
-        except RuntimeError as error:
-            raise ValueError(f"conv2d: does not fit {tuple(x.shape)}: {error}") from None
+            raise ValueError(f"conv2d: does not fit {tree.describe(x)}: {error}") from None
 
     def apply(params: Params, x: Tensor) -> Tensor:
-        return convolve(params, padded(params, x))
+        return forward(params, x)[0]
 
     def vjp(params: Params, x: Tensor) -> tuple[Tensor, Pullback]:
-        x = padded(params, x)
-        residuals = {"x": x, "weight": params["weight"]}
-        return convolve(params, x), Pullback(conv2d_rule, residuals, static)
+        y, x = forward(params, x)
+        return y, Pullback(conv2d_rule, {"x": x, "weight": params["weight"]}, static)
 
     return stateless(init, apply, vjp)

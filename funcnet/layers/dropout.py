@@ -4,27 +4,14 @@ import torch
 from torch import Tensor
 
 from funcnet import random
-from funcnet.core import (
-    EMPTY,
-    Anatomy,
-    Layer,
-    Params,
-    Pullback,
-    check_floating,
-    check_params,
-    refuse_state,
-    with_anatomy,
-)
-from funcnet.layers.shape import moves_rule
+from funcnet.core import Layer, Params, Pullback
+from funcnet.lift import backward_rule, require_floating, stateful
+from funcnet.params import declare
 
 
-def dropout_rule(
-    residuals: dict[str, Tensor], dy: Tensor, scale: float, *, params: bool, x: bool
-) -> tuple[Params | None, Tensor | None]:
-    """``dx = dy scale [kept]``."""
-    if not x:
-        return ({} if params else None), None
-    return ({} if params else None), torch.where(residuals["kept"], dy * scale, 0.0)
+def dropout_backward(dy: Tensor, scale: float, kept: Tensor | None = None) -> Tensor:
+    """``dx = dy scale [kept]``; dy where nothing was dropped."""
+    return dy if kept is None else torch.where(kept, dy * scale, 0.0)
 
 
 def dropout(p: float = 0.5) -> Layer:
@@ -48,47 +35,15 @@ def dropout(p: float = 0.5) -> Layer:
         raise ValueError(f"dropout: p must be in [0, 1], got {p}")
     scale = 1.0 / (1.0 - p) if p < 1.0 else 0.0
 
-    def mask(
+    def forward(
         params: Params, x: Tensor, state: Params, key: Tensor | None, train: bool
-    ) -> Tensor | None:
-        """What is kept; None for all."""
-        check_floating("dropout", x)
-        check_params("dropout", params, ())
-        if state:
-            refuse_state("dropout", state)
-        if not train or p == 0.0:
-            return None
-        if key is None:
-            raise ValueError("dropout: needs a key when train=True, got None; pass key=fn.key(...)")
-        return random.bernoulli(key, 1.0 - p, x.shape, device=x.device)
-
-    def init(key: Tensor, x: Tensor) -> tuple[Params, Params]:
-        check_floating("dropout", x)
-        return {}, {}
-
-    def apply(
-        params: Params,
-        x: Tensor,
-        state: Params = EMPTY,
-        *,
-        key: Tensor | None = None,
-        train: bool = False,
-    ) -> tuple[Tensor, Params]:
-        kept = mask(params, x, state, key, train)
-        return (x if kept is None else torch.where(kept, x * scale, 0.0)), {}
-
-    def vjp(
-        params: Params,
-        x: Tensor,
-        state: Params = EMPTY,
-        *,
-        key: Tensor | None = None,
-        train: bool = True,
     ) -> tuple[Tensor, Pullback, Params]:
-        kept = mask(params, x, state, key, train)
-        if kept is None:
-            return x, Pullback(moves_rule, {}, ("dropout", "same"), x), {}
-        y = torch.where(kept, x * scale, 0.0)
-        return y, Pullback(dropout_rule, {"kept": kept}, (scale,), y), {}
+        residuals = {}
+        if train and key is not None and p > 0.0:
+            kept = random.bernoulli(key, 1.0 - p, x.shape, device=x.device)
+            residuals["kept"] = kept
+            x = torch.where(kept, x * scale, 0.0)
+        static = (dropout_backward, scale)
+        return x, Pullback(backward_rule, residuals, static), state
 
-    return with_anatomy(Layer(init, apply, vjp), Anatomy("dropout"))
+    return stateful(declare(require_floating), forward, keyed=p > 0.0)

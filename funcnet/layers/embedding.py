@@ -5,29 +5,36 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from funcnet import initializers, tree
-from funcnet.core import Layer, Params, Pullback, check_params, stateless
+from funcnet.core import Layer, Params, Pullback
 from funcnet.initializers import Initializer
-from funcnet.random import fold_in
+from funcnet.lift import fastest, stateless, with_kernel
+from funcnet.params import Param, declare
+
+
+@with_kernel(torch.ops.aten.embedding_dense_backward.default)
+def embedding_backward(
+    dy: Tensor, x: Tensor, num_embeddings: int, padding_idx: int, scale_grad_by_freq: bool
+) -> Tensor:
+    """``dweight[i] = sum of dy where x = i``, divided by how often that is, if by frequency."""
+    indices = x.reshape(-1, 1).long()
+    rows = dy.reshape(indices.shape[0], dy.shape[-1])
+    kept = indices != padding_idx
+    if scale_grad_by_freq:
+        counts = torch.zeros_like(indices[:, 0]).new_zeros(num_embeddings)
+        counts = counts.scatter_add(0, indices[:, 0], torch.ones_like(indices[:, 0]))
+        rows = rows / counts[indices[:, 0]].unsqueeze(1).to(rows.dtype)
+    rows = torch.where(kept, rows, 0.0)
+    dweight = rows.new_zeros((num_embeddings, rows.shape[1]))
+    return dweight.scatter_add(0, indices.expand_as(rows), rows)
 
 
 def embedding_rule(
-    residuals: dict[str, Tensor],
-    dy: Tensor,
-    num_embeddings: int,
-    padding_idx: int,
-    scale_grad_by_freq: bool,
-    *,
-    params: bool,
-    x: bool,
+    residuals: dict[str, Tensor], dy: Tensor, *static: int, params: bool, x: bool
 ) -> tuple[Params | None, None]:
     """``dweight[i] = sum of dy where x = i``."""
     if not params:
         return None, None
-    indices = residuals["x"]
-    dweight = torch.ops.aten.embedding_dense_backward(
-        dy, indices, num_embeddings, padding_idx, scale_grad_by_freq
-    )
-    return {"weight": dweight}, None
+    return {"weight": fastest(embedding_backward, dy)(dy, residuals["x"], *static)}, None
 
 
 def embedding(
@@ -82,28 +89,23 @@ def embedding(
         padding_idx %= num_embeddings
     static = (num_embeddings, -1 if padding_idx is None else padding_idx, scale_grad_by_freq)
 
-    def check_indices(x: Tensor) -> None:
-        if not isinstance(x, Tensor) or x.dtype not in (torch.int32, torch.int64):
-            raise TypeError(f"embedding: expects int32 or int64 indices, got {tree.describe(x)}")
-
-    def init(key: Tensor, x: Tensor) -> Params:
-        check_indices(x)
-        weight = (weight_init or initializers.normal())(
-            fold_in(key, "weight"), (num_embeddings, embedding_dim), dtype, x.device
+    def start(
+        key: Tensor, shape: tuple[int, ...], dtype: torch.dtype, device: torch.device
+    ) -> Tensor:
+        weight = (weight_init or initializers.normal())(key, shape, dtype, device)
+        if padding_idx is None:
+            return weight
+        return weight.masked_fill(
+            (torch.arange(shape[0], device=device) == padding_idx)[:, None], 0.0
         )
-        if padding_idx is not None:
-            row = torch.arange(num_embeddings, device=x.device) == padding_idx
-            weight = weight.masked_fill(row[:, None], 0.0)
-        return {"weight": weight}
+
+    @declare
+    def init(x: Tensor) -> dict[str, Param]:
+        if not isinstance(x, Tensor) or x.dtype not in (torch.int32, torch.int64):
+            raise TypeError(f"expects int32 or int64 indices, got {tree.describe(x)}")
+        return {"weight": Param((num_embeddings, embedding_dim), start, dtype)}
 
     def apply(params: Params, x: Tensor) -> Tensor:
-        check_indices(x)
-        check_params("embedding", params, ("weight",))
-        if params["weight"].shape != (num_embeddings, embedding_dim):
-            raise ValueError(
-                f"embedding: expects a weight of shape {(num_embeddings, embedding_dim)}, "
-                f"got {tuple(params['weight'].shape)}"
-            )
         try:
             # What is passed beside the weight says how autograd treats it, as in torch.nn.
             return F.embedding(

@@ -6,47 +6,25 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from funcnet import initializers
-from funcnet.core import Layer, Params, Pullback, check_floating, check_params, stateless
-from funcnet.initializers import Initializer
-from funcnet.random import fold_in
+from funcnet.core import Layer, Params, Pullback
+from funcnet.initializers import Initializer, torch_default
+from funcnet.lift import require_floating, stateless
+from funcnet.params import Param, declare
 
 
 def linear_rule(
     residuals: dict[str, Tensor], dy: Tensor, bias: bool, *, params: bool, x: bool
 ) -> tuple[Params | None, Tensor | None]:
     """``dweight = dy^T x``, ``dbias = sum dy``, ``dx = dy weight``."""
-    inputs, weight = residuals["x"], residuals["weight"]
     dparams = None
     if params:
-        rows, columns = dy, inputs
-        if dy.dim() != 2:
-            n = math.prod(dy.shape[:-1])
-            rows, columns = dy.reshape(n, dy.shape[-1]), inputs.reshape(n, inputs.shape[-1])
-        dparams = {"weight": rows.t().mm(columns)}
+        inputs = residuals["x"]
+        batch = math.prod(dy.shape[:-1])
+        rows = dy.reshape(batch, dy.shape[-1])
+        dparams = {"weight": rows.t().mm(inputs.reshape(batch, inputs.shape[-1]))}
         if bias:
             dparams["bias"] = rows.sum(0)
-    return dparams, dy.matmul(weight) if x else None
-
-
-def _check(params: Params, x: Tensor, names: tuple[str, ...], out_features: int) -> None:
-    """Raise what is wrong with arguments that do not fit."""
-    check_floating("linear", x)
-    check_params("linear", params, names)
-    for name in names:
-        leaf = params[name]
-        if leaf.dtype != x.dtype:
-            raise TypeError(f"linear: {name} is {leaf.dtype}, x is {x.dtype}")
-        if leaf.shape[:1] != (out_features,) or leaf.dim() != 1 + (name == "weight"):
-            raise ValueError(
-                f"linear: expects a {name} for {out_features} features of y, "
-                f"got shape {tuple(leaf.shape)}"
-            )
-    if x.shape[-1:] != params["weight"].shape[1:]:
-        raise ValueError(
-            f"linear: weight expects {params['weight'].shape[1]} features in the last dimension, "
-            f"got {tuple(x.shape)}"
-        )
+    return dparams, dy.matmul(residuals["weight"]) if x else None
 
 
 def linear(
@@ -89,44 +67,26 @@ def linear(
         )
     if not isinstance(out_features, int) or out_features < 0:
         raise ValueError(f"linear: out_features must be >= 0, got {out_features}")
-    names = ("weight", "bias") if bias else ("weight",)
 
-    def init(key: Tensor, x: Tensor) -> Params:
-        check_floating("linear", x)
+    @declare
+    def init(x: Tensor) -> dict[str, Param]:
+        require_floating(x)
         if x.dim() == 0:
-            raise ValueError("linear: expects at least one dimension, got ()")
+            raise ValueError("expects at least one dimension, got ()")
         in_features = x.shape[-1]
-        kind = (dtype or x.dtype, x.device)
-        bound = in_features**-0.5 if in_features else 0.0
-        default = initializers.uniform(-bound, bound)
+        default = torch_default(in_features)
+        features = (1, "{} features in the last dimension")
         params = {
-            "weight": (weight_init or default)(
-                fold_in(key, "weight"), (out_features, in_features), *kind
+            "weight": Param(
+                (out_features, in_features), weight_init or default, dtype, of_x=features
             )
         }
         if bias:
-            params["bias"] = (bias_init or default)(fold_in(key, "bias"), (out_features,), *kind)
+            params["bias"] = Param((out_features,), bias_init or default, dtype)
         return params
 
     def apply(params: Params, x: Tensor) -> Tensor:
-        # A small net feels each microsecond: torch checks what it can, and only what it would
-        # let pass is checked before.
-        try:
-            weight = params["weight"]
-            offset = params["bias"] if bias else None
-            if (
-                len(params) == len(names)
-                and weight.dim() == 2
-                and weight.shape[0] == out_features
-                and x.is_floating_point()
-                and (offset is None or (offset.dim() == 1 and offset.numel() == out_features))
-            ):
-                return F.linear(x, weight, offset)
-        except Exception:
-            _check(params, x, names, out_features)
-            raise
-        _check(params, x, names, out_features)
-        return F.linear(x, weight, offset)
+        return F.linear(x, params["weight"], params.get("bias"))
 
     def vjp(params: Params, x: Tensor) -> tuple[Tensor, Pullback]:
         y = apply(params, x)

@@ -1,4 +1,4 @@
-"""Normalization. The gradients are PyTorch's fused kernels; the tests hold them to the formula."""
+"""Normalization: by the statistics of each example, or of each channel over the batch."""
 
 from collections.abc import Sequence
 from typing import Any
@@ -6,54 +6,68 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from funcnet import runtime
-from funcnet.core import (
-    EMPTY,
-    Anatomy,
-    Layer,
-    Params,
-    Pullback,
-    check_floating,
-    check_params,
-    stateless,
-    with_anatomy,
-)
+from funcnet.core import Layer, Params, Pullback
+from funcnet.initializers import ones, zeros
+from funcnet.lift import fastest, require_floating, stateful, stateless, with_kernel
+from funcnet.params import Param, State, declare
 
 aten = torch.ops.aten
+Grads = tuple[Tensor | None, Tensor | None, Tensor | None]
+"""``(dx, dweight, dbias)``; None for those that are not wanted."""
+Wanted = tuple[bool, bool, bool]
 
 
-def check_kinds(name: str, tensors: Params, x: Tensor) -> None:
-    """Raise TypeError unless all are of x's dtype, or of float32 beside an x of half precision."""
-    dtypes = {leaf.dtype for leaf in tensors.values() if leaf.is_floating_point()}
-    half = x.dtype in (torch.float16, torch.bfloat16)
-    if dtypes <= {x.dtype} or (half and dtypes == {torch.float32}):
-        return
-    found = ", ".join(f"{entry} is {leaf.dtype}" for entry, leaf in tensors.items())
-    raise TypeError(f"{name}: {found}, x is {x.dtype}")
+def normalize_backward(dy: Tensor, n: Tensor, rstd: Tensor, dims: list[int]) -> Tensor:
+    """dx of ``n = (x - mean) rstd``, where mean and rstd are those of x over ``dims``.
+
+    ``dx = rstd (dy - mean dy - n mean(dy n))``
+    """
+    mean = dy.mean(dims, keepdim=True)
+    return rstd * (dy - mean - n * (dy * n).mean(dims, keepdim=True))
+
+
+@with_kernel(
+    lambda dy, x, mean, rstd, weight, bias, shape, wanted: aten.native_layer_norm_backward(
+        dy, x, shape, mean, rstd, weight, bias, wanted
+    )
+)
+def layer_norm_backward(
+    dy: Tensor,
+    x: Tensor,
+    mean: Tensor,
+    rstd: Tensor,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    shape: tuple[int, ...],
+    wanted: Wanted,
+) -> Grads:
+    """With ``n = (x - mean) rstd``: dx as in `normalize_backward`, for ``dy weight``;
+    ``dweight = sum dy n``, ``dbias = sum dy``.
+    """
+    dims = list(range(x.dim() - len(shape), x.dim()))
+    n = (x - mean) * rstd
+    dn = dy if weight is None else dy * weight
+    return (
+        normalize_backward(dn, n, rstd, dims).to(x.dtype) if wanted[0] else None,
+        (dy * n).sum_to_size(shape).to(dy.dtype) if wanted[1] else None,
+        dy.sum_to_size(shape) if wanted[2] else None,
+    )
 
 
 def layer_norm_rule(
     residuals: dict[str, Tensor],
     dy: Tensor,
-    normalized_shape: tuple[int, ...],
+    shape: tuple[int, ...],
     names: tuple[str, ...],
     *,
     params: bool,
     x: bool,
 ) -> tuple[Params | None, Tensor | None]:
-    """``dx = rstd (g - mean g - n mean(g n))`` with ``n = (x - mean) rstd``, ``g = dy weight``."""
-    inputs = residuals["x"]
-    wanted = [x, params and "weight" in names, params and "bias" in names]
-    dx, dweight, dbias = aten.native_layer_norm_backward(
-        dy,
-        inputs,
-        normalized_shape,
-        residuals["mean"],
-        residuals["rstd"],
-        residuals.get("weight"),
-        residuals.get("bias"),
-        wanted,
-    )
+    """See `layer_norm_backward`."""
+    saved = [residuals.get(name) for name in ("x", "mean", "rstd", "weight", "bias")]
+    backward = fastest(layer_norm_backward, dy, *residuals.values())
+    wanted = (x, params and "weight" in names, params and "bias" in names)
+    dx, dweight, dbias = backward(dy, *saved, shape, wanted)
     grads = {"weight": dweight, "bias": dbias}
     return ({name: grads[name] for name in names} if params else None), dx if x else None
 
@@ -95,75 +109,92 @@ def layer_norm(
     fixed = None if normalized_shape is None else tuple(normalized_shape)
     names = () if not elementwise_affine else ("weight", "bias") if bias else ("weight",)
 
-    def shape_of(x: Tensor) -> tuple[int, ...]:
-        check_floating("layer_norm", x)
+    @declare
+    def init(x: Tensor) -> dict[str, Param]:
+        require_floating(x)
         shape = tuple(x.shape[-1:]) if fixed is None else fixed
         if not shape or tuple(x.shape[-len(shape) :]) != shape:
-            raise ValueError(
-                f"layer_norm: expects last dimensions {shape or '(n,)'}, got {tuple(x.shape)}"
-            )
-        return shape
+            raise ValueError(f"expects last dimensions {shape or '(n,)'}, got {tuple(x.shape)}")
+        start = {"weight": ones(), "bias": zeros()}
+        of_x = (slice(None), "last dimensions {}")
+        return {name: Param(shape, start[name], dtype, wide=True, of_x=of_x) for name in names}
 
-    def init(key: Tensor, x: Tensor) -> Params:
-        kind: Any = {"dtype": dtype or x.dtype, "device": x.device}
-        shape = shape_of(x)
-        start = {"weight": torch.ones, "bias": torch.zeros}
-        return {name: start[name](shape, **kind) for name in names}
-
-    def normalize(params: Params, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        shape = shape_of(x)
-        check_params("layer_norm", params, names)
-        for name in names:
-            if params[name].shape != shape:
-                raise ValueError(
-                    f"layer_norm: {name} expects last dimensions {tuple(params[name].shape)}, "
-                    f"got {tuple(x.shape)}"
-                )
-        check_kinds("layer_norm", params, x)
-        return torch.native_layer_norm(x, shape, params.get("weight"), params.get("bias"), eps)
+    def normalize(params: Params, x: Tensor) -> tuple[tuple[int, ...], Tensor, Tensor, Tensor]:
+        shape = tuple(x.shape[-1:]) if fixed is None else fixed
+        weight, bias = params.get("weight"), params.get("bias")
+        return shape, *torch.native_layer_norm(x, shape, weight, bias, eps)
 
     def apply(params: Params, x: Tensor) -> Tensor:
-        return normalize(params, x)[0]
+        return normalize(params, x)[1]
 
     def vjp(params: Params, x: Tensor) -> tuple[Tensor, Pullback]:
-        y, mean, rstd = normalize(params, x)
-        residuals = {"x": x, "mean": mean, "rstd": rstd, **{name: params[name] for name in names}}
-        return y, Pullback(layer_norm_rule, residuals, (shape_of(x), names))
+        shape, y, mean, rstd = normalize(params, x)
+        residuals = {"x": x, "mean": mean, "rstd": rstd, **params}
+        return y, Pullback(layer_norm_rule, residuals, (shape, names))
 
     return stateless(init, apply, vjp)
 
 
-def batch_norm_rule(
-    residuals: dict[str, Tensor],
-    dy: Tensor,
-    by_batch: bool,
-    eps: float,
-    affine: bool,
-    *,
-    params: bool,
-    x: bool,
-) -> tuple[Params | None, Tensor | None]:
-    """By the batch's statistics layer_norm's formula by channel; else ``dx = dy weight rstd``."""
-    inputs, mean, spread = residuals["x"], residuals["mean"], residuals["spread"]
-    if inputs.numel() == 0:
-        zeros = {name: torch.zeros_like(mean) for name in ("weight", "bias") if affine}
-        return zeros if params else None, dy if x else None
-    # Without by_batch the kernel reads the running statistics alone, but vmap's rule for it wants
-    # the saved ones to be there.
-    running = (None, None) if by_batch else (mean, spread)
-    dx, dweight, dbias = aten.native_batch_norm_backward(
-        dy,
-        inputs,
-        residuals.get("weight"),
-        *running,
-        mean,
-        spread,
-        by_batch,
-        eps,
-        [x, params and affine, params and affine],
+def _by_channel(leaf: Tensor, x: Tensor) -> Tensor:
+    """A tensor of shape (channels,), dimension 1 of x, so that it broadcasts against x."""
+    return leaf.reshape(-1, *[1] * (x.dim() - 2))
+
+
+def _other_dims(x: Tensor) -> list[int]:
+    return [dim for dim in range(x.dim()) if dim != 1]
+
+
+@with_kernel(
+    lambda dy, x, weight, mean, rstd, wanted: aten.native_batch_norm_backward(
+        dy, x, weight, None, None, mean, rstd, True, 0.0, wanted
     )
-    dparams = ({"weight": dweight, "bias": dbias} if affine else {}) if params else None
-    return dparams, dx if x else None
+)
+def batch_norm_backward(
+    dy: Tensor, x: Tensor, weight: Tensor | None, mean: Tensor, rstd: Tensor, wanted: Wanted
+) -> Grads:
+    """`layer_norm_backward` by channel: mean and rstd are those of the batch."""
+    dims = _other_dims(x)
+    n = (x - _by_channel(mean, x)) * _by_channel(rstd, x)
+    dn = dy if weight is None else dy * _by_channel(weight, x)
+    return (
+        normalize_backward(dn, n, _by_channel(rstd, x), dims).to(x.dtype) if wanted[0] else None,
+        (dy * n).sum(dims).to(mean.dtype) if wanted[1] else None,
+        dy.sum(dims).to(mean.dtype) if wanted[2] else None,
+    )
+
+
+def batch_norm_rule(
+    residuals: dict[str, Tensor], dy: Tensor, affine: bool, *, params: bool, x: bool
+) -> tuple[Params | None, Tensor | None]:
+    """With the batch's statistics; see `batch_norm_backward`."""
+    inputs = residuals["x"]
+    if inputs.numel() == 0:  # the kernel divides by the number of values
+        zeros = {name: torch.zeros_like(residuals["mean"]) for name in ("weight", "bias")}
+        return (zeros if affine else {}) if params else None, dy if x else None
+    saved = [residuals.get(name) for name in ("x", "weight", "mean", "rstd")]
+    backward = fastest(batch_norm_backward, dy, *residuals.values())
+    dx, dweight, dbias = backward(dy, *saved, (x, params and affine, params and affine))
+    dparams = {"weight": dweight, "bias": dbias} if affine else {}
+    return dparams if params else None, dx if x else None
+
+
+def frozen_batch_norm_rule(
+    residuals: dict[str, Tensor], dy: Tensor, eps: float, affine: bool, *, params: bool, x: bool
+) -> tuple[Params | None, Tensor | None]:
+    """With running statistics: ``dx = dy weight rstd``, ``dweight = sum dy n``, ``dbias = sum dy``,
+    where ``rstd = 1 / sqrt(var + eps)`` and ``n = (x - mean) rstd``.
+    """
+    inputs, mean, var = residuals["x"], residuals["mean"], residuals["var"]
+    rstd = (var + eps).rsqrt()
+    dparams: dict[str, Tensor] = {}
+    if params and affine:
+        dims = _other_dims(inputs)
+        n = (inputs - _by_channel(mean, inputs)) * _by_channel(rstd, inputs)
+        dparams = {"weight": (dy * n).sum(dims), "bias": dy.sum(dims)}
+        dparams = {name: grad.to(residuals["weight"].dtype) for name, grad in dparams.items()}
+    scale = rstd * residuals["weight"] if affine else rstd
+    dx = (dy * _by_channel(scale, inputs)).to(dy.dtype) if x else None
+    return dparams if params else None, dx
 
 
 def batch_norm(
@@ -212,94 +243,31 @@ def batch_norm(
     """
     if eps < 0:
         raise ValueError(f"batch_norm: eps must be >= 0, got {eps}")
-    names = ("weight", "bias") if affine else ()
-    state_names = (
-        ("running_mean", "running_var", "num_batches_tracked") if track_running_stats else ()
-    )
 
-    def check(params: Params, x: Tensor, state: Params, by_batch: bool) -> None:
-        check_shape(x)
-        check_params("batch_norm", params, names)
-        if set(state) != set(state_names):
-            raise ValueError(f"batch_norm: expects state {list(state_names)}, got {sorted(state)}")
-        for name, value in {**params, **state}.items():
-            if name != "num_batches_tracked" and value.shape != x.shape[1:2]:
-                raise ValueError(
-                    f"batch_norm: {name} expects {value.shape[0]} channels in dimension 1, "
-                    f"got {tuple(x.shape)}"
-                )
-        check_kinds("batch_norm", {**params, **state}, x)
-        if by_batch and x.numel() == x.shape[1] > 0:
-            raise ValueError(
-                f"batch_norm: needs more than one value per channel when train=True, "
-                f"got {tuple(x.shape)}"
-            )
-
-    def check_shape(x: Tensor) -> None:
-        check_floating("batch_norm", x)
+    @declare
+    def init(x: Tensor) -> dict[str, Param]:
+        require_floating(x)
         if x.dim() < 2:
-            raise ValueError(f"batch_norm: expects (batch, channels, *), got {tuple(x.shape)}")
-
-    def init(key: Tensor, x: Tensor) -> tuple[Params, Params]:
-        check_shape(x)
-        kind: Any = {"dtype": dtype or x.dtype, "device": x.device}
-        channels = x.shape[1]
-        params, state = {}, {}
+            raise ValueError(f"expects (batch, channels, *), got {tuple(x.shape)}")
+        kind: Any = {"dtype": dtype, "wide": True, "of_x": (0, "{} channels in dimension 1")}
+        shape = (x.shape[1],)
+        declared: dict[str, Param] = {}
         if affine:
-            params = {"weight": torch.ones(channels, **kind), "bias": torch.zeros(channels, **kind)}
+            declared["weight"] = Param(shape, ones(), **kind)
+            declared["bias"] = Param(shape, zeros(), **kind)
         if track_running_stats:
-            state = {
-                "running_mean": torch.zeros(channels, **kind),
-                "running_var": torch.ones(channels, **kind),
-                "num_batches_tracked": torch.zeros((), dtype=torch.int64, device=x.device),
-            }
-        return params, state
-
-    def normalize(
-        params: Params, x: Tensor, state: Params, train: bool
-    ) -> tuple[Tensor, Tensor, Tensor, bool, Params]:
-        """y, mean, the spread that the rule needs with it, whether by batch, and the new state."""
-        by_batch = train or not track_running_stats
-        check(params, x, state, by_batch)
-        state = {**state}
-        weight, bias = params.get("weight"), params.get("bias")
-        if x.numel() == 0:  # the kernel divides by the number of values
-            zeros = params["weight"] if affine else x.new_zeros(x.shape[1])
-            if by_batch and track_running_stats:
-                seen = state["num_batches_tracked"] + 1
-                state = {**state, "num_batches_tracked": seen}
-            return x.clone(), zeros, zeros, by_batch, state
-        if not by_batch:
-            mean, spread = state["running_mean"], state["running_var"]
-            if runtime.is_transformed(mean, spread):
-                y = by_formula(x, weight, bias, mean, spread)
-            else:
-                y = torch.native_batch_norm(x, weight, bias, mean, spread, False, 0.0, eps)[0]
-            return y, mean, spread, False, state
-        y, mean, spread = torch.native_batch_norm(x, weight, bias, None, None, True, 0.0, eps)
-        if track_running_stats:
-            state = updated(state, x)
-        return y, mean, spread, True, state
-
-    def by_formula(
-        x: Tensor, weight: Tensor | None, bias: Tensor | None, mean: Tensor, var: Tensor
-    ) -> Tensor:
-        """For where the running statistics are differentiated, which the kernel does not do."""
-
-        def channels(leaf: Tensor) -> Tensor:
-            return leaf.reshape(-1, *[1] * (x.dim() - 2))
-
-        y = (x - channels(mean)) * channels((var + eps).rsqrt())
-        if weight is not None and bias is not None:
-            y = y * channels(weight) + channels(bias)
-        return y.to(x.dtype)
+            declared["running_mean"] = State(shape, zeros(), **kind)
+            declared["running_var"] = State(shape, ones(), **kind)
+            declared["num_batches_tracked"] = State((), zeros(), torch.int64)
+        return declared
 
     def updated(state: Params, x: Tensor) -> Params:
         seen = state["num_batches_tracked"] + 1
+        if x.numel() == 0:
+            return {**state, "num_batches_tracked": seen}
         running_mean, running_var = state["running_mean"], state["running_var"]
-        # The kernel's own statistics are the spread's inverse, and have no derivative.
-        dims = [dim for dim in range(x.dim()) if dim != 1]
-        var, mean = torch.var_mean(x.to(running_mean.dtype), dims)
+        # The kernel's own statistics have no derivative.
+        var, mean = torch.var_mean(x.to(running_mean.dtype), _other_dims(x))
         # Half precision cannot count far.
         exact = torch.promote_types(running_mean.dtype, torch.float32)
         rate = momentum if momentum is not None else seen.to(exact).reciprocal()
@@ -309,29 +277,41 @@ def batch_norm(
             "num_batches_tracked": seen,
         }
 
-    def apply(
-        params: Params,
-        x: Tensor,
-        state: Params = EMPTY,
-        *,
-        key: Tensor | None = None,
-        train: bool = False,
-    ) -> tuple[Tensor, Params]:
-        y, _, _, _, state = normalize(params, x, state, train)
-        return y, state
+    def by_batch(params: Params, x: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
+        """y and the batch's ``mean`` and ``rstd``."""
+        if x.numel() == x.shape[1] > 0:
+            raise ValueError(
+                f"batch_norm: needs more than one value per channel when train=True, "
+                f"got {tuple(x.shape)}"
+            )
+        weight, bias = params.get("weight"), params.get("bias")
+        if x.numel() == 0:  # the kernel divides by the number of values
+            nothing = x.new_zeros(x.shape[1], dtype=(x if weight is None else weight).dtype)
+            return x.clone(), {"mean": nothing, "rstd": nothing}
+        y, mean, rstd = torch.native_batch_norm(x, weight, bias, None, None, True, 0.0, eps)
+        return y, {"mean": mean, "rstd": rstd}
 
-    def vjp(
-        params: Params,
-        x: Tensor,
-        state: Params = EMPTY,
-        *,
-        key: Tensor | None = None,
-        train: bool = True,
-    ) -> tuple[Tensor, Pullback, Params]:
-        y, mean, spread, by_batch, state = normalize(params, x, state, train)
-        residuals = {"x": x, "mean": mean, "spread": spread}
+    def by_running(params: Params, x: Tensor, state: Params) -> tuple[Tensor, dict[str, Tensor]]:
+        """y and the running ``mean`` and ``var``."""
+        mean, var = state["running_mean"], state["running_var"]
+        scale = (var + eps).rsqrt()
+        shift = -mean * scale
         if affine:
-            residuals["weight"] = params["weight"]
-        return y, Pullback(batch_norm_rule, residuals, (by_batch, eps, affine), y), state
+            scale, shift = scale * params["weight"], shift * params["weight"] + params["bias"]
+        y = torch.addcmul(_by_channel(shift, x), x, _by_channel(scale, x)).to(x.dtype)
+        return y, {"mean": mean, "var": var}
 
-    return with_anatomy(Layer(init, apply, vjp), Anatomy("batch_norm", takes_key=False))
+    def forward(
+        params: Params, x: Tensor, state: Params, key: Tensor | None, train: bool
+    ) -> tuple[Tensor, Pullback, Params]:
+        weight = {"weight": params["weight"]} if affine else {}
+        if train or not track_running_stats:
+            y, statistics = by_batch(params, x)
+            if track_running_stats:
+                state = updated(state, x)
+            return y, Pullback(batch_norm_rule, {"x": x, **statistics, **weight}, (affine,)), state
+        y, statistics = by_running(params, x, state)
+        residuals = {"x": x, **statistics, **weight}
+        return y, Pullback(frozen_batch_norm_rule, residuals, (eps, affine)), state
+
+    return stateful(init, forward)

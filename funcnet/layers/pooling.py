@@ -1,30 +1,23 @@
 """Pooling: a layer whose residual is where the values came from."""
 
+from typing import Any
+
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from funcnet.core import Layer, Params, Pullback, check_floating, check_params, stateless
-from funcnet.layers.conv import Pair, pair
+from funcnet.core import EMPTY, Layer, Params
+from funcnet.layers.conv import Pair, pair, require_images
+from funcnet.lift import parameterless
 
 
-def max_pool2d_rule(
-    residuals: dict[str, Tensor],
-    dy: Tensor | tuple[Tensor, None],
-    shape: tuple[int, ...],
-    *,
-    params: bool,
-    x: bool,
-) -> tuple[Params | None, Tensor | None]:
+def max_pool2d_backward(
+    dy: Tensor | tuple[Tensor, None], shape: tuple[int, ...], indices: Tensor
+) -> Tensor:
     """``dx[i] = sum of dy whose maximum was x[i]``."""
-    if not x:
-        return ({} if params else None), None
-    values = dy[0] if isinstance(dy, tuple) else dy
-    indices = residuals["indices"]
-    height, width = shape[-2:]
-    flat = torch.zeros((*shape[:-2], height * width), dtype=values.dtype, device=values.device)
-    dx = flat.scatter_add(-1, indices.flatten(-2), values.flatten(-2))
-    return ({} if params else None), dx.reshape(shape)
+    dy = dy[0] if isinstance(dy, tuple) else dy
+    flat = torch.zeros((*shape[:-2], shape[-2] * shape[-1]), dtype=dy.dtype, device=dy.device)
+    return flat.scatter_add(-1, indices.flatten(-2), dy.flatten(-2)).reshape(shape)
 
 
 def max_pool2d(
@@ -42,7 +35,7 @@ def max_pool2d(
         stride: the step between windows; default ``kernel_size``.
         padding: of -infinity on each side, at most half the window.
         dilation: the step between a window's points.
-        return_indices: whether y is ``(y, indices)``, with places in the flattened image.
+        return_indices: whether y is ``(y, indices)``, with indices into the flattened image.
         ceil_mode: whether the last, incomplete window counts.
 
     Inputs: x of shape (batch, channels, height, width) or (channels, height, width), floating.
@@ -58,27 +51,14 @@ def max_pool2d(
     padding = pair("max_pool2d: padding", padding, 0)
     dilation = pair("max_pool2d: dilation", dilation, 1)
 
-    def pool(params: Params, x: Tensor) -> tuple[Tensor, Tensor]:
-        check_floating("max_pool2d", x)
-        check_params("max_pool2d", params, ())
-        if x.dim() not in (3, 4):
-            raise ValueError(
-                f"max_pool2d: expects (batch, channels, height, width), got {tuple(x.shape)}"
-            )
-        try:
-            return F.max_pool2d(
-                x, kernel, stride, padding, dilation, ceil_mode, return_indices=True
-            )
-        except RuntimeError as error:
-            raise ValueError(f"max_pool2d: does not fit {tuple(x.shape)}: {error}") from None
+    def declaration(x: Tensor) -> Params:
+        require_images(x)
+        return EMPTY
 
-    def apply(params: Params, x: Tensor) -> Tensor | tuple[Tensor, Tensor]:
-        y, indices = pool(params, x)
-        return (y, indices) if return_indices else y
+    def forward(x: Tensor) -> tuple[Any, dict[str, Tensor], tuple[Any, ...]]:
+        y, indices = F.max_pool2d(
+            x, kernel, stride, padding, dilation, ceil_mode, return_indices=True
+        )
+        return (y, indices) if return_indices else y, {"indices": indices}, (tuple(x.shape),)
 
-    def vjp(params: Params, x: Tensor) -> tuple[Tensor | tuple[Tensor, Tensor], Pullback]:
-        y, indices = pool(params, x)
-        pullback = Pullback(max_pool2d_rule, {"indices": indices}, (tuple(x.shape),))
-        return ((y, indices) if return_indices else y), pullback
-
-    return stateless(lambda key, x: {}, apply, vjp, name="max_pool2d")
+    return parameterless(forward, max_pool2d_backward, declaration=declaration)

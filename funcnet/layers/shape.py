@@ -1,6 +1,9 @@
-"""Layers that move values and compute nothing: their pullbacks move cotangents back."""
+"""Layers that move values and compute nothing: their pullbacks move cotangents back.
 
-from collections.abc import Callable, Sequence
+They take integers, too, which have no cotangent, so a dy may be None.
+"""
+
+from collections.abc import Sequence
 from itertools import accumulate
 from typing import Any
 
@@ -8,71 +11,11 @@ import torch
 from torch import Tensor
 
 from funcnet import tree
-from funcnet.core import Layer, Params, Pullback, check_params, stateless
+from funcnet.core import EMPTY, Layer, Params
+from funcnet.lift import accept_any, parameterless
 
-
-def _place_back(dy: Tensor, shape: tuple[int, ...], dim: int, start: int, size: int) -> Tensor:
-    """Zeros of a shape, with dy where ``size`` slices along ``dim`` were taken from ``start``."""
-    dim %= len(shape)
-    taken = dy.reshape(*shape[:dim], size, *shape[dim + 1 :])
-    padding = [0, 0] * (len(shape) - 1 - dim) + [start, shape[dim] - start - size]
-    return torch.constant_pad_nd(taken, padding)
-
-
-def _cut(
-    dy: Tensor | None, sizes: tuple[int, ...], dtypes: tuple[torch.dtype, ...], dim: int
-) -> tuple[Tensor | None, ...]:
-    """The pieces of dy, of the given sizes and dtypes."""
-    if dy is None:
-        return (None,) * len(sizes)
-    starts = accumulate(sizes[:-1], initial=0)
-    return tuple(
-        dy.narrow(dim, start, size).to(dtype) if dtype.is_floating_point else None
-        for start, size, dtype in zip(starts, sizes, dtypes, strict=True)
-    )
-
-
-# The ways back, by name: dx from dy and static arguments.
-MOVES: dict[str, Callable[..., Any]] = {
-    "same": lambda dy: dy,
-    "reshape": lambda dy, shape: dy.reshape(shape),
-    "permute": lambda dy, dims: dy.permute(dims),
-    "place back": _place_back,
-    "join": lambda dy, dim: torch.cat(dy, dim),
-    "cut": _cut,
-}
-
-
-def moves_rule(
-    residuals: dict[str, Any], dy: Any, name: str, way: str, *static: Any, params: bool, x: bool
-) -> tuple[Params | None, Any]:
-    """``dx = MOVES[way](dy, *static)``; None for integers, which have no cotangent."""
-    moved = None
-    present = any(part is not None for part in (dy if isinstance(dy, tuple) else (dy,)))
-    if x and (present or way == "cut"):
-        moved = MOVES[way](dy, *static)
-    return ({} if params else None), moved
-
-
-def _moves(
-    name: str,
-    apply: Callable[[Any], Any],
-    way: str,
-    static_of: Callable[[Any], tuple[Any, ...]],
-) -> Layer:
-    """A layer without parameters and residuals, whose way back knows all from static arguments."""
-
-    def lifted_apply(params: Params, x: Any) -> Any:
-        check_params(name, params, ())
-        try:
-            return apply(x)
-        except (ValueError, RuntimeError, IndexError, AttributeError, ZeroDivisionError) as error:
-            raise ValueError(f"{name}: does not fit {tree.describe(x)}: {error}") from None
-
-    def vjp(params: Params, x: Any) -> tuple[Any, Pullback]:
-        return lifted_apply(params, x), Pullback(moves_rule, {}, (name, way, *static_of(x)))
-
-    return stateless(lambda key, x: {}, lifted_apply, vjp, name=name)
+Step = tuple[Any, dict[str, Any], tuple[Any, ...]]
+"""y, its residuals, of which these layers have none, and what backward is told beside dy."""
 
 
 def identity() -> Layer:
@@ -81,11 +24,21 @@ def identity() -> Layer:
     >>> identity().apply({}, torch.ones(2))[0]
     tensor([1., 1.])
     """
-    return _moves("identity", lambda x: x, "same", lambda x: ())
+
+    def forward(x: Any) -> Step:
+        return x, {}, ()
+
+    return parameterless(forward, identity_backward, declaration=accept_any)
 
 
-def _shape_of(x: Tensor) -> tuple[Any, ...]:
-    return (tuple(x.shape),)
+def identity_backward(dy: Any) -> Any:
+    """``dx = dy``."""
+    return dy
+
+
+def reshape_backward(dy: Tensor | None, shape: tuple[int, ...]) -> Tensor | None:
+    """dy in the shape of x."""
+    return None if dy is None else dy.reshape(shape)
 
 
 def flatten(start_dim: int = 1, end_dim: int = -1) -> Layer:
@@ -94,7 +47,11 @@ def flatten(start_dim: int = 1, end_dim: int = -1) -> Layer:
     >>> flatten().apply({}, torch.ones(5, 2, 3))[0].shape
     torch.Size([5, 6])
     """
-    return _moves("flatten", lambda x: x.flatten(start_dim, end_dim), "reshape", _shape_of)
+
+    def forward(x: Tensor) -> Step:
+        return x.flatten(start_dim, end_dim), {}, (tuple(x.shape),)
+
+    return parameterless(forward, reshape_backward, declaration=accept_any)
 
 
 def unflatten(dim: int, unflattened_size: Sequence[int]) -> Layer:
@@ -104,7 +61,11 @@ def unflatten(dim: int, unflattened_size: Sequence[int]) -> Layer:
     torch.Size([5, 2, 3])
     """
     sizes = tuple(unflattened_size)
-    return _moves("unflatten", lambda x: x.unflatten(dim, sizes), "reshape", _shape_of)
+
+    def forward(x: Tensor) -> Step:
+        return x.unflatten(dim, sizes), {}, (tuple(x.shape),)
+
+    return parameterless(forward, reshape_backward, declaration=accept_any)
 
 
 def reshape(*shape: int) -> Layer:
@@ -115,7 +76,16 @@ def reshape(*shape: int) -> Layer:
     >>> reshape(-1, 1, 2, 3).apply({}, torch.ones(5, 6))[0].shape
     torch.Size([5, 1, 2, 3])
     """
-    return _moves("reshape", lambda x: x.reshape(shape), "reshape", _shape_of)
+
+    def forward(x: Tensor) -> Step:
+        return x.reshape(shape), {}, (tuple(x.shape),)
+
+    return parameterless(forward, reshape_backward, declaration=accept_any)
+
+
+def permute_backward(dy: Tensor | None, inverse: tuple[int, ...]) -> Tensor | None:
+    """dy with its dimensions in x's order."""
+    return None if dy is None else dy.permute(inverse)
 
 
 def permute(*dims: int) -> Layer:
@@ -128,7 +98,23 @@ def permute(*dims: int) -> Layer:
     if sorted(ordered) != list(range(len(dims))):
         raise ValueError(f"permute: expects every dimension once, got {dims}")
     inverse = tuple(ordered.index(dim) for dim in range(len(dims)))
-    return _moves("permute", lambda x: x.permute(dims), "permute", lambda x: (inverse,))
+
+    def forward(x: Tensor) -> Step:
+        return x.permute(dims), {}, (inverse,)
+
+    return parameterless(forward, permute_backward, declaration=accept_any)
+
+
+def select_backward(
+    dy: Tensor | None, shape: tuple[int, ...], dim: int, start: int, size: int
+) -> Tensor | None:
+    """Zeros of x's shape, with dy where ``size`` slices along ``dim`` were taken from ``start``."""
+    if dy is None:
+        return None
+    dim %= len(shape)
+    taken = dy.reshape(*shape[:dim], size, *shape[dim + 1 :])
+    padding = [0, 0] * (len(shape) - 1 - dim) + [start, shape[dim] - start - size]
+    return torch.constant_pad_nd(taken, padding)
 
 
 def select(index: int | slice, dim: int = -1) -> Layer:
@@ -146,18 +132,22 @@ def select(index: int | slice, dim: int = -1) -> Layer:
     if isinstance(index, slice) and index.step not in (None, 1):
         raise ValueError(f"select: expects a slice with step 1, got {index}")
 
-    def extent(x: Tensor) -> tuple[int, int]:
-        if isinstance(index, slice):
-            start, stop, _ = index.indices(x.shape[dim])
-            return start, max(stop - start, 0)
-        return index % x.shape[dim], 1
-
-    def apply(x: Tensor) -> Tensor:
+    def forward(x: Tensor) -> Step:
         if isinstance(index, int):
-            return x.select(dim, index)
-        return x.narrow(dim, *extent(x))
+            y, start, size = x.select(dim, index), index % x.shape[dim], 1
+        else:
+            start, stop, _ = index.indices(x.shape[dim])
+            size = max(stop - start, 0)
+            y = x.narrow(dim, start, size)
+        return y, {}, (tuple(x.shape), dim, start, size)
 
-    return _moves("select", apply, "place back", lambda x: (tuple(x.shape), dim, *extent(x)))
+    return parameterless(forward, select_backward, declaration=accept_any)
+
+
+def split_backward(dy: tuple[Tensor | None, ...], dim: int) -> Tensor | None:
+    """The pieces joined again."""
+    pieces = [piece for piece in dy if piece is not None]
+    return torch.cat(pieces, dim) if pieces else None
 
 
 def split(split_size_or_sections: int | Sequence[int], dim: int = -1) -> Layer:
@@ -169,7 +159,24 @@ def split(split_size_or_sections: int | Sequence[int], dim: int = -1) -> Layer:
     sizes = split_size_or_sections
     if not isinstance(sizes, int):
         sizes = list(sizes)
-    return _moves("split", lambda x: tuple(x.split(sizes, dim)), "join", lambda x: (dim,))
+
+    def forward(x: Tensor) -> Step:
+        return tuple(x.split(sizes, dim)), {}, (dim,)
+
+    return parameterless(forward, split_backward, declaration=accept_any)
+
+
+def concat_backward(
+    dy: Tensor | None, sizes: tuple[int, ...], dtypes: tuple[torch.dtype, ...], dim: int
+) -> tuple[Tensor | None, ...]:
+    """The pieces of dy, of the given sizes and dtypes."""
+    if dy is None:
+        return (None,) * len(sizes)
+    starts = accumulate(sizes[:-1], initial=0)
+    return tuple(
+        dy.narrow(dim, start, size).to(dtype) if dtype.is_floating_point else None
+        for start, size, dtype in zip(starts, sizes, dtypes, strict=True)
+    )
 
 
 def concat(dim: int = -1) -> Layer:
@@ -179,12 +186,13 @@ def concat(dim: int = -1) -> Layer:
     torch.Size([2, 3])
     """
 
-    def apply(x: tuple[Tensor, ...]) -> Tensor:
+    def declaration(x: tuple[Tensor, ...]) -> Params:
         if type(x) is not tuple:
-            raise TypeError(f"concat: expects a tuple of tensors, got {tree.describe(x)}")
-        return torch.cat(x, dim)
+            raise TypeError(f"expects a tuple of tensors, got {tree.describe(x)}")
+        return EMPTY
 
-    def extents(x: tuple[Tensor, ...]) -> tuple[Any, ...]:
-        return tuple(part.shape[dim] for part in x), tuple(part.dtype for part in x), dim
+    def forward(x: tuple[Tensor, ...]) -> Step:
+        sizes, dtypes = [part.shape[dim] for part in x], [part.dtype for part in x]
+        return torch.cat(x, dim), {}, (tuple(sizes), tuple(dtypes), dim)
 
-    return _moves("concat", apply, "cut", extents)
+    return parameterless(forward, concat_backward, declaration=declaration)

@@ -7,22 +7,23 @@ import torch
 from torch import Tensor
 
 from funcnet import tree
-from funcnet.core import (
-    Layer,
-    Params,
-    Pullback,
-    Tree,
-    check_params,
-    stateless,
-    sum_cotangents,
-)
+from funcnet.core import EMPTY, Layer, Params, Tree, sum_cotangents
+from funcnet.lift import accept_any, parameterless
+
+Step = tuple[Any, dict[str, Any], tuple[Any, ...]]
 
 
-def fan_out_rule(
-    residuals: dict[str, Any], dy: tuple[Tree, ...], *, params: bool, x: bool
-) -> tuple[Params | None, Tree]:
-    """dx is the sum of the dy."""
-    return ({} if params else None), sum_cotangents(list(dy)) if x else None
+def _require_alike(x: tuple[Tensor, ...]) -> Params:
+    if type(x) is not tuple or not x or len({tree.describe(part) for part in x}) != 1:
+        raise ValueError(
+            f"expects a tuple of tensors of one shape and dtype, got {tree.describe(x)}"
+        )
+    return EMPTY
+
+
+def fan_out_backward(dy: tuple[Tree, ...]) -> Tree:
+    """``dx = dy_1 + ... + dy_n``."""
+    return sum_cotangents(*dy)
 
 
 def fan_out(n: int) -> Layer:
@@ -34,28 +35,15 @@ def fan_out(n: int) -> Layer:
     if n < 1:
         raise ValueError(f"fan_out: n must be at least 1, got {n}")
 
-    def apply(params: Params, x: Tree) -> tuple[Tree, ...]:
-        check_params("fan_out", params, ())
-        return (x,) * n
+    def forward(x: Tree) -> Step:
+        return (x,) * n, {}, ()
 
-    def vjp(params: Params, x: Tree) -> tuple[tuple[Tree, ...], Pullback]:
-        return apply(params, x), Pullback(fan_out_rule, {})
-
-    return stateless(lambda key, x: {}, apply, vjp, name="fan_out")
+    return parameterless(forward, fan_out_backward, declaration=accept_any)
 
 
-def _check_alike(name: str, x: tuple[Tensor, ...]) -> None:
-    if type(x) is not tuple or not x or len({tree.describe(part) for part in x}) != 1:
-        raise ValueError(
-            f"{name}: expects a tuple of tensors of one shape and dtype, got {tree.describe(x)}"
-        )
-
-
-def add_rule(
-    residuals: dict[str, Any], dy: Tensor, n: int, *, params: bool, x: bool
-) -> tuple[Params | None, tuple[Tensor, ...] | None]:
-    """Each dx is dy."""
-    return ({} if params else None), (dy,) * n if x else None
+def add_backward(dy: Tensor, n: int) -> tuple[Tensor, ...]:
+    """``dx_i = dy``."""
+    return (dy,) * n
 
 
 def add() -> Layer:
@@ -65,29 +53,15 @@ def add() -> Layer:
     tensor([2., 2.])
     """
 
-    def apply(params: Params, x: tuple[Tensor, ...]) -> Tensor:
-        check_params("add", params, ())
-        _check_alike("add", x)
-        return reduce(torch.add, x)
+    def forward(x: tuple[Tensor, ...]) -> Step:
+        return reduce(torch.add, x), {}, (len(x),)
 
-    def vjp(params: Params, x: tuple[Tensor, ...]) -> tuple[Tensor, Pullback]:
-        return apply(params, x), Pullback(add_rule, {}, (len(x),))
-
-    return stateless(lambda key, x: {}, apply, vjp, name="add")
+    return parameterless(forward, add_backward, declaration=_require_alike)
 
 
-def multiply_rule(
-    residuals: dict[str, Any], dy: Tensor, *, params: bool, x: bool
-) -> tuple[Params | None, tuple[Tensor, ...] | None]:
-    """Each dx is dy times the other factors, which is right at zeros too."""
-    if not x:
-        return ({} if params else None), None
-    factors = residuals["x"]
-    dx = [
-        reduce(torch.mul, factors[:place] + factors[place + 1 :], dy)
-        for place in range(len(factors))
-    ]
-    return ({} if params else None), tuple(dx)
+def multiply_backward(dy: Tensor, x: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+    """``dx_i = dy`` times the other factors, which is right at zeros too."""
+    return tuple([reduce(torch.mul, x[:i] + x[i + 1 :], dy) for i in range(len(x))])
 
 
 def multiply() -> Layer:
@@ -97,12 +71,7 @@ def multiply() -> Layer:
     tensor([6., 6.])
     """
 
-    def apply(params: Params, x: tuple[Tensor, ...]) -> Tensor:
-        check_params("multiply", params, ())
-        _check_alike("multiply", x)
-        return reduce(torch.mul, x)
+    def forward(x: tuple[Tensor, ...]) -> Step:
+        return reduce(torch.mul, x), {"x": x}, ()
 
-    def vjp(params: Params, x: tuple[Tensor, ...]) -> tuple[Tensor, Pullback]:
-        return apply(params, x), Pullback(multiply_rule, {"x": x})
-
-    return stateless(lambda key, x: {}, apply, vjp, name="multiply")
+    return parameterless(forward, multiply_backward, declaration=_require_alike)

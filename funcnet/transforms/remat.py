@@ -1,14 +1,16 @@
 """`remat`: a layer that computes its residuals again instead of keeping them."""
 
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Callable, Collection
 from typing import Any
 
 from torch import Tensor
 
 from funcnet import tree
-from funcnet.combinators import serial
+from funcnet.combinators.combine import combine
+from funcnet.combinators.serial import serial, serial_backward, serial_forward
 from funcnet.compiler.loops import barrier
-from funcnet.core import EMPTY, Anatomy, Layer, Params, Pullback, Tree, anatomy, pull, with_anatomy
+from funcnet.core import Layer, Params, Pullback, Tree, join_paths, pull
+from funcnet.lift import lift
 
 Policy = Collection[str] | Callable[[str, Layer], bool]
 
@@ -57,20 +59,16 @@ def remat(layer: Layer, policy: Policy | None = None) -> Layer:
     return _partly(layer, "", keeps)
 
 
-def _join(path: str, name: str) -> str:
-    return ".".join([part for part in (path, name) if part])
-
-
 def _paths(path: str, layer: Layer) -> list[str]:
-    children = anatomy(layer).children.items()
-    below = [each for name, child in children for each in _paths(_join(path, name), child)]
+    children = layer.children.items()
+    below = [each for name, child in children for each in _paths(join_paths(path, name), child)]
     return [path, *below]
 
 
 def _keeps_some(layer: Layer, path: str, keeps: Callable[[str, Layer], bool]) -> bool:
-    children = anatomy(layer).children.items()
+    children = layer.children.items()
     return keeps(path, layer) or any(
-        [_keeps_some(child, _join(path, name), keeps) for name, child in children]
+        [_keeps_some(child, join_paths(path, name), keeps) for name, child in children]
     )
 
 
@@ -79,46 +77,62 @@ def _partly(layer: Layer, path: str, keeps: Callable[[str, Layer], bool]) -> Lay
         return layer
     if not _keeps_some(layer, path, keeps):
         return _whole(layer)
-    name, children, rebuild, *_ = anatomy(layer)
-    assert rebuild is not None
-    if name != "serial":
-        return rebuild(
-            {each: _partly(child, _join(path, each), keeps) for each, child in children.items()}
-        )
-    runs: list[Layer] = []
+    assert layer.rebuild is not None
+    if layer.name == "serial":
+        return _in_groups(layer, path, keeps)
+    children = layer.children.items()
+    return layer.rebuild(
+        {name: _partly(child, join_paths(path, name), keeps) for name, child in children}
+    )
+
+
+def _in_groups(layer: Layer, path: str, keeps: Callable[[str, Layer], bool]) -> Layer:
+    """A serial of groups: each is a run of children that keep nothing, or one that does."""
+    groups: dict[tuple[str, ...], Layer] = {}
     run: dict[str, Layer] = {}
-    for each, child in children.items():
-        if not _keeps_some(child, _join(path, each), keeps):
-            run[each] = child
+    for name, child in layer.children.items():
+        child_path = join_paths(path, name)
+        if not _keeps_some(child, child_path, keeps):
+            run[name] = child
             continue
         if run:
-            runs.append(_whole(serial(**run)))
+            groups[tuple(run)] = _whole(serial(**run))
             run = {}
-        runs.append(serial(**{each: _partly(child, _join(path, each), keeps)}))
+        groups[(name,)] = serial(**{name: _partly(child, child_path, keeps)})
     if run:
-        runs.append(_whole(serial(**run)))
-    return _chained(layer, runs, lambda made: _partly(made[""], path, keeps))
+        groups[tuple(run)] = _whole(serial(**run))
+    return Layer(
+        *combine("remat", groups, serial_forward, serial_backward),
+        name="remat",
+        children={"": layer},
+        rebuild=lambda children: _partly(children[""], path, keeps),
+        takes_key=layer.takes_key,
+    )
 
 
 def _whole(layer: Layer) -> Layer:
-    def vjp(
-        params: Params,
-        x: Tree,
-        state: Params = EMPTY,
-        *,
-        key: Tensor | None = None,
-        train: bool = True,
-    ) -> tuple[Tree, Pullback, Params]:
-        state = {**state}
-        y, new_state = layer.apply(params, x, state, key=key, train=train)
-        kept = {"params": params, "x": x, "state": state}
-        if key is not None and anatomy(layer).takes_key:
-            kept["key"] = key
-        return y, Pullback(remat_rule, kept, (layer, train), y), new_state
+    def apply(
+        params: Params, x: Tree, state: Params, key: Tensor | None, train: bool
+    ) -> tuple[Tree, Params]:
+        return layer.apply(params, x, state, key=key, train=train)
 
-    return with_anatomy(
-        Layer(_copy_of(layer.init), layer.apply, vjp),
-        Anatomy("remat", {"": layer}, lambda made: _whole(made[""]), anatomy(layer).takes_key),
+    def forward(
+        params: Params, x: Tree, state: Params, key: Tensor | None, train: bool
+    ) -> tuple[Tree, Pullback, Params]:
+        y, new_state = apply(params, x, state, key, train)
+        kept = {"params": params, "x": x, "state": state}
+        if key is not None and layer.takes_key:
+            kept["key"] = key
+        return y, Pullback(remat_rule, kept, (layer, train)), new_state
+
+    return lift(
+        "remat",
+        layer.init,
+        apply,
+        forward,
+        children={"": layer},
+        rebuild=lambda children: _whole(children[""]),
+        takes_key=layer.takes_key,
     )
 
 
@@ -138,66 +152,3 @@ def remat_rule(
     pullbacks = {"": pullback}
     del pullback
     return pull(pullbacks, "", dy, params=params, x=x)
-
-
-def _chained(
-    layer: Layer, runs: list[Layer], rebuild: Callable[[Mapping[str, Layer]], Layer]
-) -> Layer:
-    """A serial whose children are grouped: each run is a serial of some of them."""
-    names = [tuple(_serial_of(run)) for run in runs]
-
-    def vjp(
-        params: Params,
-        x: Tree,
-        state: Params = EMPTY,
-        *,
-        key: Tensor | None = None,
-        train: bool = True,
-    ) -> tuple[Tree, Pullback, Params]:
-        pullbacks: dict[str, Pullback] = {}
-        new_state: dict[str, Any] = {}
-        y = x
-        for place, run in enumerate(runs):
-            own, own_state = (_only(whole, names[place]) for whole in (params, state))
-            y, pullbacks[str(place)], changed = run.vjp(own, y, own_state, key=key, train=train)
-            new_state.update(changed)
-        learned = tuple([bool(_only(params, each)) for each in names])
-        return y, Pullback(chained_rule, pullbacks, (learned,), y), new_state
-
-    return with_anatomy(
-        Layer(_copy_of(layer.init), layer.apply, vjp),
-        Anatomy("remat", {"": layer}, rebuild, anatomy(layer).takes_key),
-    )
-
-
-def _serial_of(run: Layer) -> Mapping[str, Layer]:
-    """The children of a serial, or of a rematerialised one."""
-    children = anatomy(run).children
-    return anatomy(children[""]).children if list(children) == [""] else children
-
-
-def _only(whole: Params, names: tuple[str, ...]) -> Params:
-    return {name: whole[name] for name in names if name in whole}
-
-
-def chained_rule(
-    residuals: dict[str, Any], dy: Tree, learned: tuple[bool, ...], *, params: bool, x: bool
-) -> tuple[Params | None, Tree]:
-    """The pullbacks of the runs, last to first."""
-    dparams: dict[str, Any] = {}
-    for place in reversed(range(len(learned))):
-        before = params and any(learned[:place])
-        if not x and not before and not (params and learned[place]):
-            break
-        dchildren, dy = pull(residuals, str(place), dy, params=params, x=x or before)
-        dparams.update(dchildren or {})
-    return (dparams if params else None), dy if x else None
-
-
-def _copy_of(init: Callable[..., Any]) -> Callable[..., Any]:
-    """A function of its own, on which the anatomy of the new layer is recorded."""
-
-    def remat_init(key: Tensor, x: Tree) -> tuple[Params, Params]:
-        return init(key, x)
-
-    return remat_init

@@ -218,6 +218,8 @@ def test_a_killed_compilation_leaves_nothing_behind(tmp_path):
     environment = os.environ | {
         "TMPDIR": str(temporary),
         "FUNCNET_CACHE_DIR": str(tmp_path / "cache"),
+        # An empty folder that Inductor makes when it is imported.
+        "TORCHINDUCTOR_CACHE_DIR": str(tmp_path / "inductor"),
         "CXX": str(compiler),
     }
 

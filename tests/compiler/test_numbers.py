@@ -6,8 +6,7 @@ import tempfile
 
 import pytest
 import torch
-from hypothesis import HealthCheck, given, settings
-from hypothesis import strategies as st
+from hypothesis import HealthCheck, given, settings, strategies as st
 
 import funcnet as fn
 from funcnet.compiler.errors import UnsupportedError

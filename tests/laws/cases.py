@@ -145,10 +145,10 @@ COMBINATORS = {
         ROWS,
     ),
     "remat of images": (fn.remat(fn.serial(fn.conv2d(3, 3), fn.relu())), IMAGES),
-    "check_finite": (fn.check_finite(fn.serial(fn.linear(3), fn.tanh())), ROWS),
+    "detect_nonfinite": (fn.detect_nonfinite(fn.serial(fn.linear(3), fn.tanh())), ROWS),
 }
 # Its values are read, which vmap cannot.
-EAGER_ONLY = {"check_finite"}
+EAGER_ONLY = {"detect_nonfinite"}
 
 PROBABILITIES = torch.sigmoid(draw(5, 5, 6))
 CLASSES = torch.tensor([0, 5, 2, 2, 1])

@@ -14,8 +14,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 import funcnet as fn
 
 THERE = torch.device("cuda:0")
-# check_finite is there to read values.
-NETS = {name: case for name, case in (LAYERS | COMBINATORS).items() if name != "check_finite"}
+# detect_nonfinite is there to read values.
+NETS = {name: case for name, case in (LAYERS | COMBINATORS).items() if name != "detect_nonfinite"}
 
 
 class Crossings(TorchDispatchMode):

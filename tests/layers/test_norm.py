@@ -378,10 +378,10 @@ BATCH3, STATE3 = fn.batch_norm().init(fn.key(0), randn(4, 3))
          "batch_norm: expects a floating-point tensor, got int64 (4, 3)"),
         ({}, BATCH3, randn(4, 3), {}, ValueError,
          "batch_norm: expects state "
-         "['running_mean', 'running_var', 'num_batches_tracked'], got []"),
+         "['num_batches_tracked', 'running_mean', 'running_var'], got []"),
         ({"track_running_stats": False}, BATCH3, randn(4, 3), STATE3, ValueError,
-         "batch_norm: expects state [], "
-         "got ['num_batches_tracked', 'running_mean', 'running_var']"),
+         "batch_norm: has no state, "
+         "got state with ['num_batches_tracked', 'running_mean', 'running_var']"),
         ({"affine": False}, BATCH3, randn(4, 3), STATE3, ValueError,
          "batch_norm: expects params [], got ['bias', 'weight']"),
         ({}, {}, randn(4, 3), STATE3, ValueError,

@@ -1,7 +1,6 @@
 import pytest
 import torch
-from hypothesis import given, settings
-from hypothesis import strategies as st
+from hypothesis import given, settings, strategies as st
 from layers.oracle import assert_near, check_against, check_module, randn, strided, transposed
 from torch import nn
 from torch.nn import functional as F
@@ -139,9 +138,9 @@ MISUSES = {
     "integers": (fn.max_pool2d(2), torch.ones(1, 4, 4, dtype=torch.int64), TypeError,
         r"^max_pool2d: expects a floating-point tensor, got int64 \(1, 4, 4\)$"),
     "small image": (fn.max_pool2d(5), randn(1, 1, 4, 4), ValueError,
-        r"^max_pool2d: does not fit \(1, 1, 4, 4\): "),
+        r"^max_pool2d: does not fit float64 \(1, 1, 4, 4\): "),
     "too much padding": (fn.max_pool2d(2, padding=2), randn(1, 1, 4, 4), ValueError,
-        r"^max_pool2d: does not fit \(1, 1, 4, 4\): "),
+        r"^max_pool2d: does not fit float64 \(1, 1, 4, 4\): "),
 }  # fmt: skip
 
 

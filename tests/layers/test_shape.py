@@ -1,8 +1,7 @@
 import optree
 import pytest
 import torch
-from hypothesis import given, settings
-from hypothesis import strategies as st
+from hypothesis import given, settings, strategies as st
 from layers.oracle import assert_near, check_against, check_module, cotangent, randn, transposed
 from torch import nn
 

@@ -1,0 +1,1 @@
+"""Combinators: constructors of layers from layers."""

@@ -1,0 +1,289 @@
+"""`combine`: the one function of which every combinator is made.
+
+A combinator is a data flow through its children, ``forward``, and the way of the cotangents back
+through them, ``backward``. All else is here: each child's own params, state and key, the pullbacks,
+the gradients, and the paths of errors.
+
+Parameters, state and pullbacks of the children are dicts by child name, sparse: a child without
+them has no entry. A child's key is folded from the combinator's by the child's name, so adding a
+layer changes no other layer's noise.
+"""
+
+from collections.abc import Callable, Hashable, Mapping
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from funcnet import core, tree
+from funcnet.core import EMPTY, Layer, Params, Pullback, Tree, locate, sum_cotangents
+from funcnet.lift import lift
+from funcnet.random import fold_in
+
+Name = str | tuple[str, ...]
+"""What a child is called: a string, whose entry of the params it has; "" for a child that has all
+of the params; or several strings, for a child that has their entries, such as a `serial` of some
+children of another."""
+
+_OWN = ".residuals"
+"""Where a combinator's own residuals are among the pullbacks: no child has a dot in its name."""
+
+
+def combine(
+    name: str,
+    children: Mapping[Any, Layer],
+    forward: Callable[..., tuple[Tree, Mapping[str, Tree]]],
+    backward: Callable[..., Tree],
+    *static: Hashable,
+) -> Layer:
+    """A layer made of layers.
+
+    Args:
+        name: of the combinator, for errors and summaries.
+        children: the layers, by name. One child named "" shares its parent's params and state.
+        forward: ``(run, x, *static) -> (y, residuals)``, where ``run(child, x)`` is the output of
+            a child and ``residuals`` a dict of what ``backward`` needs, often empty.
+        backward: ``(pull, dy, residuals, *static) -> dx``, where ``pull(child, dy)`` is the dx of
+            a child. Every child that ran must be pulled once. A module-level function.
+        static: hashable arguments of both.
+
+    ``run.names`` and ``pull.names`` are the names of the children. A child may run several times:
+    ``run(child, x, use=i)`` and ``pull(child, dy, use=i)`` tell the uses apart. State goes from one
+    to the next, and gradients are summed. ``pull(child, dy, needed=False)`` does not compute the
+    child's dx; ``pull.x`` tells whether the combinator's own dx is asked for.
+
+    Raises: the children's errors, with their path in front.
+
+    >>> import funcnet as fn
+    >>> def gated_forward(run, x):
+    ...     gate, value = run("gate", x), run("value", x)
+    ...     return gate * value, {"gate": gate, "value": value}
+    >>> def gated_backward(pull, dy, residuals):
+    ...     dgate = pull("gate", dy * residuals["value"], needed=pull.x)
+    ...     dvalue = pull("value", dy * residuals["gate"], needed=pull.x)
+    ...     return fn.sum_cotangents(dgate, dvalue)
+    >>> def gated(gate, value):
+    ...     return combine("gated", {"gate": gate, "value": value}, gated_forward, gated_backward)
+    >>> net = gated(fn.serial(fn.linear(3), fn.sigmoid()), fn.linear(3))
+    >>> fn.testing.check_layer(net, torch.ones(4, 2))
+    """
+    slots = {child: Slot(name, child) for child in children}
+    for slot, layer in zip(slots.values(), children.values(), strict=True):
+        slot.check(layer, alone=len(children) == 1)
+
+    def init(key: Tensor, x: Tree) -> tuple[Params, Params]:
+        params: dict[str, Any] = {}
+        state: dict[str, Any] = {}
+        made: dict[Slot, tuple[Params, Params]] = {}
+        try:
+            device = tree.device_of(x) if children else torch.device("meta")
+        except ValueError as error:
+            locate(error, f"{name}:")
+            raise
+
+        def make(slot: Slot, layer: Layer, x: Tree, use: int | None) -> Tree:
+            if slot not in made:
+                own, own_state = layer.init(slot.key(key), tree.placeholder(x, device))
+                slot.put(params, own)
+                slot.put(state, own_state)
+                made[slot] = tree.to_meta((own, own_state))
+            own, own_state = made[slot]
+            noise = torch.empty(2, dtype=torch.int64, device="meta") if layer.takes_key else None
+            return layer.apply(own, x, own_state, key=noise)[0]
+
+        forward(Run(slots, children, make), tree.to_meta(x), *static)
+        return params, state
+
+    def flow(
+        params: Params,
+        x: Tree,
+        state: Params,
+        key: Tensor | None,
+        train: bool,
+        pullbacks: dict[str, Pullback] | None,
+    ) -> tuple[Tree, Mapping[str, Tree], Params]:
+        """y, the combinator's own residuals, and the new state; fills ``pullbacks``."""
+        _check_names(name, "params", params, children)
+        _check_names(name, "state", state, children)
+        new_state: dict[str, Any] = {}
+        ran: set[Slot] = set()
+
+        def call(slot: Slot, layer: Layer, x: Tree, use: int | None) -> Tree:
+            if slot in ran and use is None:
+                raise ValueError("runs twice: tell the uses of a child apart by use=0, use=1, ...")
+            # A later use goes on from the state that the one before it left.
+            own, own_state = slot.own(params), slot.own(new_state if slot in ran else state)
+            own_key = None if key is None or not layer.takes_key else slot.key(key, use)
+            if pullbacks is None:
+                y, own_state = layer.apply(own, x, own_state, key=own_key, train=train)
+            else:
+                y, pullback, own_state = layer.vjp(own, x, own_state, key=own_key, train=train)
+                pullbacks[slot.call(use)] = pullback
+            ran.add(slot)
+            slot.put(new_state, own_state)
+            return y
+
+        y, residuals = forward(Run(slots, children, call), x, *static)
+        return y, residuals, new_state
+
+    def apply(*arguments: Any) -> tuple[Tree, Params]:
+        y, _, new_state = flow(*arguments, None)
+        return y, new_state
+
+    def vjp(params: Params, *rest: Any) -> tuple[Tree, Pullback, Params]:
+        kept: dict[str, Any] = {}
+        y, residuals, new_state = flow(params, *rest, kept)
+        if residuals:
+            kept[_OWN] = dict(residuals)
+        learned = frozenset([child for child, slot in slots.items() if slot.is_in(params)])
+        known = (backward, tuple(slots.values()), learned, static)
+        return y, Pullback(combine_rule, kept, known), new_state
+
+    return lift(
+        name,
+        init,
+        apply,
+        vjp,
+        children=children,
+        rebuild=lambda children: combine(name, children, forward, backward, *static),
+        takes_key=any([layer.takes_key for layer in children.values()]),
+    )
+
+
+def combine_rule(
+    residuals: dict[str, Any],
+    dy: Tree,
+    backward: Callable[..., Tree],
+    slots: tuple["Slot", ...],
+    learned: frozenset[Name],
+    static: tuple[Hashable, ...],
+    *,
+    params: bool,
+    x: bool,
+) -> tuple[Params | None, Tree]:
+    """The combinator's ``backward``, with the children's pullbacks among the residuals."""
+    own = residuals.pop(_OWN, EMPTY)
+    pull = Pull(slots, residuals, learned if params else frozenset(), x)
+    dx = backward(pull, dy, own, *static)
+    if left := [call for call in residuals if call.partition(".")[0] in pull.learned]:
+        raise ValueError(f"{slots[0].parent}: backward pulls no cotangent through {left}")
+    return pull.dparams if params else None, dx if x else None
+
+
+class Slot(NamedTuple):
+    """Where a child is in its parent: its entries of trees, its key, its path in errors."""
+
+    parent: str
+    child: Name
+
+    def check(self, layer: Any, alone: bool) -> None:
+        """Raise TypeError for what is no layer, ValueError for a name that no entry can have."""
+        if not isinstance(layer, Layer):
+            hint = "; call its constructor" if callable(layer) else ""
+            raise TypeError(f"{self.path()}: expects a Layer, got {type(layer).__name__}{hint}")
+        if isinstance(self.child, str) and ("." in self.child or not (self.child or alone)):
+            raise ValueError(
+                f"{self.parent}: a name must not be empty or have a dot, got {self.child!r}"
+            )
+
+    def path(self, use: int | None = None) -> str:
+        """The path in an error's message: ``serial['head']``, ``shared[0]`` for a use."""
+        inside = f"[{self.child!r}]" if self.child and isinstance(self.child, str) else ""
+        return f"{self.parent}{inside}" + ("" if use is None else f"[{use}]")
+
+    def call(self, use: int | None) -> str:
+        """The name of the pullback among the residuals."""
+        name = self.child if isinstance(self.child, str) else "+".join(self.child)
+        return name if use is None else f"{name}.{use}"
+
+    def key(self, key: Tensor, use: int | None = None) -> Tensor:
+        """The child's key, of its parent's."""
+        if self.child and isinstance(self.child, str):
+            key = fold_in(key, self.child)
+        return key if use is None else fold_in(key, use)
+
+    def own(self, whole: Params) -> Params:
+        """The child's part of its parent's params or state."""
+        if isinstance(self.child, str):
+            return whole.get(self.child, EMPTY) if self.child else whole
+        return {name: whole[name] for name in self.child if name in whole}
+
+    def is_in(self, whole: Params) -> bool:
+        """Whether the child has a part of its parent's params."""
+        if self.child and isinstance(self.child, str):
+            return self.child in whole
+        return bool(self.own(whole))
+
+    def put(self, whole: dict[str, Any], own: Params) -> None:
+        """Put the child's part into its parent's params or state, which are sparse."""
+        if not self.child or not isinstance(self.child, str):
+            whole.update(own)
+        elif own:
+            whole[self.child] = own
+
+
+class Run:
+    """Runs the children of a combinator: ``run(child, x)`` is the output of a child."""
+
+    def __init__(
+        self, slots: Mapping[Name, Slot], children: Mapping[Any, Layer], call: Callable[..., Tree]
+    ) -> None:
+        self.names: Any = tuple(slots)
+        self._slots, self._children, self._call = slots, children, call
+
+    def __call__(self, child: Name, x: Tree, use: int | None = None) -> Tree:
+        """The output of a child; ``use`` tells several uses of one child apart."""
+        slot = self._slots[child]
+        try:
+            return self._call(slot, self._children[child], x, use)
+        except Exception as error:
+            locate(error, slot.path(use))
+            raise
+
+
+class Pull:
+    """Pulls cotangents back through the children: ``pull(child, dy)`` is the child's dx.
+
+    In a training step nothing else holds the children's residuals, so they are freed as the
+    backward pass consumes them.
+    """
+
+    def __init__(
+        self,
+        slots: tuple[Slot, ...],
+        pullbacks: dict[str, Any],
+        learned: frozenset[Name],
+        x: bool,
+    ) -> None:
+        self.names: Any = tuple([slot.child for slot in slots])
+        self.learned, self.x = learned, x
+        self._slots, self._pullbacks = dict(zip(self.names, slots, strict=True)), pullbacks
+        # In the order of params.
+        self.dparams: dict[Any, Any] = {
+            name: {} for name in self.names if name in learned and isinstance(name, str) and name
+        }
+
+    def __call__(self, child: Name, dy: Tree, use: int | None = None, needed: bool = True) -> Tree:
+        """The child's dx, None where it is not ``needed``; its dparams are kept."""
+        slot, learns = self._slots[child], child in self.learned
+        try:
+            dparams, dx = core.pull(self._pullbacks, slot.call(use), dy, params=learns, x=needed)
+        except Exception as error:
+            locate(error, slot.path(use))
+            raise
+        if learns:
+            if use is not None and (before := slot.own(self.dparams)):
+                dparams = sum_cotangents(before, dparams)
+            slot.put(self.dparams, dparams)
+        return dx
+
+
+def _check_names(parent: str, what: str, found: Params, children: Mapping[Any, Layer]) -> None:
+    if type(found) is not dict and not isinstance(found, Mapping):
+        raise TypeError(f"{parent}: expects a dict of {what}, got {tree.describe(found)}")
+    if found and not found.keys() <= children.keys():
+        groups = [(child,) if isinstance(child, str) else child for child in children]
+        names = {name for group in groups for name in group}
+        if "" not in names and not found.keys() <= names:
+            extra = sorted(found.keys() - names)
+            raise ValueError(f"{parent}: {what} has {extra}, but the layers are {list(children)}")

@@ -1,0 +1,321 @@
+"""Lifts: from the formulas of a layer to a `Layer`, with its signature and its checks."""
+
+from collections.abc import Callable, Hashable, Mapping
+from typing import Any, Literal
+
+from torch import Tensor
+
+from funcnet import runtime
+from funcnet.core import EMPTY, Layer, Params, Pullback, Tree, function_name
+from funcnet.params import Param, declare
+from funcnet.tree import describe
+
+Init = Callable[[Tensor, Tree], Any]
+Forward = Callable[..., tuple[Tree, Pullback, Params]]
+Apply = Callable[..., tuple[Tree, Params]]
+
+
+def stateless(
+    init: Init,
+    apply: Callable[[Params, Tree], Tree],
+    vjp: Callable[[Params, Tree], tuple[Tree, Pullback]],
+    *,
+    name: str | None = None,
+) -> Layer:
+    """A layer without state and randomness, lifted from the short triple.
+
+    Args:
+        init: ``(key, x) -> params``, or what `declare` makes of a declaration: then x, and the
+            params that are given, are checked at each call.
+        apply: ``(params, x) -> y``.
+        vjp: ``(params, x) -> (y, pullback)``.
+        name: what errors and summaries call the layer; default the constructor's name.
+
+    >>> import torch
+    >>> import funcnet as fn
+    >>> def scale_rule(residuals, dy, *, params, x):
+    ...     dparams = {"scale": (dy * residuals["x"]).sum()} if params else None
+    ...     return dparams, dy * residuals["scale"] if x else None
+    >>> def scale():
+    ...     def init(key, x):
+    ...         return {"scale": torch.ones((), dtype=x.dtype, device=x.device)}
+    ...     def apply(params, x):
+    ...         return params["scale"] * x
+    ...     def vjp(params, x):
+    ...         return apply(params, x), fn.Pullback(scale_rule, {"x": x, **params})
+    ...     return fn.stateless(init, apply, vjp)
+    >>> scale()
+    scale()
+    >>> fn.testing.check_layer(scale(), torch.randn(4, 3, dtype=torch.float64))
+    """
+    name = name or function_name(apply)
+
+    def check(state: Params) -> None:
+        if state:
+            raise ValueError(f"{name}: has no state, got state with {sorted(state)}")
+
+    def full_apply(params: Params, x: Tree, state: Params, *rest: Any) -> tuple[Tree, Params]:
+        check(state)
+        return apply(params, x), {}
+
+    def forward(
+        params: Params, x: Tree, state: Params, *rest: Any
+    ) -> tuple[Tree, Pullback, Params]:
+        check(state)
+        return *vjp(params, x), {}
+
+    made: Init = init if isinstance(init, declare) else lambda key, x: (init(key, x), {})
+    return lift(name, made, full_apply, forward, takes_key=False)
+
+
+def stateful(
+    init: Init,
+    forward: Forward,
+    *,
+    keyed: bool = False,
+    apply: Apply | None = None,
+    name: str | None = None,
+) -> Layer:
+    """A layer with state or noise, lifted from one function, its forward pass.
+
+    Its ``vjp`` is ``forward``, its ``apply`` is ``forward`` without the pullback, so the two
+    agree.
+
+    Args:
+        init: ``(key, x) -> (params, state)``, or what `declare` makes of a declaration: then x,
+            and the params and state that are given, are checked at each call.
+        forward: ``(params, x, state, key, train) -> (y, pullback, state)``.
+        keyed: whether it draws random numbers when ``train=True``. A call without a key is then
+            an error.
+        apply: ``(params, x, state, key, train) -> (y, state)``, for a layer that can do without
+            the cost of its residuals.
+        name: what errors and summaries call the layer; default the constructor's name.
+
+    >>> import torch
+    >>> import funcnet as fn
+    >>> def noise_rule(residuals, dy, *, params, x):
+    ...     return ({} if params else None), dy if x else None
+    >>> def noise(std):
+    ...     def forward(params, x, state, key, train):
+    ...         y = x + std * fn.random.normal(key, x.shape, x.dtype) if train else x
+    ...         return y, fn.Pullback(noise_rule, {}), {"calls": state["calls"] + 1}
+    ...     return fn.stateful(lambda key, x: ({}, {"calls": torch.tensor(0)}), forward, keyed=True)
+    >>> noise(0.1).apply({}, torch.zeros(2), {"calls": torch.tensor(0)})
+    (tensor([0., 0.]), {'calls': tensor(1)})
+    """
+
+    def without_pullback(*arguments: Any) -> tuple[Tree, Params]:
+        y, _, state = forward(*arguments)
+        return y, state
+
+    name = name or function_name(forward)
+    return lift(name, init, apply or without_pullback, forward, keyed=keyed, takes_key=keyed)
+
+
+def lift(
+    name: str, init: Init, apply: Apply, forward: Forward, *, keyed: bool = False, **metadata: Any
+) -> Layer:
+    """The `Layer` of functions that take all arguments by position; its full signature is here.
+
+    Arguments are checked, if ``init`` is a declaration; see `stateful` for ``keyed``, and `Layer`
+    for the metadata. The state that is passed on is a copy, since what a layer returns belongs to
+    its caller.
+    """
+    declared = init if isinstance(init, declare) else None
+
+    def check(params: Params, x: Tree, state: Params, key: Tensor | None, train: bool) -> None:
+        if declared is not None:
+            declared.check(name, params, state, x)
+        if keyed and train and key is None:
+            raise ValueError(f"{name}: needs a key when train=True, got None; pass key=fn.key(...)")
+
+    def lifted_init(key: Tensor, x: Tree) -> tuple[Params, Params]:
+        return init(key, x) if declared is None else declared(key, x, name)
+
+    def lifted_apply(
+        params: Params,
+        x: Tree,
+        state: Params = EMPTY,
+        *,
+        key: Tensor | None = None,
+        train: bool = False,
+    ) -> tuple[Tree, Params]:
+        check(params, x, state, key, train)
+        return apply(params, x, {**state}, key, train)
+
+    def lifted_vjp(
+        params: Params,
+        x: Tree,
+        state: Params = EMPTY,
+        *,
+        key: Tensor | None = None,
+        train: bool = True,
+    ) -> tuple[Tree, Pullback, Params]:
+        check(params, x, state, key, train)
+        y, pullback, state = forward(params, x, {**state}, key, train)
+        return y, Pullback(pullback.rule, pullback.residuals, pullback.static, y, name), state
+
+    return Layer(lifted_init, lifted_apply, lifted_vjp, name=name, **metadata)
+
+
+KERNELS: dict[Callable[..., Any], Callable[..., Any]] = {}
+"""PyTorch's fused kernels, by the formula that they compute."""
+
+
+def with_kernel(kernel: Callable[..., Any]) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
+    """Decorates a formula with a kernel for it, which `fastest` may choose in its place.
+
+    Args:
+        kernel: takes the formula's arguments. For the derivative of an `elementwise` layer it
+            takes dy before them, and returns dx.
+    """
+
+    def register(formula: Callable[..., Any]) -> Callable[..., Any]:
+        KERNELS[formula] = kernel
+        return formula
+
+    return register
+
+
+def kernel_of(formula: Callable[..., Any], *tensors: Tensor) -> Callable[..., Any] | None:
+    """The kernel for a formula, where there is one and it may be used for these tensors.
+
+    A kernel need not have a derivative of its own, so it is not used where one is taken.
+    """
+    kernel = KERNELS.get(formula)
+    return None if kernel is None or runtime.is_differentiated(*tensors) else kernel
+
+
+def fastest(formula: Callable[..., Any], *tensors: Tensor) -> Callable[..., Any]:
+    """The kernel for a formula where it may be used for these tensors, else the formula."""
+    return kernel_of(formula, *tensors) or formula
+
+
+def require_floating(x: Tree) -> Mapping[str, Param]:
+    """The declaration of a layer without parameters, of a floating-point tensor."""
+    if not isinstance(x, Tensor) or not x.is_floating_point():
+        raise TypeError(f"expects a floating-point tensor, got {describe(x)}")
+    return EMPTY
+
+
+def accept_any(x: Tree) -> Mapping[str, Param]:
+    """The declaration of a layer without parameters, of any tree."""
+    return EMPTY
+
+
+def parameterless(
+    forward: Callable[[Any], tuple[Tree, Mapping[str, Tree], tuple[Hashable, ...]]],
+    backward: Callable[..., Tree],
+    *,
+    declaration: Callable[[Tree], Mapping[str, Param]] = require_floating,
+    name: str | None = None,
+) -> Layer:
+    """A layer of x alone, from its forward and its backward pass.
+
+    Args:
+        forward: ``x -> (y, residuals, static)``: a dict of tensors and a tuple of hashable values.
+        backward: ``(dy, *static, **residuals) -> dx``, a module-level function.
+        declaration: raises ValueError or TypeError for an x that does not fit; default for one
+            that is not a floating-point tensor.
+        name: what errors and summaries call the layer; default the constructor's name.
+
+    >>> import torch
+    >>> import funcnet as fn
+    >>> def straight_through(dy):
+    ...     return dy
+    >>> def sign():
+    ...     def forward(x):
+    ...         return x.sign(), {}, ()
+    ...     return fn.parameterless(forward, straight_through)
+    >>> y, pullback, _ = sign().vjp({}, torch.tensor([-2.0, 3.0]))
+    >>> y, pullback(torch.ones(2))
+    (tensor([-1.,  1.]), ({}, tensor([1., 1.])))
+    """
+    name = name or function_name(forward)
+
+    def run(x: Tree) -> tuple[Tree, Mapping[str, Tree], tuple[Hashable, ...]]:
+        try:
+            return forward(x)
+        except (RuntimeError, ValueError, IndexError, AttributeError) as error:
+            if type(error) not in (RuntimeError, ValueError, IndexError, AttributeError):
+                raise  # such as those of a tensor without values
+            raise ValueError(f"{name}: does not fit {describe(x)}: {error}") from error
+
+    def vjp(params: Params, x: Tree) -> tuple[Tree, Pullback]:
+        y, residuals, static = run(x)
+        return y, Pullback(backward_rule, residuals, (backward, *static))
+
+    return stateless(declare(declaration), lambda params, x: run(x)[0], vjp, name=name)
+
+
+def backward_rule(
+    residuals: dict[str, Any],
+    dy: Tree,
+    backward: Callable[..., Tree],
+    *static: Any,
+    params: bool,
+    x: bool,
+) -> tuple[Params | None, Tree]:
+    """The rule of a layer without parameters: ``dx = backward(dy, *static, **residuals)``."""
+    if not x:
+        return ({} if params else None), None
+    compute = fastest(backward, dy, *residuals.values())
+    return ({} if params else None), compute(dy, *static, **residuals)
+
+
+def elementwise(
+    function: Callable[..., Tensor],
+    derivative: Callable[..., Tensor],
+    saves: Literal["x", "y"] = "x",
+    *,
+    options: tuple[Hashable, ...] = (),
+    name: str | None = None,
+) -> Layer:
+    """``y = function(x)``, element by element; ``dx = dy derivative(x)``.
+
+    Args:
+        function: of x.
+        derivative: of x or, where that is simpler, of y.
+        saves: "x" or "y": what the derivative is a function of, which is the residual.
+        options: passed to both after it, such as a slope.
+        name: what errors and summaries call the layer; default the function's name.
+
+    >>> import torch
+    >>> import funcnet as fn
+    >>> sine = fn.elementwise(torch.sin, torch.cos)
+    >>> y, pullback, _ = sine.vjp({}, torch.zeros(2))
+    >>> y, pullback(torch.ones(2))
+    (tensor([0., 0.]), ({}, tensor([1., 1.])))
+    >>> fn.testing.check_layer(sine, torch.randn(3))
+    """
+    if saves not in ("x", "y"):
+        raise ValueError(f"elementwise: saves must be 'x' or 'y', got {saves!r}")
+    name = name or function.__name__
+    static = (derivative, saves, *options)
+
+    def apply(params: Params, x: Tensor) -> Tensor:
+        return function(x, *options)
+
+    def vjp(params: Params, x: Tensor) -> tuple[Tensor, Pullback]:
+        y = function(x, *options)
+        return y, Pullback(elementwise_rule, {saves: y if saves == "y" else x}, static)
+
+    return stateless(declare(require_floating), apply, vjp, name=name)
+
+
+def elementwise_rule(
+    residuals: dict[str, Tensor],
+    dy: Tensor,
+    derivative: Callable[..., Tensor],
+    saves: str,
+    *options: Any,
+    params: bool,
+    x: bool,
+) -> tuple[Params | None, Tensor | None]:
+    """``dx = dy derivative(saved, *options)``."""
+    dx = None
+    if x:
+        saved = residuals[saves]
+        kernel = kernel_of(derivative, dy, saved)
+        dx = kernel(dy, saved, *options) if kernel else dy * derivative(saved, *options)
+    return ({} if params else None), dx

@@ -1,0 +1,144 @@
+"""Parameters and state, declared once: how they are made, and what given ones must be."""
+
+from collections.abc import Callable, Mapping
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from funcnet import tree
+from funcnet.core import Params, Tree, locate
+from funcnet.initializers import Initializer
+from funcnet.random import fold_in
+
+
+class Param(NamedTuple):
+    """One parameter of a layer.
+
+    Args:
+        shape: its shape.
+        init: makes its first value, ``(key, shape, dtype, device) -> tensor``.
+        dtype: what it is made in; default that of x, or float32 if x is not floating. Beside a
+            floating x it must have x's dtype when it is used, unless it is an integer.
+        wide: whether it may also be float32 beside an x of half precision.
+        of_x: which of its sizes are sizes of x, as an index or slice into its shape, and what
+            they are in words: ``(1, "{} features in the last dimension")``. For errors.
+    """
+
+    shape: tuple[int, ...]
+    init: Initializer
+    dtype: torch.dtype | None = None
+    wide: bool = False
+    of_x: tuple[int | slice, str] | None = None
+
+
+class State(Param):
+    """One tensor of a layer's state, such as a running mean; the arguments are those of `Param`."""
+
+
+class declare:  # noqa: N801, a decorator
+    """Makes the ``init`` of a layer, and the check of its arguments, from one declaration.
+
+    The function declares the parameters, and the state, for an input like x: ``x -> {name: Param
+    or State}``. It reads only the shape, dtype and device of x, and raises ValueError or TypeError
+    for an x that does not fit; the layer's name is put in front. `stateless` and `stateful` call
+    it at each use of the layer, too, and hold the arguments to it.
+
+    >>> import funcnet as fn
+    >>> @declare
+    ... def init(x):
+    ...     return {"scale": Param((x.shape[-1],), fn.initializers.ones())}
+    >>> init(fn.key(0), torch.zeros(5, 2))
+    ({'scale': tensor([1., 1.])}, {})
+    >>> init.check("scale", {"scale": torch.ones(3)}, {}, torch.zeros(5, 2))
+    Traceback (most recent call last):
+    ...
+    ValueError: scale: expects a scale of shape (2,), got (3,)
+    """
+
+    def __init__(self, declaration: Callable[[Tree], Mapping[str, Param]]) -> None:
+        self.declaration = declaration
+
+    def __call__(self, key: Tensor, x: Tree, layer: str = "init") -> tuple[Params, Params]:
+        """``(params, state)``; each tensor's key is folded from ``key`` by its name."""
+        params: dict[str, Tensor] = {}
+        state: dict[str, Tensor] = {}
+        for name, entry in self._declared(layer, x).items():
+            dtype = entry.dtype or _floating_dtype(x) or torch.float32
+            made = entry.init(fold_in(key, name), entry.shape, dtype, tree.device_of(x))
+            (state if isinstance(entry, State) else params)[name] = made
+        return params, state
+
+    def _declared(self, layer: str, x: Tree) -> Mapping[str, Param]:
+        try:
+            return self.declaration(x)
+        except (ValueError, TypeError) as error:
+            locate(error, f"{layer}:")
+            raise
+
+    def check(self, layer: str, params: Params, state: Params, x: Tree) -> None:
+        """Raise ValueError or TypeError unless x fits, and params and state are as declared."""
+        declared = self._declared(layer, x)
+        try:
+            for name, entry in declared.items():
+                leaf = params[name] if name in params else state[name]
+                if leaf.shape != entry.shape or not (
+                    leaf.dtype is x.dtype or _has_right_dtype(leaf, entry, x)
+                ):
+                    break
+            else:
+                if len(params) + len(state) == len(declared):
+                    return
+        except (KeyError, TypeError, AttributeError, RuntimeError):
+            pass
+        _explain(layer, declared, params, state, x)
+
+
+_HALF = (torch.float16, torch.bfloat16)
+
+
+def _floating_dtype(x: Tree) -> torch.dtype | None:
+    """The dtype of the first floating tensor of x."""
+    return next((leaf.dtype for leaf in tree.leaves(x) if leaf.is_floating_point()), None)
+
+
+def _has_right_dtype(leaf: Tensor, entry: Param, x: Tree) -> bool:
+    expected = _floating_dtype(x)
+    if not leaf.is_floating_point():
+        return leaf.dtype == entry.dtype
+    wide = entry.wide and expected in _HALF and leaf.dtype == torch.float32
+    return expected is None or leaf.dtype == expected or wide
+
+
+def _explain(
+    layer: str, declared: Mapping[str, Param], params: Params, state: Params, x: Tree
+) -> None:
+    """Raise what is wrong, if anything is."""
+    for what, found, kind in (("params", params, Param), ("state", state, State)):
+        expected = [name for name, entry in declared.items() if type(entry) is kind]
+        if not isinstance(found, Mapping):
+            raise TypeError(f"{layer}: expects a dict of {what}, got {tree.describe(found)}")
+        if sorted(found) != sorted(expected):
+            if what == "state" and not expected:
+                raise ValueError(f"{layer}: has no state, got state with {sorted(state)}")
+            raise ValueError(f"{layer}: expects {what} {sorted(expected)}, got {sorted(found)}")
+        for name in expected:
+            _explain_one(layer, name, declared[name], found[name], x)
+
+
+def _explain_one(layer: str, name: str, entry: Param, leaf: Any, x: Tree) -> None:
+    if not isinstance(leaf, Tensor):
+        raise TypeError(f"{layer}: expects a tensor as {name}, got {tree.describe(leaf)}")
+    if not _has_right_dtype(leaf, entry, x):
+        raise TypeError(f"{layer}: {name} is {leaf.dtype}, x is {_floating_dtype(x)}")
+    if leaf.shape == entry.shape:
+        return
+    if entry.of_x is not None and len(leaf.shape) == len(entry.shape):
+        index, words = entry.of_x
+        matched: Any = list(entry.shape)
+        matched[index] = leaf.shape[index]
+        if leaf.shape == tuple(matched):
+            size: Any = leaf.shape[index]
+            words = words.format(tuple(size) if isinstance(index, slice) else size)
+            raise ValueError(f"{layer}: {name} expects {words}, got {tuple(x.shape)}")
+    raise ValueError(f"{layer}: expects a {name} of shape {entry.shape}, got {tuple(leaf.shape)}")
