@@ -15,11 +15,11 @@ from funcnet import tree
 from funcnet.compiler.build import compiler
 from funcnet.compiler.compiled import Compiled, Donated, Lowered, name_of, where
 from funcnet.compiler.inductor import compiling
-from funcnet.compiler.methods import attributes_key
 from funcnet.compiler.numbers import NUMBERS, Arithmetic
 from funcnet.compiler.record import WritesToArgumentError, record
 from funcnet.compiler.signature import (
     Recognizer,
+    attributes_key,
     check_tensor,
     exact,
     is_plain,

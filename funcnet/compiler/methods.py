@@ -1,34 +1,35 @@
-"""Methods: what a program depends on of the object that a jitted method closes over."""
+"""Jitted methods of objects that are no trees of tensors."""
 
-import copyreg
-import types
-from collections.abc import Hashable
+from collections.abc import Callable, Sequence
 from typing import Any
 
-from torch import Tensor
 
-from funcnet import tree
-from funcnet.compiler.signature import Same, exact, structure
-from funcnet.compiler.specs import input_spec
+class Method:
+    """A jitted method of an instance, which it keeps alive."""
+
+    __slots__ = ("_instance", "_jitted")
+
+    def __init__(self, jitted: Any, instance: Any) -> None:
+        self._jitted = jitted
+        self._instance = instance
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        return self._jitted(*args, **kwargs)
+
+    def __repr__(self) -> str:
+        return repr(self._jitted)
+
+    @property
+    def lower(self) -> Callable[..., Any]:
+        """The jitted function's ``lower``."""
+        return self._jitted.lower
 
 
-def attributes_key(value: Any, seen: frozenset[int] = frozenset()) -> Hashable:
-    """What an object has, and what the objects in it have, as a key.
+def without_self(which: Sequence[Any]) -> tuple[Any, ...]:
+    """Positions and names of parameters, without the first one and counted after it.
 
-    Tensors count by identity, shape and dtype; their values do not.
+    >>> without_self([0, 2, -1, "x"])
+    (1, -1, 'x')
     """
-    names = [*getattr(value, "__dict__", {}), *copyreg._slotnames(type(value))]  # type: ignore[attr-defined]
-    own = {name: getattr(value, name) for name in names if hasattr(value, name)}
-    leaves, treedef = tree.flatten(own)
-    seen |= {id(value)}
-    found: list[Hashable] = []
-    for leaf in leaves:
-        if isinstance(leaf, Tensor):
-            found.append((Same(leaf), input_spec(leaf)))
-        elif id(leaf) in seen or isinstance(leaf, (type, types.FunctionType, types.ModuleType)):
-            found.append(Same(leaf))
-        elif hasattr(leaf, "__dict__"):
-            found.append((type(leaf), attributes_key(leaf, seen)))
-        else:
-            found.append(exact(leaf))
-    return structure(treedef), tuple(found)
+    rest = [each for each in which if each != 0]
+    return tuple([each - 1 if isinstance(each, int) and each > 0 else each for each in rest])

@@ -2,7 +2,7 @@
 
 Steps are planned in order. A value gets memory when its step is planned, and gives it back when
 nothing reads it any more. An output is made where it must end up, if that is free in time: a result
-in a donated argument, the new carry of a loop in the old one, a slice of a stack in its place.
+in a donated argument, the new carry of a loop in the old one, a slice of a stack in that stack.
 """
 
 from collections.abc import Sequence

@@ -8,8 +8,10 @@ algorithms, precision of products, number of threads. `structure`, `exact`, `inp
 last one.
 """
 
+import copyreg
 import dataclasses
 import numbers
+import types
 from collections import OrderedDict
 from collections.abc import Callable, Hashable, Sequence
 from typing import Any
@@ -22,7 +24,8 @@ from torch._subclasses.fake_tensor import FakeTensor
 from torch.nn import Parameter
 from torch.overrides import _get_current_function_mode_stack
 
-from funcnet import runtime
+from funcnet import runtime, tree
+from funcnet.compiler.specs import input_spec
 
 _function_modes = torch._C._len_torch_function_stack
 
@@ -74,6 +77,28 @@ def exact(value: Any) -> Hashable:
 def structure(treedef: optree.PyTreeSpec) -> Hashable:
     """A treedef as a key: as `exact` for the names, the types and the metadata of its nodes."""
     return exact(treedef.__getstate__())
+
+
+def attributes_key(value: Any, seen: frozenset[int] = frozenset()) -> Hashable:
+    """What an object has, and what the objects in it have, as a key.
+
+    Tensors count by identity, shape and dtype; their values do not.
+    """
+    names = [*getattr(value, "__dict__", {}), *copyreg._slotnames(type(value))]  # type: ignore[attr-defined]
+    own = {name: getattr(value, name) for name in names if hasattr(value, name)}
+    leaves, treedef = tree.flatten(own)
+    seen |= {id(value)}
+    found: list[Hashable] = []
+    for leaf in leaves:
+        if isinstance(leaf, Tensor):
+            found.append((Same(leaf), input_spec(leaf)))
+        elif id(leaf) in seen or isinstance(leaf, (type, types.FunctionType, types.ModuleType)):
+            found.append(Same(leaf))
+        elif hasattr(leaf, "__dict__"):
+            found.append((type(leaf), attributes_key(leaf, seen)))
+        else:
+            found.append(exact(leaf))
+    return structure(treedef), tuple(found)
 
 
 _C = torch._C

@@ -11,6 +11,7 @@ import optree
 
 from funcnet import runtime
 from funcnet.compiler.errors import say_unknown
+from funcnet.compiler.methods import Method, without_self
 
 if TYPE_CHECKING:
     from funcnet.compiler.compiled import Lowered
@@ -89,7 +90,7 @@ class Jitted:
                 reference = functools.partial(_itself, instance)
             found = self._bound_to(instance, reference)
             self._methods[identity] = found, reference
-        return _Method(found, instance)
+        return Method(found, instance)
 
     def _bound_to(self, instance: Any, reference: Callable[[], Any]) -> "Jitted":
         """This function without its first parameter, which is what ``reference`` gives."""
@@ -103,34 +104,8 @@ class Jitted:
         method.__signature__ = inspect.signature(  # type: ignore[attr-defined]
             types.MethodType(self._function, instance)
         )
-        # Positions are those of the function, whose first parameter is self.
-        donate = [each - (each > 0) for each in self._donate]
-        static = [
-            each - (each > 0) if isinstance(each, int) else each
-            for each in self._static
-            if each != 0
-        ]
-        return Jitted(method, tuple(donate), tuple(static), reference)
-
-
-class _Method:
-    """A jitted method of an instance, which it keeps alive."""
-
-    __slots__ = ("_instance", "_jitted")
-
-    def __init__(self, jitted: Jitted, instance: Any) -> None:
-        self._jitted = jitted
-        self._instance = instance
-
-    def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        return self._jitted(*args, **kwargs)
-
-    def __repr__(self) -> str:
-        return repr(self._jitted)
-
-    def lower(self, *args: Any, **kwargs: Any) -> "Lowered":
-        """As `Jitted.lower`."""
-        return self._jitted.lower(*args, **kwargs)
+        donate, static = without_self(self._donate), without_self(self._static)
+        return Jitted(method, donate, static, reference)
 
 
 def _itself(instance: Any) -> Any:
@@ -176,7 +151,7 @@ def jit(
             traced, ``isinstance(n, float)`` is what it is eagerly, and ``type(n)`` is not. Numbers
             among the results become 0-d tensors.
         donate: positions of arguments whose memory the results may take. Their tensors cannot be
-            used afterwards.
+            used afterwards, unless f returns them as they are.
         static: positions or names of hashable arguments that f may read while it is traced.
 
     Returns:
