@@ -6,6 +6,7 @@ type checkers that a name is public.
 
 from funcnet import (
     initializers as initializers,
+    losses as losses,
     random as random,
     testing as testing,
     tree as tree,
@@ -49,21 +50,17 @@ from funcnet.layers.activations import (
     celu as celu,
     elu as elu,
     gelu as gelu,
-    glu as glu,
     hardsigmoid as hardsigmoid,
     hardswish as hardswish,
     hardtanh as hardtanh,
     leaky_relu as leaky_relu,
-    log_softmax as log_softmax,
     logsigmoid as logsigmoid,
     mish as mish,
-    prelu as prelu,
     relu as relu,
     relu6 as relu6,
     selu as selu,
     sigmoid as sigmoid,
     silu as silu,
-    softmax as softmax,
     softplus as softplus,
     softsign as softsign,
     tanh as tanh,
@@ -77,6 +74,9 @@ from funcnet.layers.dropout import (
 from funcnet.layers.embedding import (
     embedding as embedding,
 )
+from funcnet.layers.gated import (
+    glu as glu,
+)
 from funcnet.layers.linear import (
     linear as linear,
 )
@@ -87,6 +87,9 @@ from funcnet.layers.norm import (
 from funcnet.layers.pooling import (
     max_pool2d as max_pool2d,
 )
+from funcnet.layers.prelu import (
+    prelu as prelu,
+)
 from funcnet.layers.shape import (
     concat as concat,
     flatten as flatten,
@@ -96,6 +99,10 @@ from funcnet.layers.shape import (
     select as select,
     split as split,
     unflatten as unflatten,
+)
+from funcnet.layers.softmax import (
+    log_softmax as log_softmax,
+    softmax as softmax,
 )
 from funcnet.layers.tuples import (
     add as add,

@@ -6,6 +6,7 @@ Shapes have PyTorch's layout, (out, in, *kernel), so ``fan_in`` is ``in * prod(k
 
 import math
 from collections.abc import Callable
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -39,13 +40,7 @@ def constant(value: float) -> Initializer:
     >>> constant(0.5)(random.key(0), (2,), torch.float32, torch.device("cpu"))
     tensor([0.5000, 0.5000])
     """
-
-    def initialize(
-        key: Tensor, shape: tuple[int, ...], dtype: torch.dtype, device: torch.device
-    ) -> Tensor:
-        return torch.full(shape, value, dtype=dtype, device=device)
-
-    return initialize
+    return lambda key, shape, dtype, device: torch.full(shape, value, dtype=dtype, device=device)
 
 
 def uniform(low: float = 0.0, high: float = 1.0) -> Initializer:
@@ -54,13 +49,9 @@ def uniform(low: float = 0.0, high: float = 1.0) -> Initializer:
     >>> uniform(-1, 1)(random.key(42), (2,), torch.float32, torch.device("cpu"))
     tensor([-0.0226,  0.3596])
     """
-
-    def initialize(
-        key: Tensor, shape: tuple[int, ...], dtype: torch.dtype, device: torch.device
-    ) -> Tensor:
-        return random.uniform(key, shape, _exact(dtype), low, high, device=device).to(dtype)
-
-    return initialize
+    return _rounded(
+        lambda key, shape, **kind: random.uniform(key, shape, minval=low, maxval=high, **kind)
+    )
 
 
 def normal(mean: float = 0.0, std: float = 1.0) -> Initializer:
@@ -70,14 +61,9 @@ def normal(mean: float = 0.0, std: float = 1.0) -> Initializer:
     tensor([-0.0028,  0.0467])
     """
     _check_std("normal", std)
-
-    def initialize(
-        key: Tensor, shape: tuple[int, ...], dtype: torch.dtype, device: torch.device
-    ) -> Tensor:
-        unit = random.normal(key, shape, _exact(dtype), device=device)
-        return unit.mul_(std).add_(mean).to(dtype)
-
-    return initialize
+    return _rounded(
+        lambda key, shape, **kind: random.normal(key, shape, **kind).mul_(std).add_(mean)
+    )
 
 
 def truncated_normal(
@@ -93,15 +79,13 @@ def truncated_normal(
     _check_std("truncated_normal", std)
     if std == 0.0:
         return constant(min(max(mean, low), high))
+    lower, upper = (low - mean) / std, (high - mean) / std
 
-    def initialize(
-        key: Tensor, shape: tuple[int, ...], dtype: torch.dtype, device: torch.device
-    ) -> Tensor:
-        lower, upper = (low - mean) / std, (high - mean) / std
-        unit = random.truncated_normal(key, lower, upper, shape, _exact(dtype), device=device)
-        return unit.mul_(std).add_(mean).clamp_(low, high).to(dtype)
+    def draw(key: Tensor, shape: tuple[int, ...], **kind: Any) -> Tensor:
+        unit = random.truncated_normal(key, lower, upper, shape, **kind)
+        return unit.mul_(std).add_(mean).clamp_(low, high)
 
-    return initialize
+    return _rounded(draw)
 
 
 def variance_scaling(scale: float, mode: str, distribution: str) -> Initializer:
@@ -232,20 +216,18 @@ def orthogonal(gain: float = 1.0) -> Initializer:
     True
     """
 
-    def initialize(
-        key: Tensor, shape: tuple[int, ...], dtype: torch.dtype, device: torch.device
-    ) -> Tensor:
+    def draw(key: Tensor, shape: tuple[int, ...], **kind: Any) -> Tensor:
         if len(shape) < 2:
             raise ValueError(f"orthogonal: expects at least two dimensions, got shape {shape}")
         rows, columns = shape[0], math.prod(shape[1:])
         tall = (max(rows, columns), min(rows, columns))
-        q, r = torch.linalg.qr(random.normal(key, tall, _exact(dtype), device=device))
+        q, r = torch.linalg.qr(random.normal(key, tall, **kind))
         # With the signs of r's diagonal, q is uniform over the orthogonal matrices.
         q = q * torch.sign(torch.diagonal(r))
         matrix = q if rows >= columns else q.mT
-        return (gain * matrix).reshape(shape).to(dtype)
+        return (gain * matrix).reshape(shape)
 
-    return initialize
+    return _rounded(draw)
 
 
 def torch_linear() -> Initializer:
@@ -272,9 +254,10 @@ def torch_default(fan_in: int) -> Initializer:
 
 
 def gain(nonlinearity: str, param: float | None = None) -> float:
-    """The factor that keeps the variance through a nonlinearity, ``torch.nn.init.calculate_gain``.
+    """The factor that keeps the variance of values that pass a nonlinearity.
 
-    ``param`` is leaky_relu's negative slope, 0.01 by default.
+    It is that of ``torch.nn.init.calculate_gain``. ``param`` is leaky_relu's negative slope,
+    0.01 by default.
 
     >>> gain("tanh")
     1.6666666666666667
@@ -303,9 +286,19 @@ def fans(shape: tuple[int, ...]) -> tuple[int, int]:
     return shape[1] * kernel, shape[0] * kernel
 
 
-def _exact(dtype: torch.dtype) -> torch.dtype:
-    """The dtype to draw in: half precision has too few numbers, and LAPACK lacks it."""
-    return torch.float64 if dtype == torch.float64 else torch.float32
+def _rounded(draw: Callable[..., Tensor]) -> Initializer:
+    """``draw(key, shape, dtype=, device=)`` in float32 or float64, then rounded to the dtype.
+
+    Draws in half precision would be coarse, and LAPACK does not know it.
+    """
+
+    def initialize(
+        key: Tensor, shape: tuple[int, ...], dtype: torch.dtype, device: torch.device
+    ) -> Tensor:
+        wide = torch.float64 if dtype == torch.float64 else torch.float32
+        return draw(key, shape, dtype=wide, device=device).to(dtype)
+
+    return initialize
 
 
 def _check_std(name: str, std: float) -> None:

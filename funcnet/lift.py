@@ -6,11 +6,11 @@ from typing import Any, Literal
 from torch import Tensor
 
 from funcnet import runtime
-from funcnet.core import EMPTY, Layer, Params, Pullback, Tree, function_name
+from funcnet.core import EMPTY, Layer, Params, Pullback, Tree, function_name, kinds_of
 from funcnet.params import Param, declare
 from funcnet.tree import describe
 
-Init = Callable[[Tensor, Tree], Any]
+Init = Callable[..., Any]
 Forward = Callable[..., tuple[Tree, Pullback, Params]]
 Apply = Callable[..., tuple[Tree, Params]]
 
@@ -121,16 +121,12 @@ def lift(
     for the metadata. The state that is passed on is a copy, since what a layer returns belongs to
     its caller.
     """
-    declared = init if isinstance(init, declare) else None
-
-    def check(params: Params, x: Tree, state: Params, key: Tensor | None, train: bool) -> None:
-        if declared is not None:
-            declared.check(name, params, state, x)
-        if keyed and train and key is None:
-            raise ValueError(f"{name}: needs a key when train=True, got None; pass key=fn.key(...)")
+    declared = isinstance(init, declare)
+    check = init.check if isinstance(init, declare) else accept_all
+    needs_key = f"{name}: needs a key when train=True, got None; pass key=fn.key(...)"
 
     def lifted_init(key: Tensor, x: Tree) -> tuple[Params, Params]:
-        return init(key, x) if declared is None else declared(key, x, name)
+        return init(key, x, name) if declared else init(key, x)
 
     def lifted_apply(
         params: Params,
@@ -140,7 +136,9 @@ def lift(
         key: Tensor | None = None,
         train: bool = False,
     ) -> tuple[Tree, Params]:
-        check(params, x, state, key, train)
+        check(name, params, state, x)
+        if keyed and train and key is None:
+            raise ValueError(needs_key)
         return apply(params, x, {**state}, key, train)
 
     def lifted_vjp(
@@ -151,11 +149,18 @@ def lift(
         key: Tensor | None = None,
         train: bool = True,
     ) -> tuple[Tree, Pullback, Params]:
-        check(params, x, state, key, train)
+        check(name, params, state, x)
+        if keyed and train and key is None:
+            raise ValueError(needs_key)
         y, pullback, state = forward(params, x, {**state}, key, train)
-        return y, Pullback(pullback.rule, pullback.residuals, pullback.static, y, name), state
+        pullback.expected = (name, kinds_of(y))
+        return y, pullback, state
 
     return Layer(lifted_init, lifted_apply, lifted_vjp, name=name, **metadata)
+
+
+def accept_all(name: str, params: Params, state: Params, x: Tree) -> None:
+    """The check of a layer that declares nothing."""
 
 
 KERNELS: dict[Callable[..., Any], Callable[..., Any]] = {}

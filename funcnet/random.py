@@ -3,9 +3,10 @@
 A key is an int64 tensor of shape (2,) that holds two 32-bit words. Every draw hashes counters
 with the key by Threefry-2x32 with 20 rounds (Salmon, Moraes, Dror and Shaw, "Parallel random
 numbers: as easy as 1, 2, 3", 2011), in the layout that JAX calls partitionable. `key`, `split`,
-`fold_in`, `bits`, `randint` and `permutation` give the very numbers of ``jax.random``; the
-floating-point draws equal JAX's up to rounding. A number depends on the key and its own index
-alone: not on the device, nor on being eager, compiled, vmapped or resumed.
+`fold_in`, `bits`, `randint` and `permutation` give exactly the numbers of ``jax.random``; the
+floating-point draws equal JAX's up to rounding. A number depends only on the key and on its own
+index: not on the device, nor on whether it is drawn eagerly, compiled, under vmap or after a
+restart.
 
 Words are held in int64 tensors, because torch has no arithmetic for uint32.
 """
@@ -13,116 +14,18 @@ Words are held in int64 tensors, because torch has no arithmetic for uint32.
 import math
 import zlib
 from collections.abc import Callable, Sequence
-from typing import Any
 
 import torch
 from torch import Tensor
 
 from funcnet.runtime import is_tracing, read
+from funcnet.threefry import MASK, counters, signed, threefry_ints, threefry_tensors
 
 Shape = Sequence[int]
 Device = torch.device | str | None
 
-_ROTATIONS = ((13, 15, 26, 6), (17, 29, 16, 24))
-_PARITY = 0x1BD11BDA
-_MASK = 0xFFFFFFFF
 # Of the sizes from 2**12 to 2**17 the fastest on CPUs with 1 MiB of L2 cache a core.
 _BLOCK = 1 << 16
-
-
-def _signed(word: Any) -> int:
-    """The int32 with the bits of a 32-bit word."""
-    word &= _MASK
-    return word - (1 << 32) if word >> 31 else word
-
-
-def _threefry_ints(k0: int, k1: int, x0: int, x1: int) -> tuple[int, int]:
-    """Threefry-2x32 of one counter in Python integers: 3 us, where tensors take 150."""
-    schedule = (k0, k1, k0 ^ k1 ^ _PARITY)
-    x0, x1 = (x0 + k0) & _MASK, (x1 + k1) & _MASK
-    for group in range(5):
-        for rotation in _ROTATIONS[group % 2]:
-            x0 = (x0 + x1) & _MASK
-            x1 = (((x1 << rotation) | (x1 >> (32 - rotation))) & _MASK) ^ x0
-        x0 = (x0 + schedule[(group + 1) % 3]) & _MASK
-        x1 = (x1 + schedule[(group + 2) % 3] + group + 1) & _MASK
-    return x0, x1
-
-
-def _threefry_tensors(
-    k0: int | Tensor, k1: int | Tensor, x0: int | Tensor, x1: Tensor
-) -> tuple[Tensor, Tensor]:
-    """Threefry-2x32 of int32 counters; the key is two ints or two 0-d int32 tensors.
-
-    Works in place on buffers that it makes itself: the first sums are out of place, so under
-    vmap the buffers are batched wherever the key or the counter is.
-    """
-    wrap = _signed if isinstance(k0, int) else (lambda word: word)
-    schedule = (k0, k1, wrap(k0 ^ k1 ^ _PARITY))
-    x1 = x1 + k1
-    x0 = x1 + (wrap(k0 + x0) if isinstance(x0, int) else x0 + k0)
-    for group in range(5):
-        for position, rotation in enumerate(_ROTATIONS[group % 2]):
-            if group or position:
-                x0 += x1
-            rotated = x1 >> (32 - rotation)
-            rotated.bitwise_and_((1 << rotation) - 1)
-            rotated.add_(x1, alpha=1 << rotation)
-            rotated.bitwise_xor_(x0)
-            x1 = rotated
-        x0 += schedule[(group + 1) % 3]
-        x1 += wrap(schedule[(group + 2) % 3] + group + 1)
-    return x0, x1
-
-
-_library = torch.library.Library("funcnet", "FRAGMENT")
-_library.define("threefry(Tensor key, int start, int n) -> (Tensor, Tensor)")
-_library.define("threefry_at(Tensor key, Tensor counter) -> (Tensor, Tensor)")
-
-
-@torch.library.impl(_library, "threefry", "CompositeExplicitAutograd")
-def threefry_range(key: Tensor, start: int, n: int) -> tuple[Tensor, Tensor]:
-    """The hashes of start ... start + n - 1, all below 2**32: one operator for those who trace."""
-    counter = torch.arange(start, start + n, device=key.device).to(torch.int32)
-    return threefry_at(key, counter)
-
-
-@torch.library.impl(_library, "threefry_at", "CompositeExplicitAutograd")
-def threefry_at(key: Tensor, counter: Tensor) -> tuple[Tensor, Tensor]:
-    """The hashes of an int32 tensor of counters; keys (..., 2) go with counters (..., ...)."""
-    k0, k1 = key.to(torch.int32).unbind(-1)
-    return _threefry_tensors(k0, k1, 0, counter)
-
-
-@torch.library.register_fake("funcnet::threefry", lib=_library)
-def _(key: Tensor, start: int, n: int) -> tuple[Tensor, Tensor]:
-    words = [torch.empty(n, dtype=torch.int32, device=key.device) for _ in range(2)]
-    return words[0], words[1]
-
-
-@torch.library.register_fake("funcnet::threefry_at", lib=_library)
-def _(key: Tensor, counter: Tensor) -> tuple[Tensor, Tensor]:
-    words = [torch.empty_like(counter) for _ in range(2)]
-    return words[0], words[1]
-
-
-@torch.library.register_vmap("funcnet::threefry", lib=_library)
-def _(info: Any, in_dims: Any, key: Tensor, start: int, n: int) -> Any:
-    counter = torch.arange(start, start + n, device=key.device).to(torch.int32)
-    return _batched_threefry(info, (in_dims[0], None), key, counter)
-
-
-@torch.library.register_vmap("funcnet::threefry_at", lib=_library)
-def _batched_threefry(info: Any, in_dims: Any, key: Tensor, counter: Tensor) -> Any:
-    if in_dims[0] is not None:
-        key = key.movedim(in_dims[0], 0)
-    if in_dims[1] is not None:
-        counter = counter.movedim(in_dims[1], 0)
-    k0, k1 = key.to(torch.int32).unbind(-1)
-    if in_dims[0] is not None:
-        ones = (1,) * (counter.dim() - (in_dims[1] is not None))
-        k0, k1 = (word.reshape(-1, *ones) for word in (k0, k1))
-    return _threefry_tensors(k0, k1, 0, counter), (0, 0)
 
 
 def _check_key(key: Tensor) -> None:
@@ -136,7 +39,7 @@ def _check_key(key: Tensor) -> None:
 def _key_words(key: Tensor, device: Device) -> tuple[int, int] | tuple[Tensor, Tensor]:
     words = read(key)
     if words is not None:
-        return _signed(words[0]), _signed(words[1])
+        return signed(words[0]), signed(words[1])
     k0, k1 = key.to(device=device, dtype=torch.int32).unbind()
     return k0, k1
 
@@ -159,32 +62,31 @@ def _hash_range(
     for start in range(0, size, block) or (0,):
         stop = min(size, start + block)
         # 2**32 is a multiple of the block's size, so the high word is one number a block.
-        high, low = start >> 32, start & _MASK
-        counter = torch.arange(low, low + stop - start, device=device).to(torch.int32)
-        blocks.append(finish(*_threefry_tensors(k0, k1, _signed(high), counter)))
+        high, low = signed(start >> 32), counters(start & MASK, stop - start, device)
+        blocks.append(finish(*threefry_tensors(k0, k1, high, low)))
     hashed = blocks[0] if len(blocks) == 1 else torch.cat(blocks)
     return hashed.reshape((*shape, *hashed.shape[1:]))
 
 
 def _unsigned(word: Tensor) -> Tensor:
-    return word.to(torch.int64) & _MASK
+    return word.to(torch.int64) & MASK
 
 
 def key(seed: int, *, device: Device = None) -> Tensor:
     """A key from a seed: the words ``(0, seed mod 2**32)``, as ``jax.random.key`` makes them.
 
-    It lies on ``device``, by default on torch's default device.
+    Its device is ``device``, by default torch's default device.
 
     >>> key(42)
     tensor([ 0, 42])
     """
     if not isinstance(seed, int):
         raise TypeError(f"key: expects an integer seed, got {type(seed).__name__}")
-    return torch.tensor([0, seed & _MASK], dtype=torch.int64, device=device)
+    return torch.tensor([0, seed & MASK], dtype=torch.int64, device=device)
 
 
 def split(key: Tensor, n: int = 2) -> Tensor:
-    """``n`` new keys, shape (n, 2): what is drawn from one tells nothing about another.
+    """``n`` new keys, shape (n, 2), whose draws are independent of each other.
 
     >>> split(key(0))
     tensor([[1797259609, 2579123966],
@@ -196,7 +98,7 @@ def split(key: Tensor, n: int = 2) -> Tensor:
 def fold_in(key: Tensor, data: int | str | Tensor) -> Tensor:
     """A new key from a key and an integer below 2**32, a 0-d integer tensor, or a name.
 
-    A name stands for its CRC-32.
+    A name is folded in as its CRC-32.
 
     >>> fold_in(key(3), 7)
     tensor([2647473427, 4234374204])
@@ -210,29 +112,29 @@ def fold_in(key: Tensor, data: int | str | Tensor) -> Tensor:
         counter = data
     else:
         raise TypeError(f"fold_in: expects an integer, a 0-d integer tensor or a str, got {data!r}")
-    if counter is not None and not 0 <= counter <= _MASK:
+    if counter is not None and not 0 <= counter <= MASK:
         raise ValueError(f"fold_in: expects an integer in [0, 2**32), got {counter}")
     words = read(key)
     if words is not None and counter is not None:
-        hashed = _threefry_ints(words[0], words[1], 0, counter)
+        hashed = threefry_ints(words[0], words[1], 0, counter)
         return torch.tensor(hashed, dtype=torch.int64, device=key.device)
     if is_tracing() and type(counter) is int:
         words = torch.ops.funcnet.threefry(key, counter, 1)
         return _unsigned(torch.cat(words))
     if not isinstance(data, Tensor):
         # Unlike torch.tensor, it does not wait for a device.
-        data = torch.full((), _signed(data), dtype=torch.int32, device=key.device)
+        data = torch.full((), signed(data), dtype=torch.int32, device=key.device)
     data = data.to(device=key.device, dtype=torch.int32)
     if is_tracing():
         return _unsigned(torch.stack(torch.ops.funcnet.threefry_at(key, data), -1))
     k0, k1 = _key_words(key, key.device)
-    return _unsigned(torch.stack(_threefry_tensors(k0, k1, 0, data), -1))
+    return _unsigned(torch.stack(threefry_tensors(k0, k1, 0, data), -1))
 
 
 def bits(key: Tensor, shape: Shape = (), *, width: int = 32, device: Device = None) -> Tensor:
     """Random words of ``width`` 8, 16, 32 or 64 bits, in an int64 tensor of ``shape``.
 
-    Words of 64 bits come as the int64 with the same bits.
+    A word of 64 bits is returned as the int64 with the same bits.
 
     >>> bits(key(0), (3,))
     tensor([4070199207, 4202968722, 1427181096])
@@ -257,10 +159,12 @@ def uniform(
     *,
     device: Device = None,
 ) -> Tensor:
-    """Uniform draws from [minval, maxval): ``k 2**-m``, k of as many bits as the mantissa, m.
+    """Uniform draws from [minval, maxval).
 
-    On an interval other than [0, 1) the sum ``minval + u (maxval - minval)`` is rounded, and may
-    be rounded up to maxval: rarely in float32, often in bfloat16 and float16, as in JAX.
+    On [0, 1) a draw is ``u = k 2**-m``, with m the number of bits of the dtype's mantissa, and k
+    a random integer of m bits. On another interval it is ``minval + u (maxval - minval)``, which
+    is rounded, and may be rounded up to maxval: rarely in float32, often in bfloat16 and float16,
+    as in JAX.
 
     >>> uniform(key(42), (3,))
     tensor([0.4887, 0.6798, 0.6163])
@@ -286,7 +190,7 @@ def uniform(
             return unit
         # While a function is traced, a number's value is not known.
         if not is_tracing():
-            # The buffer is ours. The bounds are rounded to the dtype, as JAX rounds them.
+            # In place on our own buffer. The bounds are rounded to the dtype, as JAX rounds them.
             low, high = _rounded(minval, dtype), _rounded(maxval, dtype)
             return unit.mul_(_rounded(high - low, dtype)).add_(low).clamp(min=low)
     lowest, highest = (
@@ -308,7 +212,7 @@ def _rounded(value: float, dtype: torch.dtype) -> float:
 
 
 def _next(value: float, toward: float, dtype: torch.dtype) -> float:
-    """The number of a dtype that follows ``value`` on the way to ``toward``."""
+    """The number of a dtype next to ``value`` in the direction of ``toward``."""
     start, end = (torch.tensor(number, dtype=dtype, device="cpu") for number in (value, toward))
     return torch.nextafter(start, end).item()
 
@@ -336,7 +240,7 @@ def truncated_normal(
     *,
     device: Device = None,
 ) -> Tensor:
-    """Draws from N(0, 1) under the condition that they lie in (lower, upper).
+    """Draws from N(0, 1), conditioned on being in (lower, upper).
 
     >>> truncated_normal(key(42), -1.0, 1.0, (3,))
     tensor([-0.0193,  0.3127,  0.2003])
@@ -380,7 +284,7 @@ def randint(
     *,
     device: Device = None,
 ) -> Tensor:
-    """Integers from [minval, maxval), by remainder of twice as many bits as ``dtype`` has.
+    """Integers from [minval, maxval): the remainder of random words of twice the dtype's width.
 
     The bias is below ``(maxval - minval) / 2**64``; ``maxval - minval`` is at most 2**31.
 
@@ -404,13 +308,13 @@ def randint(
     def remainder(words: Tensor) -> Tensor:
         if width == 32:
             return words % span
-        low, high = words & _MASK, (words >> 32) & _MASK
+        low, high = words & MASK, (words >> 32) & MASK
         return ((high % span) * ((1 << 32) % span) + low % span) % span
 
     higher, lower = (bits(child, shape, width=width, device=device) for child in split(key))
     offset = remainder(higher) * multiplier + remainder(lower)
     if width == 32:
-        offset = offset & _MASK
+        offset = offset & MASK
     return (offset % span + minval).to(dtype)
 
 
@@ -424,8 +328,8 @@ def permutation(key: Tensor, x: int | Tensor, axis: int = 0, *, device: Device =
         order = permutation(key, x.shape[axis], device=x.device)
         return x.index_select(axis, order)
     order = torch.arange(x, device=device if device is not None else key.device)
-    # Sorting by 32-bit words that may tie: repeat until ties are unlikely, as JAX does.
-    for _ in range(math.ceil(3 * math.log(max(1, x)) / math.log(_MASK))):
+    # The 32-bit sort keys may tie: sort again until an order due to ties is unlikely, as JAX does.
+    for _ in range(math.ceil(3 * math.log(max(1, x)) / math.log(MASK))):
         key, subkey = split(key).unbind()
         words = bits(subkey, (x,), device=order.device)
         order = order[torch.sort(words, stable=True).indices]

@@ -35,9 +35,13 @@ def is_differentiated(*tensors: Tensor) -> bool:
 
     By autograd, if one of them needs a gradient, or by torch.func.
     """
-    if any([tensor.requires_grad for tensor in tensors]) or _forward_ad._current_level >= 0:
+    for tensor in tensors:
+        if tensor.requires_grad:
+            return True
+    levels = _interpreters()
+    if levels is not None and any([level.key() in _DERIVATIVES for level in levels]):
         return True
-    return any([level.key() in _DERIVATIVES for level in _interpreters() or ()])
+    return _forward_ad._current_level >= 0
 
 
 def read(tensor: Tensor) -> Any:

@@ -2,6 +2,7 @@
 
 import itertools
 import math
+import pickle
 
 import pytest
 import torch
@@ -790,3 +791,62 @@ def test_cross_entropy_is_nll_of_log_softmax():
     other, nll_pullback = fn.nll().vjp(log_p, target)
     torch.testing.assert_close(value, other)
     torch.testing.assert_close(pullback(), softmax_pullback(nll_pullback())[1])
+
+
+def quantile(y, t, slope, level):
+    return slope * torch.maximum(level * (t - y), (level - 1) * (t - y))
+
+
+def quantile_derivative(y, t, slope, level):
+    return slope * ((y >= t).to(y.dtype) - level)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, F64])
+@pytest.mark.parametrize("reduction", ["mean", "sum"])
+@pytest.mark.parametrize("weight", [None, torch.tensor([1.0, 2.0, 0.0], dtype=F64)])
+def test_a_loss_made_of_a_function_and_its_derivative_keeps_the_laws(dtype, reduction, weight):
+    level = torch.tensor([0.25, 0.5, 0.875], dtype=dtype)
+    loss = fn.losses.pointwise(
+        quantile,
+        quantile_derivative,
+        reduction,
+        weight=weight,
+        options=(2.0,),
+        tensors={"level": level, "absent": None},
+    )
+    fn.testing.check_loss(loss, Y, T)
+    elements = quantile(Y, T, 2.0, level) * (1.0 if weight is None else weight)
+    torch.testing.assert_close(loss.apply(Y, T), getattr(elements, reduction)())
+
+
+def test_the_pullback_of_a_pointwise_loss_can_be_pickled():
+    _, pullback = fn.huber(delta=0.5).vjp(Y, T)
+    assert torch.equal(pickle.loads(pickle.dumps(pullback))(), pullback())
+
+
+def test_a_derivative_that_is_no_module_level_function_is_found():
+    loss = fn.losses.pointwise(lambda y, t: y * t, lambda y, t: t)
+    with pytest.raises(AssertionError, match=r"structure: .*<lambda> is a module-level function"):
+        fn.testing.check_loss(loss, Y, T)
+
+
+def test_a_wrong_derivative_is_found():
+    loss = fn.losses.pointwise(quantile, quantile, options=(1.0, 0.3))
+    with pytest.raises(AssertionError, match="derivative: the pullback agrees with autograd"):
+        fn.testing.check_loss(loss, Y, T)
+
+
+@pytest.mark.parametrize(
+    ("options", "error", "match"),
+    [
+        ({"reduction": "batchmean"}, ValueError, "quantile: reduction must be one of"),
+        ({"weight": WEIGHT2}, ValueError, r"quantile: expects a weight .*\(2,\)"),
+        ({"tensors": {"level": WEIGHT2}}, ValueError, r"quantile: expects a level .*\(2,\)"),
+        ({"name": "pinball", "weight": TALL}, ValueError, "pinball: expects a weight"),
+    ],
+)
+def test_errors_of_a_pointwise_loss_name_the_function(options, error, match):
+    with pytest.raises(error, match=match):
+        fn.losses.pointwise(quantile, quantile_derivative, **{"options": (1.0,), **options}).apply(
+            Y, T
+        )

@@ -72,72 +72,26 @@ def combine(
         slot.check(layer, alone=len(children) == 1)
 
     def init(key: Tensor, x: Tree) -> tuple[Params, Params]:
-        params: dict[str, Any] = {}
-        state: dict[str, Any] = {}
-        made: dict[Slot, tuple[Params, Params]] = {}
-        try:
-            device = tree.device_of(x) if children else torch.device("meta")
-        except ValueError as error:
-            locate(error, f"{name}:")
-            raise
+        run = _Init(name, slots, children, key, x)
+        forward(run, tree.to_meta(x), *static)
+        return run.params, run.state
 
-        def make(slot: Slot, layer: Layer, x: Tree, use: int | None) -> Tree:
-            if slot not in made:
-                own, own_state = layer.init(slot.key(key), tree.placeholder(x, device))
-                slot.put(params, own)
-                slot.put(state, own_state)
-                made[slot] = tree.to_meta((own, own_state))
-            own, own_state = made[slot]
-            noise = torch.empty(2, dtype=torch.int64, device="meta") if layer.takes_key else None
-            return layer.apply(own, x, own_state, key=noise)[0]
+    def apply(params: Params, x: Tree, state: Params, *rest: Any) -> tuple[Tree, Params]:
+        run = _Call(name, slots, children, params, state, *rest)
+        y, _ = forward(run, x, *static)
+        return y, run.new_state
 
-        forward(Run(slots, children, make), tree.to_meta(x), *static)
-        return params, state
-
-    def flow(
-        params: Params,
-        x: Tree,
-        state: Params,
-        key: Tensor | None,
-        train: bool,
-        pullbacks: dict[str, Pullback] | None,
-    ) -> tuple[Tree, Mapping[str, Tree], Params]:
-        """y, the combinator's own residuals, and the new state; fills ``pullbacks``."""
-        _check_names(name, "params", params, children)
-        _check_names(name, "state", state, children)
-        new_state: dict[str, Any] = {}
-        ran: set[Slot] = set()
-
-        def call(slot: Slot, layer: Layer, x: Tree, use: int | None) -> Tree:
-            if slot in ran and use is None:
-                raise ValueError("runs twice: tell the uses of a child apart by use=0, use=1, ...")
-            # A later use goes on from the state that the one before it left.
-            own, own_state = slot.own(params), slot.own(new_state if slot in ran else state)
-            own_key = None if key is None or not layer.takes_key else slot.key(key, use)
-            if pullbacks is None:
-                y, own_state = layer.apply(own, x, own_state, key=own_key, train=train)
-            else:
-                y, pullback, own_state = layer.vjp(own, x, own_state, key=own_key, train=train)
-                pullbacks[slot.call(use)] = pullback
-            ran.add(slot)
-            slot.put(new_state, own_state)
-            return y
-
-        y, residuals = forward(Run(slots, children, call), x, *static)
-        return y, residuals, new_state
-
-    def apply(*arguments: Any) -> tuple[Tree, Params]:
-        y, _, new_state = flow(*arguments, None)
-        return y, new_state
-
-    def vjp(params: Params, *rest: Any) -> tuple[Tree, Pullback, Params]:
+    def vjp(
+        params: Params, x: Tree, state: Params, key: Tensor | None, train: bool
+    ) -> tuple[Tree, Pullback, Params]:
         kept: dict[str, Any] = {}
-        y, residuals, new_state = flow(params, *rest, kept)
+        run = _Call(name, slots, children, params, state, key, train, kept)
+        y, residuals = forward(run, x, *static)
         if residuals:
             kept[_OWN] = dict(residuals)
         learned = frozenset([child for child, slot in slots.items() if slot.is_in(params)])
         known = (backward, tuple(slots.values()), learned, static)
-        return y, Pullback(combine_rule, kept, known), new_state
+        return y, Pullback(combine_rule, kept, known), run.new_state
 
     return lift(
         name,
@@ -225,20 +179,94 @@ class Slot(NamedTuple):
 class Run:
     """Runs the children of a combinator: ``run(child, x)`` is the output of a child."""
 
-    def __init__(
-        self, slots: Mapping[Name, Slot], children: Mapping[Any, Layer], call: Callable[..., Tree]
-    ) -> None:
+    def __init__(self, slots: Mapping[Name, Slot], children: Mapping[Any, Layer]) -> None:
         self.names: Any = tuple(slots)
-        self._slots, self._children, self._call = slots, children, call
+        self.slots, self.children = slots, children
+        self.ran: set[Name] = set()
 
     def __call__(self, child: Name, x: Tree, use: int | None = None) -> Tree:
         """The output of a child; ``use`` tells several uses of one child apart."""
-        slot = self._slots[child]
+        slot = self.slots[child]
+        again = child in self.ran
+        self.ran.add(child)
         try:
-            return self._call(slot, self._children[child], x, use)
+            if again and use is None:
+                raise ValueError("runs twice: tell the uses of a child apart by use=0, use=1, ...")
+            return self.output(slot, self.children[child], x, use, again)
         except Exception as error:
             locate(error, slot.path(use))
             raise
+
+    def output(self, slot: Slot, layer: Layer, x: Tree, use: int | None, again: bool) -> Tree:
+        raise NotImplementedError
+
+
+class _Init(Run):
+    """Makes the params and state of each child, and finds its output on the meta device."""
+
+    def __init__(
+        self,
+        parent: str,
+        slots: Mapping[Name, Slot],
+        children: Mapping[Any, Layer],
+        key: Tensor,
+        x: Tree,
+    ) -> None:
+        super().__init__(slots, children)
+        self.key = key
+        self.params: dict[str, Any] = {}
+        self.state: dict[str, Any] = {}
+        self.made: dict[Slot, tuple[Params, Params]] = {}
+        try:
+            self.device = tree.device_of(x) if children else torch.device("meta")
+        except ValueError as error:
+            locate(error, f"{parent}:")
+            raise
+
+    def output(self, slot: Slot, layer: Layer, x: Tree, use: int | None, again: bool) -> Tree:
+        if not again:
+            params, state = layer.init(slot.key(self.key), tree.placeholder(x, self.device))
+            slot.put(self.params, params)
+            slot.put(self.state, state)
+            self.made[slot] = tree.to_meta((params, state))
+        params, state = self.made[slot]
+        noise = torch.empty(2, dtype=torch.int64, device="meta") if layer.takes_key else None
+        return layer.apply(params, x, state, key=noise)[0]
+
+
+class _Call(Run):
+    """Applies each child, or, with a dict for the pullbacks, calls its vjp."""
+
+    def __init__(
+        self,
+        parent: str,
+        slots: Mapping[Name, Slot],
+        children: Mapping[Any, Layer],
+        params: Params,
+        state: Params,
+        key: Tensor | None,
+        train: bool,
+        pullbacks: dict[str, Pullback] | None = None,
+    ) -> None:
+        super().__init__(slots, children)
+        _check_names(parent, "params", params, children)
+        _check_names(parent, "state", state, children)
+        self.params, self.state, self.key, self.train = params, state, key, train
+        self.new_state: dict[str, Any] = {}
+        self.pullbacks = pullbacks
+
+    def output(self, slot: Slot, layer: Layer, x: Tree, use: int | None, again: bool) -> Tree:
+        params = slot.own(self.params)
+        # A later use goes on from the state that the one before it left.
+        state = slot.own(self.new_state if again else self.state)
+        key = None if self.key is None or not layer.takes_key else slot.key(self.key, use)
+        if self.pullbacks is None:
+            y, state = layer.apply(params, x, state, key=key, train=self.train)
+        else:
+            y, pullback, state = layer.vjp(params, x, state, key=key, train=self.train)
+            self.pullbacks[slot.call(use)] = pullback
+        slot.put(self.new_state, state)
+        return y
 
 
 class Pull:
@@ -279,11 +307,12 @@ class Pull:
 
 
 def _check_names(parent: str, what: str, found: Params, children: Mapping[Any, Layer]) -> None:
-    if type(found) is not dict and not isinstance(found, Mapping):
+    if isinstance(found, dict) and found.keys() <= children.keys():
+        return
+    if not isinstance(found, Mapping):
         raise TypeError(f"{parent}: expects a dict of {what}, got {tree.describe(found)}")
-    if found and not found.keys() <= children.keys():
-        groups = [(child,) if isinstance(child, str) else child for child in children]
-        names = {name for group in groups for name in group}
-        if "" not in names and not found.keys() <= names:
-            extra = sorted(found.keys() - names)
-            raise ValueError(f"{parent}: {what} has {extra}, but the layers are {list(children)}")
+    groups = [(child,) if isinstance(child, str) else child for child in children]
+    names = {name for group in groups for name in group}
+    if "" not in names and not found.keys() <= names:
+        extra = sorted(found.keys() - names)
+        raise ValueError(f"{parent}: {what} has {extra}, but the layers are {list(children)}")

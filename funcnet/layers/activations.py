@@ -1,21 +1,18 @@
-"""Activations: each with its derivative, and PyTorch's fused kernel for it where there is one."""
+"""Activations that work element by element: each with its derivative.
+
+Where PyTorch has a fused kernel of dy times the derivative, the decorator names it.
+"""
 
 import math
-from typing import Any
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from funcnet import runtime, tree
-from funcnet.core import EMPTY, Layer, Params, Pullback
-from funcnet.initializers import constant
-from funcnet.lift import elementwise, parameterless, require_floating, stateless, with_kernel
-from funcnet.params import Param, declare
+from funcnet.core import Layer
+from funcnet.lift import elementwise, with_kernel
 
 aten = torch.ops.aten
-
-Step = tuple[Tensor, dict[str, Tensor], tuple[Any, ...]]
 
 SELU_SCALE = 1.0507009873554804934193349852946
 SELU_ALPHA = 1.6732632423543772848170429916717
@@ -39,7 +36,7 @@ def relu() -> Layer:
 @with_kernel(lambda dy, x, slope: aten.leaky_relu_backward(dy, x, slope, False))
 def leaky_relu_derivative(x: Tensor, negative_slope: float) -> Tensor:
     """``1 where x > 0, else the slope``."""
-    return torch.where(x > 0, 1.0, negative_slope).to(x.dtype)
+    return torch.where(x > 0, 1.0, torch.full_like(x, negative_slope))
 
 
 def leaky_relu(negative_slope: float = 0.01) -> Layer:
@@ -255,7 +252,7 @@ def hardtanh(min_val: float = -1.0, max_val: float = 1.0) -> Layer:
 @with_kernel(aten.hardsigmoid_backward.default)
 def hardsigmoid_derivative(x: Tensor) -> Tensor:
     """``[-3 < x < 3] / 6``."""
-    return torch.where((x > -3) & (x < 3), 1 / 6, 0.0).to(x.dtype)
+    return torch.where((x > -3) & (x < 3), torch.full_like(x, 1 / 6), 0.0)
 
 
 def hardsigmoid() -> Layer:
@@ -311,136 +308,3 @@ def logsigmoid() -> Layer:
     tensor([-0.6931, -0.1269])
     """
     return elementwise(F.logsigmoid, logsigmoid_derivative, name="logsigmoid")
-
-
-@with_kernel(lambda dy, dim, y: runtime.softmax_backward(dy, y, dim, y.dtype))
-def softmax_backward(dy: Tensor, dim: int, y: Tensor) -> Tensor:
-    """``dx = y (dy - sum y dy)``."""
-    return y * (dy - (y * dy).sum(dim, keepdim=True))
-
-
-def softmax(dim: int = -1) -> Layer:
-    """``y = exp(x) / sum exp(x)`` over ``dim``; ``dx = y (dy - sum y dy)``. ``torch.nn.Softmax``.
-
-    >>> softmax().apply({}, torch.tensor([0.0, 0.0]))[0]
-    tensor([0.5000, 0.5000])
-    """
-
-    def forward(x: Tensor) -> Step:
-        y = torch.softmax(x, dim)
-        return y, {"y": y}, (dim,)
-
-    return parameterless(forward, softmax_backward)
-
-
-@with_kernel(lambda dy, dim, y: runtime.log_softmax_backward(dy, y, dim, y.dtype))
-def log_softmax_backward(dy: Tensor, dim: int, y: Tensor) -> Tensor:
-    """``dx = dy - exp(y) sum dy``."""
-    return dy - y.exp() * dy.sum(dim, keepdim=True)
-
-
-def log_softmax(dim: int = -1) -> Layer:
-    """``y = x - log sum exp(x)`` over ``dim``; ``dx = dy - exp(y) sum dy``.
-
-    Source: ``torch.nn.LogSoftmax``.
-
-    >>> log_softmax().apply({}, torch.tensor([0.0, 0.0]))[0]
-    tensor([-0.6931, -0.6931])
-    """
-
-    def forward(x: Tensor) -> Step:
-        y = torch.log_softmax(x, dim)
-        return y, {"y": y}, (dim,)
-
-    return parameterless(forward, log_softmax_backward)
-
-
-@with_kernel(lambda dy, dim, x: aten.glu_backward(dy, x, dim))
-def glu_backward(dy: Tensor, dim: int, x: Tensor) -> Tensor:
-    """``da = dy s``, ``db = dy a s (1 - s)`` with ``s = sigmoid(b)``."""
-    a, b = x.chunk(2, dim)
-    s = torch.sigmoid(b)
-    return torch.cat([dy * s, dy * a * s * (1 - s)], dim)
-
-
-def glu(dim: int = -1) -> Layer:
-    """``y = a sigmoid(b)``, where a and b are the halves of x along ``dim``.
-
-    Inputs: x with an even size along ``dim``. Source: ``torch.nn.GLU``; Dauphin et al. 2016.
-
-    >>> glu().apply({}, torch.tensor([3.0, 0.0]))[0]
-    tensor([1.5000])
-    """
-
-    def declaration(x: Tensor) -> Params:
-        require_floating(x)
-        if not -x.dim() <= dim < x.dim() or x.shape[dim] % 2:
-            raise ValueError(f"expects an even size along dim {dim}, got {tuple(x.shape)}")
-        return EMPTY
-
-    def forward(x: Tensor) -> Step:
-        return F.glu(x, dim), {"x": x}, (dim,)
-
-    return parameterless(forward, glu_backward, declaration=declaration)
-
-
-def prelu_rule(
-    residuals: dict[str, Tensor], dy: Tensor, *, params: bool, x: bool
-) -> tuple[Params | None, Tensor | None]:
-    """``dx = dy [x > 0] + weight dy [x <= 0]``, ``dweight = sum dy x [x <= 0]`` by channel."""
-    inputs, weight = residuals["x"], residuals["weight"]
-    positive = inputs > 0
-    dparams = None
-    if params:
-        by_slope = torch.where(positive, 0.0, dy * inputs)
-        channelwise = weight.shape[0] > 1
-        dims = [dim for dim in range(inputs.dim()) if not (channelwise and dim == 1)]
-        dweight = by_slope.sum(dims) if dims else by_slope
-        dparams = {"weight": dweight.reshape(weight.shape)}
-    dx = torch.where(positive, dy, dy * _along_channels(weight, inputs)) if x else None
-    return dparams, dx
-
-
-def _along_channels(weight: Tensor, x: Tensor) -> Tensor:
-    """A weight by channel, dimension 1, in a shape that broadcasts against x."""
-    if weight.shape[0] > 1:
-        return weight.reshape(-1, *[1] * (x.dim() - 2))
-    return weight.reshape([1] * x.dim())
-
-
-def prelu(
-    num_parameters: int = 1, init: float = 0.25, *, dtype: torch.dtype | None = None
-) -> Layer:
-    """``y = x if x > 0 else weight x``, with a learned slope.
-
-    Args:
-        num_parameters: 1, or the size of x's dimension 1 for a slope of each channel.
-        init: the first value of the slopes.
-        dtype: of the slopes; default that of x.
-
-    Params: ``weight`` (num_parameters,).
-    VJP: ``dx = dy`` or ``weight dy``; ``dweight = sum dy x [x <= 0]``.
-    Source: ``torch.nn.PReLU``; He et al. 2015.
-
-    >>> prelu().apply({"weight": torch.tensor([0.1])}, torch.tensor([-1.0, 2.0]))[0]
-    tensor([-0.1000,  2.0000])
-    """
-    if num_parameters < 1:
-        raise ValueError(f"prelu: num_parameters must be at least 1, got {num_parameters}")
-
-    @declare
-    def start(x: Tensor) -> dict[str, Param]:
-        require_floating(x)
-        if num_parameters > 1 and (x.dim() < 2 or x.shape[1] != num_parameters):
-            raise ValueError(
-                f"weight expects {num_parameters} channels in dimension 1, got {tree.describe(x)}"
-            )
-        return {"weight": Param((num_parameters,), constant(init), dtype)}
-
-    def apply(params: Params, x: Tensor) -> Tensor:
-        return F.prelu(x, params["weight"])
-
-    def vjp(params: Params, x: Tensor) -> tuple[Tensor, Pullback]:
-        return apply(params, x), Pullback(prelu_rule, {"x": x, "weight": params["weight"]})
-
-    return stateless(start, apply, vjp)

@@ -18,10 +18,11 @@ def linear_rule(
     """``dweight = dy^T x``, ``dbias = sum dy``, ``dx = dy weight``."""
     dparams = None
     if params:
-        inputs = residuals["x"]
-        batch = math.prod(dy.shape[:-1])
-        rows = dy.reshape(batch, dy.shape[-1])
-        dparams = {"weight": rows.t().mm(inputs.reshape(batch, inputs.shape[-1]))}
+        rows, columns = dy, residuals["x"]
+        if dy.dim() != 2:
+            batch = math.prod(dy.shape[:-1])
+            rows, columns = (each.reshape(batch, each.shape[-1]) for each in (rows, columns))
+        dparams = {"weight": rows.t().mm(columns)}
         if bias:
             dparams["bias"] = rows.sum(0)
     return dparams, dy.matmul(residuals["weight"]) if x else None

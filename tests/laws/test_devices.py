@@ -48,7 +48,7 @@ def crossings(request, monkeypatch):
     """Where the test runs: on fake tensors, which the library takes for those of a tracer."""
     monkeypatch.setattr(FakeTensor, "__getitem__", subscript)
     if request.param == "eager":
-        monkeypatch.setattr(fn.tree, "_dispatch_modes", lambda: 0)
+        monkeypatch.setattr(fn.runtime, "_dispatch_modes", lambda: 0)
         # A CPU tensor can be read, such as a key; which values it has does not matter here.
         monkeypatch.setattr(FakeTensor, "tolist", zeros_for)
     with FakeTensorMode(allow_non_fake_inputs=True), Crossings() as found:
@@ -187,7 +187,7 @@ INITIALIZERS = {
     name: make()
     for name, make in vars(fn.initializers).items()
     if getattr(make, "__annotations__", {}).get("return") is fn.initializers.Initializer
-    and name not in ("constant", "variance_scaling")
+    and name not in ("_rounded", "constant", "variance_scaling", "torch_default")
 }
 
 

@@ -1,5 +1,5 @@
 // Threefry-2x32 with 20 rounds of the 64-bit counters start ... start + n - 1, or of `counter`;
-// funcnet/random.py has the same in Python. A vector holds LANES counters.
+// funcnet/threefry.py has the same in Python. A vector holds LANES counters.
 
 #pragma once
 

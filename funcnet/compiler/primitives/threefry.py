@@ -1,4 +1,5 @@
-"""Threefry-2x32, the hash that random draws are made of: `funcnet.random` has the formula.
+"""Threefry-2x32, the hash that random draws are made of: `funcnet.threefry` has the operators
+and their formula.
 
 As one operator it is one call; its 20 rounds would be some 150 operators in the graph of each draw.
 """
@@ -7,7 +8,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from funcnet.compiler.primitives import Operand, Primitive
-from funcnet.random import threefry_at, threefry_range
+from funcnet.threefry import threefry_at, threefry_range
 
 
 def _call(operands: Sequence[Operand], results: dict[int, Operand], options: dict[str, Any]) -> str:
