@@ -1,4 +1,4 @@
-"""Compiling C++ to a shared library, once a text and machine."""
+"""Compiling C++ to a shared library, once for each text and machine."""
 
 import contextlib
 import ctypes
@@ -12,12 +12,13 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import torch
 
 from funcnet.compiler import cache
+from funcnet.compiler.errors import BuildError, NoCompilerError
 
 _HERE = Path(__file__).parent
 _FLAGS = (
@@ -31,17 +32,17 @@ _FLAGS = (
     "-DSTANDALONE_TORCH_HEADER",
     "-DC10_USING_CUSTOM_GENERATED_MACROS",
 )
-# Without OpenMP's library: its loops over lanes only, and an omp.h that knows one thread.
-_SERIAL = ("-fopenmp-simd", f"-I{_HERE / 'serial'}")
+_FLAGS_OF_GCC = ("-fno-tree-loop-vectorize",)
+# Without OpenMP's library: only its pragmas for vector lanes, and an omp.h that knows one thread.
+_SERIAL = ("-fopenmp-simd", f"-I{_HERE / 'headers' / 'serial'}")
 _DAY = 24 * 60 * 60
-
-
-class NoCompilerError(RuntimeError):
-    """This machine has no C++ compiler."""
-
-
-class BuildError(RuntimeError):
-    """A program could not be compiled or loaded, and why."""
+# The modules that neither record graphs nor make C++ of them.
+_NO_WRITERS = frozenset(
+    [
+        *("__init__.py", "build.py", "cache.py", "compiled.py", "dispatch.py", "errors.py"),
+        *("methods.py", "signature.py", "staged.py"),
+    ]
+)
 
 
 def compiler() -> list[str]:
@@ -59,18 +60,49 @@ def compiler() -> list[str]:
     )
 
 
-def fingerprint(*parts: str) -> str:
-    """A name for what is compiled from these texts on this machine by this code."""
-    sources = sorted(_HERE.glob("*.py")) + sorted(_HERE.glob("**/*.h"))
-    own = [path.read_text() for path in sources]
+def text_key(*parts: str) -> str:
+    """A name for the C++ text that is made of these on this machine.
+
+    Anything from which it is made counts: the code of the stages from graph to text, PyTorch's
+    version, as Inductor writes the kernels, and the compiler and processor, for which it does.
+    """
+    return _digest([*parts, *_writers(), *_machine()])
+
+
+def library_key(text: str, threads: int) -> str:
+    """A name for the library that is compiled of a C++ text on this machine.
+
+    Beside the text, that depends on the headers, the compiler, its flags, and PyTorch's version,
+    whose headers and library it uses.
+    """
+    flags = [*_FLAGS, *_FLAGS_OF_GCC, *_SERIAL, str(threads == 1)]
+    return _digest([text, *_headers(), *flags, *_machine()])
+
+
+def _digest(parts: Sequence[str]) -> str:
+    return hashlib.sha256("\0".join(parts).encode()).hexdigest()[:32]
+
+
+def _headers() -> list[str]:
+    return _contents(sorted(_HERE.glob("**/*.h")))
+
+
+def _writers() -> list[str]:
+    files = sorted(_HERE.glob("**/*.py"))
+    return _contents([file for file in files if file.name not in _NO_WRITERS])
+
+
+def _contents(files: Sequence[Path]) -> list[str]:
+    return [part for file in files for part in (file.name, file.read_text())]
+
+
+def _machine() -> list[str]:
     command = compiler()
     program = os.stat(command[0])
     made_by = [*command, str(program.st_size), str(program.st_mtime_ns)]
     version = torch.version.git_version or ""
     capability = torch.backends.cpu.get_cpu_capability()
-    machine = [torch.__version__, version, platform.machine(), capability, _processor()]
-    text = "\0".join([*parts, *own, *made_by, *machine])
-    return hashlib.sha256(text.encode()).hexdigest()[:32]
+    return [*made_by, torch.__version__, version, platform.machine(), capability, _processor()]
 
 
 def _processor() -> str:
@@ -82,20 +114,20 @@ def _processor() -> str:
     return next((line for line in lines if line.startswith(("flags", "Features"))), "")
 
 
-def load(name: str, threads: int, write: Callable[[], str]) -> ctypes.CDLL:
-    """The functions of a program: from disk, or written by ``write`` and compiled.
+def load(text: str, threads: int) -> ctypes.CDLL:
+    """The functions of a program: from disk, or compiled.
 
     Raises:
         BuildError: the compiler is not able to, or what it makes cannot be loaded.
     """
+    name = f"{library_key(text, threads)}.so"
     # A process gets the first library of a name that it opened again: let it be the right one.
-    if (kept := cache.find(f"{name}.so")) and b"funcnet_run" in kept.read_bytes():
+    if (kept := cache.find(name)) and b"funcnet_run" in kept.read_bytes():
         with contextlib.suppress(OSError, AttributeError):
             return _open(kept)
-    text = write()
     with _folder() as folder:
         made = _compile(text, folder, threads)
-        kept = cache.keep(f"{name}.so", made.read_bytes())
+        kept = cache.keep(name, made.read_bytes())
         for library in [kept, made] if kept else [made]:
             try:
                 return _open(library)
@@ -113,19 +145,48 @@ def _open(library: Path) -> ctypes.CDLL:
 
 @contextlib.contextmanager
 def _folder() -> Iterator[Path]:
-    """A folder to compile in. Those that killed processes left behind are removed."""
+    """A folder to compile in, which goes when the compilation ends, or this process, however."""
     prefix = f"funcnet-{platform.node()}-"
     try:
         _sweep(Path(tempfile.gettempdir()), prefix)
-        with tempfile.TemporaryDirectory(
-            prefix=f"{prefix}{os.getpid()}-", ignore_cleanup_errors=True
-        ) as folder:
+        with (
+            tempfile.TemporaryDirectory(
+                prefix=f"{prefix}{os.getpid()}-", ignore_cleanup_errors=True
+            ) as folder,
+            _removed_if_killed(folder),
+        ):
             yield Path(folder)
     except OSError as error:
         raise BuildError(f"there is no folder to compile in: {error}") from error
 
 
+@contextlib.contextmanager
+def _removed_if_killed(folder: str) -> Iterator[None]:
+    """Have another process remove a folder as soon as this one is gone.
+
+    It waits for the end of a pipe that only this process writes to. The compiler, which may still
+    be running then, can make `rm` fail a few times.
+    """
+    shell = shutil.which("sh")
+    if shell is None:
+        yield
+        return
+    script = 'cat; while [ -e "$0" ] && ! rm -rf "$0"; do sleep 0.1; done'
+    with subprocess.Popen(
+        [shell, "-c", script, folder],
+        stdin=subprocess.PIPE,
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.DEVNULL,
+        start_new_session=True,
+    ) as watcher:
+        try:
+            yield
+        finally:
+            watcher.kill()
+
+
 def _sweep(where: Path, prefix: str) -> None:
+    """Remove what processes left behind that were killed together with their watchers."""
     for folder in where.glob("funcnet-*-*-*"):
         with contextlib.suppress(OSError, ValueError):
             found = folder.stat()
@@ -175,9 +236,9 @@ def _compile(text: str, folder: Path, threads: int) -> Path:
 
 
 def _ways(threads: int, command: tuple[str, ...]) -> list[tuple[str, ...]]:
-    """How the loops that threads share may be compiled: with OpenMP if there is need, or without.
+    """Flags to try one after the other: with OpenMP if there are threads, and without it.
 
-    Without it they run on one thread and give the same.
+    Without it parallel loops run on one thread and give the same.
     """
     return [_SERIAL] if threads == 1 else [_openmp(command), _SERIAL]
 
@@ -185,7 +246,7 @@ def _ways(threads: int, command: tuple[str, ...]) -> list[tuple[str, ...]]:
 def _openmp(command: tuple[str, ...]) -> tuple[str, ...]:
     if sys.platform != "darwin":
         return ("-fopenmp",)
-    # Apple's compiler knows OpenMP only by other flags, and its library lies where brew put it.
+    # Apple's compiler knows OpenMP only by other flags, and its library is where brew put it.
     from torch._inductor.cpp_builder import _get_openmp_args
 
     flags, ldflags, includes, folders, names, _ = _get_openmp_args(command[0])
@@ -203,5 +264,5 @@ def _flags(command: tuple[str, ...]) -> tuple[str, ...]:
     native = [*_get_cpu_arch_cflags(command[0]), *_get_shared_cflags(True)]
     flags = [part for flag in native for part in shlex.split(f"-{flag}")]
     if "clang" not in version.stdout:
-        flags.append("-fno-tree-loop-vectorize")
+        flags += _FLAGS_OF_GCC
     return *_FLAGS, *flags

@@ -1,8 +1,8 @@
 """Compiled programs on disk, for other processes: whole, or not at all.
 
-A file ends with the SHA-256 of all that stands before it, is written aside, and renamed when the
-disk has it. What is cut, overwritten or in the wrong place does not match and is made anew. Nothing
-is loaded that somebody else could have written.
+A file ends with the SHA-256 of what comes before, is written under another name, and renamed when
+the disk has it. One that is cut or overwritten does not match and is made anew. Programs are only
+loaded from a folder, and from files, that no other user can write to.
 """
 
 import contextlib
@@ -11,14 +11,15 @@ import os
 import stat
 import tempfile
 import time
-import warnings
 from collections.abc import Iterator
 from pathlib import Path
 from typing import IO
 
+from funcnet.compiler.errors import UnsafeCacheError, say_once
+
 _DIGEST = hashlib.sha256().digest_size
 _HOUR = 60 * 60
-_said: set[str] = set()
+_ROOT = 0
 
 
 def cache_dir() -> Path:
@@ -30,10 +31,18 @@ def cache_dir() -> Path:
 
 
 def find(name: str) -> Path | None:
-    """The file of this name, if it is there, whole, and no one else can write to it."""
-    with contextlib.suppress(OSError, RuntimeError):
+    """The file of this name, if it is there, whole, and no one else can write to it.
+
+    Raises:
+        UnsafeCacheError: others can write to the folder.
+    """
+    try:
         path = cache_dir() / name
-        if _is_ours(path.parent) and _is_ours(path) and content(path) is not None:
+    except RuntimeError:  # this user has no home
+        return None
+    with contextlib.suppress(OSError):
+        _check_folder(path.parent)
+        if not _others(path) and content(path) is not None:
             return path
     return None
 
@@ -45,19 +54,32 @@ def content(path: Path) -> bytes | None:
     return kept if hashlib.sha256(kept).digest() == digest else None
 
 
+def find_text(name: str) -> str | None:
+    """The text that was kept under this name, as `find` finds it."""
+    path = find(name)
+    return None if path is None else (content(path) or b"").decode()
+
+
 def keep(name: str, kept: bytes) -> Path | None:
-    """Write a file; None, and once a warning that says why, where that cannot be done."""
+    """Write a file; None, and once a warning that says why, where that cannot be done.
+
+    Raises:
+        UnsafeCacheError: others can write to the folder.
+    """
+    folder = "the user's cache folder"
     try:
         path = cache_dir() / name
+        folder = str(path.parent)
         path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
-        if not _is_ours(path.parent):
-            raise PermissionError(f"others can write to it: chmod go-w {path.parent}")
+        _check_folder(path.parent)
         with _written_aside(path) as file:
             file.write(kept + hashlib.sha256(kept).digest())
+    except UnsafeCacheError:
+        raise
     except (OSError, RuntimeError) as error:
         say_once(
-            f"jit: compiled programs cannot be kept in {_name_of_folder()}, so that each process "
-            "compiles them again; name another folder in FUNCNET_CACHE_DIR",
+            f"jit: compiled programs cannot be kept in {folder}, so that each process compiles "
+            "them again; name another folder in FUNCNET_CACHE_DIR",
             error,
         )
         return None
@@ -87,24 +109,26 @@ def _written_aside(path: Path) -> Iterator[IO[bytes]]:
         raise
 
 
-def _is_ours(path: Path) -> bool:
-    """Whether a file or folder is this user's, or root's, and nobody else can write to it."""
-    if not hasattr(os, "geteuid"):  # Windows
-        return path.exists()
+def _check_folder(folder: Path) -> None:
+    """Raise UnsafeCacheError for a folder that others can write to, and say what to do."""
+    found = _others(folder)
+    if not found:
+        return
+    mend = f"run `chmod go-w {folder}`" if found == "others can write to it" else "do not use it"
+    raise UnsafeCacheError(
+        f"jit: compiled programs are not loaded from {folder}, because {found}: {mend}, or name "
+        "a folder of your own in the environment variable FUNCNET_CACHE_DIR"
+    )
+
+
+def _others(path: Path) -> str:
+    """Who else can write to a file or folder, as the end of a sentence; empty if nobody can.
+
+    What root owns counts as the user's own.
+    """
     found = path.stat()
-    others = found.st_mode & (stat.S_IWGRP | stat.S_IWOTH)
-    return found.st_uid in (os.geteuid(), 0) and not others
-
-
-def _name_of_folder() -> str:
-    try:
-        return str(cache_dir())
-    except RuntimeError:  # this user has no home
-        return "the user's cache folder"
-
-
-def say_once(what: str, why: object) -> None:
-    """A warning that this process gives a single time."""
-    if what not in _said:
-        _said.add(what)
-        warnings.warn(f"{what}: {why}", RuntimeWarning, stacklevel=2)
+    if not hasattr(os, "geteuid"):  # Windows
+        return ""
+    if found.st_uid not in (os.geteuid(), _ROOT):
+        return f"it belongs to another user, number {found.st_uid}"
+    return "others can write to it" if found.st_mode & (stat.S_IWGRP | stat.S_IWOTH) else ""

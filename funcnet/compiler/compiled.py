@@ -1,11 +1,11 @@
-"""A function that was traced and compiled for one signature, and how it is called."""
+"""A function compiled for one signature, and how it is called."""
 
 import functools
 import re
 from array import array
 from collections.abc import Callable, Sequence
 from operator import methodcaller
-from typing import Any
+from typing import Any, NamedTuple
 
 import optree
 import torch
@@ -13,20 +13,25 @@ from torch import Tensor
 
 from funcnet import tree
 from funcnet.compiler import cache
-from funcnet.compiler.build import BuildError, fingerprint, load
-from funcnet.compiler.host import Program
-from funcnet.compiler.inductor import UnsupportedError, writing
-from funcnet.compiler.numbers import NUMBERS, Arithmetic
-from funcnet.compiler.signature import is_plain, kind_of, settings
-from funcnet.compiler.staged import Staged
-from funcnet.compiler.tracing import (
-    Spec,
-    Traced,
-    readable,
-    settings_of_programs,
-    spec_of,
-    through_barriers,
+from funcnet.compiler.blocks import Block, blocks
+from funcnet.compiler.build import load, text_key
+from funcnet.compiler.errors import (
+    BuildError,
+    NoCompilerError,
+    UnknownTorchError,
+    UnsupportedError,
+    say_once,
+    say_unknown,
 )
+from funcnet.compiler.inductor import writing
+from funcnet.compiler.nodes import through_barriers
+from funcnet.compiler.numbers import NUMBERS, Arithmetic
+from funcnet.compiler.plan import Plan
+from funcnet.compiler.program import program_text
+from funcnet.compiler.record import Recorded, settings_of_programs
+from funcnet.compiler.signature import is_plain, settings
+from funcnet.compiler.specs import Spec, input_spec, spec_of
+from funcnet.compiler.staged import Staged
 
 _address = methodcaller("data_ptr")
 
@@ -49,11 +54,31 @@ class Donated(Tensor):
 
 
 @functools.cache
-def _gone(device: torch.device) -> Tensor:
-    """What is left in a donated tensor for functions that do not ask its class: no memory."""
+def _without_memory(device: torch.device) -> Tensor:
+    """What takes the place of a donated tensor's data: reading it is an error."""
     tensor = torch.empty(0, device=device)
     torch._C._set_throw_on_mutable_data_ptr(tensor)
     return tensor
+
+
+class Lowered(NamedTuple):
+    """What each stage makes of a jitted function, as text; the compiler's README has an example.
+
+    Attributes:
+        graph: what was recorded, operator by operator.
+        blocks: the graph cut into segments, loops and primitives.
+        buffers: the memory plan: which arguments are donated to which results, and for each buffer
+            of the workspace its offset, its size, the statements of the code between which it is
+            alive, and its values. Empty where there is no single program.
+        code: the C++ program, or what Inductor wrote where segments run one by one.
+        why_not_one: the reason why there is no single program; None where there is one.
+    """
+
+    graph: str
+    blocks: str
+    buffers: str
+    code: str
+    why_not_one: str | None
 
 
 class Compiled:
@@ -64,113 +89,159 @@ class Compiled:
         name: str,
         treedef: optree.PyTreeSpec,
         leaves: Sequence[Tensor],
-        places: Sequence[int],
+        indices: Sequence[int],
         arithmetic: Arithmetic,
-        traced: Traced,
+        recorded: Recorded,
         out_treedef: optree.PyTreeSpec,
         donated: Sequence[int],
     ) -> None:
-        """Compile what was traced.
+        """Compile what was recorded.
 
         Args:
             name: of the function, for errors.
             treedef: the structure of its arguments.
-            leaves: the tensors that it was traced for.
-            places: the place of each of them among the leaves of the arguments.
+            leaves: the tensors that it was recorded for.
+            indices: the index of each of them among the leaves of the arguments.
             arithmetic: what it does with the numbers among them.
-            traced: what it does with tensors.
+            recorded: what it does with tensors.
             out_treedef: the structure of its results.
-            donated: the positions of the tensors whose memory the results may take.
+            donated: the inputs whose memory the results may take, by index among ``leaves``.
         """
         self.name = name
         self.treedef = treedef
         self.out_treedef = out_treedef
-        self.places = places
+        self.indices = indices
         self.arithmetic = arithmetic
-        self.traced = traced
+        self.recorded = recorded
         self.sizes = [leaf.numel() * leaf.element_size() for leaf in leaves]
         self.threads = torch.get_num_threads()
-        self.captured = traced.captured
-        self.watched = traced.watched
-        self.watched_kinds = [*map(_state_of, self.watched)]
+        self.captured = recorded.captured
+        self.watched = recorded.watched
+        self.watched_states = [*map(_state_of, self.watched)]
         self.captured_sizes = [each.numel() * each.element_size() for each in self.captured]
         self.captured_extents = [*map(_extent, self.captured)]
-        inputs = [node for node in traced.graph.nodes if node.op == "placeholder"]
-        outputs = [through_barriers(node) for node in traced.graph.output_node().args[0]]
+        outputs = [through_barriers(node) for node in recorded.graph.output_node().args[0]]
         self.specs = [spec_of(node.meta["val"]) for node in outputs]
-        position = {node: place for place, node in enumerate(inputs)}
+        input_of = {node: index for index, node in enumerate(recorded.inputs)}
         # An output that is an argument, untouched, is that very tensor.
+        tensors = len(leaves) + len(self.captured)
         self.passed = {
-            place: position[node]
-            for place, node in enumerate(outputs)
-            if position.get(node, len(inputs)) < len(leaves) + len(self.captured)
+            index: input_of[node]
+            for index, node in enumerate(outputs)
+            if input_of.get(node, tensors) < tensors
         }
         untouched = {source for source in self.passed.values() if source in donated}
         # What is donated and returned untouched is neither written nor lost.
         self.donated = [source for source in donated if source not in untouched]
-        self.gone = [_gone(leaves[source].device) for source in self.donated]
+        self.gone = [_without_memory(leaves[source].device) for source in self.donated]
         self.reused = _pair(
             self.specs, [spec_of(leaf) for leaf in leaves], self.donated, self.passed
         )
         self.fresh = [
-            place
-            for place in range(len(outputs))
-            if place not in self.reused and place not in self.passed
+            index
+            for index in range(len(outputs))
+            if index not in self.reused and index not in self.passed
         ]
         self._apart: list[int] | None = None
         self.run: Callable[[int, int], int] | None = None
         self.error: Callable[[], bytes] | None = None
         self.staged: Staged | None = None
         self.why_not_one: str | None = None
+        self.why_not_built: str | None = None
         self._prepare()
 
     def _prepare(self) -> None:
         """Compile, or load from disk."""
-        values = [node.meta.get("val") for node in self.traced.graph.nodes]
+        values = [node.meta.get("val") for node in self.recorded.graph.nodes]
         if any([isinstance(value, Tensor) and not value.is_cpu for value in values]):
             self.why_not_one = "tensors on another device than the CPU"
-            self.staged = Staged(self.traced)
-            return
+        else:
+            self._make_one()
+        if self.run is None and self.why_not_built is None:
+            self.staged = Staged(self.recorded.inputs, blocks(self.recorded))
+
+    def _make_one(self) -> None:
+        """Make one program of it, or say why that cannot be."""
         # What grad mode and autocast did is in the graph.
         _, *others = settings()
         deterministic = torch.are_deterministic_algorithms_enabled()
         made_for = f"{self.threads} {torch.get_default_dtype()} {deterministic} {others}"
-        name = fingerprint(readable(self.traced), repr(self.reused), f"{made_for} {self.specs}")
-        if refused := cache.find(f"{name}.refused"):
-            self.why_not_one = (cache.content(refused) or b"").decode()
-        else:
-            try:
-                library = load(name, self.threads, self.text)
-                self.run, self.error = library.funcnet_run, library.funcnet_error
-                return
-            except UnsupportedError as reason:
-                self.why_not_one = str(reason)
-                cache.keep(f"{name}.refused", str(reason).encode())
-            except BuildError as reason:
-                cache.say_once("jit: functions run eagerly, as no program can be made", reason)
-                self.why_not_one = str(reason)
-                return
-        self.staged = Staged(self.traced)
+        key = text_key(str(self.recorded), repr((self.reused, self.passed)), made_for)
+        if refused := cache.find_text(f"{key}.refused"):
+            self.why_not_one = refused
+            return
+        try:
+            library = load(self._text(key), self.threads)
+            self.run, self.error = library.funcnet_run, library.funcnet_error
+        except UnknownTorchError as reason:
+            self.why_not_one = str(reason)
+        except UnsupportedError as reason:
+            self.why_not_one = str(reason)
+            cache.keep(f"{key}.refused", str(reason).encode())
+        except BuildError as reason:
+            say_once("jit: functions run eagerly, as no program can be made", reason)
+            self.why_not_one = self.why_not_built = str(reason)
 
-    def text(self) -> str:
-        """The C++ program."""
-        with writing(), settings_of_programs():
-            return Program(self.traced, self.reused, self.passed, self.threads).text
+    def _text(self, key: str) -> str:
+        """The C++ text: from disk, or written, which takes Inductor seconds."""
+        text = cache.find_text(f"{key}.cpp")
+        if text is None:
+            text = program_text(self._plan(blocks(self.recorded)))
+            cache.keep(f"{key}.cpp", text.encode())
+        return text
+
+    def _plan(self, program: Block) -> Plan:
+        try:
+            with writing(), settings_of_programs():
+                inputs = self.recorded.inputs
+                return Plan(program, inputs, self.reused, self.passed, self.threads)
+        except (UnsupportedError, BuildError, NoCompilerError):
+            raise
+        except Exception as error:
+            say_unknown("functions run in segments, which is slower", error)
+            raise UnknownTorchError(f"{type(error).__name__}: {error}") from error
+
+    def lowered(self) -> Lowered:
+        """What each stage made of the function."""
+        program = blocks(self.recorded)
+        buffers = code = ""
+        if self.run is not None:
+            plan = self._plan(program)
+            buffers = "\n".join([*self._ends(), str(plan)])
+            code = program_text(plan)
+        elif self.staged is not None:
+            code = self.staged.code()
+        return Lowered(str(self.recorded), str(program), buffers, code, self.why_not_one)
+
+    def _ends(self) -> list[str]:
+        """The program's inputs and outputs, and which share memory, as text."""
+        becomes = {source: output for output, source in self.reused.items()}
+        lines = []
+        for index, node in enumerate(self.recorded.inputs):
+            what = f"number {node}" if node.name.startswith("number_") else self.where(index)
+            if index in becomes:
+                what += f"; donated, becomes output {becomes[index]}"
+            elif index in self.donated:
+                what += "; donated, not used again"
+            lines.append(f"in[{index}]: {spec_of(node.meta['val'])}, {what}")
+        lines += [f"out[{index}]: {self.specs[index]}, output {index}" for index in self.fresh]
+        lines += [f"output {index} is in[{source}]" for index, source in self.passed.items()]
+        return lines
 
     def inputs_for(self, numbers: Sequence[Any]) -> list[Any] | None:
         """The inputs that come of these numbers; None if this program is not for this call.
 
         It is not if the function would do something else with the numbers, or if a tensor that it
-        closes over is of another kind, or lies elsewhere, than when it was traced.
+        closes over has become another one in shape, dtype, strides or device.
         """
-        if [*map(_state_of, self.watched)] != self.watched_kinds:
+        if [*map(_state_of, self.watched)] != self.watched_states:
             return None
         return self.arithmetic.again(numbers)
 
     def __call__(self, given: list[Tensor], numbers: Sequence[Any], plain: bool) -> Any:
-        """The results for these tensors, which ``plain`` says can be read as they lie."""
+        """The results for these tensors; ``plain`` says that all are contiguous."""
         leaves, captured = given, self.captured
-        if self.traced.storage_read or not plain:
+        if self.recorded.storage_read or not plain:
             self._check_layout(given)
             leaves = [leaf.contiguous().resolve_neg() for leaf in leaves]
         if captured:
@@ -187,22 +258,22 @@ class Compiled:
             addresses = [*map(_address, tensors)]
             if 0 in addresses:
                 self._check_memory(tensors)
-            # A step whose state is donated finds it in the same memory each time.
+            # A step whose state is donated has it in the same memory each time.
             if self.donated and addresses != self._apart:
                 self._check_overlap(addresses)
                 self._apart = addresses
-            for place in self.fresh:
-                spec = self.specs[place]
-                outputs[place] = torch.empty(spec.shape, dtype=spec.dtype, device=spec.device)
+            for index in self.fresh:
+                spec = self.specs[index]
+                outputs[index] = torch.empty(spec.shape, dtype=spec.dtype, device=spec.device)
             ins = array("Q", addresses)
             outs = array("Q", [0 if each is None else each.data_ptr() for each in outputs])
             if self.run(ins.buffer_info()[0], outs.buffer_info()[0]):
                 self._raise(given)
-            for place, source in self.reused.items():
+            for index, source in self.reused.items():
                 # As detach gives it, and faster.
-                outputs[place] = leaves[source].data
-        for place, source in self.passed.items():
-            outputs[place] = (
+                outputs[index] = leaves[source].data
+        for index, source in self.passed.items():
+            outputs[index] = (
                 given[source] if source < len(given) else self.captured[source - len(given)]
             )
         self._give_away(given)
@@ -215,7 +286,7 @@ class Compiled:
             tensor.__class__ = Donated
 
     def _settled(self) -> list[Tensor]:
-        """The captured tensors as they are now, in memory that can be read as it lies."""
+        """The captured tensors as they are now, contiguous."""
         # Their memory may be gone although their shapes are what they were.
         for tensor, extent in zip(self.captured, self.captured_extents, strict=True):
             start = tensor.storage_offset() * tensor.element_size()
@@ -224,7 +295,7 @@ class Compiled:
                     f"{self.name}: the memory of a tensor that the function closes over was taken "
                     "away"
                 )
-        self._check_layout(self.captured, len(self.places))
+        self._check_layout(self.captured, len(self.indices))
         return [tensor.contiguous().resolve_neg() for tensor in self.captured]
 
     def _check_layout(self, tensors: Sequence[Tensor], first: int = 0) -> None:
@@ -234,14 +305,14 @@ class Compiled:
             tensors: some of the inputs.
             first: the position of the first of them.
         """
-        if not self.traced.layout_read:
+        if not self.recorded.layout_read:
             return
-        fits = _lies_alone if self.traced.storage_read else is_plain
+        fits = _has_own_storage if self.recorded.storage_read else is_plain
         for source, tensor in enumerate(tensors, first):
             if not fits(tensor):
                 raise TypeError(
                     f"{self.name}: the function asks how tensors lie in memory "
-                    f"(Tensor.{self.traced.layout_read}), and {self.where(source)} is a view of "
+                    f"(Tensor.{self.recorded.layout_read}), and {self.where(source)} is a view of "
                     "other memory: pass a contiguous clone of it"
                 )
 
@@ -264,9 +335,8 @@ class Compiled:
     def _check_overlap(self, addresses: list[int]) -> None:
         """Refuse donated memory that another argument shares: it would change under it."""
         sizes = [*self.sizes, *self.captured_sizes]
-        places = sorted(zip(addresses, sizes, strict=False))
         end = 0
-        for start, size in places:
+        for start, size in sorted(zip(addresses, sizes, strict=False)):
             if size and start < end:
                 break
             end = start + size
@@ -284,19 +354,19 @@ class Compiled:
 
     def where(self, source: int) -> str:
         """How errors call an input."""
-        return where(self.treedef, self.places, source)
+        return where(self.treedef, self.indices, source)
 
 
-def where(treedef: optree.PyTreeSpec, places: Sequence[int], source: int) -> str:
-    """How errors call the tensor at a position, of those at these places in (args, kwargs)."""
-    if source >= len(places):
+def where(treedef: optree.PyTreeSpec, indices: Sequence[int], source: int) -> str:
+    """How errors call an input, given which leaves of (args, kwargs) the inputs are."""
+    if source >= len(indices):
         return "a tensor that the function closes over"
-    return name_of(treedef, places[source])
+    return name_of(treedef, indices[source])
 
 
-def name_of(treedef: optree.PyTreeSpec, place: int) -> str:
+def name_of(treedef: optree.PyTreeSpec, index: int) -> str:
     """How errors call a leaf of (args, kwargs)."""
-    _, argument, *inside = treedef.paths()[place]
+    _, argument, *inside = treedef.paths()[index]
     return f"argument {argument!r}" + (f" at {tree.path_string(inside)!r}" if inside else "")
 
 
@@ -306,35 +376,35 @@ def _pair(
     """The donated input whose memory each output takes: the first that is like it."""
     free = dict.fromkeys(donated)
     pairs = {}
-    for place, spec in enumerate(outputs):
-        if place not in passed:
+    for index, spec in enumerate(outputs):
+        if index not in passed:
             source = next((each for each in free if inputs[each] == spec), None)
             if source is not None:
                 del free[source]
-                pairs[place] = source
+                pairs[index] = source
     return pairs
 
 
 def _state_of(tensor: Tensor) -> Any:
     """What must not change of a tensor that a function closes over, but for its values."""
-    return kind_of(tensor), tensor.stride(), tensor.is_neg(), type(tensor)
+    return input_spec(tensor), tensor.stride(), tensor.is_neg(), type(tensor)
 
 
 def _extent(tensor: Tensor) -> int:
-    """How many bytes lie between the first and the last of a tensor, both included."""
+    """The bytes from the first to the last element of a tensor, both included."""
     if not tensor.numel():
         return 0
     steps = zip(tensor.shape, tensor.stride(), strict=True)
     return (1 + sum([(size - 1) * step for size, step in steps])) * tensor.element_size()
 
 
-def _lies_alone(tensor: Tensor) -> bool:
-    """Whether a tensor's memory is its own, from the first byte to the last."""
+def _has_own_storage(tensor: Tensor) -> bool:
+    """Whether a tensor is plain, and all of its storage."""
     own = tensor.numel() * tensor.element_size()
     return is_plain(tensor) and tensor.untyped_storage().nbytes() == own
 
 
 def _plain(message: str) -> str:
-    """An error of a kernel without its place in the C++ text and the names there."""
+    """An error of a kernel without the names in the C++ text."""
     message = re.sub(r"^kernel_\d+, \S*, ", "", message)
     return re.sub(r"0 <= tmp\d+ < (\d+)L", r"expected 0 <= index < \1", message)

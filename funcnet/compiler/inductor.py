@@ -1,7 +1,8 @@
 """Inductor as a writer of kernels: a segment in, C++ functions and the calls of them out.
 
-Inductor fuses the operators of a segment and writes a C++ function for each group; the program
-around them is written by `funcnet.compiler.host`. The one place that needs Inductor's insides.
+Inductor fuses the operators of a segment and writes a C++ function for each group. What it says to
+do around them becomes `instructions`; `plan` and `program` make the rest. This is the one module
+that needs Inductor's private names.
 """
 
 import contextlib
@@ -11,25 +12,36 @@ import sys
 import threading
 import warnings
 from collections.abc import Iterator, Sequence
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor, fx
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.fx.experimental.proxy_tensor import make_fx
 
-from funcnet.compiler.build import BuildError, compiler
-from funcnet.compiler.tracing import Segment
+from funcnet.compiler.blocks import Segment
+from funcnet.compiler.build import compiler
+from funcnet.compiler.errors import BuildError, UnsupportedError
+from funcnet.compiler.instructions import (
+    Allocate,
+    Call,
+    Free,
+    Instruction,
+    Kernels,
+    Matrix,
+    Product,
+    Rename,
+    View,
+)
 
 aten = torch.ops.aten
-
 
 _one_at_a_time = threading.RLock()
 
 
 @contextlib.contextmanager
 def compiling() -> Iterator[None]:
-    """One thread traces or runs Inductor at a time, whose settings are one for the process."""
+    """One thread at a time records or runs Inductor: the process has one set of its settings."""
     dynamo = sys.modules.get("torch._dynamo.convert_frame")
     with _one_at_a_time, contextlib.nullcontext() if dynamo is None else dynamo.compile_lock:
         yield
@@ -37,84 +49,13 @@ def compiling() -> Iterator[None]:
 
 @contextlib.contextmanager
 def writing() -> Iterator[None]:
-    """As `compiling`, for Inductor, whose own warnings, at its import too, tell a user nothing."""
+    """As `compiling`, without Inductor's warnings, at its import too, which tell users nothing."""
     with compiling(), warnings.catch_warnings():
         warnings.simplefilter("ignore")
         yield
 
 
-class UnsupportedError(Exception):
-    """A program that the C++ host cannot run, and why."""
-
-
-class Allocate(NamedTuple):
-    """A buffer that comes to life."""
-
-    name: str
-    size: int
-
-
-class Free(NamedTuple):
-    """A buffer that is not needed any more."""
-
-    name: str
-
-
-class Rename(NamedTuple):
-    """A buffer whose memory goes on under another name."""
-
-    old: str
-    new: str
-
-
-class View(NamedTuple):
-    """A buffer that lies in another, so many bytes from its start."""
-
-    name: str
-    base: str
-    offset: int
-
-
-class Call(NamedTuple):
-    """A kernel and the buffers it works on, with their C++ types."""
-
-    kernel: str
-    args: tuple[str, ...]
-    types: tuple[str, ...]
-
-
-class Matrix(NamedTuple):
-    """A strided matrix, or stack of matrices, in a buffer."""
-
-    buffer: str
-    offset: int
-    shape: tuple[int, ...]
-    stride: tuple[int, ...]
-
-
-class Product(NamedTuple):
-    """``out = a @ b (+ bias)``."""
-
-    dtype: torch.dtype
-    a: Matrix
-    b: Matrix
-    bias: Matrix | None
-    out: Matrix
-
-
-Instruction = Allocate | Free | Rename | View | Call | Product
-
-
-class Kernels(NamedTuple):
-    """A segment in C++: functions by name, what to do in order, and where the outputs are."""
-
-    sources: dict[str, str]
-    instructions: list[Instruction]
-    inputs: list[str]
-    outputs: list[Matrix | None]
-
-
-# Products are written by funcnet.transforms.gemm.h, which a decomposition would bypass.
+# Products call headers/gemm.h or headers/large.h: they must not be decomposed.
 _KEPT = (aten.mm, aten.addmm, aten.bmm, aten.baddbmm)
 _PRODUCTS = {
     aten.mm.out: False,
@@ -133,7 +74,7 @@ def decomposed(segment: Segment) -> fx.GraphModule:
         for operator, rule in select_decomp_table().items()
         if getattr(operator, "overloadpacket", operator) not in _KEPT
     }
-    table |= _MENDED
+    table |= _CORRECTED
     examples = [node.meta["val"] for node in segment.graph.nodes if node.op == "placeholder"]
     module = fx.GraphModule(torch.nn.Module(), segment.graph)
     with torch.no_grad():
@@ -168,8 +109,8 @@ def _min(x: Tensor, *options: Any, **named: Any) -> Any:
 
 
 _BYTES = (torch.bool, torch.uint8, torch.int8)
-# Operators of which Inductor's kernels give something else than PyTorch's for some tensors.
-_MENDED = {
+# Operators for which Inductor's kernels do not give what PyTorch's give for some tensors.
+_CORRECTED = {
     aten.var_mean.correction: _var_mean_of_nothing,
     aten.argmin.default: _argmin,
     aten.min.dim: _min,
@@ -192,7 +133,7 @@ def settings(threads: int) -> Iterator[None]:
         "cpp_wrapper": True,
         "fx_graph_cache": False,
         "comment_origin": False,
-        # Every value lies in rows.
+        # Every value is contiguous.
         "comprehensive_padding": False,
         "size_asserts": False,
     }
@@ -244,7 +185,7 @@ def kernels(segment: Segment, threads: int, in_place: Sequence[tuple[int, int]])
     """Compile a segment.
 
     Args:
-        segment: operators on CPU tensors that lie in rows.
+        segment: operators on contiguous CPU tensors.
         threads: how many run a kernel.
         in_place: pairs of an input and an output; the output is written into the input's memory,
             after all that reads it.
@@ -255,9 +196,6 @@ def kernels(segment: Segment, threads: int, in_place: Sequence[tuple[int, int]])
     from torch._inductor.graph import GraphLowering
     from torch._inductor.virtualized import V
 
-    class Recorder(CppWrapperCpu):
-        """Takes down what a wrapper is told to do."""
-
     module = decomposed(segment)
     graph: Any = module.graph
     if any(node.op == "get_attr" for node in graph.nodes):
@@ -265,11 +203,11 @@ def kernels(segment: Segment, threads: int, in_place: Sequence[tuple[int, int]])
     placeholders = [node for node in graph.nodes if node.op == "placeholder"]
     result = next(node for node in graph.nodes if node.op == "output")
     returned = list(result.args[0])
-    written = {place for _, place in in_place}
+    written = {output for _, output in in_place}
     with graph.inserting_before(result):
-        for source, place in in_place:
-            graph.call_function(aten.copy_.default, (placeholders[source], returned[place]))
-    kept = [value for place, value in enumerate(returned) if place not in written]
+        for source, output in in_place:
+            graph.call_function(aten.copy_.default, (placeholders[source], returned[output]))
+    kept = [value for output, value in enumerate(returned) if output not in written]
     result.args = (kept,)
     module.recompile()
     examples: list[Any] = [node.meta["val"] for node in placeholders]
@@ -289,11 +227,11 @@ def kernels(segment: Segment, threads: int, in_place: Sequence[tuple[int, int]])
             lowering.run(*examples)
             lowering.device_type = "cpu"
             lowering.device_ops = get_device_op_overrides("cpu")
-            lowering.wrapper_code = Recorder()
+            lowering.wrapper_code = CppWrapperCpu()
             lowering._update_scheduler()
             lowering.wrapper_code.push_codegened_graph(lowering)
             for buffer in lowering.scheduler.name_to_buf.values():
-                # The order is settled; who only waits for a buffer does not keep it from reuse.
+                # The order is settled: a weak user only waits for the buffer, and does not read it.
                 buffer.users = [user for user in buffer.users if not user.is_weak]
             lowering.scheduler.codegen()
             if lowering.constants:
@@ -304,7 +242,7 @@ def kernels(segment: Segment, threads: int, in_place: Sequence[tuple[int, int]])
         sources,
         instructions,
         list(lowering.graph_inputs),
-        [None if place in written else next(outputs) for place in range(len(returned))],
+        [None if output in written else next(outputs) for output in range(len(returned))],
     )
 
 
@@ -341,13 +279,13 @@ def _instructions(lowering: Any) -> tuple[dict[str, str], list[Instruction]]:
             case "str":
                 if not line.startswith("static constexpr int64_t int_array_"):
                     raise UnsupportedError(f"the line {line!r}")
-            case kind:
-                raise UnsupportedError(f"{kind} {getattr(line, 'node', '')!s:.200}")
+            case name:
+                raise UnsupportedError(f"{name} {getattr(line, 'node', '')!s:.200}")
     return sources, instructions
 
 
 def _ordered(body: str) -> str:
-    """A kernel that gives the same bits each time: what threads add up comes in any order."""
+    """A kernel on one thread if its threads would add to the same number, in any order."""
     if "atomic_add" not in body:
         return body
     return "\n".join([line for line in body.splitlines() if "#pragma omp" not in line])

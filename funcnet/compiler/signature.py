@@ -1,17 +1,20 @@
 """What a compiled program depends on: a call that differs in any of it needs another program.
 
 That is the structure of the arguments, down to the order of a dict's entries and the types of the
-numbers in it, the kinds of their tensors, the values of static arguments, and the settings of torch
-that operators read: grad mode, autocast, default dtype and device, deterministic algorithms,
-precision of products, number of threads. `structure`, `exact`, `kind_of` and `settings` make keys
-of them; `Recognizer` tells, in a few microseconds, whether a call is like the last one.
+numbers in it, the shapes and dtypes of their tensors, the values of static arguments, and the
+settings of torch that operators read: grad mode, autocast, default dtype and device, deterministic
+algorithms, precision of products, number of threads. `structure`, `exact`, `input_spec` and
+`settings` make keys of them; `Recognizer` tells, in a few microseconds, whether a call is like the
+last one.
 """
 
+import copyreg
 import dataclasses
 import numbers
+import types
 from collections import OrderedDict
 from collections.abc import Callable, Hashable, Sequence
-from typing import Any, NamedTuple
+from typing import Any
 
 import optree
 import torch
@@ -21,7 +24,8 @@ from torch._subclasses.fake_tensor import FakeTensor
 from torch.nn import Parameter
 from torch.overrides import _get_current_function_mode_stack
 
-from funcnet import runtime
+from funcnet import runtime, tree
+from funcnet.compiler.specs import input_spec
 
 _function_modes = torch._C._len_torch_function_stack
 
@@ -49,25 +53,25 @@ def exact(value: Any) -> Hashable:
     >>> exact({"a": 1, "b": 2}) == exact({"b": 2, "a": 1})
     False
     """
-    kind: Any = type(value)
-    if kind is str or value is None:
+    cls: Any = type(value)
+    if cls is str or value is None:
         return value
-    if kind is float:
-        return kind, value.hex()
+    if cls is float:
+        return cls, value.hex()
     if isinstance(value, (tuple, list)):
-        return kind, *[exact(each) for each in value]
+        return cls, *[exact(each) for each in value]
     if isinstance(value, dict):
-        return kind, *[(exact(name), exact(each)) for name, each in value.items()]
+        return cls, *[(exact(name), exact(each)) for name, each in value.items()]
     if isinstance(value, (set, frozenset)):
-        return kind, *[exact(each) for each in value]  # which may come in another order
+        return cls, *[exact(each) for each in value]  # which may come in another order
     if isinstance(value, (slice, range)):
-        return kind, exact(value.start), exact(value.stop), exact(value.step)
+        return cls, exact(value.start), exact(value.stop), exact(value.step)
     if dataclasses.is_dataclass(value) and not isinstance(value, type):
         fields = dataclasses.fields(value)
-        return kind, *[exact(getattr(value, each.name)) for each in fields]
+        return cls, *[exact(getattr(value, each.name)) for each in fields]
     if isinstance(value, numbers.Number):
-        return kind, value, repr(value)
-    return (kind, value) if kind.__hash__ is not None else Same(value)
+        return cls, value, repr(value)
+    return (cls, value) if cls.__hash__ is not None else Same(value)
 
 
 def structure(treedef: optree.PyTreeSpec) -> Hashable:
@@ -75,25 +79,26 @@ def structure(treedef: optree.PyTreeSpec) -> Hashable:
     return exact(treedef.__getstate__())
 
 
-class Kind(NamedTuple):
-    """What is known of a tensor that a function is given or closes over."""
+def attributes_key(value: Any, seen: frozenset[int] = frozenset()) -> Hashable:
+    """What an object has, and what the objects in it have, as a key.
 
-    is_parameter: bool
-    shape: tuple[int, ...]
-    dtype: torch.dtype
-    device: torch.device
-    requires_grad: bool
-
-
-def kind_of(tensor: Tensor) -> Kind:
-    """The properties of a tensor that a program is made for; its strides are not among them."""
-    return Kind(
-        isinstance(tensor, Parameter),
-        tuple(tensor.shape),
-        tensor.dtype,
-        tensor.device,
-        tensor.requires_grad,
-    )
+    Tensors count by identity, shape and dtype; their values do not.
+    """
+    names = [*getattr(value, "__dict__", {}), *copyreg._slotnames(type(value))]  # type: ignore[attr-defined]
+    own = {name: getattr(value, name) for name in names if hasattr(value, name)}
+    leaves, treedef = tree.flatten(own)
+    seen |= {id(value)}
+    found: list[Hashable] = []
+    for leaf in leaves:
+        if isinstance(leaf, Tensor):
+            found.append((Same(leaf), input_spec(leaf)))
+        elif id(leaf) in seen or isinstance(leaf, (type, types.FunctionType, types.ModuleType)):
+            found.append(Same(leaf))
+        elif hasattr(leaf, "__dict__"):
+            found.append((type(leaf), attributes_key(leaf, seen)))
+        else:
+            found.append(exact(leaf))
+    return structure(treedef), tuple(found)
 
 
 _C = torch._C
@@ -123,9 +128,9 @@ def settings() -> tuple[Hashable, ...]:
 
 
 def runs_itself(leaves: Sequence[Any]) -> bool:
-    """Whether a call is one for the function itself: there is nothing to compile, or to run on.
+    """Whether to call the function itself, because a program would be of no use.
 
-    So it is for tensors without data, and while something else watches each operator.
+    So it is for tensors without data, and under modes that handle each operator.
     """
     if runtime.is_transformed() or any([isinstance(leaf, FakeTensor) for leaf in leaves]):
         return True
@@ -139,7 +144,7 @@ def runs_itself(leaves: Sequence[Any]) -> bool:
 
 
 def check_tensor(tensor: Tensor, where: Callable[[], str]) -> None:
-    """Raise TypeError for a tensor of a kind that programs do not know."""
+    """Raise TypeError for a tensor that programs do not know."""
     if type(tensor) is not Tensor and type(tensor) is not Parameter:
         raise TypeError(
             f"jit: expects plain tensors, got {where()} as a {type(tensor).__qualname__}; pass "
@@ -153,16 +158,15 @@ def check_tensor(tensor: Tensor, where: Callable[[], str]) -> None:
 
 
 def is_plain(tensor: Tensor) -> bool:
-    """Whether a tensor's memory can be read as it lies: contiguous, and no negated view."""
+    """Whether a program can read a tensor as it is: contiguous, and no negated view."""
     return tensor.is_contiguous() and not tensor.is_neg()
 
 
 class Recognizer:
-    """Recognizes later arguments that are like these, under the settings of now.
+    """Recognizes later arguments that are like these, under the present settings.
 
-    What it takes for alike is alike in all that `settings`, `structure` and `kind_of` tell, and
-    its strides are the same. It may miss what they would find alike. Of the tensors that a function
-    closes over it holds that they are what they were.
+    What it recognizes is the same in all that `settings`, `structure` and `input_spec` tell, and in
+    its strides; it may miss some that is. It checks the captured tensors as well.
     """
 
     def __init__(
@@ -198,8 +202,8 @@ class Recognizer:
             and _function_modes() == len(self._modes)
             and self._in_order(args)
         ):
-            for position, mode in enumerate(self._modes):
-                if _C._get_function_stack_at(position) is not mode:
+            for index, mode in enumerate(self._modes):
+                if _C._get_function_stack_at(index) is not mode:
                     return None
             return leaves
         return None
@@ -234,7 +238,7 @@ def _order_check(args: Any) -> Callable[[Any], bool] | None:
             keys.append([*node])
             return all([visit(child, f"{own}[{name!r}]") for name, child in node.items()])
         if type(node) in (tuple, list) or optree.is_namedtuple(node):
-            return all([visit(child, f"{source}[{place}]") for place, child in enumerate(node)])
+            return all([visit(child, f"{source}[{index}]") for index, child in enumerate(node)])
         return node is None or isinstance(node, Tensor)
 
     if not visit(args, "args"):

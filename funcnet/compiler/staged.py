@@ -1,9 +1,11 @@
-"""The program for what the C++ host does not know: Inductor's own, segment by segment.
+"""The staged path, for what cannot be one C++ program: Inductor's programs, one for each segment.
 
-It serves other devices than the CPU, and operators such as convolutions. Loops run in Python and
-each segment is compiled once. A map does not loop: its segments are batched by `torch.vmap`.
+It serves other devices than the CPU, dtypes such as bfloat16 in products, and operators for which
+Inductor has no kernel. Scans loop in Python, and each segment is compiled once. Maps do not loop:
+their segments are batched by `torch.vmap`.
 """
 
+import functools
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
@@ -11,29 +13,17 @@ import torch
 from torch import Tensor, fx
 from torch.fx.experimental.proxy_tensor import make_fx
 
-from funcnet.compiler import cache
-from funcnet.compiler.build import BuildError
+from funcnet.compiler.blocks import Block, LoopStep, PrimitiveStep, Segment, reads
+from funcnet.compiler.errors import BuildError, NoCompilerError, say_once, say_unknown
 from funcnet.compiler.inductor import compiled, writing
-from funcnet.compiler.tracing import (
-    Block,
-    Node,
-    Primitive,
-    Region,
-    Segment,
-    Traced,
-    blocks,
-    locate,
-    reads,
-    settings_of_programs,
-    through_barriers,
-)
-from funcnet.threefry import threefry_at, threefry_range
+from funcnet.compiler.nodes import Node, memory_of, through_barriers
+from funcnet.compiler.record import settings_of_programs
 
 aten = torch.ops.aten
 
 
 class _Value(NamedTuple):
-    """A tensor with one leading axis for each of the open maps in which it is ``batched``."""
+    """A tensor, with a leading axis for each of the enclosing maps in which it is ``batched``."""
 
     tensor: Tensor
     batched: tuple[bool, ...]
@@ -43,11 +33,11 @@ Values = dict[Node, _Value]
 
 
 class Staged:
-    """Runs a traced function; called with its inputs, gives its outputs."""
+    """Runs a recorded function; called with its inputs, gives its outputs."""
 
-    def __init__(self, traced: Traced) -> None:
-        self._inputs = [node for node in traced.graph.nodes if node.op == "placeholder"]
-        self._program = blocks(traced)
+    def __init__(self, inputs: Sequence[Node], program: Block) -> None:
+        self._inputs = inputs
+        self._program = program
         self._compiled: dict[Any, Any] = {}
         self._codes: list[str] = []
 
@@ -66,22 +56,23 @@ class Staged:
 
     def _block(self, block: Block, values: Values, lengths: tuple[int, ...]) -> list[_Value]:
         last_use: dict[Node, int] = {}
-        for place, item in enumerate(block.items):
-            last_use.update(dict.fromkeys(reads(item), place))
-        kept = {locate(node)[0] for node in block.outputs}
+        for index, step in enumerate(block.steps):
+            last_use.update(dict.fromkeys(reads(step), index))
+        kept = {memory_of(node)[0] for node in block.outputs}
         made: set[Node] = set()
-        for place, item in enumerate(block.items):
-            if isinstance(item, Segment):
-                self._segment(item, values)
-                made.update(item.outputs)
-            else:
-                if isinstance(item, Primitive):
-                    self._primitive(item, values)
-                else:
-                    self._region(item, values, lengths)
-                made.update(item.results.values())
+        for index, step in enumerate(block.steps):
+            match step:
+                case Segment():
+                    self._segment(step, values)
+                    made.update(step.outputs)
+                case PrimitiveStep():
+                    self._primitive(step, values)
+                    made.update(step.results.values())
+                case LoopStep():
+                    self._loop(step, values, lengths)
+                    made.update(step.results.values())
             # What this block made and nothing needs any more goes at once.
-            for node in [node for node in made if last_use.get(node, -1) <= place]:
+            for node in [node for node in made if last_use.get(node, -1) <= index]:
                 if node not in kept:
                     values.pop(node, None)
                     made.discard(node)
@@ -91,108 +82,125 @@ class Staged:
         results = self._apply(segment, segment.inputs, values)
         values.update(zip(segment.outputs, results, strict=True))
 
-    def _primitive(self, item: Primitive, values: Values) -> None:
-        results = self._apply(item, item.operands, values)
-        values.update({node: results[place] for place, node in item.results.items()})
+    def _primitive(self, step: PrimitiveStep, values: Values) -> None:
+        results = self._apply(step, step.operands, values)
+        values.update({node: results[index] for index, node in step.results.items()})
 
     def _apply(
-        self, item: Segment | Primitive, operands: Sequence[Node], values: Values
+        self, step: Segment | PrimitiveStep, operands: Sequence[Node], values: Values
     ) -> list[_Value]:
-        """What an item does, compiled, on values that may be batched."""
+        """What a step does, compiled, on values that may be batched."""
         inputs = [_read(node, values) for node in operands]
         flags = tuple([value.batched for value in inputs])
         tensors = [value.tensor.contiguous() for value in inputs]
         depth = max([len(batched) for batched in flags], default=0)
         levels = [level for level in range(depth) if any(batched[level] for batched in flags)]
-        key = (item, flags, tuple([tensor.shape for tensor in tensors]))
+        key = (step, flags, tuple([tensor.shape for tensor in tensors]))
         if key not in self._compiled:
-            with writing():
-                self._compiled[key] = self._compile(item, flags, levels, tensors)
+            self._compiled[key] = self._compile(step, flags, levels, tensors)
         batched = tuple([level in levels for level in range(depth)])
         results = self._compiled[key](*tensors)
         return [_Value(result, batched) for result in results]
 
     def _compile(
         self,
-        item: Segment | Primitive,
+        step: Segment | PrimitiveStep,
         flags: tuple[tuple[bool, ...], ...],
         levels: list[int],
         tensors: list[Tensor],
     ) -> Any:
-        if isinstance(item, Segment):
-            function: Any = fx.GraphModule(torch.nn.Module(), _of_any_layout(item.graph))
+        with writing():
+            graph = self._graph(step, flags, levels, tensors)
+        self._codes.append(graph.code)
+        # The warnings are given outside: Inductor's are not shown.
+        try:
+            with writing():
+                return compiled(graph, tensors)
+        except NoCompilerError:
+            raise
+        except BuildError as reason:
+            say_once("jit: functions run eagerly, as no program can be made", reason)
+        except Exception as reason:
+            say_unknown("functions run eagerly", reason)
+        return graph
+
+    def _graph(
+        self,
+        step: Segment | PrimitiveStep,
+        flags: tuple[tuple[bool, ...], ...],
+        levels: list[int],
+        tensors: list[Tensor],
+    ) -> fx.GraphModule:
+        """A step as a graph of its own, batched over the maps at these levels."""
+        if isinstance(step, Segment):
+            function: Any = fx.GraphModule(torch.nn.Module(), _of_any_layout(step.graph))
         else:
-            function = _formula(item)
+            function = functools.partial(step.primitive.formula, **step.options)
         for level in reversed(levels):
             axes = tuple([0 if batched[level] else None for batched in flags])
             function = torch.vmap(function, in_dims=axes, randomness="different")
         # A tensor may come in twice, as two carries at the start of a scan, and would be one input.
         apart = [torch.empty_like(tensor) for tensor in tensors]
-        graph = make_fx(lambda *inputs: _tuple(function(*inputs)), tracing_mode="fake")(*apart)
-        self._codes.append(graph.code)
-        try:
-            return compiled(graph, list(tensors))
-        except BuildError as reason:
-            cache.say_once("jit: functions run eagerly, as no program can be made", reason)
-            return graph
+        return make_fx(lambda *inputs: _tuple(function(*inputs)), tracing_mode="fake")(*apart)
 
-    def _region(self, region: Region, values: Values, lengths: tuple[int, ...]) -> None:
-        operands = [_read(node, values) for node in region.operands]
-        if region.loop.kind == "map":
-            self._map(region, operands, values, lengths)
+    def _loop(self, step: LoopStep, values: Values, lengths: tuple[int, ...]) -> None:
+        operands = [_read(node, values) for node in step.operands]
+        if step.loop.is_map:
+            self._map(step, operands, values, lengths)
         else:
-            self._scan(region, operands, values, lengths)
+            self._scan(step, operands, values, lengths)
 
     def _map(
-        self, region: Region, operands: list[_Value], values: Values, lengths: tuple[int, ...]
+        self, step: LoopStep, operands: list[_Value], values: Values, lengths: tuple[int, ...]
     ) -> None:
         inner: Values = {
             node: _Value(value.tensor, (*value.batched, False)) for node, value in values.items()
         }
-        for place, node in region.slices.items():
-            inner[node] = _Value(operands[place].tensor, (*operands[place].batched, True))
-        length = region.loop.length
-        for place, result in enumerate(self._block(region.body, inner, (*lengths, length))):
-            if place in region.results:
+        for index, node in step.slices.items():
+            inner[node] = _Value(operands[index].tensor, (*operands[index].batched, True))
+        length = step.loop.length
+        for index, result in enumerate(self._block(step.body, inner, (*lengths, length))):
+            if index in step.results:
                 whole = _Value(result.tensor, result.batched)
                 if not result.batched[-1]:
                     whole = _expand_last(whole, length)
-                values[region.results[place]] = _Value(whole.tensor, result.batched[:-1])
+                values[step.results[index]] = _Value(whole.tensor, result.batched[:-1])
 
     def _scan(
-        self, region: Region, operands: list[_Value], values: Values, lengths: tuple[int, ...]
+        self, step: LoopStep, operands: list[_Value], values: Values, lengths: tuple[int, ...]
     ) -> None:
-        loop = region.loop
-        # A carry may become batched in the first round: let it be so from the start.
+        loop = step.loop
+        # A carry may become batched in the first iteration: let it be so from the start.
         carry = [_expand(value, lengths) for value in operands[: loop.carried]]
         stacks: list[list[_Value]] = [[] for _ in loop.outer[loop.carried :]]
-        for index in range(loop.length):
+        for iteration in range(loop.length):
             inner = dict(values)
-            for place, node in region.slices.items():
-                value = carry[place] if place < loop.carried else operands[place]
-                if place >= loop.carried:
-                    value = _Value(value.tensor.select(sum(value.batched), index), value.batched)
+            for index, node in step.slices.items():
+                value = carry[index] if index < loop.carried else operands[index]
+                if index >= loop.carried:
+                    slices = value.tensor.select(sum(value.batched), iteration)
+                    value = _Value(slices, value.batched)
                 inner[node] = value
-            results = [_expand(each, lengths) for each in self._block(region.body, inner, lengths)]
+            results = [_expand(each, lengths) for each in self._block(step.body, inner, lengths)]
             carry = results[: loop.carried]
             for stack, result in zip(stacks, results[loop.carried :], strict=True):
                 stack.append(result)
         everywhere = (True,) * len(lengths)
-        for place, node in region.results.items():
-            if place < loop.carried:
-                values[node] = carry[place]
+        for index, node in step.results.items():
+            if index < loop.carried:
+                values[node] = carry[index]
                 continue
-            rounds = [result.tensor for result in stacks[place - loop.carried]]
-            if rounds:
-                whole = torch.stack(rounds, len(lengths))
+            members = [result.tensor for result in stacks[index - loop.carried]]
+            if members:
+                whole = torch.stack(members, len(lengths))
             else:
-                spec = loop.outer[place]
+                spec = loop.outer[index]
                 whole = torch.empty((*lengths, *spec.shape), dtype=spec.dtype, device=spec.device)
             values[node] = _Value(whole, everywhere)
 
 
 def _of_any_layout(graph: fx.Graph) -> fx.Graph:
-    """The graph for members of a batch, which need not lie as one alone does."""
+    """The graph for members of a batch, whose strides may differ from those of one alone."""
     copy = fx.Graph()
     copy.output(copy.graph_copy(graph, {}))
     for node in copy.nodes:
@@ -201,38 +209,13 @@ def _of_any_layout(graph: fx.Graph) -> fx.Graph:
     return copy
 
 
-def _formula(item: Primitive) -> Any:
-    """A primitive in the operators that Inductor knows."""
-    if item.name == "sort":
-        options = {name: item.options.get(name, default) for name, default in _SORT}
-        return lambda x: torch.sort(x, stable=True, **options)
-    if item.name == "threefry":
-        start, n = item.options["start"], item.options["n"]
-        return lambda key: threefry_range(key, start, n)
-    if item.name == "threefry_at":
-        return threefry_at
-    operator = getattr(aten, item.name).default
-
-    def formula(*operands: Tensor) -> Any:
-        given = iter(operands)
-        names = [argument.name for argument in operator._schema.arguments]
-        return operator(
-            *[item.options[name] if name in item.options else next(given) for name in names]
-        )
-
-    return formula
-
-
 def _tuple(results: Any) -> tuple[Tensor, ...]:
     return (results,) if isinstance(results, Tensor) else tuple(results)
 
 
-_SORT = (("dim", -1), ("descending", False))
-
-
 def _read(node: Node, values: Values) -> _Value:
     """The value of a node, which may be a view of another's memory."""
-    root, distance = locate(node)
+    root, distance = memory_of(node)
     value = values[root]
     if through_barriers(node) is root:
         return value
@@ -256,7 +239,7 @@ def _expand_last(value: _Value, length: int) -> _Value:
 
 
 def _expand(value: _Value, lengths: tuple[int, ...]) -> _Value:
-    """The value with an axis for each open map."""
+    """The value with an axis for each enclosing map."""
     tensor = value.tensor
     for level, batched in enumerate(value.batched):
         if not batched:

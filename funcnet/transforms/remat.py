@@ -8,7 +8,7 @@ from torch import Tensor
 from funcnet import tree
 from funcnet.combinators.combine import combine
 from funcnet.combinators.serial import serial, serial_backward, serial_forward
-from funcnet.compiler.tracing import barrier
+from funcnet.compiler.loops import barrier
 from funcnet.core import Layer, Params, Pullback, Tree, join_paths, pull
 from funcnet.lift import lift
 

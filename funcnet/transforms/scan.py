@@ -1,4 +1,4 @@
-"""`scan`: a loop that hands a carry from round to round."""
+"""`scan`: a loop that hands a carry from each iteration to the next."""
 
 from collections.abc import Callable
 from typing import Any
@@ -8,7 +8,8 @@ from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from funcnet import tree
-from funcnet.compiler.tracing import record_loop, spec_of, tracing
+from funcnet.compiler.loops import is_recording, record_loop
+from funcnet.compiler.specs import spec_of
 from funcnet.core import Tree
 
 Body = Callable[[Tree, Tree], tuple[Tree, Tree]]
@@ -33,9 +34,9 @@ def scan(
             be None.
         carry: the first one.
         xs: a tree of tensors with one leading extent, or None.
-        length: the number of rounds, needed if ``xs`` is None.
-        unroll: how many rounds the body of the compiled loop holds; True for all of them.
-        reverse: whether to go from the last x to the first; y keeps the place of its x.
+        length: the number of iterations, needed if ``xs`` is None.
+        unroll: how many iterations the body of the compiled loop holds; True for all of them.
+        reverse: whether to go from the last x to the first; y has the index of its x.
 
     Raises:
         ValueError: the extents of ``xs`` differ, or the carry changes.
@@ -47,7 +48,7 @@ def scan(
     >>> total, sums
     (tensor(6), tensor([0, 1, 3, 6]))
     """
-    length = _rounds(xs, length)
+    length = _iterations(xs, length)
     carry = tree.map(_as_tensor, carry)
     if unroll is True:
         unroll = max(length, 1)
@@ -55,7 +56,7 @@ def scan(
         raise ValueError(f"scan: expects unroll of at least 1, got {unroll!r}")
     if not length:
         return carry, _empty_ys(f, carry, xs)
-    if not tracing():
+    if not is_recording():
         return _loop(f, carry, xs, range(length), reverse)
     if reverse:
         carry, ys = _recorded(f, carry, tree.map(lambda x: x.flip(0), xs), length, unroll)
@@ -81,7 +82,7 @@ def fori(lower: int, upper: int, body: Callable[[Tensor, Tree], Tree], carry: Tr
     return scan(lambda carry, i: (body(i, carry), None), carry, steps)[0]
 
 
-def _rounds(xs: Tree, length: int | None) -> int:
+def _iterations(xs: Tree, length: int | None) -> int:
     leaves, treedef = tree.flatten(xs)
     if length is not None and (isinstance(length, bool) or not isinstance(length, int)):
         raise TypeError(f"scan: expects an integer length, got {length!r}")
@@ -96,7 +97,7 @@ def _rounds(xs: Tree, length: int | None) -> int:
         raise ValueError("scan: expects xs or a length")
     if len(extents) > 1:
         found = ", ".join(f"{extent} of {what}" for extent, what in extents.items())
-        raise ValueError(f"scan: expects one number of rounds, got {found}")
+        raise ValueError(f"scan: expects one number of iterations, got {found}")
     return next(iter(extents))
 
 
@@ -120,7 +121,7 @@ def _loop(f: Body, carry: Tree, xs: Tree, order: Any, reverse: bool) -> tuple[Tr
         ys.append(y)
     if reverse:
         ys.reverse()
-    return carry, tree.map(lambda *rounds: torch.stack(rounds), *ys)
+    return carry, tree.map(lambda *each: torch.stack(each), *ys)
 
 
 def _recorded(f: Body, carry: Tree, xs: Tree, length: int, unroll: int) -> tuple[Tree, Tree]:
@@ -147,22 +148,20 @@ def _recorded(f: Body, carry: Tree, xs: Tree, length: int, unroll: int) -> tuple
         y_leaves, y_treedef = tree.flatten(y)
         return [*treedef.flatten_up_to(after), *y_leaves]
 
-    results = record_loop("scan", length, leaves, x_leaves, body)
+    results = record_loop(leaves, x_leaves, length, body)
     ys = y_treedef.unflatten(results[len(leaves) :])
     return treedef.unflatten(results[: len(leaves)]), ys
 
 
 def _empty_ys(f: Body, carry: Tree, xs: Tree) -> Tree:
-    """The y of no rounds: found on tensors without values."""
+    """The y of no iterations: found on tensors without values."""
     with FakeTensorMode(allow_non_fake_inputs=True):
         x = tree.map(lambda x: torch.empty(x.shape[1:], dtype=x.dtype, device=x.device), xs)
         before = tree.map(lambda leaf: spec_of(leaf).empty(), carry)
         _, y = _call(f, before, x)
     leaves, treedef = tree.flatten(y)
-    kinds = [spec_of(leaf) for leaf in leaves]
-    return treedef.unflatten(
-        [torch.empty((0, *kind.shape), dtype=kind.dtype, device=kind.device) for kind in kinds]
-    )
+    specs = [spec_of(leaf) for leaf in leaves]
+    return treedef.unflatten([spec._replace(shape=(0, *spec.shape)).empty() for spec in specs])
 
 
 def _as_tensor(leaf: Any) -> Tensor:

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from funcnet import tree
-from funcnet.compiler.tracing import record_loop, tracing
+from funcnet.compiler.loops import is_recording, record_loop
 from funcnet.core import Tree
 
 Axes = Any
@@ -61,7 +61,7 @@ def vmap(f: Callable[..., Tree], in_axes: Axes = 0, out_axes: Axes = 0) -> Calla
             out = _axes("out_axes", out_axes, result, out_treedef)
             return [_as_tensor(each) for each in results]
 
-        run = _recorded if tracing() else _eager
+        run = _recorded if is_recording() else _eager
         stacked = run(flat, leaves, axes, length)
         placed = [
             _unmapped(each, length) if axis is None else each.movedim(0, _axis(axis, each))
@@ -75,16 +75,16 @@ def vmap(f: Callable[..., Tree], in_axes: Axes = 0, out_axes: Axes = 0) -> Calla
 def _recorded(
     flat: Callable[..., list[Tensor]], leaves: list[Any], axes: list[int | None], length: int
 ) -> list[Tensor]:
-    places = [place for place, axis in enumerate(axes) if axis is not None]
-    xs = [leaves[place].movedim(axes[place], 0) for place in places]
+    mapped = [index for index, axis in enumerate(axes) if axis is not None]
+    xs = [leaves[index].movedim(axes[index], 0) for index in mapped]
 
     def body(slices: list[Tensor]) -> list[Tensor]:
         inputs = list(leaves)
-        for place, each in zip(places, slices, strict=True):
-            inputs[place] = each
+        for index, each in zip(mapped, slices, strict=True):
+            inputs[index] = each
         return flat(*inputs)
 
-    return record_loop("map", length, [], xs, body)
+    return record_loop([], xs, length, body, is_map=True)
 
 
 def _eager(

@@ -1,6 +1,9 @@
 """Programs on disk: what is damaged is made anew, and a disk that fails costs no result."""
 
 import os
+import platform
+import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -12,7 +15,8 @@ import pytest
 import torch
 
 import funcnet as fn
-from funcnet.compiler import build, cache
+from funcnet.compiler import build, cache, errors
+from funcnet.compiler.errors import UnsafeCacheError
 
 pytestmark = pytest.mark.cpu_only
 
@@ -29,7 +33,7 @@ def folder(tmp_path, monkeypatch):
     folder = tmp_path / "cache"
     folder.mkdir(mode=0o700)
     monkeypatch.setenv("FUNCNET_CACHE_DIR", str(folder))
-    monkeypatch.setattr(cache, "_said", set())
+    monkeypatch.setattr(errors, "_said", set())
     return folder
 
 
@@ -138,21 +142,16 @@ def no_right(folder, monkeypatch):
     monkeypatch.setattr(cache.tempfile, "mkstemp", fail)
 
 
-def open_to_others(folder, monkeypatch):
-    folder.chmod(0o777)
-
-
 def full_of_others(folder, monkeypatch):
     # The folder has the name of the program, and is not empty.
-    monkeypatch.setattr(build, "fingerprint", lambda *parts: "same")
-    monkeypatch.setattr("funcnet.compiler.compiled.fingerprint", lambda *parts: "same")
+    monkeypatch.setattr(build, "library_key", lambda text, threads: "same")
     (folder / "same.so").mkdir()
     (folder / "same.so" / "file").write_text("")
 
 
 @pytest.mark.parametrize(
     "trouble",
-    [no_folder, full_disk, no_right, open_to_others, full_of_others],
+    [no_folder, full_disk, no_right, full_of_others],
     ids=lambda trouble: trouble.__name__,
 )
 def test_where_programs_cannot_be_kept_it_says_so_once_and_works(trouble, folder, monkeypatch):
@@ -174,8 +173,23 @@ def test_a_program_in_a_folder_that_others_can_write_to_is_not_loaded(folder, pr
     (folder / name).write_bytes(whole)
     (folder / name).chmod(0o600)
     assert cache.find(name) is not None
-    folder.chmod(0o777)
-    assert cache.find(name) is None
+    for mode in (0o777, 0o770, 0o702):
+        folder.chmod(mode)
+        with pytest.raises(UnsafeCacheError, match=f"chmod go-w {folder}`, or name .*_CACHE_DIR"):
+            works()
+        with pytest.raises(UnsafeCacheError, match="others can write"):
+            cache.keep("kept", b"")
+    assert [path.name for path in folder.iterdir()] == [name]
+    folder.chmod(0o755)
+    works()
+
+
+def test_a_program_in_a_folder_of_someone_else_is_not_loaded(folder, monkeypatch):
+    monkeypatch.setattr(os, "geteuid", lambda: folder.stat().st_uid + 1)
+    monkeypatch.setattr(cache, "_ROOT", -1)
+    with pytest.raises(UnsafeCacheError, match=r"belongs to another user, .*FUNCNET_CACHE_DIR"):
+        works()
+    assert not [*folder.iterdir()]
 
 
 def test_parts_that_a_killed_process_left_are_removed_when_they_are_old(folder):
@@ -195,28 +209,46 @@ fn.jit(lambda x: x * 3 + 1)(torch.ones(3))
 """
 
 
-def test_what_a_killed_compilation_left_is_removed_by_the_next(tmp_path, monkeypatch):
+def test_a_killed_compilation_leaves_nothing_behind(tmp_path):
     compiler = tmp_path / "slow"
-    compiler.write_text("#!/bin/sh\ncase $1 in --version|-v) exec g++ $1;; esac\nsleep 60\n")
+    compiler.write_text("#!/bin/sh\ncase $1 in --version|-v) exec g++ $1;; esac\nsleep 20\n")
     compiler.chmod(0o755)
     temporary = tmp_path / "tmp"
     temporary.mkdir()
     environment = os.environ | {
         "TMPDIR": str(temporary),
         "FUNCNET_CACHE_DIR": str(tmp_path / "cache"),
+        # An empty folder that Inductor makes when it is imported.
+        "TORCHINDUCTOR_CACHE_DIR": str(tmp_path / "inductor"),
         "CXX": str(compiler),
     }
-    with subprocess.Popen([sys.executable, "-c", SLOW], env=environment) as process:
-        for _ in range(600):
-            if [*temporary.glob("funcnet-*/program.cpp")]:
-                break
+
+    def wait_until(condition):
+        for _ in range(1200):
+            if condition():
+                return
             time.sleep(0.1)
+        raise AssertionError(f"{[*temporary.rglob('*')]}")
+
+    with subprocess.Popen([sys.executable, "-c", SLOW], env=environment) as process:
+        wait_until(lambda: [*temporary.glob("funcnet-*/program.cpp")])
         process.send_signal(signal.SIGKILL)
-    assert [*temporary.glob("funcnet-*")]
-    monkeypatch.setattr(build.tempfile, "tempdir", str(temporary))
+    wait_until(lambda: not [*temporary.glob("funcnet-*")])
+    assert not [*(tmp_path / "cache").glob("*.so")]
+
+
+def test_folders_of_dead_processes_are_removed_by_the_next_compilation(tmp_path, monkeypatch):
+    monkeypatch.setattr(build.tempfile, "tempdir", str(tmp_path))
+    with subprocess.Popen(["true"]) as ended:
+        pass
+    dead, alive = (
+        tmp_path / f"funcnet-{platform.node()}-{number}-abc" for number in (ended.pid, os.getpid())
+    )
+    for path in (dead, alive):
+        path.mkdir()
     with build._folder() as folder:
-        assert [*temporary.glob("funcnet-*")] == [folder]
-    assert not [*temporary.iterdir()]
+        assert sorted(tmp_path.iterdir()) == sorted([alive, folder])
+    assert [*tmp_path.iterdir()] == [alive]
 
 
 def test_old_folders_of_other_machines_are_removed(tmp_path, monkeypatch):
@@ -251,7 +283,7 @@ def test_where_no_program_can_be_made_it_says_so_once_and_runs_eagerly(
     with pytest.warns(RuntimeWarning, match="functions run eagerly, as no program") as found:
         twice()
     assert len(found) == 1
-    assert not [*folder.iterdir()]
+    assert not [*folder.glob("*.so")]
     torch.testing.assert_close(given, X)
     assert "failed" in compiled.lower(X).why_not_one
 
@@ -263,3 +295,81 @@ def test_a_warning_that_is_an_error_loses_nothing(folder, monkeypatch):
         with pytest.raises(RuntimeWarning):
             works()
         works()
+
+
+@pytest.fixture
+def own_code(tmp_path, monkeypatch):
+    """A copy of the compiler's code, which the keys are made of, to be edited."""
+    copy = tmp_path / "compiler"
+    shutil.copytree(build._HERE, copy)
+    monkeypatch.setattr(build, "_HERE", copy)
+    return copy
+
+
+def keys():
+    return build.text_key("graph"), build.library_key("text", 1)
+
+
+def test_the_keys_hash_what_programs_are_made_of_and_nothing_else(own_code, monkeypatch):
+    before = keys()
+
+    def changed(path):
+        whole = path.read_text()
+        path.write_text(whole + "\n")
+        found = [one != other for one, other in zip(keys(), before, strict=True)]
+        path.write_text(whole)
+        assert keys() == before
+        return found
+
+    for name in ("README.md", "staged.py", "cache.py", "dispatch.py", "build.py"):
+        assert changed(own_code / name) == [False, False], name
+    for name in ("record.py", "blocks.py", "plan.py", "program.py", "inductor.py"):
+        assert changed(own_code / name) == [True, False], name
+    assert changed(own_code / "primitives" / "sort.py") == [True, False]
+    for header in own_code.glob("**/*.h"):
+        assert changed(header) == [False, True], header
+    assert len([*own_code.glob("**/*.h")]) >= 7
+    assert build.library_key("another text", 1) != before[1]
+    assert build.text_key("another graph") != before[0]
+    for what, value in (("CXX", "g++ -O1"), ("CXX", "g++ -g")):
+        monkeypatch.setenv(what, value)
+        assert all([one != other for one, other in zip(keys(), before, strict=True)])
+    monkeypatch.delenv("CXX")
+    monkeypatch.setattr(build, "_FLAGS", (*build._FLAGS, "-g"))
+    assert keys()[1] != before[1]
+    monkeypatch.setattr(torch, "__version__", "0.0")
+    assert keys()[0] != before[0]
+
+
+def test_the_code_that_keys_leave_out_makes_no_programs():
+    folder = build._HERE
+    left_out = {Path(name).stem for name in build._NO_WRITERS} - {"__init__"}
+    assert {name for name in left_out if (folder / f"{name}.py").exists()} == left_out
+    for path in folder.glob("**/*.py"):
+        if path.name not in build._NO_WRITERS:
+            imported = set(re.findall(r"^from funcnet\.compiler\.(\w+)", path.read_text(), re.M))
+            # Exceptions, checks that refuse, and the name of the compiler, which is hashed.
+            assert imported & left_out <= {"errors", "signature", "build"}, path.name
+
+
+def test_a_text_is_compiled_without_inductor_and_a_library_loaded_without_a_compiler(
+    folder, monkeypatch
+):
+    works()
+    (text,), (library,) = folder.glob("*.cpp"), folder.glob("*.so")
+    kept = text.read_bytes(), library.read_bytes()
+    calls = compiles(monkeypatch)
+    text.unlink()
+    works()
+    assert (text.read_bytes(), calls) == (kept[0], [])
+
+    def refuse(*args):
+        raise AssertionError("the text is on disk")
+
+    monkeypatch.setattr("funcnet.compiler.compiled.program_text", refuse)
+    works()
+    assert calls == []
+    library.unlink()
+    works()
+    assert len(calls) == 1
+    assert cache.find(library.name) == library

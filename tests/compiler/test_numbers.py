@@ -9,10 +9,10 @@ import torch
 from hypothesis import HealthCheck, given, settings, strategies as st
 
 import funcnet as fn
-from funcnet.compiler.inductor import UnsupportedError
+from funcnet.compiler.errors import UnsupportedError
 from funcnet.compiler.numbers import Arithmetic, TracedNumber
-from funcnet.compiler.signature import kind_of
-from funcnet.compiler.tracing import trace
+from funcnet.compiler.record import record
+from funcnet.compiler.specs import input_spec
 
 X = torch.tensor([-1.5, 0.0, 2.0])
 NAMES = ("a", "b", "c")
@@ -146,7 +146,7 @@ def test_recorded_arithmetic_is_pythons(expression, first, second):
         return
     assert same_number(found._value, expected), text
     assert isinstance(found, type(expected)), text
-    arithmetic.inputs[found._position] = 0
+    arithmetic.inputs[found._index] = 0
     if [*map(type, first)] == [*map(type, second)]:
         again = outcome(arithmetic.again, second)
         expected = outcome(function, dict(zip(NAMES, second, strict=True)))
@@ -220,8 +220,10 @@ def assert_same(found, expected, what):
 def test_compiled_functions_of_numbers_equal_the_eager_ones(dtype):
     def refused(run):
         arithmetic = Arithmetic((2.5, 3, 1), NAMES)
-        traced = outcome(trace, lambda x: [run(x, *arithmetic.given)], [kind_of(X)], arithmetic)
-        return isinstance(traced, Exception)
+        recorded = outcome(
+            record, lambda x: [run(x, *arithmetic.given)], [input_spec(X)], arithmetic
+        )
+        return isinstance(recorded, Exception)
 
     # The last one gives the number itself, which is no tensor.
     runs = [

@@ -58,7 +58,7 @@ def test_the_compiled_program_does_not_grow_with_the_length():
 
 
 @pytest.mark.parametrize("compiled", [False, True])
-def test_no_rounds_give_the_carry_and_empty_ys(compiled):
+def test_no_iterations_give_the_carry_and_empty_ys(compiled):
     def run(carry, xs):
         return fn.scan(accumulate, carry, xs)
 
@@ -164,7 +164,7 @@ def test_fori_counts():
         (ValueError, "expects xs or a length", lambda: fn.scan(accumulate, START)),
         (
             ValueError,
-            "one number of rounds, got 2 of length, 3 of xs",
+            "one number of iterations, got 2 of length, 3 of xs",
             lambda: fn.scan(accumulate, START, torch.ones(3, 3), length=2),
         ),
         (

@@ -1,0 +1,125 @@
+"""What a function may not do while it is recorded, and what it is seen to ask of its tensors."""
+
+import sys
+from typing import Any, cast
+
+import torch
+from torch import Tensor
+from torch._subclasses.fake_tensor import DataDependentOutputException, FakeTensor
+from torch.overrides import TorchFunctionMode
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from funcnet import tree
+
+aten = torch.ops.aten
+
+
+class LayoutReads(TorchFunctionMode):
+    """Notes whether a function asks how a tensor lies in memory: in a program, all are contiguous.
+
+    It notes the tensors from outside that the function meets, if only to ask for their shapes, and
+    refuses to give what a tensor keeps beside its values.
+
+    Attributes:
+        asked: the name of the question, if there was one.
+        of_storage: whether it was about memory beyond the tensor's own.
+        met: the tensors from outside, by their ids.
+    """
+
+    asked: str | None = None
+    of_storage = False
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.met: dict[int, Tensor] = {}
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        # Torch's own functions ask too, and give the same values whatever the answer.
+        by_user = sys._getframe(1).f_globals.get("__name__", "").partition(".")[0] != "torch"
+        real = [each for each in args if _is_real(each) and each.layout is torch.strided]
+        self.met.update({id(each): each for each in real})
+        # torch.tensor reads the values of tensors in a list, and copies one that is alone.
+        listed = func in _FROM_LISTS and args and isinstance(args[0], (list, tuple))
+        read = tree.leaves(args[0]) if listed or func in _VALUES else []
+        if any([*map(_is_real, read)]):
+            raise DataDependentOutputException(func)
+        if by_user and func in _HIDDEN:
+            raise TypeError(
+                f"jit: the function reads or sets Tensor.{_HIDDEN[func]}, which is no value of "
+                "its arguments: pass what it needs as one"
+            )
+        if by_user and func in _STRIDES and self.asked is None:
+            self.asked = func.__name__
+        if by_user and func in _STORAGE:
+            self.asked, self.of_storage = func.__name__, True
+        return func(*args, **(kwargs or {}))
+
+
+_STRIDES = {Tensor.stride, Tensor.is_contiguous, Tensor.is_neg}
+_STORAGE = {
+    *(Tensor.as_strided, torch.as_strided, torch.as_strided_copy, torch.as_strided_scatter),
+    *(Tensor.as_strided_, Tensor.as_strided_scatter, Tensor.storage_offset),
+    *(Tensor.untyped_storage, Tensor.storage),
+}
+_FROM_LISTS = {torch.tensor, torch.as_tensor, torch.asarray}
+_VALUES = {Tensor.tolist, Tensor.numpy, Tensor.__array__}
+_HIDDEN = {
+    cast(Any, Tensor.grad).__get__: "grad",
+    cast(Any, Tensor._version).__get__: "_version",
+    cast(Any, Tensor._base).__get__: "_base",
+    cast(Any, Tensor.grad_fn).__get__: "grad_fn",
+    cast(Any, Tensor.is_leaf).__get__: "is_leaf",
+    cast(Any, Tensor.data).__set__: "data",
+    Tensor.is_inference: "is_inference",
+    Tensor.is_shared: "is_shared",
+}
+
+
+class PurityGuard(TorchDispatchMode):
+    """Refuses, before it happens, what a pure function does not do to the world outside it."""
+
+    def __torch_dispatch__(
+        self, operator: Any, types: Any, args: Any = (), kwargs: Any = None
+    ) -> Any:
+        if torch.Tag.nondeterministic_seeded in operator.tags and operator.namespace != "funcnet":
+            raise ValueError(
+                f"jit: the function draws from torch's generator ({operator}), whose state is "
+                "hidden; draw from a key with funcnet.random"
+            )
+        if operator._schema.is_mutable and args and _is_real(args[0]):
+            raise ValueError(
+                f"jit: the function writes in place to a tensor it closes over ({operator}); a "
+                "pure function writes to tensors of its own only"
+            )
+        if torch.Tag.data_dependent_output in operator.tags and any([*map(_is_real, args)]):
+            raise DataDependentOutputException(operator)
+        _check_as_kernels_do(operator, args)
+        return operator(*args, **(kwargs or {}))
+
+
+def _is_real(operand: Any) -> bool:
+    """Whether a tensor comes from outside: its values are there, and may be others next time."""
+    return isinstance(operand, Tensor) and not isinstance(operand, FakeTensor)
+
+
+def _check_as_kernels_do(operator: Any, args: Any) -> None:
+    """Raise what PyTorch's kernels raise for arguments that fake tensors let pass."""
+    if operator is aten.pow.Tensor_Scalar:
+        x, exponent = args
+        if isinstance(exponent, int) and exponent < 0 and not x.is_floating_point():
+            raise RuntimeError("Integers to negative integer powers are not allowed.")
+    if operator in _SUBTRACTIONS and any([_is_bool(each) for each in args[:2]]):
+        raise RuntimeError(
+            "Subtraction, the `-` operator, with a bool tensor is not supported. If you are trying "
+            "to invert a mask, use the `~` or `logical_not()` operator instead."
+        )
+
+
+_SUBTRACTIONS = {
+    *(aten.sub.Tensor, aten.sub.Scalar, aten.rsub.Tensor, aten.rsub.Scalar),
+    *(aten.sub_.Tensor, aten.sub_.Scalar),
+}
+
+
+def _is_bool(operand: Any) -> bool:
+    return isinstance(operand, bool) or getattr(operand, "dtype", None) is torch.bool

@@ -1,0 +1,102 @@
+"""What Inductor says to do for a segment: buffers, calls of kernels, products of matrices."""
+
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import torch
+
+
+class Allocate(NamedTuple):
+    """A buffer that comes to life."""
+
+    name: str
+    size: int
+
+
+class Free(NamedTuple):
+    """A buffer that is not needed any more."""
+
+    name: str
+
+
+class Rename(NamedTuple):
+    """A buffer whose memory goes on under another name."""
+
+    old: str
+    new: str
+
+
+class View(NamedTuple):
+    """A buffer that lies in another, so many bytes from its start."""
+
+    name: str
+    base: str
+    offset: int
+
+
+class Call(NamedTuple):
+    """A kernel and the buffers it works on, with their C++ types."""
+
+    kernel: str
+    args: tuple[str, ...]
+    types: tuple[str, ...]
+
+
+class Matrix(NamedTuple):
+    """A strided matrix, or stack of matrices, in a buffer."""
+
+    buffer: str
+    offset: int
+    shape: tuple[int, ...]
+    stride: tuple[int, ...]
+
+    def is_contiguous(self) -> bool:
+        """Whether its elements follow each other in memory, row by row."""
+        step = 1
+        for size, stride in zip(reversed(self.shape), reversed(self.stride), strict=True):
+            if size != 1 and stride != step:
+                return False
+            step *= max(size, 1)
+        return True
+
+
+class Product(NamedTuple):
+    """``out = a @ b (+ bias)``."""
+
+    dtype: torch.dtype
+    a: Matrix
+    b: Matrix
+    bias: Matrix | None
+    out: Matrix
+
+
+Instruction = Allocate | Free | Rename | View | Call | Product
+
+
+class Kernels(NamedTuple):
+    """A segment in C++: functions by name, what to do in order, and where the outputs are."""
+
+    sources: dict[str, str]
+    instructions: list[Instruction]
+    inputs: list[str]
+    outputs: list[Matrix | None]
+
+    def last_use_of_inputs(self) -> dict[str, int]:
+        """The index of the last instruction that touches each input, by any name it goes by."""
+        origin = {name: name for name in self.inputs}
+        last: dict[str, int] = {}
+        for index, instruction in enumerate(self.instructions):
+            names: Sequence[str] = ()
+            match instruction:
+                case View(name, old, _) | Rename(old, name):
+                    if old in origin:
+                        origin[name] = origin[old]
+                case Call(_, arguments, _):
+                    names = arguments
+                case Product(_, a, b, bias, out):
+                    names = [matrix.buffer for matrix in (a, b, bias, out) if matrix is not None]
+            last.update({origin[name]: index for name in names if name in origin})
+        for matrix in self.outputs:
+            if matrix is not None and matrix.buffer in origin:
+                last[origin[matrix.buffer]] = len(self.instructions)
+        return last

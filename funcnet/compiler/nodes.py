@@ -1,0 +1,141 @@
+"""What the stages ask of the nodes of a graph: their values, their memory, which are graph breaks.
+
+The value of a node is the fake tensor that it gave when the graph was recorded. Its storage and
+strides say which nodes are views of which.
+"""
+
+import operator
+from typing import Any
+
+import torch
+from torch import Tensor, fx
+
+from funcnet.compiler.loops import CONTROL
+from funcnet.compiler.primitives import PRIMITIVES
+from funcnet.compiler.specs import spec_of
+
+aten = torch.ops.aten
+
+Node = Any
+"""A ``torch.fx.Node``, whose arguments are typed too widely to be read without a check each."""
+
+Graph = Any
+"""A ``torch.fx.Graph``; see `Node`."""
+
+
+def value_of(node: Node) -> Any:
+    """The fake tensor, or list of them, that a node gives."""
+    return node.meta.get("val")
+
+
+def size_of(node: Node) -> int:
+    """The bytes of a node's value."""
+    value: Tensor = value_of(node)
+    return value.numel() * value.element_size()
+
+
+def graph_break(node: Node) -> str | None:
+    """The name of an operator at which segments end, such as ``aten::sort``; None for others."""
+    if isinstance(node.target, torch._ops.OpOverload):
+        name = node.target._schema.name
+        if name in CONTROL or name in PRIMITIVES:
+            return name
+    return None
+
+
+def break_before(node: Node) -> str | None:
+    """The `graph_break` of the node of which this one is a result."""
+    return graph_break(node.args[0]) if node.target is operator.getitem else None
+
+
+def view_base(node: Node) -> Node | None:
+    """The node of whose memory this one is a view; None for a value of its own."""
+    if node.op != "call_function" or graph_break(node) is not None:
+        return None
+    source = node.args[0] if node.args else None
+    if node.target is operator.getitem:
+        assert isinstance(source, fx.Node)
+        return source if view_base(source) is not None else None
+    if not isinstance(source, fx.Node):
+        return None
+    storage = _storage(value_of(source))
+    value = value_of(node)
+    values = value if isinstance(value, (list, tuple)) else [value]
+    if storage is not None and values and all(_storage(each) == storage for each in values):
+        return source
+    return None
+
+
+def _storage(value: Any) -> int | None:
+    return value.untyped_storage()._cdata if isinstance(value, Tensor) else None
+
+
+def is_free(node: Node) -> bool:
+    """Whether a node costs nothing where it is used: a view, or a constant."""
+    if node.op != "call_function" or graph_break(node) is not None:
+        return False
+    if node.target is operator.getitem:
+        return view_base(node) is not None
+    return not node.all_input_nodes or view_base(node) is not None
+
+
+def through_barriers(node: Node) -> Node:
+    """The value that a barrier handed on; any other node itself."""
+    while break_before(node) == "funcnet::barrier":
+        node = node.args[0].args[0][node.args[1]]
+    return node
+
+
+def memory_of(node: Node) -> tuple[Node, int]:
+    """The value in whose memory a node lies, and how many bytes from its start."""
+    root, distance = node, 0
+    while True:
+        start = root
+        while (base := view_base(root)) is not None:
+            root = base
+        distance += _from_storage(value_of(start)) - _from_storage(value_of(root))
+        if break_before(root) != "funcnet::barrier":
+            return root, distance
+        root = root.args[0].args[0][root.args[1]]
+
+
+def _from_storage(value: Tensor) -> int:
+    return int(value.storage_offset()) * value.element_size()
+
+
+def memory_order(value: Tensor) -> list[int]:
+    """The axes of a value as they lie in memory, the slowest first.
+
+    Every value is kept as its strides say, so that views of it stay views: between segments it
+    goes as the permutation that is contiguous.
+    """
+    order = sorted(range(value.dim()), key=lambda axis: (-value.stride()[axis], axis))
+    if value.is_contiguous() or not value.permute(order).is_contiguous():
+        return list(range(value.dim()))
+    return order
+
+
+def contiguous_copy(graph: Graph, node: Node) -> Node:
+    """A new node: a contiguous copy of this one."""
+    copy = graph.call_function(
+        aten.clone.default, (node,), {"memory_format": torch.contiguous_format}
+    )
+    value = value_of(node)
+    if value is not None:
+        with value.fake_mode:
+            copy.meta["val"] = spec_of(value).empty()
+    return copy
+
+
+def line_of(node: Node) -> str:
+    """A node as text: ``name = operator(arguments): dtype[shape]``."""
+    arguments = [*map(repr, node.args)]
+    arguments += [f"{name}={value!r}" for name, value in node.kwargs.items()]
+    target = node.target
+    function = "item" if target is operator.getitem else str(target)
+    value = value_of(node)
+    values = value if isinstance(value, (list, tuple)) else [value]
+    specs = [str(spec_of(each)) for each in values if isinstance(each, Tensor)]
+    return f"{node.name} = {function}({', '.join(arguments)})" + (
+        f": {', '.join(specs)}" if specs else ""
+    )

@@ -1,0 +1,55 @@
+"""Operators that a program calls by name, because Inductor makes no kernel of them, or a slow one.
+
+Each has a file here, in which ``PRIMITIVES`` lists a `Primitive` for each of its operators, and a
+header of the same name if its C++ is ours. To add one, add a file: all files here are imported.
+"""
+
+import importlib
+import pkgutil
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
+
+from torch import Tensor
+
+
+class Operand(NamedTuple):
+    """A tensor of a program: the C++ expression for its address, and a fake tensor like it."""
+
+    address: str
+    value: Tensor
+
+    @property
+    def numel(self) -> int:
+        """How many elements it has."""
+        return self.value.numel()
+
+
+class Primitive(NamedTuple):
+    """An operator, what it computes, and how a C++ program calls it.
+
+    Under `vmap` a program calls it once for each member, in the loop over them. The staged path
+    batches ``formula`` by ``torch.vmap`` instead, so that PyTorch must have batching rules for it.
+
+    Attributes:
+        operator: its name with its namespace, such as ``aten::sort``.
+        formula: ``formula(*tensors, **options) -> results``, in operators that Inductor knows.
+        call: ``call(operands, results, options)`` is the C++ statement. Its operands, the tensors
+            among the arguments, are contiguous; its results are keyed by their index, and those
+            that nothing reads are missing.
+        header: the file in this folder with the C++ function.
+        has_threads: whether it starts threads of its own, which it cannot do in a parallel loop.
+    """
+
+    operator: str
+    formula: Callable[..., Any]
+    call: Callable[[Sequence[Operand], dict[int, Operand], dict[str, Any]], str]
+    header: str
+    has_threads: bool = False
+
+
+PRIMITIVES: dict[str, Primitive] = {
+    primitive.operator: primitive
+    for module in pkgutil.iter_modules(__path__)
+    for primitive in importlib.import_module(f"{__name__}.{module.name}").PRIMITIVES
+}
+"""All of them, by the names of their operators."""

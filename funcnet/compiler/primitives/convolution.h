@@ -1,0 +1,92 @@
+// Convolutions of PyTorch on memory of a program.
+
+#pragma once
+
+#include <algorithm>
+#include <cstdint>
+#include <stdexcept>
+#include <utility>
+#include <vector>
+#include <torch/csrc/inductor/aoti_torch/c/shim.h>
+#include <torch/csrc/inductor/aoti_torch/generated/c_shim_cpu.h>
+
+namespace funcnet {
+
+// A tensor in memory of ours, for an operator of torch; or none.
+class Borrowed {
+ public:
+  Borrowed() = default;
+  Borrowed(const char* data, std::vector<int64_t> sizes, int32_t dtype) : sizes_(std::move(sizes)) {
+    std::vector<int64_t> strides(sizes_.size(), 1);
+    for (size_t axis = sizes_.size(); axis-- > 1;) {
+      strides[axis - 1] = strides[axis] * std::max<int64_t>(sizes_[axis], 1);
+    }
+    check(aoti_torch_create_tensor_from_blob(const_cast<char*>(data), sizes_.size(), sizes_.data(),
+                                             strides.data(), 0, dtype,
+                                             aoti_torch_device_type_cpu(), 0, &handle_));
+  }
+  Borrowed(const Borrowed&) = delete;
+  Borrowed& operator=(const Borrowed&) = delete;
+  ~Borrowed() {
+    if (handle_ != nullptr) {
+      aoti_torch_delete_tensor_object(handle_);
+    }
+  }
+  explicit operator bool() const { return handle_ != nullptr; }
+  AtenTensorHandle get() const { return handle_; }
+  const std::vector<int64_t>& sizes() const { return sizes_; }
+  // Copy what an operator returned into this memory.
+  void take(AtenTensorHandle result) const {
+    if (handle_ != nullptr && result != nullptr) {
+      check(aoti_torch_copy_(handle_, result, 0));
+    }
+    if (result != nullptr) {
+      aoti_torch_delete_tensor_object(result);
+    }
+  }
+  static void check(AOTITorchError error) {
+    if (error != AOTI_TORCH_SUCCESS) {
+      throw std::runtime_error("an operator of torch failed; its message is on stderr");
+    }
+  }
+
+ private:
+  AtenTensorHandle handle_ = nullptr;
+  std::vector<int64_t> sizes_;
+};
+
+struct Window {
+  std::vector<int64_t> stride, padding, dilation, output_padding;
+  bool transposed;
+  int64_t groups;
+};
+
+inline void convolution(const Borrowed& x, const Borrowed& weight, const Borrowed& bias,
+                        const Borrowed& y, const Window& window) {
+  AtenTensorHandle given = bias.get(), result = nullptr;
+  Borrowed::check(aoti_torch_cpu_convolution(
+      x.get(), weight.get(), bias ? &given : nullptr, window.stride.data(), window.stride.size(),
+      window.padding.data(), window.padding.size(), window.dilation.data(), window.dilation.size(),
+      window.transposed, window.output_padding.data(), window.output_padding.size(), window.groups,
+      &result));
+  y.take(result);
+}
+
+inline void convolution_backward(const Borrowed& dy, const Borrowed& x, const Borrowed& weight,
+                                 const Borrowed& dx, const Borrowed& dweight, const Borrowed& dbias,
+                                 const Window& window) {
+  const int64_t* sizes = dbias.sizes().data();
+  const int32_t mask[3] = {bool(dx), bool(dweight), bool(dbias)};
+  AtenTensorHandle results[3] = {nullptr, nullptr, nullptr};
+  Borrowed::check(aoti_torch_cpu_convolution_backward(
+      dy.get(), x.get(), weight.get(), dbias ? &sizes : nullptr, dbias.sizes().size(),
+      window.stride.data(), window.stride.size(), window.padding.data(), window.padding.size(),
+      window.dilation.data(), window.dilation.size(), window.transposed,
+      window.output_padding.data(), window.output_padding.size(), window.groups, mask, 3,
+      &results[0], &results[1], &results[2]));
+  dx.take(results[0]);
+  dweight.take(results[1]);
+  dbias.take(results[2]);
+}
+
+}  // namespace funcnet

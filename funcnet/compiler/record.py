@@ -1,0 +1,261 @@
+"""Recording: a function runs once on fake tensors, and its operators become a graph.
+
+The graph is pure: writes in place are replaced by operators that give new tensors. Its inputs are
+the arguments, then the tensors that the function closes over, then the Python numbers that met
+tensors; all of them are contiguous when the program runs. Loops are recorded by `loops`.
+"""
+
+import functools
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from typing import NamedTuple
+
+import torch
+from torch import Tensor, fx
+from torch._subclasses.fake_tensor import FakeTensorMode, unset_fake_temporarily
+from torch.fx.experimental.proxy_tensor import make_fx
+
+from funcnet.compiler.guards import LayoutReads, PurityGuard
+from funcnet.compiler.loops import CONTROL, Loop, recording
+from funcnet.compiler.nodes import Graph, Node, contiguous_copy, graph_break, line_of, value_of
+from funcnet.compiler.numbers import Arithmetic
+from funcnet.compiler.promotion import numbers_meet_tensors
+from funcnet.compiler.signature import check_tensor
+from funcnet.compiler.specs import InputSpec, spec_of
+
+aten = torch.ops.aten
+
+
+class Recorded(NamedTuple):
+    """A recorded function.
+
+    Attributes:
+        graph: its operators.
+        loops: its loops, by the index that their operators name.
+        captured: the tensors that it closes over.
+        layout_read: what it asked of how a tensor lies in memory, if it did.
+        storage_read: whether that was about memory beyond the tensor's own.
+        watched: all tensors from outside that it met, captured ones among them.
+    """
+
+    graph: Graph
+    loops: list[Loop]
+    captured: list[Tensor]
+    layout_read: str | None
+    storage_read: bool
+    watched: list[Tensor]
+
+    @property
+    def inputs(self) -> list[Node]:
+        """The nodes of its inputs."""
+        return [node for node in self.graph.nodes if node.op == "placeholder"]
+
+    def __str__(self) -> str:
+        """All that a program is made from, as text."""
+        lines = [f"{node.name}: {spec_of(value_of(node))}" for node in self.inputs]
+        lines += [f"loop {index}: {loop.signature()}" for index, loop in enumerate(self.loops)]
+        for node in self.graph.nodes:
+            if node.op == "call_function":
+                lines.append(line_of(node))
+            elif node.op == "output":
+                lines.append(f"return {node.args[0]}")
+        return "\n".join(lines)
+
+
+class WritesToArgumentError(ValueError):
+    """A function writes in place to the argument of this index."""
+
+
+@contextmanager
+def _settings_of_caller() -> Iterator[None]:
+    """The caller's grad mode and autocast, whose casts become part of the graph.
+
+    Autocast caches what it has cast, which must be neither fake tensors nor values of today.
+    """
+    grad, cache = torch.is_grad_enabled(), torch.is_autocast_cache_enabled()
+    torch.set_autocast_cache_enabled(False)
+    try:
+        with torch.inference_mode(False), torch.set_grad_enabled(grad):
+            yield
+    finally:
+        torch.set_autocast_cache_enabled(cache)
+
+
+@contextmanager
+def settings_of_programs() -> Iterator[None]:
+    """The settings to compile and run a graph under, whose casts and devices are in the graph."""
+    no_autocast = torch._C._DisableAutocast()
+    with torch.inference_mode(False), torch.no_grad(), no_autocast, torch.device("cpu"):
+        yield
+
+
+def record(
+    function: Callable[..., list[Tensor]],
+    inputs: Sequence[InputSpec],
+    arithmetic: Arithmetic,
+) -> Recorded:
+    """Run a function of tensors on fake ones and record what it does.
+
+    Args:
+        function: takes and gives tensors.
+        inputs: what it is called with.
+        arithmetic: the Python numbers that it is called with.
+
+    Raises:
+        ValueError: the function writes to an argument or to a tensor that it closes over, or
+            draws from torch's own generator.
+        TypeError: it closes over tensors that are complex, sparse or of a class of their own.
+    """
+    loops: list[Loop] = []
+    layout = LayoutReads()
+    mode = FakeTensorMode(allow_non_fake_inputs=True)
+
+    def guarded(*inputs: Tensor) -> list[Tensor]:
+        with PurityGuard(), numbers_meet_tensors(arithmetic), layout:
+            return function(*inputs)
+
+    with mode, recording(loops):
+        with _settings_of_caller():
+            examples = [spec.example() for spec in inputs]
+            module = make_fx(guarded, _allow_non_fake_inputs=True)(*examples)
+        # From here on nothing but what was recorded is run.
+        with settings_of_programs():
+            captured = _captured_to_inputs(module, mode)
+            _numbers_to_inputs(module.graph, len(arithmetic.inputs))
+            # Any of these makes the recorded values wrong: the graph is recorded anew.
+            changed = _copy_operands_of_primitives(module.graph)
+            changed |= any([_writes(node) for node in module.graph.nodes])
+            changed |= not all([tensor.is_contiguous() for tensor in captured])
+            if changed:
+                module = _recorded_again(module)
+    _drop_unused(module.graph)
+    watched = [*({id(each): each for each in captured} | layout.met).values()]
+    return Recorded(module.graph, loops, captured, layout.asked, layout.of_storage, watched)
+
+
+def _captured_to_inputs(module: fx.GraphModule, mode: FakeTensorMode) -> list[Tensor]:
+    """Make the tensors that the function closes over inputs of its graph, and return them."""
+    graph: Graph = module.graph
+    captured: list[Tensor] = []
+    inputs: dict[int, Node] = {}
+    last = [node for node in graph.nodes if node.op == "placeholder"]
+    for node in list(graph.nodes):
+        if node.op != "get_attr":
+            continue
+        tensor = getattr(module, node.target)
+        users = list(node.users)
+        written_here = users and all(user.target is aten.lift_fresh_copy.default for user in users)
+        if written_here and tensor.dim() == 0 and not tensor.is_complex():
+            # A number in the function's own text: torch.tensor(0.5).
+            for user in users:
+                _replace_by_constant(graph, user, tensor)
+            graph.erase_node(node)
+            continue
+        check_tensor(tensor, lambda: "a tensor that the function closes over")
+        if id(tensor) not in inputs:
+            first = next(iter(graph.nodes))
+            with graph.inserting_after(last[-1]) if last else graph.inserting_before(first):
+                inputs[id(tensor)] = graph.placeholder(f"captured_{len(captured)}")
+            # The very fake tensor of which the recorded views are views.
+            inputs[id(tensor)].meta["val"] = mode.from_tensor(tensor)
+            last.append(inputs[id(tensor)])
+            captured.append(tensor)
+        node.replace_all_uses_with(inputs[id(tensor)])
+        graph.erase_node(node)
+    return captured
+
+
+def _replace_by_constant(graph: Graph, node: Node, tensor: Tensor) -> None:
+    with unset_fake_temporarily():
+        value = tensor.item()
+    with graph.inserting_before(node):
+        options = {"dtype": tensor.dtype, "device": tensor.device}
+        constant = graph.call_function(aten.full.default, ([], value), options)
+    constant.meta["val"] = node.meta["val"]
+    node.replace_all_uses_with(constant)
+    graph.erase_node(node)
+
+
+def _numbers_to_inputs(graph: Graph, count: int) -> None:
+    """Make the numbers that meet tensors inputs of the graph, the last ones."""
+    last = [node for node in graph.nodes if node.op == "placeholder"][-1:]
+    made = [node for node in graph.nodes if node.target is torch.ops.funcnet.number.default]
+    for index in range(count):
+        first = next(iter(graph.nodes))
+        with graph.inserting_after(last[0]) if last else graph.inserting_before(first):
+            last = [graph.placeholder(f"number_{index}")]
+        (node,) = [node for node in made if node.args[0] == index]
+        last[0].meta["val"] = node.meta["val"]
+        node.replace_all_uses_with(last[0])
+        graph.erase_node(node)
+
+
+def _copy_operands_of_primitives(graph: Graph) -> bool:
+    """Copy operands of primitives that are not contiguous; whether there were any."""
+    found = False
+    for node in list(graph.nodes):
+        if graph_break(node) in (None, *CONTROL):
+            continue
+        for operand in node.all_input_nodes:
+            if not value_of(operand).is_contiguous():
+                found = True
+                with graph.inserting_before(node):
+                    copy = contiguous_copy(graph, operand)
+                node.replace_input_with(operand, copy)
+    return found
+
+
+def _writes(node: Node) -> bool:
+    return isinstance(node.target, torch._ops.OpOverload) and node.target._schema.is_mutable
+
+
+def _recorded_again(module: fx.GraphModule) -> fx.GraphModule:
+    """The same program, of contiguous inputs, in which nothing is written in place."""
+    for node in module.graph.nodes:
+        # functionalize does not know the operators behind &=, |=, ^=, <<= and >>=.
+        if isinstance(node.target, torch._ops.OpOverload):
+            name = _IN_PLACE_NAMES.get(node.target._schema.name)
+            if name is not None:
+                node.target = getattr(getattr(aten, name), node.target._overloadname)
+    module.recompile()
+    examples = [
+        spec_of(value_of(node)).empty() for node in module.graph.nodes if node.op == "placeholder"
+    ]
+    pure = make_fx(torch.func.functionalize(module, remove="mutations"))(*examples)
+    inputs = [node for node in pure.graph.nodes if node.op == "placeholder"]
+    for node in pure.graph.nodes:
+        if _writes(node):
+            raise WritesToArgumentError(inputs.index(node.args[0]))
+    return pure
+
+
+_IN_PLACE_NAMES = {
+    "aten::__iand__": "bitwise_and_",
+    "aten::__ior__": "bitwise_or_",
+    "aten::__ixor__": "bitwise_xor_",
+    "aten::__ilshift__": "bitwise_left_shift_",
+    "aten::__irshift__": "bitwise_right_shift_",
+}
+
+
+def _drop_unused(graph: Graph) -> None:
+    """Remove what no output needs; a loop goes as a whole."""
+    dead: set[int] = set()
+    while True:
+        graph.eliminate_dead_code(functools.partial(_is_kept, dead))
+        ends = _loops_at(graph, "funcnet::end")
+        begins = _loops_at(graph, "funcnet::begin")
+        if begins <= ends:
+            return
+        dead |= begins - ends
+
+
+def _loops_at(graph: Graph, operator: str) -> set[int]:
+    return {node.args[1] for node in graph.nodes if graph_break(node) == operator}
+
+
+def _is_kept(dead: set[int], node: Node) -> bool:
+    """Whether a node that nothing reads is kept: the start of a loop is, until its end is gone."""
+    if graph_break(node) == "funcnet::begin":
+        return node.args[1] not in dead
+    return node.op in ("placeholder", "output")

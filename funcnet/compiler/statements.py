@@ -1,0 +1,65 @@
+"""What a program does, statement by statement; `program` writes each as C++."""
+
+from typing import Any, NamedTuple
+
+from funcnet.compiler.instructions import Product
+from funcnet.compiler.memory import Address
+from funcnet.compiler.primitives import Operand, Primitive
+
+
+class Copy(NamedTuple):
+    """Copy so many bytes."""
+
+    to: Address
+    source: Address
+    size: int
+
+
+class Launch(NamedTuple):
+    """Call a kernel of Inductor's; ``source`` is its text, in which it has this name."""
+
+    name: str
+    source: str
+    arguments: list[tuple[str, Address]]
+
+
+class Multiply(NamedTuple):
+    """A product of matrices in these buffers."""
+
+    product: Product
+    addresses: dict[str, Address]
+    threads: int
+
+
+class Apply(NamedTuple):
+    """Call a primitive."""
+
+    primitive: Primitive
+    operands: list[Operand]
+    results: dict[int, Operand]
+    options: dict[str, Any]
+
+
+class Iterate(NamedTuple):
+    """A loop.
+
+    Attributes:
+        counter: the name of its index.
+        length: how many iterations it has.
+        base: the name of an iteration's workspace.
+        workspace: its address, for the first thread.
+        stride: how far apart the threads' are.
+        threads: how many threads share the iterations.
+        body: what an iteration does.
+    """
+
+    counter: str
+    length: int
+    base: str
+    workspace: Address
+    stride: int
+    threads: int
+    body: list["Statement"]
+
+
+Statement = Copy | Launch | Multiply | Apply | Iterate
