@@ -4,6 +4,7 @@ Outside the compiler, this is the one module that uses private names of PyTorch.
 """
 
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import torch
@@ -24,7 +25,7 @@ FOREACH: dict[str, Callable[..., Any]] = {
 }
 """Operators on lists of tensors, by the name of the function that they apply to each."""
 
-fused_adam_: Callable[..., None] = torch._fused_adam_
+fused_adam_: Callable[..., None] = partial(torch._fused_adam_, weight_decay=0.0, maximize=False)
 """Adam's update in place, of lists of tensors, in one call."""
 
 

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from funcnet.core import Optimizer, Tree
-from funcnet.optimizers.checks import check_at_least
+from funcnet.optimizers.checks import check_options
 from funcnet.optimizers.leaves import Leaves
 from funcnet.optimizers.lift import stateful, zero_step
 from funcnet.runtime import fused_adam_, is_transformed
@@ -44,8 +44,7 @@ def scale_by_rms(alpha: float = 0.99, eps: float = 1e-8, centered: bool = False)
     >>> scale_by_rms().update(params, scale_by_rms().init_state(params), params)[0]
     {'w': tensor([10.0000])}
     """
-    check_at_least("scale_by_rms", "alpha", alpha, 0.0)
-    check_at_least("scale_by_rms", "eps", eps, 0.0)
+    check_options("scale_by_rms", alpha=alpha, eps=eps)
 
     def init(p: Tensor) -> RmsState:
         return RmsState(torch.zeros_like(p), torch.zeros_like(p) if centered else ())
@@ -101,40 +100,43 @@ def scaled_adam(betas: tuple[float, float], eps: float, amsgrad: bool, factor: f
     """
     if not isinstance(betas, (tuple, list)) or len(betas) != 2:
         raise ValueError(f"scale_by_adam: betas must be two numbers, got {betas!r}")
-    for index, beta in enumerate(betas):
-        check_at_least("scale_by_adam", f"betas[{index}]", beta, 0.0)
-        if not 0.0 <= beta < 1.0:
-            raise ValueError(f"scale_by_adam: betas[{index}] must be in [0, 1), got {beta}")
-    check_at_least("scale_by_adam", "eps", eps, 0.0)
     b1, b2 = betas
+    check_options("scale_by_adam", **{"betas[0]": b1, "betas[1]": b2, "eps": eps})
+    for index, beta in enumerate(betas):
+        if beta >= 1.0:
+            raise ValueError(f"scale_by_adam: betas[{index}] must be below 1, got {beta}")
 
     def init(p: Any) -> AdamState:
         zeros = torch.zeros_like
         return AdamState(zero_step(p), zeros(p), zeros(p), zeros(p) if amsgrad else ())
 
-    def update(g: Any, state: AdamState, p: Any) -> tuple[Tensor, AdamState]:
+    def update(g: Any, state: AdamState, p: Any) -> tuple[Any, AdamState]:
         state = state._replace(step=state.step + 1)
-        direction = _adam_by_kernel if _kernel_takes(g, *state[1:]) else _adam_by_formula
-        return direction(g, state, b1, b2, eps, factor)
+        return by_kernel(g, state) if _kernel_takes(g, *state[1:]) else by_formula(g, state)
+
+    def by_formula(g: Any, state: AdamState) -> tuple[Any, AdamState]:
+        g, m, v, v_max = map(_at_least_float32, (g, *state[1:]))
+        m = torch.lerp(m, g, 1.0 - b1)  # b1 m + (1 - b1) g
+        v = torch.addcmul(b2 * v, g, g, value=1.0 - b2)
+        v_max = v_max and torch.maximum(v_max, v)
+        # m / (1 - b1^t) / (sqrt(v / (1 - b2^t)) + eps), with one division an element
+        t = state.step.double()
+        correction = 1.0 - b1**t
+        spread = correction / (1.0 - b2**t).sqrt()
+        direction = m / (_sqrt(v_max or v) * spread + correction * eps)
+        # Times a 1 would be another operation on every leaf.
+        scaled = direction if factor == 1.0 else factor * direction
+        return scaled, AdamState(state.step, m, v, v_max)
+
+    def by_kernel(g: Any, state: AdamState) -> tuple[Any, AdamState]:
+        m, v, v_max = (leaves and leaves.clone() for leaves in state[1:])
+        direction = [torch.zeros_like(leaf) for leaf in g]
+        lists = (direction, *map(list, (g, m, v, v_max)), [state.step.float()] * len(direction))
+        # From params of 0 and with a learning rate of -factor the kernel steps to the direction.
+        fused_adam_(*lists, lr=-factor, beta1=b1, beta2=b2, eps=eps, amsgrad=amsgrad)
+        return Leaves(direction), AdamState(state.step, m, v, v_max)
 
     return stateful(init, update, name="scale_by_adam")
-
-
-def _adam_by_formula(
-    g: Any, state: AdamState, b1: float, b2: float, eps: float, factor: float
-) -> tuple[Tensor, AdamState]:
-    g, m, v, v_max = map(_at_least_float32, (g, *state[1:]))
-    m = torch.lerp(m, g, 1.0 - b1)  # b1 m + (1 - b1) g
-    v = torch.addcmul(b2 * v, g, g, value=1.0 - b2)
-    v_max = v_max and torch.maximum(v_max, v)
-    # m / (1 - b1^t) / (sqrt(v / (1 - b2^t)) + eps), with one division an element
-    t = state.step.double()
-    correction = 1.0 - b1**t
-    spread = correction / (1.0 - b2**t).sqrt()
-    direction = m / (_sqrt(v_max or v) * spread + correction * eps)
-    if factor != 1.0:
-        direction = factor * direction
-    return direction, AdamState(state.step, m, v, v_max)
 
 
 def _at_least_float32(leaves: Any) -> Any:
@@ -142,34 +144,8 @@ def _at_least_float32(leaves: Any) -> Any:
     return leaves and Leaves([leaf.float() if leaf.dtype in half else leaf for leaf in leaves])
 
 
-def _adam_by_kernel(
-    g: Any, state: AdamState, b1: float, b2: float, eps: float, factor: float
-) -> tuple[Any, AdamState]:
-    m, v, v_max = (leaves and leaves.clone() for leaves in state[1:])
-    direction = [torch.zeros_like(leaf) for leaf in g]
-    steps = [state.step.float()] * len(direction)
-    # From params of 0 and with a learning rate of -factor the kernel steps to the direction.
-    fused_adam_(
-        direction,
-        *map(list, (g, m, v, v_max)),
-        steps,
-        lr=-factor,
-        beta1=b1,
-        beta2=b2,
-        weight_decay=0.0,
-        eps=eps,
-        amsgrad=bool(v_max),
-        maximize=False,
-    )
-    return Leaves(direction), AdamState(state.step, m, v, v_max)
-
-
 def _kernel_takes(*trees: Any) -> bool:
     """Whether PyTorch's kernel may run: it checks no strides and has no derivative."""
     leaves = [leaf for tree in trees for leaf in tree]
-    if is_transformed() or not leaves or not leaves[0].is_cpu:
-        return False
-    dtype = leaves[0].dtype
-    return all(
-        [leaf.dtype is dtype and leaf.is_contiguous() and not leaf.requires_grad for leaf in leaves]
-    )
+    kinds = {(leaf.dtype, leaf.is_cpu, leaf.is_contiguous()) for leaf in leaves}
+    return len(kinds) == 1 and all(next(iter(kinds))[1:]) and not is_transformed(*leaves)

@@ -9,11 +9,11 @@ def chain(*transforms: Optimizer, **named: Optimizer) -> Optimizer:
     """One transform after another: each takes what the one before it gives for the gradients.
 
     Args:
-        transforms: named by their constructors; the second ``trace`` is called ``trace_2``.
-        named: transforms after these, with names of the user's.
+        transforms: called by the names of their constructors; and after them
+        named: transforms with names of the user's, for two of one constructor.
 
     State: ``{name: state of the transform}``, without those that have none.
-    Raises: the transforms' errors, with ``chain['name']`` in front.
+    Raises: the transforms' errors, with ``chain['name']`` in front; ValueError for two of one name.
 
     >>> transforms = fn.optimizers
     >>> optimizer = fn.chain(transforms.trace(0.9), transforms.scale_by_learning_rate(0.1))
@@ -23,25 +23,15 @@ def chain(*transforms: Optimizer, **named: Optimizer) -> Optimizer:
      {'trace': TraceState(trace={'w': tensor([1.])}, step=tensor(1))})
     """
     children: dict[str, Optimizer] = {}
-    for transform in transforms:
-        _check_kind(transform)
-        name, count = transform.name, 1
-        while name in children:
-            count += 1
-            name = f"{transform.name}_{count}"
-        children[name] = transform
-    for name, transform in named.items():
-        _check_kind(transform)
+    for given, transform in [*((None, t) for t in transforms), *named.items()]:
+        if not isinstance(transform, Optimizer):
+            hint = "; call its constructor" if callable(transform) else ""
+            raise TypeError(f"chain: expects optimizers, got {type(transform).__name__}{hint}")
+        name = given or transform.name
         if name in children:
-            raise ValueError(f"chain: two transforms are named {name!r}")
+            raise ValueError(f"chain: two are named {name!r}; name one, as in chain(a, other=b)")
         children[name] = transform
     return chained("chain", children)
-
-
-def _check_kind(transform: object) -> None:
-    if not isinstance(transform, Optimizer):
-        hint = "; call its constructor" if callable(transform) else ""
-        raise TypeError(f"chain: expects optimizers, got {type(transform).__name__}{hint}")
 
 
 def chained(name: str, children: Mapping[str, Optimizer]) -> Optimizer:

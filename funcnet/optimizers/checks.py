@@ -8,12 +8,13 @@ from torch import Tensor
 from funcnet import runtime
 
 
-def check_at_least(name: str, option: str, value: float, least: float) -> None:
-    """Raise ValueError for a number below ``least`` or NaN, TypeError for what is no number."""
-    if not isinstance(value, Real):
-        raise TypeError(f"{name}: {option} must be a number, got {type(value).__name__}")
-    if not value >= least:
-        raise ValueError(f"{name}: {option} must be >= {least:g}, got {value}")
+def check_options(name: str, least: float = 0.0, **options: Any) -> None:
+    """Raise ValueError for an option below ``least`` or NaN, TypeError for what is no number."""
+    for option, value in options.items():
+        if not isinstance(value, Real):
+            raise TypeError(f"{name}: {option} must be a number, got {type(value).__name__}")
+        if not cast(float, value) >= least:
+            raise ValueError(f"{name}: {option} must be >= {least:g}, got {value}")
 
 
 def check_rate(name: str, lr: Any) -> None:
@@ -28,4 +29,4 @@ def check_rate(name: str, lr: Any) -> None:
         raise TypeError(
             f"{name}: lr must be a number, a 0-d tensor or a function of the step, got {lr!r}"
         )
-    check_at_least(name, "lr", cast(float, lr), 0.0)
+    check_options(name, lr=lr)

@@ -12,7 +12,7 @@ from funcnet.core import Optimizer, Params, Tree, function_name
 from funcnet.optimizers.leaves import Leaves
 
 _flatten = tree.Flattener()
-_dtype, _shape = attrgetter("dtype"), attrgetter("shape")
+_dtype = attrgetter("dtype")
 
 
 def stateless(update: Callable[[Tensor, Tensor], Tensor], *, name: str | None = None) -> Optimizer:
@@ -38,7 +38,7 @@ def stateless(update: Callable[[Tensor, Tensor], Tensor], *, name: str | None = 
         if opt_state:
             raise ValueError(f"{name}: has no state, got state with {sorted(opt_state)}")
         trees = _Trees(name, params)
-        return trees.join(formula(trees.split(grads, "grads"), trees.params)), {}
+        return trees.join(formula(trees.split(grads, "grads"), trees.params), trees.params), {}
 
     return Optimizer(lambda params: {}, lifted, name)
 
@@ -109,7 +109,7 @@ def stateful(
             for field, entry, is_tree in zip(kind._fields, opt_state, like_params, strict=True)
         ]
         updates, new = formula(g, kind(*old), trees.params)
-        return trees.join(updates), kind(
+        return trees.join(updates, trees.params), kind(
             *[
                 trees.join(entry, before) if isinstance(before, Leaves) else entry
                 for entry, before in zip(new, old, strict=True)
@@ -122,26 +122,17 @@ def stateful(
 class _Trees:
     """The params of an update, flattened, and the trees that must be like them."""
 
-    __slots__ = ("leaves", "name", "params", "shapes", "treedef")
-
     def __init__(self, name: str, params: Params) -> None:
         self.name = name
         leaves, self.treedef = _flatten(params)
         self.params = Leaves(leaves)
-        self.shapes = [*map(_shape, leaves)]
 
     def split(self, found: Tree, what: str) -> Leaves:
-        try:
-            leaves: list[Any] = self.treedef.flatten_up_to(found)
-            if [*map(_shape, leaves)] == self.shapes:
-                return Leaves(leaves)
-        except (ValueError, TypeError, AttributeError):
-            pass
         what = f"{self.name}: {what}"
         return Leaves(tree.leaves_like(self.params.tensors, self.treedef, found, what))
 
-    def join(self, leaves: Leaves, like: Leaves | None = None) -> Tree:
-        new, old = leaves.tensors, (like or self.params).tensors
+    def join(self, leaves: Leaves, like: Leaves) -> Tree:
+        new, old = leaves.tensors, like.tensors
         if [*map(_dtype, new)] != [*map(_dtype, old)]:
             new = [leaf.to(other.dtype) for leaf, other in zip(new, old, strict=True)]
         return self.treedef.unflatten(new)
@@ -154,7 +145,7 @@ def apply_updates(params: Params, updates: Tree) -> Any:
     {'w': tensor([2.])}
     """
     trees = _Trees("apply_updates", params)
-    return trees.join(trees.params + trees.split(updates, "updates"))
+    return trees.join(trees.params + trees.split(updates, "updates"), trees.params)
 
 
 def zero_step(p: Tensor) -> Tensor:

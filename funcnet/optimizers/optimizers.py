@@ -5,7 +5,7 @@ import math
 from funcnet.core import Optimizer
 from funcnet.optimizers.adaptive import scale_by_adam, scale_by_rms, scaled_adam
 from funcnet.optimizers.chains import chained
-from funcnet.optimizers.checks import check_at_least, check_rate
+from funcnet.optimizers.checks import check_options, check_rate
 from funcnet.optimizers.transforms import (
     LearningRate,
     add_decayed_weights,
@@ -19,8 +19,7 @@ from funcnet.optimizers.transforms import (
 def _check(name: str, lr: LearningRate, **options: float) -> None:
     if not callable(lr):
         check_rate(name, lr)
-    for option, value in options.items():
-        check_at_least(name, option, value, 0.0)
+    check_options(name, **options)
 
 
 def _chain(name: str, *transforms: Optimizer | float) -> Optimizer:
@@ -57,15 +56,12 @@ def sgd(
     {'w': tensor([-0.1000])}
     """
     _check("sgd", lr, momentum=momentum, weight_decay=weight_decay)
-    if math.isnan(dampening):
-        raise ValueError("sgd: dampening must be a number, got nan")
-    if nesterov and (momentum <= 0 or dampening != 0):
-        raise ValueError("sgd: nesterov needs momentum > 0 and dampening = 0")
+    check_options("sgd", least=-math.inf, dampening=dampening)
     return _chain(
         "sgd",
         maximize and negate(),
         weight_decay and add_decayed_weights(weight_decay),
-        momentum and trace(momentum, dampening, nesterov),
+        (momentum or nesterov) and trace(momentum, dampening, nesterov),
         scale_by_learning_rate(lr),
     )
 

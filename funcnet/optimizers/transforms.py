@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from funcnet.core import Optimizer, Tree
-from funcnet.optimizers.checks import check_at_least, check_rate
+from funcnet.optimizers.checks import check_options, check_rate
 from funcnet.optimizers.lift import stateful, stateless, zero_step
 
 LearningRate = float | Tensor | Callable[[Tensor], float | Tensor]
@@ -61,7 +61,7 @@ def add_decayed_weights(weight_decay: float) -> Optimizer:
     >>> add_decayed_weights(0.1).update({"w": torch.zeros(1)}, {}, params)[0]
     {'w': tensor([0.1000])}
     """
-    check_at_least("add_decayed_weights", "weight_decay", weight_decay, 0.0)
+    check_options("add_decayed_weights", weight_decay=weight_decay)
     return stateless(lambda g, p: g + weight_decay * p)
 
 
@@ -124,7 +124,7 @@ def trace(momentum: float, dampening: float = 0.0, nesterov: bool = False) -> Op
     >>> momentum.update(params, state, params)[0]
     {'w': tensor([1.9000])}
     """
-    check_at_least("trace", "momentum", momentum, 0.0)
+    check_options("trace", momentum=momentum)
     if nesterov and (momentum <= 0 or dampening != 0):
         raise ValueError("trace: nesterov needs momentum > 0 and dampening = 0")
 
