@@ -3,23 +3,12 @@
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from functools import lru_cache, partial
 from itertools import repeat
-from typing import Any, Union
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from funcnet.runtime import FOREACH, is_transformed
-
-Operand = Union["Leaves", Tensor, float]
-
-_WHOLE = {torch.float32, torch.float64}
-
-
-def _operator(function: Callable[..., Tensor]) -> Callable[["Leaves", Operand], "Leaves"]:
-    def operator(self: "Leaves", other: Operand) -> "Leaves":
-        return leafwise(function, self, other)
-
-    return operator
 
 
 class Leaves:
@@ -43,27 +32,6 @@ class Leaves:
     def __iter__(self) -> Iterator[Tensor]:
         return iter(self.tensors)
 
-    __add__ = __radd__ = _operator(torch.add)
-    __mul__ = __rmul__ = _operator(torch.mul)
-    __truediv__ = _operator(torch.div)
-    __pow__ = _operator(torch.pow)
-    __lt__ = _operator(torch.lt)
-    __le__ = _operator(torch.le)
-    __gt__ = _operator(torch.gt)
-    __ge__ = _operator(torch.ge)
-
-    def __neg__(self) -> "Leaves":
-        return leafwise(torch.neg, self)
-
-    def __sub__(self, other: Operand) -> "Leaves":
-        return leafwise(torch.sub, self, other) if isinstance(other, Leaves) else self + -other
-
-    def __rsub__(self, other: Tensor | float) -> "Leaves":
-        return -self + other
-
-    def __rtruediv__(self, other: Tensor | float) -> "Leaves":
-        return leafwise(torch.reciprocal, self) * other
-
     def __getattr__(self, name: str) -> Callable[..., "Leaves"]:
         method = None if name.startswith("_") or name.endswith("_") else getattr(Tensor, name, None)
         if not callable(method):
@@ -79,66 +47,86 @@ class Leaves:
         return leafwise(function, *args, **kwargs or {})
 
 
+def _operator(name: str) -> Callable[..., Leaves]:
+    known = {"radd": "add", "rmul": "mul", "truediv": "div"}.get(name, name)
+    function: Any = getattr(torch, known, None) or getattr(Tensor, f"__{name}__")
+    return lambda self, *others: leafwise(function, self, *others)
+
+
+for _name in (
+    *("add", "radd", "sub", "rsub", "mul", "rmul", "truediv", "rtruediv", "pow"),
+    *("lt", "le", "gt", "ge", "and", "or", "neg", "abs"),
+):
+    setattr(Leaves, f"__{_name}__", _operator(_name))
+
+
 def leafwise(function: Callable[..., Any], *args: Any, **options: Any) -> Leaves:
     """``function`` applied to the first leaf of each argument, to the second of each, and so on.
 
-    An argument that is no `Leaves` is the same for all. PyTorch's operators on lists of tensors
-    do it in one call; vmap and autograd's transformations have no rules for them.
+    An argument that is no `Leaves` is the same for all.
 
     >>> list(leafwise(torch.where, Leaves([torch.tensor([True, False])]), 1.0, 2.0))
     [tensor([1., 2.])]
     """
-    lists = [arg.tensors for arg in args if isinstance(arg, Leaves)]
-    first = lists[0]
+    values, count = (*args, *options.values()), len(args)
+    first = next(value.tensors for value in values if isinstance(value, Leaves))
     if not first:
         return Leaves([])
-    # On meta tensors a 0-d tensor would be read.
-    if function.__name__ in FOREACH and not first[0].is_meta and not is_transformed():
-        found = _by_foreach(function.__name__, lists, args[len(lists) :], options)
-        if found is not None:
-            return Leaves(list(found))
-    columns = [arg.tensors if isinstance(arg, Leaves) else _column(arg, first) for arg in args]
-    return Leaves([function(*row, **options) for row in zip(*columns, strict=False)])
+    found = _by_foreach(function.__name__, first, args, options)
+    if found is None:
+        rows = zip(*[_column(value, first) for value in values], strict=False)
+        found = [
+            function(*row[:count], **dict(zip(options, row[count:], strict=True))) for row in rows
+        ]
+    return Leaves(list(found))
 
 
 def _by_foreach(
-    name: str, lists: list[list[Tensor]], rest: tuple[Any, ...], options: dict[str, Any]
+    name: str, first: list[Tensor], args: tuple[Any, ...], options: dict[str, Any]
 ) -> Sequence[Tensor] | None:
-    """The operator on lists of tensors, None where it cannot take these arguments."""
-    foreach = FOREACH[name]
-    if not rest:
-        return foreach(*lists, **options)
-    (other, *more), dtypes = rest, {leaf.dtype for leaf in lists[0]}
-    if more or isinstance(other, Leaves):
+    """What PyTorch's operator on lists gives in one call; None where it cannot be used."""
+    # vmap and autograd's transformations have no rules for it; meta tensors cannot be read.
+    if name not in FOREACH or first[0].is_meta or is_transformed():
         return None
-    if isinstance(other, Tensor):
-        # Autograd's rule for one tensor and a list wants all leaves of one shape, and rounding
-        # the tensor to half precision would cost accuracy.
-        if len(dtypes) > 1 or not dtypes <= _WHOLE or other.requires_grad or other.dim():
+    foreach, dtype = FOREACH[name], first[0].dtype
+    lists = [arg.tensors for arg in args if isinstance(arg, Leaves)]
+    numbers = args[len(lists) :]
+    if any([isinstance(value, Leaves) for value in (*numbers, *options.values())]):
+        return None
+    if not numbers:
+        return foreach(*lists, **options)
+    number, takes_tensor = numbers[0], name in ("add", "mul", "div") and _uniform(first)
+    if isinstance(number, Tensor):
+        # Autograd's rule for one tensor and a list wants all leaves of one shape.
+        if not takes_tensor or number.requires_grad or number.dim():
             return None
-        other = other.to(lists[0][0].dtype)
-    elif lists[0][0].is_cpu and dtypes in ({torch.float32}, {torch.float64}):
-        other = _constant(other, lists[0][0].dtype)
-    if not isinstance(other, Tensor):
-        return foreach(*lists, other, **options)
-    # By position a tensor is read, for the overload that takes a number.
-    return foreach(*lists, other=other) if name in ("add", "mul", "div") else None
+        # By position a tensor is read, for the overload that takes a number.
+        return foreach(*lists, other=number.to(dtype))
+    if takes_tensor and first[0].is_cpu:
+        return foreach(*lists, other=_constant(number, dtype))
+    return foreach(*lists, number, **options)
+
+
+def _uniform(leaves: list[Tensor]) -> bool:
+    """Whether a 0-d tensor can take the leaves' dtype; half precision would round it."""
+    return {leaf.dtype for leaf in leaves} in ({torch.float32}, {torch.float64})
 
 
 @lru_cache(maxsize=256)
 def _constant(value: float, dtype: torch.dtype) -> Tensor:
     """A number as a 0-d tensor.
 
-    On CPU a list times a 0-d tensor takes a third of the time of a list times a number, for
-    which a tensor is made for each leaf.
+    On CPU a list times a 0-d tensor takes half the time of a list times a number, for which a
+    tensor is made for each leaf: 7 % of an eager step of SGD (tests/benchmarks/step.py).
     """
     with torch.inference_mode(False):
         return torch.tensor(value, dtype=dtype, device="cpu")
 
 
-def _column(other: Any, leaves: list[Tensor]) -> Iterable[Any]:
-    """What is the same for all leaves, once for each; a 0-d tensor in the leaf's dtype."""
-    if not isinstance(other, Tensor) or other.dim():
-        return repeat(other)
-    cast = {dtype: other.to(dtype) for dtype in {leaf.dtype for leaf in leaves} & _WHOLE}
-    return [cast.get(leaf.dtype, other) for leaf in leaves]
+def _column(value: Any, leaves: list[Tensor]) -> Iterable[Any]:
+    """An argument leaf by leaf; a 0-d tensor in the leaf's dtype, but for half precision."""
+    if isinstance(value, Leaves):
+        return value.tensors
+    if not isinstance(value, Tensor) or value.dim():
+        return repeat(value)
+    return [value.to(leaf.dtype) if _uniform([leaf]) else value for leaf in leaves]

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from funcnet import tree
 from funcnet.core import Optimizer, Params, Tree, function_name
-from funcnet.optimizers.leaves import Leaves
+from funcnet.optimizers.leaves import Leaves, leafwise
 
 _flatten = tree.Flattener()
 _dtype = attrgetter("dtype")
@@ -108,13 +108,14 @@ def stateful(
             trees.split(entry, f"state.{field}") if is_tree else entry
             for field, entry, is_tree in zip(kind._fields, opt_state, like_params, strict=True)
         ]
-        updates, new = formula(g, kind(*old), trees.params)
-        return trees.join(updates, trees.params), kind(
-            *[
-                trees.join(entry, before) if isinstance(before, Leaves) else entry
-                for entry, before in zip(new, old, strict=True)
-            ]
-        )
+        updates, *rest = formula(g, kind(*old), trees.params)
+        if len(rest) != 1 or not isinstance(rest[0], kind):
+            raise TypeError(f"{name}: the formula must give (updates, {kind.__name__})")
+        new = [
+            trees.join(entry, before) if isinstance(before, Leaves) else entry
+            for entry, before in zip(rest[0], old, strict=True)
+        ]
+        return trees.join(updates, trees.params), kind(*new)
 
     return Optimizer(init_state, lifted, name)
 
@@ -145,7 +146,9 @@ def apply_updates(params: Params, updates: Tree) -> Any:
     {'w': tensor([2.])}
     """
     trees = _Trees("apply_updates", params)
-    return trees.join(trees.params + trees.split(updates, "updates"), trees.params)
+    return trees.join(
+        leafwise(torch.add, trees.params, trees.split(updates, "updates")), trees.params
+    )
 
 
 def zero_step(p: Tensor) -> Tensor:
