@@ -129,4 +129,6 @@ def _column(value: Any, leaves: list[Tensor]) -> Iterable[Any]:
         return value.tensors
     if not isinstance(value, Tensor) or value.dim():
         return repeat(value)
+    if _uniform(leaves):
+        return repeat(value.to(leaves[0].dtype))
     return [value.to(leaf.dtype) if _uniform([leaf]) else value for leaf in leaves]
