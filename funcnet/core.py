@@ -34,6 +34,12 @@ Tree = Any
 Params = Mapping[str, Any]
 """A nested dict with string keys and tensor leaves. State is one too."""
 
+Key = Tensor | None
+"""A key of `funcnet.random`, or None where there is no randomness."""
+
+Grads = tuple[Params | None, Tree]
+"""``(dparams, dx)``; None for the half that was not asked for."""
+
 EMPTY: Params = {}
 """The default for params and state that are absent. Nothing writes to it, and nobody gets it as a
 result: a caller owns what is returned, and may write to it."""
@@ -170,7 +176,8 @@ class Pullback:
     >>> import funcnet as fn
     >>> y, pullback, _ = fn.tanh().vjp({}, torch.tensor([0.0, 1.0]))
     >>> pullback
-    Pullback(elementwise_rule, residuals=['y'], static=(<function tanh_derivative at ...>, 'y'))
+    Pullback(backward_rule, residuals=['y'],
+             static=(<function elementwise_backward at ...>, <function tanh_derivative at ...>))
     >>> pullback(torch.ones(2))
     ({}, tensor([1.0000, 0.4200]))
     >>> pullback(torch.ones(()))
@@ -259,6 +266,13 @@ class LossPullback(Pullback):
         if isinstance(dvalue, Tensor) and dvalue.dim() != 0:
             raise ValueError(f"pullback expects a scalar dvalue, got {tree.describe(dvalue)}")
         return self.rule(dict(self.residuals), dvalue, *self.static)
+
+
+Applied = tuple[Tree, Params]
+"""What ``apply`` returns: y and the new state."""
+
+Forward = tuple[Tree, Pullback, Params]
+"""What ``vjp`` returns: y, the pullback and the new state."""
 
 
 def _register(kind: type[Pullback]) -> None:
@@ -379,6 +393,12 @@ def wrap(layer: Layer, functions: Callable[[Layer], Layer]) -> Layer:
 def function_name(function: Callable[..., Any]) -> str:
     """``linear`` for the function ``linear.<locals>.apply``."""
     return getattr(function, "__qualname__", type(function).__name__).split(".")[0]
+
+
+def require(condition: object, message: str, error: type[Exception] = ValueError) -> None:
+    """Raise an error with a message unless a condition holds."""
+    if not condition:
+        raise error(message)
 
 
 def locate(error: Exception, where: str) -> None:
