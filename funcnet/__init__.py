@@ -7,6 +7,7 @@ type checkers that a name is public.
 from funcnet import (
     initializers as initializers,
     losses as losses,
+    optimizers as optimizers,
     random as random,
     testing as testing,
     tree as tree,
@@ -127,29 +128,14 @@ from funcnet.losses import (
     nll as nll,
     smooth_l1 as smooth_l1,
 )
-from funcnet.optimizers.optimizers import (
+from funcnet.optimizers import (
     adam as adam,
     adamw as adamw,
+    apply_updates as apply_updates,
+    chain as chain,
     rmsprop as rmsprop,
     sgd as sgd,
     signsgd as signsgd,
-)
-from funcnet.optimizers.transforms import (
-    add_decayed_weights as add_decayed_weights,
-    apply_updates as apply_updates,
-    chain as chain,
-    negate as negate,
-    scale as scale,
-    scale_by_adam as scale_by_adam,
-    scale_by_learning_rate as scale_by_learning_rate,
-    scale_by_rms as scale_by_rms,
-    scale_by_sign as scale_by_sign,
-    trace as trace,
-)
-from funcnet.params import (
-    Param as Param,
-    State as State,
-    declare as declare,
 )
 from funcnet.random import (
     fold_in as fold_in,

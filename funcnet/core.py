@@ -108,11 +108,32 @@ class Loss(NamedTuple):
     vjp: Callable[[Tree, Tree], tuple[Tensor, "LossPullback"]]
 
 
-class Optimizer(NamedTuple):
-    """Two pure functions, ``(init_state, update)``: from gradients to what is added to params."""
-
+class _OptimizerFunctions(NamedTuple):
     init_state: Callable[[Params], Tree]
     update: Callable[[Tree, Tree, Params], tuple[Tree, Tree]]
+
+
+class Optimizer(_OptimizerFunctions):
+    """Two pure functions, ``(init_state, update)``: from gradients to what is added to params.
+
+    ``name`` is what errors, and the state of a `chain`, call the optimizer; by default it is the
+    name of the constructor that defines ``update``.
+    """
+
+    name: str
+
+    def __new__(
+        cls,
+        init_state: Callable[[Params], Tree],
+        update: Callable[[Tree, Tree, Params], tuple[Tree, Tree]],
+        name: str | None = None,
+    ) -> "Optimizer":
+        optimizer = super().__new__(cls, init_state, update)
+        optimizer.name = name or function_name(update)
+        return optimizer
+
+    def _replace(self, **changes: Any) -> "Optimizer":
+        return Optimizer(*super()._replace(**changes), self.name)
 
 
 class TrainState(NamedTuple):

@@ -49,19 +49,18 @@ def stateless(
     >>> fn.testing.check_layer(scale(), torch.randn(4, 3, dtype=torch.float64))
     """
     name = name or function_name(apply)
-
-    def check(state: Params) -> None:
-        if state:
-            raise ValueError(f"{name}: has no state, got state with {sorted(state)}")
+    no_state = f"{name}: has no state, got state with {{}}"
 
     def full_apply(params: Params, x: Tree, state: Params, *rest: Any) -> tuple[Tree, Params]:
-        check(state)
+        if state:
+            raise ValueError(no_state.format(sorted(state)))
         return apply(params, x), {}
 
     def forward(
         params: Params, x: Tree, state: Params, *rest: Any
     ) -> tuple[Tree, Pullback, Params]:
-        check(state)
+        if state:
+            raise ValueError(no_state.format(sorted(state)))
         return *vjp(params, x), {}
 
     made: Init = init if isinstance(init, declare) else lambda key, x: (init(key, x), {})

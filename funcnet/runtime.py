@@ -1,8 +1,10 @@
-"""The few questions to PyTorch's private side: is a transformation at work, can values be read?
+"""PyTorch's private side: is a transformation at work, can values be read, operators on lists.
 
 Outside the compiler, this is the one module that uses private names of PyTorch.
 """
 
+from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import torch
@@ -13,6 +15,18 @@ _interpreters = torch._C._functorch.get_interpreter_stack
 _DERIVATIVES = (torch._C._functorch.TransformType.Grad, torch._C._functorch.TransformType.Jvp)
 _forward_ad = torch.autograd.forward_ad
 _dispatch_modes = torch._C._len_torch_dispatch_stack
+
+FOREACH: dict[str, Callable[..., Any]] = {
+    name: getattr(torch, f"_foreach_{name}")
+    for name in (
+        *("abs", "add", "addcdiv", "addcmul", "clone", "div", "exp", "lerp", "log", "maximum"),
+        *("minimum", "mul", "neg", "pow", "reciprocal", "rsqrt", "sign", "sqrt", "sub"),
+    )
+}
+"""Operators on lists of tensors, by the name of the function that they apply to each."""
+
+fused_adam_: Callable[..., None] = partial(torch._fused_adam_, weight_decay=0.0, maximize=False)
+"""Adam's update in place, of lists of tensors, in one call."""
 
 
 def is_tracing() -> bool:

@@ -18,7 +18,7 @@ from funcnet.core import (
     pull,
 )
 from funcnet.finite import detect_nonfinite, require_finite
-from funcnet.optimizers.transforms import apply_updates
+from funcnet.optimizers import apply_updates
 from funcnet.random import fold_in
 
 _ONE = torch.ones((), dtype=torch.int64, device="cpu")

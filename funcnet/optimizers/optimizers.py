@@ -3,17 +3,14 @@
 import math
 
 from funcnet.core import Optimizer
+from funcnet.optimizers.adaptive import scale_by_adam, scale_by_rms, scaled_adam
+from funcnet.optimizers.chains import chained
+from funcnet.optimizers.checks import check_options, check_rate
 from funcnet.optimizers.transforms import (
     LearningRate,
     add_decayed_weights,
-    chain,
-    check_at_least,
-    check_rate,
     negate,
-    optional,
-    scale_by_adam,
     scale_by_learning_rate,
-    scale_by_rms,
     scale_by_sign,
     trace,
 )
@@ -22,8 +19,13 @@ from funcnet.optimizers.transforms import (
 def _check(name: str, lr: LearningRate, **options: float) -> None:
     if not callable(lr):
         check_rate(name, lr)
-    for option, value in options.items():
-        check_at_least(name, option, value, 0.0)
+    check_options(name, **options)
+
+
+def _chain(name: str, *transforms: Optimizer | float) -> Optimizer:
+    """The transforms that are switched on; an option that is off gives False or 0 instead."""
+    present = [transform for transform in transforms if isinstance(transform, Optimizer)]
+    return chained(name, {transform.name: transform for transform in present})
 
 
 def sgd(
@@ -39,11 +41,12 @@ def sgd(
 
     Args:
         lr: a number, a 0-d tensor, or a function of the number of updates so far.
-        momentum: m in ``b = m b + (1 - dampening) g``, which then stands for g.
-        dampening: see momentum; not for the first update, where b is g.
-        weight_decay: w in ``g + w p``, which stands for g before all else.
-        nesterov: whether ``g + m b`` stands for g.
-        maximize: whether to ascend.
+        momentum: replaces the gradient by the momentum buffer
+            ``b = momentum * b + (1 - dampening) * g``, which starts as ``b = g``.
+        dampening: see momentum.
+        weight_decay: L2 penalty: adds ``weight_decay * p`` to the gradient before momentum.
+        nesterov: uses ``g + momentum * b`` instead of ``b``; needs momentum without dampening.
+        maximize: ascends instead: negates the gradient before all else.
 
     Source: ``torch.optim.SGD``; Sutskever et al. 2013.
 
@@ -53,14 +56,12 @@ def sgd(
     {'w': tensor([-0.1000])}
     """
     _check("sgd", lr, momentum=momentum, weight_decay=weight_decay)
-    if math.isnan(dampening):
-        raise ValueError("sgd: dampening must be a number, got nan")
-    if nesterov and (momentum <= 0 or dampening != 0):
-        raise ValueError("sgd: nesterov needs momentum > 0 and dampening = 0")
-    return chain(
-        *optional(maximize, negate),
-        *optional(weight_decay, lambda: add_decayed_weights(weight_decay)),
-        *optional(momentum, lambda: trace(momentum, dampening, nesterov)),
+    check_options("sgd", least=-math.inf, dampening=dampening)
+    return _chain(
+        "sgd",
+        maximize and negate(),
+        weight_decay and add_decayed_weights(weight_decay),
+        (momentum or nesterov) and trace(momentum, dampening, nesterov),
         scale_by_learning_rate(lr),
     )
 
@@ -74,15 +75,16 @@ def adam(
     *,
     maximize: bool = False,
 ) -> Optimizer:
-    """``p - lr m' / (sqrt(v') + eps)``; see `scale_by_adam`.
+    """``p - lr m' / (sqrt(v') + eps)`` with running means of g and g^2; see `scale_by_adam`.
 
     Args:
         lr: a number, a 0-d tensor, or a function of the number of updates so far.
         betas: the decays of the running means of g and g^2.
         eps: added to the root.
-        weight_decay: w in ``g + w p``, which stands for g; see `adamw` for the decoupled one.
-        amsgrad: whether the greatest v so far stands for v.
-        maximize: whether to ascend.
+        weight_decay: L2 penalty: adds ``weight_decay * p`` to the gradient; `adamw` has the
+            decoupled one.
+        amsgrad: divides by the root of the greatest v so far instead of the present one.
+        maximize: ascends instead: negates the gradient before all else.
 
     Source: ``torch.optim.Adam``; Kingma and Ba 2014; Reddi et al. 2018.
 
@@ -92,11 +94,15 @@ def adam(
     {'w': tensor([-0.1000])}
     """
     _check("adam", lr, eps=eps, weight_decay=weight_decay)
-    return chain(
-        *optional(maximize, negate),
-        *optional(weight_decay, lambda: add_decayed_weights(weight_decay)),
-        scale_by_adam(betas, eps, amsgrad),
-        scale_by_learning_rate(lr),
+    return _chain(
+        "adam",
+        maximize and negate(),
+        weight_decay and add_decayed_weights(weight_decay),
+        *(
+            [scaled_adam(betas, eps, amsgrad, -lr)]
+            if isinstance(lr, (int, float))
+            else [scale_by_adam(betas, eps, amsgrad), scale_by_learning_rate(lr)]
+        ),
     )
 
 
@@ -111,6 +117,10 @@ def adamw(
 ) -> Optimizer:
     """`adam` with decoupled weight decay: ``p - lr (m' / (sqrt(v') + eps) + weight_decay p)``.
 
+    Args:
+        lr, betas, eps, amsgrad, maximize: as for `adam`.
+        weight_decay: shrinks the params themselves by ``lr * weight_decay`` of their size.
+
     Source: ``torch.optim.AdamW``; Loshchilov and Hutter 2019.
 
     >>> optimizer = adamw(0.1, weight_decay=0.5)
@@ -119,10 +129,11 @@ def adamw(
     {'w': tensor([-0.1500])}
     """
     _check("adamw", lr, eps=eps, weight_decay=weight_decay)
-    return chain(
-        *optional(maximize, negate),
+    return _chain(
+        "adamw",
+        maximize and negate(),
         scale_by_adam(betas, eps, amsgrad),
-        *optional(weight_decay, lambda: add_decayed_weights(weight_decay)),
+        weight_decay and add_decayed_weights(weight_decay),
         scale_by_learning_rate(lr),
     )
 
@@ -137,16 +148,16 @@ def rmsprop(
     *,
     maximize: bool = False,
 ) -> Optimizer:
-    """``p - lr g / (sqrt(v) + eps)``; see `scale_by_rms`.
+    """``p - lr g / (sqrt(v) + eps)`` with the running mean v of g^2; see `scale_by_rms`.
 
     Args:
         lr: a number, a 0-d tensor, or a function of the number of updates so far.
         alpha: the decay of the running mean of g^2.
         eps: added to the root.
-        weight_decay: w in ``g + w p``, which stands for g.
-        momentum: m in ``b = m b + g / (sqrt(v) + eps)``, which is then the direction.
-        centered: whether v is the variance instead of the mean square.
-        maximize: whether to ascend.
+        weight_decay: L2 penalty: adds ``weight_decay * p`` to the gradient.
+        momentum: replaces the direction by ``b = momentum * b + g / (sqrt(v) + eps)``.
+        centered: divides by the standard deviation of g instead of its root mean square.
+        maximize: ascends instead: negates the gradient before all else.
 
     Source: ``torch.optim.RMSprop``; Hinton's lecture 6e; Graves 2013.
 
@@ -156,11 +167,12 @@ def rmsprop(
     {'w': tensor([-1.0000])}
     """
     _check("rmsprop", lr, alpha=alpha, eps=eps, weight_decay=weight_decay, momentum=momentum)
-    return chain(
-        *optional(maximize, negate),
-        *optional(weight_decay, lambda: add_decayed_weights(weight_decay)),
+    return _chain(
+        "rmsprop",
+        maximize and negate(),
+        weight_decay and add_decayed_weights(weight_decay),
         scale_by_rms(alpha, eps, centered),
-        *optional(momentum, lambda: trace(momentum)),
+        momentum and trace(momentum),
         scale_by_learning_rate(lr),
     )
 
@@ -176,9 +188,9 @@ def signsgd(
 
     Args:
         lr: a number, a 0-d tensor, or a function of the number of updates so far.
-        momentum: 0 for the sign of the gradient itself.
-        weight_decay: w in ``p - lr (sign(b) + w p)``.
-        maximize: whether to ascend.
+        momentum: below 1; 0 for the sign of the gradient itself.
+        weight_decay: decoupled: ``p - lr (sign(b) + weight_decay p)``.
+        maximize: ascends instead: negates the gradient before all else.
 
     Source: signSGD and Signum, Bernstein et al. 2018.
 
@@ -190,11 +202,12 @@ def signsgd(
     _check("signsgd", lr, momentum=momentum, weight_decay=weight_decay)
     if momentum >= 1.0:
         raise ValueError(f"signsgd: momentum must be below 1, got {momentum}")
-    return chain(
-        *optional(maximize, negate),
-        # The sign does not see the factor 1 - momentum.
-        *optional(momentum, lambda: trace(momentum)),
+    return _chain(
+        "signsgd",
+        maximize and negate(),
+        # The factor 1 - momentum does not change the sign.
+        momentum and trace(momentum),
         scale_by_sign(),
-        *optional(weight_decay, lambda: add_decayed_weights(weight_decay)),
+        weight_decay and add_decayed_weights(weight_decay),
         scale_by_learning_rate(lr),
     )

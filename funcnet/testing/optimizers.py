@@ -8,7 +8,7 @@ from torch import Tensor
 
 from funcnet import random, tree
 from funcnet.core import Optimizer, Params, Tree
-from funcnet.optimizers.transforms import apply_updates
+from funcnet.optimizers import apply_updates
 from funcnet.testing.assertions import (
     Unchanged,
     alike,

@@ -228,8 +228,8 @@ OPTIMIZERS = {
     ),
     "signsgd": (fn.signsgd(0.1), None),
     "signum": (fn.signsgd(0.1, 0.9, 0.1), None),
-    "scale": (fn.scale(0.5), None),
-    "negate": (fn.negate(), None),
-    "trace": (fn.trace(0.9), None),
+    "scale": (fn.optimizers.scale(0.5), None),
+    "negate": (fn.optimizers.negate(), None),
+    "trace": (fn.optimizers.trace(0.9), None),
     "chain of nothing": (fn.chain(), None),
 }
