@@ -12,6 +12,7 @@ from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensorMode
 
 from funcnet.compiler.specs import Spec, spec_of
 
@@ -108,6 +109,11 @@ def is_recording() -> bool:
     Under torch.vmap or torch.func inside the recorded function it cannot: there loops unroll.
     """
     return _recording.loops is not None and _functional_level() is None
+
+
+def without_values() -> FakeTensorMode:
+    """A context in which new tensors have shapes and dtypes, but no values."""
+    return FakeTensorMode(allow_non_fake_inputs=True)
 
 
 def record_loop(

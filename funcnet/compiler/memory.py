@@ -171,7 +171,8 @@ class Frame:
 
     def __str__(self) -> str:
         count = len(self.statements)
-        title = f"{self.loop or 'program'}, statements 0 to {count - 1}, a workspace {self.base}"
+        counted = f"statements 0 to {count - 1}" if count else "no statements"
+        title = f"{self.loop or 'program'}, {counted}, a workspace {self.base}"
         lines = [f"{title} of {self.arena.size} bytes"]
         for each in sorted(self.arena.all, key=lambda each: (each.offset, each.first)):
             where = f"{self.base} + {each.offset}: {each.size} bytes, {_alive(each, count)}"

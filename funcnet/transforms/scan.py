@@ -5,10 +5,9 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch._subclasses.fake_tensor import FakeTensorMode
 
 from funcnet import tree
-from funcnet.compiler.loops import is_recording, record_loop
+from funcnet.compiler.loops import is_recording, record_loop, without_values
 from funcnet.compiler.specs import spec_of
 from funcnet.core import Tree
 
@@ -155,7 +154,7 @@ def _recorded(f: Body, carry: Tree, xs: Tree, length: int, unroll: int) -> tuple
 
 def _empty_ys(f: Body, carry: Tree, xs: Tree) -> Tree:
     """The y of no iterations: found on tensors without values."""
-    with FakeTensorMode(allow_non_fake_inputs=True):
+    with without_values():
         x = tree.map(lambda x: torch.empty(x.shape[1:], dtype=x.dtype, device=x.device), xs)
         before = tree.map(lambda leaf: spec_of(leaf).empty(), carry)
         _, y = _call(f, before, x)

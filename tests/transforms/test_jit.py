@@ -735,3 +735,30 @@ def test_memory_goes_with_its_last_reader():
         (workspace,) = re.findall(r"Workspace workspace\((\d+)\)", code)
         gradients = 2 * 64 * 64 * 4
         assert int(workspace) <= expected * 512 * 64 * 4 + gradients + 4096
+
+
+@pytest.mark.cpu_only
+def test_lower_shows_which_values_share_memory():
+    def run(w, xs):
+        w = fn.scan(lambda w, x: (w * x, w.sum()), w, xs)[0]
+        return torch.sort(w, 0).values, xs
+
+    lowered = fn.jit(run, donate=0).lower(X, X[:4, :1].clone())
+    assert "scan of 4 iterations, 1 carried" in lowered.blocks
+    assert "primitive aten::sort" in lowered.blocks
+    first, *rest = lowered.buffers.splitlines()
+    assert first == "in[0]: float32[6, 3], argument 0; donated, becomes output 0"
+    assert "output 1 is in[1]" in rest
+    (workspace,) = re.findall(r"Workspace workspace\((\d+)\)", lowered.code)
+    assert f"a workspace w0 of {workspace} bytes" in lowered.buffers
+    assert re.search(r"^loop 1, scan of 4 iterations, 1 carried, ", lowered.buffers, re.M)
+    # The carry starts in the donated argument, and each slice is read where it is.
+    assert re.search(r"in\[0\]: getitem, then mul", lowered.buffers)
+    assert re.search(r"\(in\[1\] \+ i1 \* 4\): getitem_1", lowered.buffers)
+
+
+@pytest.mark.cpu_only
+def test_lower_of_a_function_that_does_nothing():
+    lowered = fn.jit(lambda x: x).lower(X)
+    assert "no statements" in lowered.buffers
+    assert "output 0 is in[0]" in lowered.buffers

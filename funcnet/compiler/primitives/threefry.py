@@ -1,5 +1,4 @@
-"""Threefry-2x32, the hash that random draws are made of: `funcnet.threefry` has the operators
-and their formula.
+"""Threefry-2x32, the hash behind random draws: `funcnet.threefry` has the operators and formula.
 
 As one operator it is one call; its 20 rounds would be some 150 operators in the graph of each draw.
 """
