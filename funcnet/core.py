@@ -199,7 +199,7 @@ class Pullback:
         self.rule = rule
         self.residuals = residuals
         self.static = static
-        self.expected = None if y is None else (name, kinds_of(y))
+        self.expected = None if y is None else (name, *kinds_of(y))
 
     def __call__(self, dy: Tree, *, params: bool = True, x: bool = True) -> tuple[Tree, Tree]:
         """``(dparams, dx)``; the half that is not asked for is None and costs nothing."""
@@ -209,11 +209,9 @@ class Pullback:
     def _check(self, dy: Tree) -> None:
         if self.expected is None:
             return
-        name, kinds = self.expected
+        name, treedef, kinds = self.expected
         if name is None:
             name = getattr(self.rule, "__name__", "").removesuffix("_rule")
-        treedef: Any
-        expected, treedef = optree.tree_flatten(kinds, is_leaf=_is_kind)
         try:
             cotangents = treedef.flatten_up_to(dy)
         except (ValueError, TypeError):
@@ -221,13 +219,11 @@ class Pullback:
                 f"{name}: pullback expects a {treedef.type.__name__} "
                 f"of {treedef.num_children}, got {tree.describe(dy)}"
             ) from None
-        for cotangent, (shape, dtype) in zip(cotangents, expected, strict=True):
+        for cotangent, (shape, dtype) in zip(cotangents, kinds, strict=True):
             if not dtype.is_floating_point:
                 if cotangent is not None:
-                    raise ValueError(
-                        f"{name}: pullback expects dy None for an integer output, "
-                        f"got {tree.describe(dy)}"
-                    )
+                    what = "pullback expects dy None for an integer output"
+                    raise ValueError(f"{name}: {what}, got {tree.describe(dy)}")
             elif not isinstance(cotangent, Tensor) or cotangent.shape != shape:
                 got = tuple(dy.shape) if isinstance(dy, Tensor) else tree.describe(dy)
                 raise ValueError(f"{name}: pullback expects dy of shape {tuple(shape)}, got {got}")
@@ -241,20 +237,15 @@ class Pullback:
         )
 
 
-class _Kind(NamedTuple):
-    shape: torch.Size
-    dtype: torch.dtype
+_LEAF = optree.treespec_leaf()
 
 
-def _is_kind(node: Any) -> bool:
-    return type(node) is _Kind
-
-
-def kinds_of(y: Tree) -> Tree:
-    """The tree with the shape and dtype of each tensor in its place."""
+def kinds_of(y: Tree) -> tuple[Any, tuple[Any, ...]]:
+    """The structure of an output, and the shapes and dtypes of its leaves."""
     if type(y) is Tensor:
-        return _Kind(y.shape, y.dtype)
-    return tree.map(lambda leaf: _Kind(leaf.shape, leaf.dtype), y)
+        return _LEAF, ((y.shape, y.dtype),)
+    leaves, treedef = optree.tree_flatten(y)
+    return treedef, tuple([(leaf.shape, leaf.dtype) for leaf in leaves])
 
 
 class LossPullback(Pullback):

@@ -139,7 +139,7 @@ def stateful(
         params: Params, x: Tree, state: Params = EMPTY, *, key: Key = None, train: bool = True
     ) -> Forward:
         y, pullback, state = forward(*prepare(params, x, state, key, train))
-        pullback.expected = (name, kinds_of(y))
+        pullback.expected = (name, *kinds_of(y))
         return y, pullback, state
 
     made = init if check is None else partial(init, layer=name)
