@@ -159,8 +159,7 @@ def pytorch(options: argparse.Namespace) -> None:
     print("\nWith a rate that falls from 0.2, after the last epoch; the report's best is PyTorch's")
     reports.print_table(["net", "train loss", "test loss", "<= 0.0165"], better_rows)
     figure, (left, right) = plt.subplots(1, 2, figsize=(11, 4.2), layout="constrained")
-    title = "Test loss, gradient descent at 1e-4"
-    reports.plot_epochs(left, curves, yscale="linear", title=title, ylabel="MSE")
+    reports.plot_epochs(left, curves, title="Test loss, rate 1e-4", ylabel="MSE", yscale="linear")
     right.axhline(0.0165, color="gray", linestyle="--", label="report's best")
     reports.plot_epochs(right, better_curves, title="Test loss, rate falling from 0.2")
     disk.save(figure, options.output / "pytorch.png")
