@@ -69,7 +69,7 @@ def run_suite(version: str, folder: Path, pytest_args: Sequence[str]) -> Outcome
     venv.create(folder, with_pip=True, clear=True)
     python = folder / ("Scripts" if os.name == "nt" else "bin") / "python"
     project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
-    install = [python, "-m", "pip", "install"]
+    install = [python, "-m", "pip", "install", "--quiet"]
     for what in [[f"torch=={version}", *requirements(project)], ["--no-deps", "-e", ROOT]]:
         if subprocess.run([*install, *what], check=False).returncode:
             return Outcome(version, False, "could not be installed")
