@@ -230,7 +230,10 @@ def check_memory_layout(case: Case) -> None:
 
 
 def check_float32(case: Case) -> None:
-    """Float32 gives what float64 gives, up to rounding, and all results are float32."""
+    """Float32 gives what float64 gives, up to rounding, and all results are float32.
+
+    Values are not compared where noise is drawn: the draws of two dtypes are different numbers.
+    """
     params, x, state = (cast(part, torch.float32) for part in (case.params, case.x, case.state))
     y, pullback, new_state = case.vjp(params, x, state)
     dparams, dx = pullback(cast(case.dy, torch.float32))
@@ -238,6 +241,8 @@ def check_float32(case: Case) -> None:
     alike("dparams is like params", params, dparams)
     alike("dx is like x", x, dx, floating_only=True)
     alike("the new state is like the state", state, new_state)
+    if case.train and case.layer.takes_key:
+        return
     what = "float32 gives what float64 gives, up to rounding"
     close(what, case.y, cast(y, torch.float64), 1e-3)
     close(what, case.grads, tree.map(torch.Tensor.double, (dparams, dx)), 1e-3)
