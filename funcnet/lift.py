@@ -2,7 +2,7 @@
 
 from collections.abc import Callable, Hashable, Mapping
 from functools import partial
-from typing import Any, Literal
+from typing import Any, Literal, NoReturn
 
 from torch import Tensor
 
@@ -62,16 +62,15 @@ def stateless(
     """
     name = name or function_name(apply)
 
-    def none(state: Params) -> Params:
-        if state:
-            raise ValueError(f"{name}: has no state, got state with {sorted(state)}")
-        return {}
+    def none(state: Params) -> NoReturn:
+        raise ValueError(f"{name}: has no state, got state with {sorted(state)}")
 
-    def full_apply(params: Params, x: Tree, state: Params, *rest: Any) -> Applied:
-        return apply(params, x), none(state)
+    def full_apply(params: Params, x: Tree, state: Params, key: Key, train: bool) -> Applied:
+        return apply(params, x), none(state) if state else {}
 
-    def forward(params: Params, x: Tree, state: Params, *rest: Any) -> Forward:
-        return *vjp(params, x), none(state)
+    def forward(params: Params, x: Tree, state: Params, key: Key, train: bool) -> Forward:
+        y, pullback = vjp(params, x)
+        return y, pullback, none(state) if state else {}
 
     made: Any = init if isinstance(init, declare) else lambda key, x: (init(key, x), {})
     return stateful(made, forward, apply=full_apply, name=name, takes_key=False)
@@ -102,6 +101,8 @@ def stateful(
         name: what errors and summaries call the layer; default the constructor's name.
         metadata: see `Layer`; for layers that are made of others.
 
+    The state that ``forward`` gets is a copy, since what a layer returns belongs to its caller.
+
     >>> import torch
     >>> import funcnet as fn
     >>> def noise_rule(residuals, dy, *, params, x):
@@ -117,28 +118,28 @@ def stateful(
     name = name or function_name(forward)
     check = init.check if isinstance(init, declare) else None
     metadata = {"takes_key": keyed, **metadata}
-
-    def prepare(params: Params, x: Tree, state: Params, key: Key, train: bool) -> tuple[Any, ...]:
-        if check is not None:
-            check(name, params, state, x)
-        if keyed and train and key is None:
-            raise ValueError(f"{name}: needs a key when train=True, got None; pass key=fn.key(...)")
-        # What is returned belongs to the caller, so a state that only passes through is a copy.
-        return params, x, {**state}, key, train
+    no_key = f"{name}: needs a key when train=True, got None; pass key=fn.key(...)"
 
     def full_apply(
         params: Params, x: Tree, state: Params = EMPTY, *, key: Key = None, train: bool = False
     ) -> Applied:
-        arguments = prepare(params, x, state, key, train)
+        if check is not None:
+            check(name, params, state, x)
+        if keyed and train and key is None:
+            raise ValueError(no_key)
         if apply is not None:
-            return apply(*arguments)
-        y, _, state = forward(*arguments)
+            return apply(params, x, {**state}, key, train)
+        y, _, state = forward(params, x, {**state}, key, train)
         return y, state
 
     def vjp(
         params: Params, x: Tree, state: Params = EMPTY, *, key: Key = None, train: bool = True
     ) -> Forward:
-        y, pullback, state = forward(*prepare(params, x, state, key, train))
+        if check is not None:
+            check(name, params, state, x)
+        if keyed and train and key is None:
+            raise ValueError(no_key)
+        y, pullback, state = forward(params, x, {**state}, key, train)
         pullback.expected = (name, *kinds_of(y))
         return y, pullback, state
 
@@ -221,20 +222,17 @@ def parameterless(
     """
     name = name or function_name(forward)
 
-    def run(x: Tree) -> Step:
+    def whole(params: Params, x: Tree, state: Params, key: Key, train: bool) -> Forward:
         try:
-            return forward(x)
+            y, residuals, static = forward(x)
         except Exception as error:
             # Others, such as those of a tensor without values, are not about the shape of x.
             if type(error) not in (RuntimeError, ValueError, IndexError, AttributeError):
                 raise
             raise ValueError(f"{name}: does not fit {describe(x)}: {error}") from error
+        return y, Pullback(backward_rule, residuals, (backward, *static)), state
 
-    def vjp(params: Params, x: Tree) -> tuple[Tree, Pullback]:
-        y, residuals, static = run(x)
-        return y, Pullback(backward_rule, residuals, (backward, *static))
-
-    return stateless(declare(declaration), lambda params, x: run(x)[0], vjp, name=name)
+    return stateful(declare(declaration), whole, name=name)
 
 
 def backward_rule(

@@ -79,9 +79,11 @@ def combine(
     >>> net = gated(fn.serial(fn.linear(3), fn.sigmoid()), fn.linear(3))
     >>> fn.testing.check_layer(net, torch.ones(4, 2))
     """
-    slots = {child: Slot(name, child) for child in children}
+    slots = {child: Slot.of(name, child) for child in children}
     for child, slot in slots.items():
         slot.check(children[child], alone=len(children) == 1)
+
+    known_slots = tuple(slots.values())
 
     def init(key: Tensor, x: Tree) -> tuple[Params, Params]:
         run = _Init(children, slots, key)
@@ -101,8 +103,7 @@ def combine(
         run = _Call(children, slots, key, params, state, train, pullbacks={})
         y, residuals = forward(run, x, *static)
         kept = {**run.pullbacks, _OWN: residuals} if residuals else run.pullbacks
-        learned = frozenset([child for child, slot in slots.items() if slot.is_in(params)])
-        known = (backward, tuple(slots.values()), learned, static)
+        known = (backward, known_slots, frozenset(run.learned), static)
         return y, Pullback(combine_rule, kept, known), run.new_state
 
     return stateful(
@@ -133,7 +134,10 @@ def combine_rule(
     dx = backward(pull, dy, own, *static)
     if left := [call for call in residuals if call.partition(".")[0] in pull.learned]:
         raise ValueError(f"{slots[0].parent}: backward pulls no cotangent through {left}")
-    return pull.dparams if params else None, dx if x else None
+    found = pull.dparams
+    # In the order of params: children may be pulled in any.
+    dparams = {slot.entry: found.pop(slot.entry) for slot in slots if slot.entry in found} | found
+    return dparams if params else None, dx if x else None
 
 
 class Slot(NamedTuple):
@@ -141,6 +145,15 @@ class Slot(NamedTuple):
 
     parent: str
     child: Name
+    entry: str  # the name of its entry; "" for a child that has several or all of its parent's
+    pullback: str  # the name of its pullback among the residuals
+
+    @classmethod
+    def of(cls, parent: str, child: Name) -> "Slot":
+        """The slot of a child."""
+        if isinstance(child, str):
+            return cls(parent, child, child, child)
+        return cls(parent, child, "", "+".join(child))
 
     def check(self, layer: Any, alone: bool) -> None:
         """Raise TypeError for what is no layer, ValueError for a name that no entry can have."""
@@ -151,20 +164,10 @@ class Slot(NamedTuple):
             wrong = f"a name must not be empty or have a dot, got {self.child!r}"
             raise ValueError(f"{self.parent}: {wrong}")
 
-    @property
-    def entry(self) -> str:
-        """The name of its entry, "" for a child that has several or all of its parent's."""
-        return self.child if isinstance(self.child, str) else ""
-
     def path(self, use: int | None = None) -> str:
         """The path in an error's message: ``serial['head']``, ``shared[0]`` for a use."""
         inside = f"[{self.entry!r}]" if self.entry else ""
         return f"{self.parent}{inside}" + ("" if use is None else f"[{use}]")
-
-    def call(self, use: int | None) -> str:
-        """The name of the pullback among the residuals."""
-        name = self.child if isinstance(self.child, str) else "+".join(self.child)
-        return name if use is None else f"{name}.{use}"
 
     def key(self, key: Tensor, use: int | None = None) -> Tensor:
         """The child's key, of its parent's."""
@@ -173,13 +176,9 @@ class Slot(NamedTuple):
 
     def own(self, whole: Params) -> Params:
         """The child's part of its parent's params or state."""
-        if isinstance(self.child, str):
-            return whole.get(self.child, EMPTY) if self.child else whole
-        return {name: whole[name] for name in self.child if name in whole}
-
-    def is_in(self, whole: Params) -> bool:
-        """Whether the child has a part of its parent's params."""
-        return self.entry in whole if self.entry else bool(self.own(whole))
+        if self.entry:
+            return whole.get(self.entry, EMPTY)
+        return {name: whole[name] for name in self.child if name in whole} if self.child else whole
 
     def put(self, whole: dict[str, Any], own: Params) -> None:
         """Put the child's part into its parent's params or state, which are sparse."""
@@ -246,6 +245,7 @@ class _Call(Run):
     ) -> None:
         super().__init__(children, slots, key)
         self.params, self.state, self.train, self.pullbacks = params, state, train, pullbacks
+        self.learned: list[Name] = []
         _check_names("params", params, slots)
         _check_names("state", state, slots)
 
@@ -258,8 +258,11 @@ class _Call(Run):
             y, state = layer.apply(params, x, state, key=key, train=self.train)
         else:
             y, pullback, state = layer.vjp(params, x, state, key=key, train=self.train)
-            self.pullbacks[slot.call(use)] = pullback
-        slot.put(self.new_state, state)
+            self.pullbacks[slot.pullback if use is None else f"{slot.pullback}.{use}"] = pullback
+            if params or slot.entry in self.params:
+                self.learned.append(slot.child)
+        if state:
+            slot.put(self.new_state, state)
         return y
 
 
@@ -274,20 +277,21 @@ class Pull:
         self.slots = {slot.child: slot for slot in slots}
         self.names: Any = tuple(self.slots)
         self.pullbacks, self.learned, self.x = pullbacks, learned, x
-        # In the order of params.
-        self.dparams: Any = {s.entry: {} for s in slots if s.entry and s.child in learned}
+        self.dparams: dict[str, Any] = {}
 
     def __call__(self, child: Name, dy: Tree, use: int | None = None, needed: bool = True) -> Tree:
         """The child's dx, None where it is not ``needed``; its dparams are kept."""
         slot, learns = self.slots[child], child in self.learned
         try:
-            dparams, dx = core.pull(self.pullbacks, slot.call(use), dy, params=learns, x=needed)
+            call = slot.pullback if use is None else f"{slot.pullback}.{use}"
+            dparams, dx = core.pull(self.pullbacks, call, dy, params=learns, x=needed)
         except Exception as error:
             locate(error, slot.path(use))
             raise
         if learns:
             before = slot.own(self.dparams) if use is not None else EMPTY
-            slot.put(self.dparams, sum_cotangents(before, dparams) if before else dparams)
+            dparams = sum_cotangents(before, dparams) if before else dparams
+            self.dparams.update({slot.entry: dparams} if slot.entry else dparams)
         return dx
 
 
