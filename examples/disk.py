@@ -99,7 +99,7 @@ def mlp(activation: fn.Layer, outputs: int) -> fn.Layer:
     return fn.serial(*hidden, fn.linear(outputs))
 
 
-def linear_decay(peak: float, steps: int) -> Rate:
+def linear_decay(peak: float | Tensor, steps: int) -> Rate:
     """A learning rate that falls from ``peak`` to 0 in a straight line."""
     return lambda step: peak * (1 - step / steps)
 
@@ -151,15 +151,15 @@ def fit(
 
 
 class Measured(NamedTuple):
-    loss: float
-    error: float
+    loss: Tensor
+    error: Tensor
     """The share of wrong classes."""
 
 
 def measure(model: fn.Layer, objective: Objective, params: fn.Params, data: Data) -> Measured:
     outputs, _ = model.apply(params, data.points)
     loss = objective.loss.apply(outputs, objective.target(data.labels))
-    return Measured(loss.item(), mistakes(objective, outputs, data).float().mean().item())
+    return Measured(loss, mistakes(objective, outputs, data).float().mean())
 
 
 def mistakes(objective: Objective, outputs: Tensor, data: Data) -> Tensor:

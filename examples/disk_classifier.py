@@ -167,8 +167,8 @@ def draw_run(run: Run, options: argparse.Namespace, path: Path) -> None:
     figure.colorbar(image, cax=scale, label="score of the disk", ticks=(0, 0.5, 1))
 
     epochs = range(1, options.epochs + 1)
-    curves.plot(epochs, [measured.loss for measured in run.train], label="train")
-    curves.plot(epochs, [measured.loss for measured in run.test], label="test")
+    curves.plot(epochs, [measured.loss.item() for measured in run.train], label="train")
+    curves.plot(epochs, [measured.loss.item() for measured in run.test], label="test")
     curves.set(title=f"Loss ({options.loss})", xlabel="epoch", yscale="log")
     curves.grid(alpha=0.3)
     curves.legend(frameon=False)
@@ -187,7 +187,7 @@ def main() -> None:
             f" test loss {run.test[-1].loss:.4f}, error {run.test[-1].error:.2%}"
         )
     if len(runs) > 1:
-        errors = [run.test[-1].error for run in runs]
+        errors = [run.test[-1].error.item() for run in runs]
         print(
             f"mean test error of {len(runs)} seeds: {statistics.mean(errors):.2%}"
             f" (standard deviation {statistics.stdev(errors):.2%})"

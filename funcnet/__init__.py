@@ -137,6 +137,11 @@ from funcnet.optimizers import (
     sgd as sgd,
     signsgd as signsgd,
 )
+from funcnet.params import (
+    Param as Param,
+    State as State,
+    declare as declare,
+)
 from funcnet.random import (
     fold_in as fold_in,
     key as key,

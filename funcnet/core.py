@@ -34,6 +34,12 @@ Tree = Any
 Params = Mapping[str, Any]
 """A nested dict with string keys and tensor leaves. State is one too."""
 
+Key = Tensor | None
+"""A key of `funcnet.random`, or None where there is no randomness."""
+
+Grads = tuple[Params | None, Tree]
+"""``(dparams, dx)``; None for the half that was not asked for."""
+
 EMPTY: Params = {}
 """The default for params and state that are absent. Nothing writes to it, and nobody gets it as a
 result: a caller owns what is returned, and may write to it."""
@@ -170,7 +176,8 @@ class Pullback:
     >>> import funcnet as fn
     >>> y, pullback, _ = fn.tanh().vjp({}, torch.tensor([0.0, 1.0]))
     >>> pullback
-    Pullback(elementwise_rule, residuals=['y'], static=(<function tanh_derivative at ...>, 'y'))
+    Pullback(backward_rule, residuals=['y'],
+             static=(<function elementwise_backward at ...>, <function tanh_derivative at ...>))
     >>> pullback(torch.ones(2))
     ({}, tensor([1.0000, 0.4200]))
     >>> pullback(torch.ones(()))
@@ -192,7 +199,7 @@ class Pullback:
         self.rule = rule
         self.residuals = residuals
         self.static = static
-        self.expected = None if y is None else (name, kinds_of(y))
+        self.expected = None if y is None else (name, *kinds_of(y))
 
     def __call__(self, dy: Tree, *, params: bool = True, x: bool = True) -> tuple[Tree, Tree]:
         """``(dparams, dx)``; the half that is not asked for is None and costs nothing."""
@@ -202,11 +209,9 @@ class Pullback:
     def _check(self, dy: Tree) -> None:
         if self.expected is None:
             return
-        name, kinds = self.expected
+        name, treedef, kinds = self.expected
         if name is None:
             name = getattr(self.rule, "__name__", "").removesuffix("_rule")
-        treedef: Any
-        expected, treedef = optree.tree_flatten(kinds, is_leaf=_is_kind)
         try:
             cotangents = treedef.flatten_up_to(dy)
         except (ValueError, TypeError):
@@ -214,13 +219,11 @@ class Pullback:
                 f"{name}: pullback expects a {treedef.type.__name__} "
                 f"of {treedef.num_children}, got {tree.describe(dy)}"
             ) from None
-        for cotangent, (shape, dtype) in zip(cotangents, expected, strict=True):
+        for cotangent, (shape, dtype) in zip(cotangents, kinds, strict=True):
             if not dtype.is_floating_point:
                 if cotangent is not None:
-                    raise ValueError(
-                        f"{name}: pullback expects dy None for an integer output, "
-                        f"got {tree.describe(dy)}"
-                    )
+                    what = "pullback expects dy None for an integer output"
+                    raise ValueError(f"{name}: {what}, got {tree.describe(dy)}")
             elif not isinstance(cotangent, Tensor) or cotangent.shape != shape:
                 got = tuple(dy.shape) if isinstance(dy, Tensor) else tree.describe(dy)
                 raise ValueError(f"{name}: pullback expects dy of shape {tuple(shape)}, got {got}")
@@ -234,20 +237,15 @@ class Pullback:
         )
 
 
-class _Kind(NamedTuple):
-    shape: torch.Size
-    dtype: torch.dtype
+_LEAF = optree.treespec_leaf()
 
 
-def _is_kind(node: Any) -> bool:
-    return type(node) is _Kind
-
-
-def kinds_of(y: Tree) -> Tree:
-    """The tree with the shape and dtype of each tensor in its place."""
+def kinds_of(y: Tree) -> tuple[Any, tuple[Any, ...]]:
+    """The structure of an output, and the shapes and dtypes of its leaves."""
     if type(y) is Tensor:
-        return _Kind(y.shape, y.dtype)
-    return tree.map(lambda leaf: _Kind(leaf.shape, leaf.dtype), y)
+        return _LEAF, ((y.shape, y.dtype),)
+    leaves, treedef = optree.tree_flatten(y)
+    return treedef, tuple([(leaf.shape, leaf.dtype) for leaf in leaves])
 
 
 class LossPullback(Pullback):
@@ -259,6 +257,13 @@ class LossPullback(Pullback):
         if isinstance(dvalue, Tensor) and dvalue.dim() != 0:
             raise ValueError(f"pullback expects a scalar dvalue, got {tree.describe(dvalue)}")
         return self.rule(dict(self.residuals), dvalue, *self.static)
+
+
+Applied = tuple[Tree, Params]
+"""What ``apply`` returns: y and the new state."""
+
+Forward = tuple[Tree, Pullback, Params]
+"""What ``vjp`` returns: y, the pullback and the new state."""
 
 
 def _register(kind: type[Pullback]) -> None:
@@ -379,6 +384,12 @@ def wrap(layer: Layer, functions: Callable[[Layer], Layer]) -> Layer:
 def function_name(function: Callable[..., Any]) -> str:
     """``linear`` for the function ``linear.<locals>.apply``."""
     return getattr(function, "__qualname__", type(function).__name__).split(".")[0]
+
+
+def require(condition: object, message: str, error: type[Exception] = ValueError) -> None:
+    """Raise an error with a message unless a condition holds."""
+    if not condition:
+        raise error(message)
 
 
 def locate(error: Exception, where: str) -> None:

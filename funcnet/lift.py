@@ -1,22 +1,34 @@
 """Lifts: from the formulas of a layer to a `Layer`, with its signature and its checks."""
 
 from collections.abc import Callable, Hashable, Mapping
+from functools import partial
 from typing import Any, Literal
 
 from torch import Tensor
 
 from funcnet import runtime
-from funcnet.core import EMPTY, Layer, Params, Pullback, Tree, function_name, kinds_of
+from funcnet.core import (
+    EMPTY,
+    Applied,
+    Forward,
+    Grads,
+    Key,
+    Layer,
+    Params,
+    Pullback,
+    Tree,
+    function_name,
+    kinds_of,
+)
 from funcnet.params import Param, declare
 from funcnet.tree import describe
 
-Init = Callable[..., Any]
-Forward = Callable[..., tuple[Tree, Pullback, Params]]
-Apply = Callable[..., tuple[Tree, Params]]
+Step = tuple[Tree, Mapping[str, Tree], tuple[Hashable, ...]]
+"""y, the residuals by name, and what else the backward pass is told."""
 
 
 def stateless(
-    init: Init,
+    init: Callable[..., Any],
     apply: Callable[[Params, Tree], Tree],
     vjp: Callable[[Params, Tree], tuple[Tree, Pullback]],
     *,
@@ -49,31 +61,30 @@ def stateless(
     >>> fn.testing.check_layer(scale(), torch.randn(4, 3, dtype=torch.float64))
     """
     name = name or function_name(apply)
-    no_state = f"{name}: has no state, got state with {{}}"
 
-    def full_apply(params: Params, x: Tree, state: Params, *rest: Any) -> tuple[Tree, Params]:
+    def none(state: Params) -> Params:
         if state:
-            raise ValueError(no_state.format(sorted(state)))
-        return apply(params, x), {}
+            raise ValueError(f"{name}: has no state, got state with {sorted(state)}")
+        return {}
 
-    def forward(
-        params: Params, x: Tree, state: Params, *rest: Any
-    ) -> tuple[Tree, Pullback, Params]:
-        if state:
-            raise ValueError(no_state.format(sorted(state)))
-        return *vjp(params, x), {}
+    def full_apply(params: Params, x: Tree, state: Params, *rest: Any) -> Applied:
+        return apply(params, x), none(state)
 
-    made: Init = init if isinstance(init, declare) else lambda key, x: (init(key, x), {})
-    return lift(name, made, full_apply, forward, takes_key=False)
+    def forward(params: Params, x: Tree, state: Params, *rest: Any) -> Forward:
+        return *vjp(params, x), none(state)
+
+    made: Any = init if isinstance(init, declare) else lambda key, x: (init(key, x), {})
+    return stateful(made, forward, apply=full_apply, name=name, takes_key=False)
 
 
 def stateful(
-    init: Init,
-    forward: Forward,
+    init: Callable[..., Any],
+    forward: Callable[..., Forward],
     *,
     keyed: bool = False,
-    apply: Apply | None = None,
+    apply: Callable[..., Applied] | None = None,
     name: str | None = None,
+    **metadata: Any,
 ) -> Layer:
     """A layer with state or noise, lifted from one function, its forward pass.
 
@@ -89,6 +100,7 @@ def stateful(
         apply: ``(params, x, state, key, train) -> (y, state)``, for a layer that can do without
             the cost of its residuals.
         name: what errors and summaries call the layer; default the constructor's name.
+        metadata: see `Layer`; for layers that are made of others.
 
     >>> import torch
     >>> import funcnet as fn
@@ -102,64 +114,36 @@ def stateful(
     >>> noise(0.1).apply({}, torch.zeros(2), {"calls": torch.tensor(0)})
     (tensor([0., 0.]), {'calls': tensor(1)})
     """
+    name = name or function_name(forward)
+    check = init.check if isinstance(init, declare) else None
+    metadata = {"takes_key": keyed, **metadata}
 
-    def without_pullback(*arguments: Any) -> tuple[Tree, Params]:
+    def prepare(params: Params, x: Tree, state: Params, key: Key, train: bool) -> tuple[Any, ...]:
+        if check is not None:
+            check(name, params, state, x)
+        if keyed and train and key is None:
+            raise ValueError(f"{name}: needs a key when train=True, got None; pass key=fn.key(...)")
+        # What is returned belongs to the caller, so a state that only passes through is a copy.
+        return params, x, {**state}, key, train
+
+    def full_apply(
+        params: Params, x: Tree, state: Params = EMPTY, *, key: Key = None, train: bool = False
+    ) -> Applied:
+        arguments = prepare(params, x, state, key, train)
+        if apply is not None:
+            return apply(*arguments)
         y, _, state = forward(*arguments)
         return y, state
 
-    name = name or function_name(forward)
-    return lift(name, init, apply or without_pullback, forward, keyed=keyed, takes_key=keyed)
-
-
-def lift(
-    name: str, init: Init, apply: Apply, forward: Forward, *, keyed: bool = False, **metadata: Any
-) -> Layer:
-    """The `Layer` of functions that take all arguments by position; its full signature is here.
-
-    Arguments are checked, if ``init`` is a declaration; see `stateful` for ``keyed``, and `Layer`
-    for the metadata. The state that is passed on is a copy, since what a layer returns belongs to
-    its caller.
-    """
-    declared = isinstance(init, declare)
-    check = init.check if isinstance(init, declare) else accept_all
-    needs_key = f"{name}: needs a key when train=True, got None; pass key=fn.key(...)"
-
-    def lifted_init(key: Tensor, x: Tree) -> tuple[Params, Params]:
-        return init(key, x, name) if declared else init(key, x)
-
-    def lifted_apply(
-        params: Params,
-        x: Tree,
-        state: Params = EMPTY,
-        *,
-        key: Tensor | None = None,
-        train: bool = False,
-    ) -> tuple[Tree, Params]:
-        check(name, params, state, x)
-        if keyed and train and key is None:
-            raise ValueError(needs_key)
-        return apply(params, x, {**state}, key, train)
-
-    def lifted_vjp(
-        params: Params,
-        x: Tree,
-        state: Params = EMPTY,
-        *,
-        key: Tensor | None = None,
-        train: bool = True,
-    ) -> tuple[Tree, Pullback, Params]:
-        check(name, params, state, x)
-        if keyed and train and key is None:
-            raise ValueError(needs_key)
-        y, pullback, state = forward(params, x, {**state}, key, train)
-        pullback.expected = (name, kinds_of(y))
+    def vjp(
+        params: Params, x: Tree, state: Params = EMPTY, *, key: Key = None, train: bool = True
+    ) -> Forward:
+        y, pullback, state = forward(*prepare(params, x, state, key, train))
+        pullback.expected = (name, *kinds_of(y))
         return y, pullback, state
 
-    return Layer(lifted_init, lifted_apply, lifted_vjp, name=name, **metadata)
-
-
-def accept_all(name: str, params: Params, state: Params, x: Tree) -> None:
-    """The check of a layer that declares nothing."""
+    made = init if check is None else partial(init, layer=name)
+    return Layer(made, full_apply, vjp, name=name, **metadata)
 
 
 KERNELS: dict[Callable[..., Any], Callable[..., Any]] = {}
@@ -208,7 +192,7 @@ def accept_any(x: Tree) -> Mapping[str, Param]:
 
 
 def parameterless(
-    forward: Callable[[Any], tuple[Tree, Mapping[str, Tree], tuple[Hashable, ...]]],
+    forward: Callable[[Any], Step],
     backward: Callable[..., Tree],
     *,
     declaration: Callable[[Tree], Mapping[str, Param]] = require_floating,
@@ -237,12 +221,13 @@ def parameterless(
     """
     name = name or function_name(forward)
 
-    def run(x: Tree) -> tuple[Tree, Mapping[str, Tree], tuple[Hashable, ...]]:
+    def run(x: Tree) -> Step:
         try:
             return forward(x)
-        except (RuntimeError, ValueError, IndexError, AttributeError) as error:
+        except Exception as error:
+            # Others, such as those of a tensor without values, are not about the shape of x.
             if type(error) not in (RuntimeError, ValueError, IndexError, AttributeError):
-                raise  # such as those of a tensor without values
+                raise
             raise ValueError(f"{name}: does not fit {describe(x)}: {error}") from error
 
     def vjp(params: Params, x: Tree) -> tuple[Tree, Pullback]:
@@ -253,18 +238,12 @@ def parameterless(
 
 
 def backward_rule(
-    residuals: dict[str, Any],
-    dy: Tree,
-    backward: Callable[..., Tree],
-    *static: Any,
-    params: bool,
-    x: bool,
-) -> tuple[Params | None, Tree]:
+    residuals: Any, dy: Tree, backward: Any, *static: Any, params: bool, x: bool
+) -> Grads:
     """The rule of a layer without parameters: ``dx = backward(dy, *static, **residuals)``."""
-    if not x:
-        return ({} if params else None), None
-    compute = fastest(backward, dy, *residuals.values())
-    return ({} if params else None), compute(dy, *static, **residuals)
+    if x:
+        dy = fastest(backward, dy, *residuals.values())(dy, *static, **residuals)
+    return ({} if params else None), dy if x else None
 
 
 def elementwise(
@@ -294,32 +273,16 @@ def elementwise(
     """
     if saves not in ("x", "y"):
         raise ValueError(f"elementwise: saves must be 'x' or 'y', got {saves!r}")
-    name = name or function.__name__
-    static = (derivative, saves, *options)
 
-    def apply(params: Params, x: Tensor) -> Tensor:
-        return function(x, *options)
-
-    def vjp(params: Params, x: Tensor) -> tuple[Tensor, Pullback]:
+    def forward(x: Tensor) -> Step:
         y = function(x, *options)
-        return y, Pullback(elementwise_rule, {saves: y if saves == "y" else x}, static)
+        return y, {saves: x if saves == "x" else y}, (derivative, *options)
 
-    return stateless(declare(require_floating), apply, vjp, name=name)
+    return parameterless(forward, elementwise_backward, name=name or function.__name__)
 
 
-def elementwise_rule(
-    residuals: dict[str, Tensor],
-    dy: Tensor,
-    derivative: Callable[..., Tensor],
-    saves: str,
-    *options: Any,
-    params: bool,
-    x: bool,
-) -> tuple[Params | None, Tensor | None]:
+def elementwise_backward(dy: Tensor, derivative: Any, *options: Any, **saved: Tensor) -> Tensor:
     """``dx = dy derivative(saved, *options)``."""
-    dx = None
-    if x:
-        saved = residuals[saves]
-        kernel = kernel_of(derivative, dy, saved)
-        dx = kernel(dy, saved, *options) if kernel else dy * derivative(saved, *options)
-    return ({} if params else None), dx
+    (value,) = saved.values()
+    kernel = kernel_of(derivative, dy, value)
+    return kernel(dy, value, *options) if kernel else dy * derivative(value, *options)

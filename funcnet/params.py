@@ -1,5 +1,6 @@
 """Parameters and state, declared once: how they are made, and what given ones must be."""
 
+import math
 from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
@@ -8,7 +9,7 @@ from torch import Tensor
 
 from funcnet import tree
 from funcnet.core import EMPTY, Params, Tree, locate
-from funcnet.initializers import Initializer
+from funcnet.initializers import Initializer, torch_default
 from funcnet.random import fold_in
 
 
@@ -103,6 +104,26 @@ class declare:  # noqa: N801, a decorator
         except (KeyError, TypeError, AttributeError, RuntimeError):
             pass
         _explain(layer, declared, params, state, x)
+
+
+def weight_and_bias(
+    shape: tuple[int, ...],
+    of_x: tuple[int | slice, str],
+    bias: bool,
+    weight_init: Initializer | None,
+    bias_init: Initializer | None,
+    dtype: torch.dtype | None,
+) -> dict[str, Param]:
+    """A weight of shape (out, ...), and a bias of shape (out,), each U(-b, b) by default.
+
+    ``b = 1 / sqrt(fan_in)``, where fan_in is the number of elements of ``weight[0]``, as in
+    ``torch.nn.Linear`` and torch's convolutions.
+    """
+    default = torch_default(math.prod(shape[1:]))
+    declared = {"weight": Param(shape, weight_init or default, dtype, of_x=of_x)}
+    if bias:
+        declared["bias"] = Param(shape[:1], bias_init or default, dtype)
+    return declared
 
 
 _HALF = (torch.float16, torch.bfloat16)

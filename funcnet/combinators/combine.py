@@ -16,8 +16,20 @@ import torch
 from torch import Tensor
 
 from funcnet import core, tree
-from funcnet.core import EMPTY, Layer, Params, Pullback, Tree, locate, sum_cotangents
-from funcnet.lift import lift
+from funcnet.core import (
+    EMPTY,
+    Applied,
+    Forward,
+    Grads,
+    Key,
+    Layer,
+    Params,
+    Pullback,
+    Tree,
+    locate,
+    sum_cotangents,
+)
+from funcnet.lift import stateful
 from funcnet.random import fold_in
 
 Name = str | tuple[str, ...]
@@ -68,36 +80,36 @@ def combine(
     >>> fn.testing.check_layer(net, torch.ones(4, 2))
     """
     slots = {child: Slot(name, child) for child in children}
-    for slot, layer in zip(slots.values(), children.values(), strict=True):
-        slot.check(layer, alone=len(children) == 1)
+    for child, slot in slots.items():
+        slot.check(children[child], alone=len(children) == 1)
 
     def init(key: Tensor, x: Tree) -> tuple[Params, Params]:
-        run = _Init(name, slots, children, key, x)
+        run = _Init(children, slots, key)
+        try:
+            run.device = tree.device_of(x) if children else None
+        except ValueError as error:
+            locate(error, f"{name}:")
+            raise
         forward(run, tree.to_meta(x), *static)
-        return run.params, run.state
+        return run.params, run.new_state
 
-    def apply(params: Params, x: Tree, state: Params, *rest: Any) -> tuple[Tree, Params]:
-        run = _Call(name, slots, children, params, state, *rest)
-        y, _ = forward(run, x, *static)
-        return y, run.new_state
+    def apply(params: Params, x: Tree, state: Params, key: Key, train: bool) -> Applied:
+        run = _Call(children, slots, key, params, state, train)
+        return forward(run, x, *static)[0], run.new_state
 
-    def vjp(
-        params: Params, x: Tree, state: Params, key: Tensor | None, train: bool
-    ) -> tuple[Tree, Pullback, Params]:
-        kept: dict[str, Any] = {}
-        run = _Call(name, slots, children, params, state, key, train, kept)
+    def vjp(params: Params, x: Tree, state: Params, key: Key, train: bool) -> Forward:
+        run = _Call(children, slots, key, params, state, train, pullbacks={})
         y, residuals = forward(run, x, *static)
-        if residuals:
-            kept[_OWN] = dict(residuals)
+        kept = {**run.pullbacks, _OWN: residuals} if residuals else run.pullbacks
         learned = frozenset([child for child, slot in slots.items() if slot.is_in(params)])
         known = (backward, tuple(slots.values()), learned, static)
         return y, Pullback(combine_rule, kept, known), run.new_state
 
-    return lift(
-        name,
+    return stateful(
         init,
-        apply,
         vjp,
+        apply=apply,
+        name=name,
         children=children,
         rebuild=lambda children: combine(name, children, forward, backward, *static),
         takes_key=any([layer.takes_key for layer in children.values()]),
@@ -105,16 +117,16 @@ def combine(
 
 
 def combine_rule(
-    residuals: dict[str, Any],
+    residuals: Any,
     dy: Tree,
-    backward: Callable[..., Tree],
-    slots: tuple["Slot", ...],
-    learned: frozenset[Name],
-    static: tuple[Hashable, ...],
+    backward: Any,
+    slots: Any,
+    learned: Any,
+    static: Any,
     *,
     params: bool,
     x: bool,
-) -> tuple[Params | None, Tree]:
+) -> Grads:
     """The combinator's ``backward``, with the children's pullbacks among the residuals."""
     own = residuals.pop(_OWN, EMPTY)
     pull = Pull(slots, residuals, learned if params else frozenset(), x)
@@ -136,13 +148,17 @@ class Slot(NamedTuple):
             hint = "; call its constructor" if callable(layer) else ""
             raise TypeError(f"{self.path()}: expects a Layer, got {type(layer).__name__}{hint}")
         if isinstance(self.child, str) and ("." in self.child or not (self.child or alone)):
-            raise ValueError(
-                f"{self.parent}: a name must not be empty or have a dot, got {self.child!r}"
-            )
+            wrong = f"a name must not be empty or have a dot, got {self.child!r}"
+            raise ValueError(f"{self.parent}: {wrong}")
+
+    @property
+    def entry(self) -> str:
+        """The name of its entry, "" for a child that has several or all of its parent's."""
+        return self.child if isinstance(self.child, str) else ""
 
     def path(self, use: int | None = None) -> str:
         """The path in an error's message: ``serial['head']``, ``shared[0]`` for a use."""
-        inside = f"[{self.child!r}]" if self.child and isinstance(self.child, str) else ""
+        inside = f"[{self.entry!r}]" if self.entry else ""
         return f"{self.parent}{inside}" + ("" if use is None else f"[{use}]")
 
     def call(self, use: int | None) -> str:
@@ -152,8 +168,7 @@ class Slot(NamedTuple):
 
     def key(self, key: Tensor, use: int | None = None) -> Tensor:
         """The child's key, of its parent's."""
-        if self.child and isinstance(self.child, str):
-            key = fold_in(key, self.child)
+        key = fold_in(key, self.entry) if self.entry else key
         return key if use is None else fold_in(key, use)
 
     def own(self, whole: Params) -> Params:
@@ -164,24 +179,21 @@ class Slot(NamedTuple):
 
     def is_in(self, whole: Params) -> bool:
         """Whether the child has a part of its parent's params."""
-        if self.child and isinstance(self.child, str):
-            return self.child in whole
-        return bool(self.own(whole))
+        return self.entry in whole if self.entry else bool(self.own(whole))
 
     def put(self, whole: dict[str, Any], own: Params) -> None:
         """Put the child's part into its parent's params or state, which are sparse."""
-        if not self.child or not isinstance(self.child, str):
-            whole.update(own)
-        elif own:
-            whole[self.child] = own
+        if own:
+            whole.update({self.entry: own} if self.entry else own)
 
 
 class Run:
     """Runs the children of a combinator: ``run(child, x)`` is the output of a child."""
 
-    def __init__(self, slots: Mapping[Name, Slot], children: Mapping[Any, Layer]) -> None:
+    def __init__(self, children: Mapping[Any, Layer], slots: Mapping[Name, Slot], key: Any) -> None:
         self.names: Any = tuple(slots)
-        self.slots, self.children = slots, children
+        self.children, self.slots, self.key = children, slots, key
+        self.new_state: dict[str, Any] = {}
         self.ran: set[Name] = set()
 
     def __call__(self, child: Name, x: Tree, use: int | None = None) -> Tree:
@@ -204,32 +216,17 @@ class Run:
 class _Init(Run):
     """Makes the params and state of each child, and finds its output on the meta device."""
 
-    def __init__(
-        self,
-        parent: str,
-        slots: Mapping[Name, Slot],
-        children: Mapping[Any, Layer],
-        key: Tensor,
-        x: Tree,
-    ) -> None:
-        super().__init__(slots, children)
-        self.key = key
+    def __init__(self, *known: Any) -> None:
+        super().__init__(*known)
+        self.device: Any = None
         self.params: dict[str, Any] = {}
-        self.state: dict[str, Any] = {}
-        self.made: dict[Slot, tuple[Params, Params]] = {}
-        try:
-            self.device = tree.device_of(x) if children else torch.device("meta")
-        except ValueError as error:
-            locate(error, f"{parent}:")
-            raise
 
     def output(self, slot: Slot, layer: Layer, x: Tree, use: int | None, again: bool) -> Tree:
         if not again:
             params, state = layer.init(slot.key(self.key), tree.placeholder(x, self.device))
             slot.put(self.params, params)
-            slot.put(self.state, state)
-            self.made[slot] = tree.to_meta((params, state))
-        params, state = self.made[slot]
+            slot.put(self.new_state, state)
+        params, state = tree.to_meta((slot.own(self.params), slot.own(self.new_state)))
         noise = torch.empty(2, dtype=torch.int64, device="meta") if layer.takes_key else None
         return layer.apply(params, x, state, key=noise)[0]
 
@@ -239,21 +236,18 @@ class _Call(Run):
 
     def __init__(
         self,
-        parent: str,
-        slots: Mapping[Name, Slot],
-        children: Mapping[Any, Layer],
+        children: Any,
+        slots: Any,
+        key: Key,
         params: Params,
         state: Params,
-        key: Tensor | None,
         train: bool,
-        pullbacks: dict[str, Pullback] | None = None,
+        pullbacks: Any = None,
     ) -> None:
-        super().__init__(slots, children)
-        _check_names(parent, "params", params, children)
-        _check_names(parent, "state", state, children)
-        self.params, self.state, self.key, self.train = params, state, key, train
-        self.new_state: dict[str, Any] = {}
-        self.pullbacks = pullbacks
+        super().__init__(children, slots, key)
+        self.params, self.state, self.train, self.pullbacks = params, state, train, pullbacks
+        _check_names("params", params, slots)
+        _check_names("state", state, slots)
 
     def output(self, slot: Slot, layer: Layer, x: Tree, use: int | None, again: bool) -> Tree:
         params = slot.own(self.params)
@@ -276,43 +270,33 @@ class Pull:
     backward pass consumes them.
     """
 
-    def __init__(
-        self,
-        slots: tuple[Slot, ...],
-        pullbacks: dict[str, Any],
-        learned: frozenset[Name],
-        x: bool,
-    ) -> None:
-        self.names: Any = tuple([slot.child for slot in slots])
-        self.learned, self.x = learned, x
-        self._slots, self._pullbacks = dict(zip(self.names, slots, strict=True)), pullbacks
+    def __init__(self, slots: Any, pullbacks: Any, learned: frozenset[Name], x: bool) -> None:
+        self.slots = {slot.child: slot for slot in slots}
+        self.names: Any = tuple(self.slots)
+        self.pullbacks, self.learned, self.x = pullbacks, learned, x
         # In the order of params.
-        self.dparams: dict[Any, Any] = {
-            name: {} for name in self.names if name in learned and isinstance(name, str) and name
-        }
+        self.dparams: Any = {s.entry: {} for s in slots if s.entry and s.child in learned}
 
     def __call__(self, child: Name, dy: Tree, use: int | None = None, needed: bool = True) -> Tree:
         """The child's dx, None where it is not ``needed``; its dparams are kept."""
-        slot, learns = self._slots[child], child in self.learned
+        slot, learns = self.slots[child], child in self.learned
         try:
-            dparams, dx = core.pull(self._pullbacks, slot.call(use), dy, params=learns, x=needed)
+            dparams, dx = core.pull(self.pullbacks, slot.call(use), dy, params=learns, x=needed)
         except Exception as error:
             locate(error, slot.path(use))
             raise
         if learns:
-            if use is not None and (before := slot.own(self.dparams)):
-                dparams = sum_cotangents(before, dparams)
-            slot.put(self.dparams, dparams)
+            before = slot.own(self.dparams) if use is not None else EMPTY
+            slot.put(self.dparams, sum_cotangents(before, dparams) if before else dparams)
         return dx
 
 
-def _check_names(parent: str, what: str, found: Params, children: Mapping[Any, Layer]) -> None:
-    if isinstance(found, dict) and found.keys() <= children.keys():
+def _check_names(what: str, found: Params, slots: Mapping[Name, Slot]) -> None:
+    if isinstance(found, dict) and found.keys() <= slots.keys():
         return
+    parent = next(iter(slots.values()))[0] if slots else "a combinator"
     if not isinstance(found, Mapping):
         raise TypeError(f"{parent}: expects a dict of {what}, got {tree.describe(found)}")
-    groups = [(child,) if isinstance(child, str) else child for child in children]
-    names = {name for group in groups for name in group}
-    if "" not in names and not found.keys() <= names:
-        extra = sorted(found.keys() - names)
-        raise ValueError(f"{parent}: {what} has {extra}, but the layers are {list(children)}")
+    names = {name for child in slots for name in ((child,) if isinstance(child, str) else child)}
+    if "" not in names and (extra := sorted(found.keys() - names)):
+        raise ValueError(f"{parent}: {what} has {extra}, but the layers are {list(slots)}")

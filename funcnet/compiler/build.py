@@ -258,11 +258,14 @@ def _openmp(command: tuple[str, ...]) -> tuple[str, ...]:
 @functools.cache
 def _flags(command: tuple[str, ...]) -> tuple[str, ...]:
     """The flags for a compiler of this kind on this kind of machine."""
-    from torch._inductor.cpp_builder import _get_cpu_arch_cflags, _get_shared_cflags
-
     version = subprocess.run([*command, "--version"], capture_output=True, text=True, check=False)
-    native = [*_get_cpu_arch_cflags(command[0]), *_get_shared_cflags(True)]
-    flags = [part for flag in native for part in shlex.split(f"-{flag}")]
+    flags = ["-shared", "-fPIC"]
+    if sys.platform == "darwin":
+        flags += ["-undefined", "dynamic_lookup"]
+    else:
+        # Compilers for these two processors have no -march=native.
+        others = {"ppc64le": "-mcpu=native", "riscv64": "-march=rv64gc"}
+        flags.append(others.get(platform.machine(), "-march=native"))
     if "clang" not in version.stdout:
         flags += _FLAGS_OF_GCC
     return *_FLAGS, *flags

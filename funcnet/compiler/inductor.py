@@ -13,6 +13,7 @@ import threading
 import warnings
 from collections.abc import Iterator, Sequence
 from typing import Any
+from unittest.mock import patch
 
 import torch
 from torch import Tensor, fx
@@ -138,10 +139,26 @@ def settings(threads: int) -> Iterator[None]:
         "size_asserts": False,
     }
     if width is not None:
-        # Inductor would compile a program to find this out.
-        changes |= {"cpp.vec_isa_ok": True, "cpp.simdlen": width}
+        changes["cpp.simdlen"] = width
     known = {name: value for name, value in changes.items() if _has(config, name)}
-    with config.patch(known):
+    with config.patch(known), _vectors_of(width):
+        yield
+
+
+@contextlib.contextmanager
+def _vectors_of(width: int | None) -> Iterator[None]:
+    """Have kernels written for vectors of this many bits, if they are known.
+
+    Inductor would compile programs to find out which instructions the processor has.
+    """
+    if width is None:
+        yield
+        return
+    from torch._inductor import cpu_vec_isa
+
+    kind: Any = {512: cpu_vec_isa.VecAVX512, 256: cpu_vec_isa.VecAVX2}[width]
+    vectors = type(kind.__name__, (kind,), {"__bool__": lambda self: True})()
+    with patch.object(cpu_vec_isa, "pick_vec_isa", lambda: vectors):
         yield
 
 

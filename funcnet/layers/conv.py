@@ -1,6 +1,6 @@
 """Convolution."""
 
-import math
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -8,10 +8,10 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from funcnet import tree
-from funcnet.core import Layer, Params, Pullback
-from funcnet.initializers import Initializer, torch_default
-from funcnet.lift import fastest, require_floating, stateless, with_kernel
-from funcnet.params import Param, declare
+from funcnet.core import EMPTY, Forward, Grads, Key, Layer, Params, Pullback, require
+from funcnet.initializers import Initializer
+from funcnet.lift import fastest, require_floating, stateful, with_kernel
+from funcnet.params import Param, declare, weight_and_bias
 
 Pair = int | tuple[int, int]
 Padding = tuple[int, int, int, int]
@@ -20,9 +20,9 @@ Padding = tuple[int, int, int, int]
 def pair(name: str, value: Pair, least: int) -> tuple[int, int]:
     """``(height, width)`` of an option given as one int or two."""
     both = (value, value) if isinstance(value, int) else tuple(value)
-    if len(both) != 2 or min(both) < least:
-        raise ValueError(f"{name} must be one or two ints >= {least}, got {value}")
-    return both
+    fits = len(both) == 2 and min(both) >= least
+    require(fits, f"{name} must be one or two ints >= {least}, got {value}")
+    return both[0], both[1]
 
 
 def pad_vjp(dy: Tensor, padding: Padding, mode: str) -> Tensor:
@@ -48,74 +48,45 @@ def pad_vjp(dy: Tensor, padding: Padding, mode: str) -> Tensor:
     return dy
 
 
-def require_images(x: Tensor) -> None:
-    """Raise ValueError or TypeError unless x is (batch, channels, height, width), or one image."""
+def require_images(x: Tensor) -> Mapping[str, Param]:
+    """The declaration of a layer without parameters, of one image or a batch of them."""
     require_floating(x)
-    if x.dim() not in (3, 4):
-        raise ValueError(f"expects (batch, channels, height, width), got {tuple(x.shape)}")
+    shape = tuple(x.shape)
+    require(len(shape) in (3, 4), f"expects (batch, channels, height, width), got {shape}")
+    return EMPTY
 
 
-@with_kernel(
-    lambda dy, x, weight, stride, padding, dilation, groups, wanted: (
-        torch.ops.aten.convolution_backward(
-            dy,
-            x,
-            weight,
-            weight.shape[:1],
-            stride,
-            padding,
-            dilation,
-            False,
-            (0, 0),
-            groups,
-            wanted,
-        )
-    )
-)
-def conv2d_backward(
-    dy: Tensor,
-    x: Tensor,
-    weight: Tensor,
-    stride: tuple[int, int],
-    padding: tuple[int, int],
-    dilation: tuple[int, int],
-    groups: int,
-    wanted: tuple[bool, bool, bool],
-) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
+def _conv2d_kernel(dy: Tensor, x: Tensor, weight: Tensor, wanted: Any, *geometry: Any) -> Any:
+    stride, padding, dilation, groups = geometry
+    options = (stride, padding, dilation, False, (0, 0), groups)
+    return torch.ops.aten.convolution_backward(dy, x, weight, weight.shape[:1], *options, wanted)
+
+
+@with_kernel(_conv2d_kernel)
+def conv2d_backward(dy: Tensor, x: Tensor, weight: Tensor, wanted: Any, *geometry: Any) -> Any:
     """``(dx, dweight, dbias)``, those that are ``wanted``.
 
     With the patches of x that the kernel sees as the columns of a matrix, y is ``weight patches``,
     so ``dweight = dy patches^T``, and dx adds up the columns of ``weight^T dy`` where they came
     from.
     """
-    n, (out, _, *kernel) = x.shape[0], weight.shape
-    options: Any = {
-        "kernel_size": kernel,
-        "stride": stride,
-        "padding": padding,
-        "dilation": dilation,
-    }
+    stride, padding, dilation, groups = geometry
+    window = {"dilation": dilation, "padding": padding, "stride": stride}
+    n, out, kernel = x.shape[0], weight.shape[0], weight.shape[2:]
     g = dy.reshape(n, groups, out // groups, -1)
     dx = dweight = None
     if wanted[0]:
-        matrix = weight.reshape(groups, out // groups, -1)
-        dpatches = (matrix.mT @ g).flatten(1, 2)
-        dx = F.fold(dpatches, x.shape[-2:], **options)
+        dpatches = weight.reshape(groups, out // groups, -1).mT @ g
+        dx = F.fold(dpatches.flatten(1, 2), x.shape[-2:], kernel, **window)
     if wanted[1]:
-        patches = F.unfold(x, **options).unflatten(1, (groups, -1))
+        patches = F.unfold(x, kernel, **window).unflatten(1, (groups, -1))
         dweight = (g @ patches.mT).sum(0).reshape(weight.shape)
     return dx, dweight, dy.sum((0, 2, 3)) if wanted[2] else None
 
 
 def conv2d_rule(
-    residuals: dict[str, Tensor],
-    dy: Tensor,
-    bias: bool,
-    edges: tuple[Padding, str] | None,
-    *static: Any,
-    params: bool,
-    x: bool,
-) -> tuple[Params | None, Tensor | None]:
+    residuals: Any, dy: Tensor, bias: bool, edges: Any, *geometry: Any, params: bool, x: bool
+) -> Grads:
     """`conv2d_backward`, then the pullback of the padding."""
     inputs, weight = residuals["x"], residuals["weight"]
     single = inputs.dim() == 3
@@ -123,7 +94,7 @@ def conv2d_rule(
         inputs, dy = inputs[None], dy[None]
     backward = fastest(conv2d_backward, dy, inputs, weight)
     wanted = (x, params, params and bias)
-    dx, dweight, dbias = backward(dy, inputs, weight, *static, wanted)
+    dx, dweight, dbias = backward(dy, inputs, weight, wanted, *geometry)
     dparams = {"weight": dweight, "bias": dbias} if bias else {"weight": dweight}
     if x and edges is not None:
         dx = pad_vjp(dx, *edges)
@@ -177,24 +148,19 @@ def conv2d(
     kernel = pair("conv2d: kernel_size", kernel_size, 1)
     stride = pair("conv2d: stride", stride, 1)
     dilation = pair("conv2d: dilation", dilation, 1)
-    if out_channels < 1:
-        raise ValueError(f"conv2d: out_channels must be at least 1, got {out_channels}")
-    if groups < 1 or out_channels % groups:
-        raise ValueError(f"conv2d: groups must divide out_channels, got {groups}, {out_channels}")
-    if padding_mode not in ("zeros", "reflect", "replicate", "circular"):
-        raise ValueError(
-            "conv2d: padding_mode must be zeros, reflect, replicate or circular, "
-            f"got {padding_mode!r}"
-        )
+    require(out_channels >= 1, f"conv2d: out_channels must be at least 1, got {out_channels}")
+    divides = groups >= 1 and out_channels % groups == 0
+    require(divides, f"conv2d: groups must divide out_channels, got {groups}, {out_channels}")
+    modes = ("zeros", "reflect", "replicate", "circular")
+    known = "conv2d: padding_mode must be zeros, reflect, replicate or circular"
+    require(padding_mode in modes, f"{known}, got {padding_mode!r}")
     if isinstance(padding, str):
-        if padding not in ("valid", "same"):
-            raise ValueError(f"conv2d: padding must be 'valid', 'same' or ints, got {padding!r}")
-        if padding == "same" and stride != (1, 1):
-            raise ValueError(f"conv2d: padding='same' needs stride 1, got {stride}")
-        totals = [
-            d * (k - 1) if padding == "same" else 0 for d, k in zip(dilation, kernel, strict=True)
-        ]
-        (top, bottom), (left, right) = ((total // 2, total - total // 2) for total in totals)
+        known = f"conv2d: padding must be 'valid', 'same' or ints, got {padding!r}"
+        require(padding in ("valid", "same"), known)
+        fits = padding == "valid" or stride == (1, 1)
+        require(fits, f"conv2d: padding='same' needs stride 1, got {stride}")
+        spans = [d * (k - 1) * (padding == "same") for d, k in zip(dilation, kernel, strict=True)]
+        (top, bottom), (left, right) = ((span // 2, span - span // 2) for span in spans)
     else:
         top, left = bottom, right = pair("conv2d: padding", padding, 0)
     # The kernel pads with zeros, the same on both sides; all else is padded before it.
@@ -207,32 +173,19 @@ def conv2d(
     def init(x: Tensor) -> dict[str, Param]:
         require_images(x)
         channels = x.shape[-3]
-        if channels % groups:
-            raise ValueError(f"groups must divide channels, got {groups}, {channels}")
-        shape = (out_channels, channels // groups, *kernel)
-        default = torch_default(math.prod(shape[1:]))
+        require(channels % groups == 0, f"groups must divide channels, got {groups}, {channels}")
         seen = (1, "{} channels" if groups == 1 else f"{{}} channels for each of {groups} groups")
-        params = {"weight": Param(shape, weight_init or default, dtype, of_x=seen)}
-        if bias:
-            params["bias"] = Param((out_channels,), bias_init or default, dtype)
-        return params
+        shape = (out_channels, channels // groups, *kernel)
+        return weight_and_bias(shape, seen, bias, weight_init, bias_init, dtype)
 
-    def forward(params: Params, x: Tensor) -> tuple[Tensor, Tensor]:
-        """y, and the padded x."""
-        mode = "constant" if padding_mode == "zeros" else padding_mode
+    def forward(params: Params, x: Tensor, state: Params, key: Key, train: bool) -> Forward:
+        weight, offset = params["weight"], params.get("bias")
         try:
             if edges is not None:
-                x = F.pad(x, edges[0], mode)
-            weight, offset = params["weight"], params.get("bias")
-            return F.conv2d(x, weight, offset, stride, inner, dilation, groups), x
+                x = F.pad(x, edges[0], "constant" if padding_mode == "zeros" else padding_mode)
+            y = F.conv2d(x, weight, offset, stride, inner, dilation, groups)
         except RuntimeError as error:
             raise ValueError(f"conv2d: does not fit {tree.describe(x)}: {error}") from None
+        return y, Pullback(conv2d_rule, {"x": x, "weight": weight}, static), state
 
-    def apply(params: Params, x: Tensor) -> Tensor:
-        return forward(params, x)[0]
-
-    def vjp(params: Params, x: Tensor) -> tuple[Tensor, Pullback]:
-        y, x = forward(params, x)
-        return y, Pullback(conv2d_rule, {"x": x, "weight": params["weight"]}, static)
-
-    return stateless(init, apply, vjp)
+    return stateful(init, forward)

@@ -4,7 +4,7 @@ import torch
 from torch import Tensor
 
 from funcnet import random
-from funcnet.core import Layer, Params, Pullback
+from funcnet.core import Forward, Key, Layer, Params, Pullback, require
 from funcnet.lift import backward_rule, require_floating, stateful
 from funcnet.params import declare
 
@@ -31,19 +31,15 @@ def dropout(p: float = 0.5) -> Layer:
     >>> fn.dropout(0.5).apply({}, torch.ones(6), key=fn.key(0), train=True)[0]
     tensor([0., 0., 2., 2., 0., 2.])
     """
-    if not 0.0 <= p <= 1.0:
-        raise ValueError(f"dropout: p must be in [0, 1], got {p}")
+    require(0.0 <= p <= 1.0, f"dropout: p must be in [0, 1], got {p}")
     scale = 1.0 / (1.0 - p) if p < 1.0 else 0.0
 
-    def forward(
-        params: Params, x: Tensor, state: Params, key: Tensor | None, train: bool
-    ) -> tuple[Tensor, Pullback, Params]:
+    def forward(params: Params, x: Tensor, state: Params, key: Key, train: bool) -> Forward:
         residuals = {}
         if train and key is not None and p > 0.0:
             kept = random.bernoulli(key, 1.0 - p, x.shape, device=x.device)
             residuals["kept"] = kept
             x = torch.where(kept, x * scale, 0.0)
-        static = (dropout_backward, scale)
-        return x, Pullback(backward_rule, residuals, static), state
+        return x, Pullback(backward_rule, residuals, (dropout_backward, scale)), state
 
     return stateful(declare(require_floating), forward, keyed=p > 0.0)

@@ -1,11 +1,13 @@
 """The embedding: a layer whose input is an index and has no cotangent."""
 
+from typing import Any
+
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
 from funcnet import initializers, tree
-from funcnet.core import Layer, Params, Pullback
+from funcnet.core import Grads, Layer, Params, Pullback, require
 from funcnet.initializers import Initializer
 from funcnet.lift import fastest, stateless, with_kernel
 from funcnet.params import Param, declare
@@ -16,21 +18,17 @@ def embedding_backward(
     dy: Tensor, x: Tensor, num_embeddings: int, padding_idx: int, scale_grad_by_freq: bool
 ) -> Tensor:
     """``dweight[i] = sum of dy where x = i``, divided by how often that is, if by frequency."""
-    indices = x.reshape(-1, 1).long()
-    rows = dy.reshape(indices.shape[0], dy.shape[-1])
-    kept = indices != padding_idx
+    x = x.flatten().long()
+    rows = torch.where((x != padding_idx)[:, None], dy.reshape(x.shape[0], dy.shape[-1]), 0.0)
     if scale_grad_by_freq:
-        counts = torch.zeros_like(indices[:, 0]).new_zeros(num_embeddings)
-        counts = counts.scatter_add(0, indices[:, 0], torch.ones_like(indices[:, 0]))
-        rows = rows / counts[indices[:, 0]].unsqueeze(1).to(rows.dtype)
-    rows = torch.where(kept, rows, 0.0)
-    dweight = rows.new_zeros((num_embeddings, rows.shape[1]))
-    return dweight.scatter_add(0, indices.expand_as(rows), rows)
+        counts = x.new_zeros(num_embeddings).scatter_add(0, x, torch.ones_like(x))
+        rows = rows / counts[x][:, None].to(rows.dtype)
+    return rows.new_zeros((num_embeddings, rows.shape[1])).index_add(0, x, rows)
 
 
 def embedding_rule(
     residuals: dict[str, Tensor], dy: Tensor, *static: int, params: bool, x: bool
-) -> tuple[Params | None, None]:
+) -> Grads:
     """``dweight[i] = sum of dy where x = i``."""
     if not params:
         return None, None
@@ -77,45 +75,33 @@ def embedding(
             [0., 0.],
             [2., 2.]])}, None)
     """
-    if num_embeddings < 0:
-        raise ValueError(f"embedding: num_embeddings must be >= 0, got {num_embeddings}")
-    if embedding_dim < 0:
-        raise ValueError(f"embedding: embedding_dim must be >= 0, got {embedding_dim}")
-    if padding_idx is not None:
-        if not -num_embeddings <= padding_idx < num_embeddings:
-            raise ValueError(
-                f"embedding: padding_idx must be within {num_embeddings} rows, got {padding_idx}"
-            )
-        padding_idx %= num_embeddings
-    static = (num_embeddings, -1 if padding_idx is None else padding_idx, scale_grad_by_freq)
+    rows = num_embeddings
+    require(rows >= 0, f"embedding: num_embeddings must be >= 0, got {rows}")
+    require(embedding_dim >= 0, f"embedding: embedding_dim must be >= 0, got {embedding_dim}")
+    inside = padding_idx is None or -rows <= padding_idx < rows
+    require(inside, f"embedding: padding_idx must be within {rows} rows, got {padding_idx}")
+    padding = -1 if padding_idx is None else padding_idx % rows
+    static = (rows, padding, scale_grad_by_freq)
 
-    def start(
-        key: Tensor, shape: tuple[int, ...], dtype: torch.dtype, device: torch.device
-    ) -> Tensor:
-        weight = (weight_init or initializers.normal())(key, shape, dtype, device)
-        if padding_idx is None:
-            return weight
-        return weight.masked_fill(
-            (torch.arange(shape[0], device=device) == padding_idx)[:, None], 0.0
-        )
+    def start(key: Tensor, shape: tuple[int, ...], *kind: Any) -> Tensor:
+        weight = (weight_init or initializers.normal())(key, shape, *kind)
+        is_padding = torch.arange(rows, device=weight.device) == padding
+        return weight.masked_fill(is_padding[:, None], 0.0) if padding >= 0 else weight
 
     @declare
     def init(x: Tensor) -> dict[str, Param]:
-        if not isinstance(x, Tensor) or x.dtype not in (torch.int32, torch.int64):
-            raise TypeError(f"expects int32 or int64 indices, got {tree.describe(x)}")
-        return {"weight": Param((num_embeddings, embedding_dim), start, dtype)}
+        indices = isinstance(x, Tensor) and x.dtype in (torch.int32, torch.int64)
+        require(indices, f"expects int32 or int64 indices, got {tree.describe(x)}", TypeError)
+        return {"weight": Param((rows, embedding_dim), start, dtype)}
 
     def apply(params: Params, x: Tensor) -> Tensor:
         try:
             # What is passed beside the weight says how autograd treats it, as in torch.nn.
-            return F.embedding(
-                x, params["weight"], padding_idx, scale_grad_by_freq=scale_grad_by_freq
-            )
+            by_freq = scale_grad_by_freq
+            return F.embedding(x, params["weight"], padding_idx, scale_grad_by_freq=by_freq)
         except IndexError:
-            raise ValueError(
-                f"embedding: expects indices in [0, {num_embeddings}), "
-                f"got indices from {int(x.min())} to {int(x.max())}"
-            ) from None
+            got = f"got indices from {int(x.min())} to {int(x.max())}"
+            raise ValueError(f"embedding: expects indices in [0, {rows}), {got}") from None
 
     def vjp(params: Params, x: Tensor) -> tuple[Tensor, Pullback]:
         return apply(params, x), Pullback(embedding_rule, {"x": x}, static)

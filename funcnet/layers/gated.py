@@ -1,16 +1,13 @@
 """Gated linear units: one half of the features decides how much of the other passes."""
 
-from typing import Any
-
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
 from funcnet.core import EMPTY, Layer, Params
-from funcnet.lift import parameterless, require_floating, with_kernel
+from funcnet.lift import Step, parameterless, require_floating, with_kernel
 
 aten = torch.ops.aten
-Step = tuple[Tensor, dict[str, Tensor], tuple[Any, ...]]
 
 
 @with_kernel(lambda dy, dim, x: aten.glu_backward(dy, x, dim))

@@ -6,15 +6,15 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from funcnet.core import Layer, Params, Pullback
-from funcnet.initializers import Initializer, torch_default
+from funcnet.core import Grads, Layer, Params, Pullback, require
+from funcnet.initializers import Initializer
 from funcnet.lift import require_floating, stateless
-from funcnet.params import Param, declare
+from funcnet.params import Param, declare, weight_and_bias
 
 
 def linear_rule(
     residuals: dict[str, Tensor], dy: Tensor, bias: bool, *, params: bool, x: bool
-) -> tuple[Params | None, Tensor | None]:
+) -> Grads:
     """``dweight = dy^T x``, ``dbias = sum dy``, ``dx = dy weight``."""
     dparams = None
     if params:
@@ -61,30 +61,19 @@ def linear(
     >>> pullback(torch.ones(1, 3), params=False)
     (None, tensor([[3., 3.]]))
     """
-    if not isinstance(bias, bool):
-        raise TypeError(
-            f"linear: bias must be True or False, got {bias!r}; "
-            "the size of the input is found by init, give that of the output alone"
-        )
-    if not isinstance(out_features, int) or out_features < 0:
-        raise ValueError(f"linear: out_features must be >= 0, got {out_features}")
+    hint = "the size of the input is found by init, give that of the output alone"
+    wrong = f"linear: bias must be True or False, got {bias!r}; {hint}"
+    require(isinstance(bias, bool), wrong, TypeError)
+    enough = isinstance(out_features, int) and out_features >= 0
+    require(enough, f"linear: out_features must be >= 0, got {out_features}")
 
     @declare
     def init(x: Tensor) -> dict[str, Param]:
         require_floating(x)
-        if x.dim() == 0:
-            raise ValueError("expects at least one dimension, got ()")
-        in_features = x.shape[-1]
-        default = torch_default(in_features)
+        require(x.dim() > 0, "expects at least one dimension, got ()")
         features = (1, "{} features in the last dimension")
-        params = {
-            "weight": Param(
-                (out_features, in_features), weight_init or default, dtype, of_x=features
-            )
-        }
-        if bias:
-            params["bias"] = Param((out_features,), bias_init or default, dtype)
-        return params
+        shape = (out_features, x.shape[-1])
+        return weight_and_bias(shape, features, bias, weight_init, bias_init, dtype)
 
     def apply(params: Params, x: Tensor) -> Tensor:
         return F.linear(x, params["weight"], params.get("bias"))

@@ -6,70 +6,55 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from funcnet.core import Layer, Params, Pullback
+from funcnet.core import Forward, Grads, Key, Layer, Params, Pullback, require
 from funcnet.initializers import ones, zeros
-from funcnet.lift import fastest, require_floating, stateful, stateless, with_kernel
+from funcnet.lift import fastest, require_floating, stateful, with_kernel
 from funcnet.params import Param, State, declare
 
 aten = torch.ops.aten
-Grads = tuple[Tensor | None, Tensor | None, Tensor | None]
-"""``(dx, dweight, dbias)``; None for those that are not wanted."""
-Wanted = tuple[bool, bool, bool]
 
 
-def normalize_backward(dy: Tensor, n: Tensor, rstd: Tensor, dims: list[int]) -> Tensor:
-    """dx of ``n = (x - mean) rstd``, where mean and rstd are those of x over ``dims``.
+def norm_backward(
+    dy: Tensor, x: Tensor, weight: Any, mean: Tensor, rstd: Tensor, dims: list[int], wanted: Any
+) -> Any:
+    """``(dx, dweight, dbias)``, those that are ``wanted``, of ``y = n weight + bias``.
 
-    ``dx = rstd (dy - mean dy - n mean(dy n))``
+    ``n = (x - mean) rstd``, with the statistics of x over ``dims``. With ``g = dy weight``,
+    ``dx = rstd (g - mean g - n mean(g n))``, ``dweight = sum dy n`` and ``dbias = sum dy``.
     """
-    mean = dy.mean(dims, keepdim=True)
-    return rstd * (dy - mean - n * (dy * n).mean(dims, keepdim=True))
-
-
-@with_kernel(
-    lambda dy, x, mean, rstd, weight, bias, shape, wanted: aten.native_layer_norm_backward(
-        dy, x, shape, mean, rstd, weight, bias, wanted
-    )
-)
-def layer_norm_backward(
-    dy: Tensor,
-    x: Tensor,
-    mean: Tensor,
-    rstd: Tensor,
-    weight: Tensor | None,
-    bias: Tensor | None,
-    shape: tuple[int, ...],
-    wanted: Wanted,
-) -> Grads:
-    """With ``n = (x - mean) rstd``: dx as in `normalize_backward`, for ``dy weight``;
-    ``dweight = sum dy n``, ``dbias = sum dy``.
-    """
-    dims = list(range(x.dim() - len(shape), x.dim()))
     n = (x - mean) * rstd
-    dn = dy if weight is None else dy * weight
-    return (
-        normalize_backward(dn, n, rstd, dims).to(x.dtype) if wanted[0] else None,
-        (dy * n).sum_to_size(shape).to(dy.dtype) if wanted[1] else None,
-        dy.sum_to_size(shape) if wanted[2] else None,
-    )
+    g = dy if weight is None else dy * weight
+    average = g.mean(dims, keepdim=True)
+    along_n = n * (g * n).mean(dims, keepdim=True)
+    dx = (rstd * (g - average - along_n)).to(x.dtype) if wanted[0] else None
+    dweight = (dy * n).sum_to_size(weight.shape).to(weight.dtype) if wanted[1] else None
+    return dx, dweight, dy.sum_to_size(weight.shape).to(weight.dtype) if wanted[2] else None
+
+
+def _layer_norm_kernel(
+    dy: Tensor, x: Tensor, weight: Any, bias: Any, mean: Any, rstd: Any, shape: Any, wanted: Any
+) -> Any:
+    return aten.native_layer_norm_backward(dy, x, shape, mean, rstd, weight, bias, wanted)
+
+
+@with_kernel(_layer_norm_kernel)
+def layer_norm_backward(
+    dy: Tensor, x: Tensor, weight: Any, bias: Any, mean: Any, rstd: Any, shape: Any, wanted: Any
+) -> Any:
+    """`norm_backward` over the last dimensions."""
+    dims = list(range(-len(shape), 0))
+    return norm_backward(dy, x, weight, mean, rstd, dims, wanted)
 
 
 def layer_norm_rule(
-    residuals: dict[str, Tensor],
-    dy: Tensor,
-    shape: tuple[int, ...],
-    names: tuple[str, ...],
-    *,
-    params: bool,
-    x: bool,
-) -> tuple[Params | None, Tensor | None]:
-    """See `layer_norm_backward`."""
-    saved = [residuals.get(name) for name in ("x", "mean", "rstd", "weight", "bias")]
+    residuals: Any, dy: Tensor, shape: Any, names: tuple[str, ...], *, params: bool, x: bool
+) -> Grads:
+    """See `norm_backward`."""
+    saved = [residuals.get(name) for name in ("x", "weight", "bias", "mean", "rstd")]
     backward = fastest(layer_norm_backward, dy, *residuals.values())
     wanted = (x, params and "weight" in names, params and "bias" in names)
-    dx, dweight, dbias = backward(dy, *saved, shape, wanted)
-    grads = {"weight": dweight, "bias": dbias}
-    return ({name: grads[name] for name in names} if params else None), dx if x else None
+    dx, *grads = backward(dy, *saved, shape, wanted)
+    return dict(zip(names, grads, strict=False)) if params else None, dx if x else None
 
 
 def layer_norm(
@@ -104,97 +89,86 @@ def layer_norm(
     """
     if isinstance(normalized_shape, int):
         normalized_shape = (normalized_shape,)
-    if eps < 0:
-        raise ValueError(f"layer_norm: eps must be >= 0, got {eps}")
-    fixed = None if normalized_shape is None else tuple(normalized_shape)
+    require(eps >= 0, f"layer_norm: eps must be >= 0, got {eps}")
     names = () if not elementwise_affine else ("weight", "bias") if bias else ("weight",)
+    start = {"weight": ones(), "bias": zeros()}
+
+    def shape_of(x: Tensor) -> tuple[int, ...]:
+        return tuple(x.shape[-1:] if normalized_shape is None else normalized_shape)
 
     @declare
     def init(x: Tensor) -> dict[str, Param]:
         require_floating(x)
-        shape = tuple(x.shape[-1:]) if fixed is None else fixed
-        if not shape or tuple(x.shape[-len(shape) :]) != shape:
-            raise ValueError(f"expects last dimensions {shape or '(n,)'}, got {tuple(x.shape)}")
-        start = {"weight": ones(), "bias": zeros()}
+        shape, got = shape_of(x), tuple(x.shape)
+        fits = shape and got[-len(shape) :] == shape
+        require(fits, f"expects last dimensions {shape or '(n,)'}, got {got}")
         of_x = (slice(None), "last dimensions {}")
         return {name: Param(shape, start[name], dtype, wide=True, of_x=of_x) for name in names}
 
-    def normalize(params: Params, x: Tensor) -> tuple[tuple[int, ...], Tensor, Tensor, Tensor]:
-        shape = tuple(x.shape[-1:]) if fixed is None else fixed
-        weight, bias = params.get("weight"), params.get("bias")
-        return shape, *torch.native_layer_norm(x, shape, weight, bias, eps)
-
-    def apply(params: Params, x: Tensor) -> Tensor:
-        return normalize(params, x)[1]
-
-    def vjp(params: Params, x: Tensor) -> tuple[Tensor, Pullback]:
-        shape, y, mean, rstd = normalize(params, x)
+    def forward(params: Params, x: Tensor, state: Params, key: Key, train: bool) -> Forward:
+        shape, weight, bias = shape_of(x), params.get("weight"), params.get("bias")
+        y, mean, rstd = torch.native_layer_norm(x, shape, weight, bias, eps)
         residuals = {"x": x, "mean": mean, "rstd": rstd, **params}
-        return y, Pullback(layer_norm_rule, residuals, (shape, names))
+        return y, Pullback(layer_norm_rule, residuals, (shape, names)), state
 
-    return stateless(init, apply, vjp)
+    return stateful(init, forward)
 
 
-def _by_channel(leaf: Tensor, x: Tensor) -> Tensor:
+def _by_channel(leaf: Any, x: Tensor) -> Any:
     """A tensor of shape (channels,), dimension 1 of x, so that it broadcasts against x."""
-    return leaf.reshape(-1, *[1] * (x.dim() - 2))
+    return None if leaf is None else leaf.reshape(-1, *[1] * (x.dim() - 2))
 
 
 def _other_dims(x: Tensor) -> list[int]:
     return [dim for dim in range(x.dim()) if dim != 1]
 
 
-@with_kernel(
-    lambda dy, x, weight, mean, rstd, wanted: aten.native_batch_norm_backward(
-        dy, x, weight, None, None, mean, rstd, True, 0.0, wanted
-    )
-)
+def _batch_norm_kernel(
+    dy: Tensor, x: Tensor, weight: Any, mean: Tensor, rstd: Tensor, wanted: Any
+) -> Any:
+    running = (None, None)
+    return aten.native_batch_norm_backward(dy, x, weight, *running, mean, rstd, True, 0.0, wanted)
+
+
+@with_kernel(_batch_norm_kernel)
 def batch_norm_backward(
-    dy: Tensor, x: Tensor, weight: Tensor | None, mean: Tensor, rstd: Tensor, wanted: Wanted
-) -> Grads:
-    """`layer_norm_backward` by channel: mean and rstd are those of the batch."""
-    dims = _other_dims(x)
-    n = (x - _by_channel(mean, x)) * _by_channel(rstd, x)
-    dn = dy if weight is None else dy * _by_channel(weight, x)
-    return (
-        normalize_backward(dn, n, _by_channel(rstd, x), dims).to(x.dtype) if wanted[0] else None,
-        (dy * n).sum(dims).to(mean.dtype) if wanted[1] else None,
-        dy.sum(dims).to(mean.dtype) if wanted[2] else None,
-    )
+    dy: Tensor, x: Tensor, weight: Any, mean: Tensor, rstd: Tensor, wanted: Any
+) -> Any:
+    """`norm_backward` by channel."""
+    weight, mean, rstd = (_by_channel(leaf, x) for leaf in (weight, mean, rstd))
+    return norm_backward(dy, x, weight, mean, rstd, _other_dims(x), wanted)
 
 
-def batch_norm_rule(
-    residuals: dict[str, Tensor], dy: Tensor, affine: bool, *, params: bool, x: bool
-) -> tuple[Params | None, Tensor | None]:
-    """With the batch's statistics; see `batch_norm_backward`."""
-    inputs = residuals["x"]
+def batch_norm_rule(residuals: Any, dy: Tensor, affine: bool, *, params: bool, x: bool) -> Grads:
+    """With the batch's statistics; see `norm_backward`."""
+    inputs, learns = residuals["x"], params and affine
     if inputs.numel() == 0:  # the kernel divides by the number of values
-        zeros = {name: torch.zeros_like(residuals["mean"]) for name in ("weight", "bias")}
-        return (zeros if affine else {}) if params else None, dy if x else None
-    saved = [residuals.get(name) for name in ("x", "weight", "mean", "rstd")]
-    backward = fastest(batch_norm_backward, dy, *residuals.values())
-    dx, dweight, dbias = backward(dy, *saved, (x, params and affine, params and affine))
-    dparams = {"weight": dweight, "bias": dbias} if affine else {}
+        nothing = torch.zeros_like(residuals["mean"])
+        dx, dweight, dbias = dy, nothing, nothing.clone()
+    else:
+        saved = [residuals.get(name) for name in ("x", "weight", "mean", "rstd")]
+        backward = fastest(batch_norm_backward, dy, *residuals.values())
+        dx, dweight, dbias = backward(dy, *saved, (x, learns, learns))
+    dparams = {"weight": dweight.flatten(), "bias": dbias.flatten()} if learns else {}
     return dparams if params else None, dx if x else None
 
 
 def frozen_batch_norm_rule(
-    residuals: dict[str, Tensor], dy: Tensor, eps: float, affine: bool, *, params: bool, x: bool
-) -> tuple[Params | None, Tensor | None]:
+    residuals: Any, dy: Tensor, eps: float, affine: bool, *, params: bool, x: bool
+) -> Grads:
     """With running statistics: ``dx = dy weight rstd``, ``dweight = sum dy n``, ``dbias = sum dy``,
     where ``rstd = 1 / sqrt(var + eps)`` and ``n = (x - mean) rstd``.
     """
-    inputs, mean, var = residuals["x"], residuals["mean"], residuals["var"]
-    rstd = (var + eps).rsqrt()
+    inputs, mean, weight = residuals["x"], residuals["mean"], residuals.get("weight")
+    rstd = (residuals["var"] + eps).rsqrt()
     dparams: dict[str, Tensor] = {}
     if params and affine:
-        dims = _other_dims(inputs)
         n = (inputs - _by_channel(mean, inputs)) * _by_channel(rstd, inputs)
-        dparams = {"weight": (dy * n).sum(dims), "bias": dy.sum(dims)}
-        dparams = {name: grad.to(residuals["weight"].dtype) for name, grad in dparams.items()}
-    scale = rstd * residuals["weight"] if affine else rstd
-    dx = (dy * _by_channel(scale, inputs)).to(dy.dtype) if x else None
-    return dparams if params else None, dx
+        sums = {"weight": dy * n, "bias": dy}
+        dims = _other_dims(inputs)
+        dparams = {name: each.sum(dims).to(weight.dtype) for name, each in sums.items()}
+    scale = _by_channel(rstd * weight if affine else rstd, inputs)
+    return dparams if params else None, (dy * scale).to(dy.dtype) if x else None
 
 
 def batch_norm(
@@ -241,16 +215,14 @@ def batch_norm(
     >>> state["running_mean"], state["running_var"], state["num_batches_tracked"]
     (tensor([0.2000]), tensor([1.1000]), tensor(1))
     """
-    if eps < 0:
-        raise ValueError(f"batch_norm: eps must be >= 0, got {eps}")
+    require(eps >= 0, f"batch_norm: eps must be >= 0, got {eps}")
 
     @declare
     def init(x: Tensor) -> dict[str, Param]:
         require_floating(x)
-        if x.dim() < 2:
-            raise ValueError(f"expects (batch, channels, *), got {tuple(x.shape)}")
-        kind: Any = {"dtype": dtype, "wide": True, "of_x": (0, "{} channels in dimension 1")}
-        shape = (x.shape[1],)
+        require(x.dim() >= 2, f"expects (batch, channels, *), got {tuple(x.shape)}")
+        shape, of_x = (x.shape[1],), (0, "{} channels in dimension 1")
+        kind: Any = {"dtype": dtype, "wide": True, "of_x": of_x}
         declared: dict[str, Param] = {}
         if affine:
             declared["weight"] = Param(shape, ones(), **kind)
@@ -265,25 +237,23 @@ def batch_norm(
         seen = state["num_batches_tracked"] + 1
         if x.numel() == 0:
             return {**state, "num_batches_tracked": seen}
-        running_mean, running_var = state["running_mean"], state["running_var"]
+        kind = state["running_mean"].dtype
         # The kernel's own statistics have no derivative.
-        var, mean = torch.var_mean(x.to(running_mean.dtype), _other_dims(x))
+        var, mean = torch.var_mean(x.to(kind), _other_dims(x))
         # Half precision cannot count far.
-        exact = torch.promote_types(running_mean.dtype, torch.float32)
+        exact = torch.promote_types(kind, torch.float32)
         rate = momentum if momentum is not None else seen.to(exact).reciprocal()
-        return {
-            "running_mean": ((1 - rate) * running_mean + rate * mean).to(running_mean.dtype),
-            "running_var": ((1 - rate) * running_var + rate * var).to(running_var.dtype),
-            "num_batches_tracked": seen,
+        batch = {"running_mean": mean, "running_var": var}
+        running = {name: (1 - rate) * state[name] + rate * new for name, new in batch.items()}
+        return {name: leaf.to(kind) for name, leaf in running.items()} | {
+            "num_batches_tracked": seen
         }
 
     def by_batch(params: Params, x: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
         """y and the batch's ``mean`` and ``rstd``."""
-        if x.numel() == x.shape[1] > 0:
-            raise ValueError(
-                f"batch_norm: needs more than one value per channel when train=True, "
-                f"got {tuple(x.shape)}"
-            )
+        several, got = x.numel() != x.shape[1] or x.numel() == 0, tuple(x.shape)
+        what = "batch_norm: needs more than one value per channel when train=True"
+        require(several, f"{what}, got {got}")
         weight, bias = params.get("weight"), params.get("bias")
         if x.numel() == 0:  # the kernel divides by the number of values
             nothing = x.new_zeros(x.shape[1], dtype=(x if weight is None else weight).dtype)
@@ -301,17 +271,16 @@ def batch_norm(
         y = torch.addcmul(_by_channel(shift, x), x, _by_channel(scale, x)).to(x.dtype)
         return y, {"mean": mean, "var": var}
 
-    def forward(
-        params: Params, x: Tensor, state: Params, key: Tensor | None, train: bool
-    ) -> tuple[Tensor, Pullback, Params]:
+    def forward(params: Params, x: Tensor, state: Params, key: Key, train: bool) -> Forward:
         weight = {"weight": params["weight"]} if affine else {}
+        rule: tuple[Any, Any]
         if train or not track_running_stats:
             y, statistics = by_batch(params, x)
-            if track_running_stats:
-                state = updated(state, x)
-            return y, Pullback(batch_norm_rule, {"x": x, **statistics, **weight}, (affine,)), state
-        y, statistics = by_running(params, x, state)
-        residuals = {"x": x, **statistics, **weight}
-        return y, Pullback(frozen_batch_norm_rule, residuals, (eps, affine)), state
+            state = updated(state, x) if track_running_stats else state
+            rule = (batch_norm_rule, (affine,))
+        else:
+            y, statistics = by_running(params, x, state)
+            rule = (frozen_batch_norm_rule, (eps, affine))
+        return y, Pullback(rule[0], {"x": x, **statistics, **weight}, rule[1]), state
 
     return stateful(init, forward)

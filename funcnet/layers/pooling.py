@@ -1,14 +1,12 @@
 """Pooling: a layer whose residual is where the values came from."""
 
-from typing import Any
-
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from funcnet.core import EMPTY, Layer, Params
+from funcnet.core import Layer
 from funcnet.layers.conv import Pair, pair, require_images
-from funcnet.lift import parameterless
+from funcnet.lift import Step, parameterless
 
 
 def max_pool2d_backward(
@@ -51,14 +49,9 @@ def max_pool2d(
     padding = pair("max_pool2d: padding", padding, 0)
     dilation = pair("max_pool2d: dilation", dilation, 1)
 
-    def declaration(x: Tensor) -> Params:
-        require_images(x)
-        return EMPTY
-
-    def forward(x: Tensor) -> tuple[Any, dict[str, Tensor], tuple[Any, ...]]:
-        y, indices = F.max_pool2d(
-            x, kernel, stride, padding, dilation, ceil_mode, return_indices=True
-        )
+    def forward(x: Tensor) -> Step:
+        window = (kernel, stride, padding, dilation, ceil_mode)
+        y, indices = F.max_pool2d(x, *window, return_indices=True)
         return (y, indices) if return_indices else y, {"indices": indices}, (tuple(x.shape),)
 
-    return parameterless(forward, max_pool2d_backward, declaration=declaration)
+    return parameterless(forward, max_pool2d_backward, declaration=require_images)

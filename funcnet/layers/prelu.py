@@ -5,34 +5,24 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from funcnet import tree
-from funcnet.core import Layer, Params, Pullback
+from funcnet.core import Grads, Layer, Params, Pullback, require
 from funcnet.initializers import constant
 from funcnet.lift import require_floating, stateless
 from funcnet.params import Param, declare
 
 
-def prelu_rule(
-    residuals: dict[str, Tensor], dy: Tensor, *, params: bool, x: bool
-) -> tuple[Params | None, Tensor | None]:
+def prelu_rule(residuals: dict[str, Tensor], dy: Tensor, *, params: bool, x: bool) -> Grads:
     """``dx = dy [x > 0] + weight dy [x <= 0]``, ``dweight = sum dy x [x <= 0]`` by channel."""
     inputs, weight = residuals["x"], residuals["weight"]
+    # One slope is for all, several are for dimension 1.
+    single = weight.numel() == 1
+    slope = weight.reshape([1] * inputs.dim() if single else [-1] + [1] * (inputs.dim() - 2))
     positive = inputs > 0
     dparams = None
     if params:
         by_slope = torch.where(positive, 0.0, dy * inputs)
-        channelwise = weight.shape[0] > 1
-        dims = [dim for dim in range(inputs.dim()) if not (channelwise and dim == 1)]
-        dweight = by_slope.sum(dims) if dims else by_slope
-        dparams = {"weight": dweight.reshape(weight.shape)}
-    dx = torch.where(positive, dy, dy * _along_channels(weight, inputs)) if x else None
-    return dparams, dx
-
-
-def _along_channels(weight: Tensor, x: Tensor) -> Tensor:
-    """A weight by channel, dimension 1, in a shape that broadcasts against x."""
-    if weight.shape[0] > 1:
-        return weight.reshape(-1, *[1] * (x.dim() - 2))
-    return weight.reshape([1] * x.dim())
+        dparams = {"weight": by_slope.sum_to_size(slope.shape).reshape(weight.shape)}
+    return dparams, torch.where(positive, dy, dy * slope) if x else None
 
 
 def prelu(
@@ -52,16 +42,15 @@ def prelu(
     >>> prelu().apply({"weight": torch.tensor([0.1])}, torch.tensor([-1.0, 2.0]))[0]
     tensor([-0.1000,  2.0000])
     """
-    if num_parameters < 1:
-        raise ValueError(f"prelu: num_parameters must be at least 1, got {num_parameters}")
+    least = f"prelu: num_parameters must be at least 1, got {num_parameters}"
+    require(num_parameters >= 1, least)
 
     @declare
     def start(x: Tensor) -> dict[str, Param]:
         require_floating(x)
-        if num_parameters > 1 and (x.dim() < 2 or x.shape[1] != num_parameters):
-            raise ValueError(
-                f"weight expects {num_parameters} channels in dimension 1, got {tree.describe(x)}"
-            )
+        fits = num_parameters in (1, *x.shape[1:2])
+        got = f"got {tree.describe(x)}"
+        require(fits, f"weight expects {num_parameters} channels in dimension 1, {got}")
         return {"weight": Param((num_parameters,), constant(init), dtype)}
 
     def apply(params: Params, x: Tensor) -> Tensor:

@@ -12,10 +12,7 @@ from torch import Tensor
 
 from funcnet import tree
 from funcnet.core import EMPTY, Layer, Params
-from funcnet.lift import accept_any, parameterless
-
-Step = tuple[Any, dict[str, Any], tuple[Any, ...]]
-"""y, its residuals, of which these layers have none, and what backward is told beside dy."""
+from funcnet.lift import Step, accept_any, parameterless
 
 
 def identity() -> Layer:

@@ -1,15 +1,11 @@
 """Softmax and its logarithm: each value depends on all along one dimension."""
 
-from typing import Any
-
 import torch
 from torch import Tensor
 
 from funcnet import runtime
 from funcnet.core import Layer
-from funcnet.lift import parameterless, with_kernel
-
-Step = tuple[Tensor, dict[str, Tensor], tuple[Any, ...]]
+from funcnet.lift import Step, parameterless, with_kernel
 
 
 @with_kernel(lambda dy, dim, y: runtime.softmax_backward(dy, y, dim, y.dtype))

@@ -1,16 +1,13 @@
 """Layers from and to tuples: what `branch` and `parallel` are joined with."""
 
 from functools import reduce
-from typing import Any
 
 import torch
 from torch import Tensor
 
 from funcnet import tree
 from funcnet.core import EMPTY, Layer, Params, Tree, sum_cotangents
-from funcnet.lift import accept_any, parameterless
-
-Step = tuple[Any, dict[str, Any], tuple[Any, ...]]
+from funcnet.lift import Step, accept_any, parameterless
 
 
 def _require_alike(x: tuple[Tensor, ...]) -> Params:

@@ -3,14 +3,12 @@
 from collections.abc import Callable, Collection
 from typing import Any
 
-from torch import Tensor
-
 from funcnet import tree
 from funcnet.combinators.combine import combine
 from funcnet.combinators.serial import serial, serial_backward, serial_forward
 from funcnet.compiler.loops import barrier
-from funcnet.core import Layer, Params, Pullback, Tree, join_paths, pull
-from funcnet.lift import lift
+from funcnet.core import Applied, Forward, Key, Layer, Params, Pullback, Tree, join_paths, pull
+from funcnet.lift import stateful
 
 Policy = Collection[str] | Callable[[str, Layer], bool]
 
@@ -111,25 +109,21 @@ def _in_groups(layer: Layer, path: str, keeps: Callable[[str, Layer], bool]) -> 
 
 
 def _whole(layer: Layer) -> Layer:
-    def apply(
-        params: Params, x: Tree, state: Params, key: Tensor | None, train: bool
-    ) -> tuple[Tree, Params]:
+    def apply(params: Params, x: Tree, state: Params, key: Key, train: bool) -> Applied:
         return layer.apply(params, x, state, key=key, train=train)
 
-    def forward(
-        params: Params, x: Tree, state: Params, key: Tensor | None, train: bool
-    ) -> tuple[Tree, Pullback, Params]:
+    def forward(params: Params, x: Tree, state: Params, key: Key, train: bool) -> Forward:
         y, new_state = apply(params, x, state, key, train)
         kept = {"params": params, "x": x, "state": state}
         if key is not None and layer.takes_key:
             kept["key"] = key
         return y, Pullback(remat_rule, kept, (layer, train)), new_state
 
-    return lift(
-        "remat",
+    return stateful(
         layer.init,
-        apply,
         forward,
+        apply=apply,
+        name="remat",
         children={"": layer},
         rebuild=lambda children: _whole(children[""]),
         takes_key=layer.takes_key,

@@ -35,7 +35,7 @@ OPTIONS = {
     "deep_ensemble": ("--seed", "--members", "--epochs", "--output"),
     "population_sweep": (
         "--seed",
-        "--rounds",
+        "--repetitions",
         "--epochs",
         "--batch-sizes",
         "--activations",
@@ -123,7 +123,8 @@ def test_disk_classifier_learns(tmp_path: Path) -> None:
     ("program", "arguments"),
     [
         ("disk_classifier", ("--epochs", 0)),
-        ("report_tables", ()),
+        ("report_tables", ("--seeds", 0)),
+        ("report_tables", ("--table", "none")),
     ],
 )
 def test_wrong_options_are_refused(program: str, arguments: tuple[object, ...]) -> None:
@@ -139,31 +140,33 @@ def test_custom_loop_prints_losses_and_error() -> None:
     )
 
 
-@pytest.mark.parametrize(
-    ("table", "figure", "rows"),
-    [
-        ("activations", "activations.png", ("MSE   0.01 ", "MAE   0.05 ")),
-        ("pytorch", "pytorch.png", ("ReLU ", "LeakyReLU ", "  report ")),
-        ("losses", "losses.png", ("MSE_SGD ", "BCE_Adam ", "WS_MSE_Adam ", "  report ")),
-        ("batch-sizes", "batch_sizes.png", ("100    ReLU ", "200    Tanh ", "         report ")),
-    ],
-)
-def test_report_table_is_printed_and_drawn(
-    table: str, figure: str, rows: tuple[str, ...], tmp_path: Path
-) -> None:
-    printed = output_of(
-        "report_tables", "--table", table, "--seeds", 1, "--epochs", 1, "--output", tmp_path
-    )
+TABLES = {
+    "activations.png": ("MSE   0.01 ", "MAE   0.05 "),
+    "pytorch.png": ("ReLU ", "LeakyReLU ", "  report "),
+    "losses.png": ("MSE_SGD ", "BCE_Adam ", "WS_MSE_Adam ", "  report "),
+    "batch_sizes.png": ("100    ReLU ", "200    Tanh ", "         report "),
+}
+
+
+def test_report_tables_are_printed_and_drawn(tmp_path: Path) -> None:
+    printed = output_of("report_tables", "--seeds", 1, "--epochs", 1, "--output", tmp_path)
     lines = printed.splitlines()
-    for row in rows:
-        assert any(line.startswith(row) for line in lines), (row, printed)
-    assert re.search(r"\bpass\b|\bFAIL\b", printed)
+    for figure, rows in TABLES.items():
+        assert f"wrote {tmp_path / figure}" in lines
+        assert is_png(tmp_path / figure)
+        for row in rows:
+            assert any(line.startswith(row) for line in lines), (row, printed)
     assert " ± " in printed
-    assert is_png(tmp_path / figure)
-    if table == "pytorch":
-        for net in ("ReLU", "LeakyReLU"):
-            row = next(line for line in lines if line.startswith(net + " "))
-            assert row.endswith("pass"), f"parameters differ from PyTorch's: {row}"
+    for net in ("ReLU", "LeakyReLU"):
+        row = next(line for line in lines if line.startswith(net + " "))
+        assert row.endswith("pass"), f"parameters differ from PyTorch's: {row}"
+
+
+def test_one_report_table(tmp_path: Path) -> None:
+    options = ("--table", "activations", "--seeds", 2, "--epochs", 1, "--output", tmp_path)
+    printed = output_of("report_tables", *options)
+    assert re.search(r"\bpass\b|\bFAIL\b", printed)
+    assert [path.name for path in tmp_path.iterdir()] == ["activations.png"]
 
 
 @pytest.mark.parametrize(("label", "share"), [("in_disk", 0.5), ("out_of_annulus", 0.34)])
