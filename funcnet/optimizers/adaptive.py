@@ -151,5 +151,8 @@ def _at_least_float32(leaves: Any) -> Any:
 def _kernel_takes(*trees: Any) -> bool:
     """Whether PyTorch's kernel may run: it checks no strides and has no derivative."""
     leaves = [leaf for tree in trees for leaf in tree]
+    # First, as a function that jit compiles must not ask for strides.
+    if is_transformed(*leaves):
+        return False
     kinds = {(leaf.dtype, leaf.is_cpu, leaf.is_contiguous()) for leaf in leaves}
-    return len(kinds) == 1 and all(next(iter(kinds))[1:]) and not is_transformed(*leaves)
+    return len(kinds) == 1 and all(next(iter(kinds))[1:])

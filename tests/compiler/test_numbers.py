@@ -168,7 +168,7 @@ def interpreted():
     with pytest.MonkeyPatch.context() as patch, tempfile.TemporaryDirectory() as folder:
         patch.setenv("FUNCNET_CACHE_DIR", folder)
         patch.setattr("torch._inductor.compile", lambda graph, inputs: graph)
-        patch.setattr("funcnet.compiler.compiled.load", refuse)
+        patch.setattr("funcnet.compiler.compiled.Plan", refuse)
         yield
 
 

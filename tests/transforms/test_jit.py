@@ -512,7 +512,7 @@ def test_a_broken_file_on_disk_is_made_anew(tmp_path, monkeypatch):
 def interpreted(monkeypatch):
     """Staged programs whose segments are not compiled: for the logic of the stages."""
     monkeypatch.setattr("torch._inductor.compile", lambda graph, inputs: graph)
-    monkeypatch.setattr("funcnet.compiler.compiled.load", refuse)
+    monkeypatch.setattr("funcnet.compiler.compiled.Plan", refuse)
 
 
 def refuse(*args):
