@@ -176,8 +176,7 @@ class Pullback:
     >>> import funcnet as fn
     >>> y, pullback, _ = fn.tanh().vjp({}, torch.tensor([0.0, 1.0]))
     >>> pullback
-    Pullback(backward_rule, residuals=['y'],
-             static=(<function elementwise_backward at ...>, <function tanh_derivative at ...>))
+    Pullback(elementwise_rule, residuals=['y'], static=(<function tanh_derivative at ...>,))
     >>> pullback(torch.ones(2))
     ({}, tensor([1.0000, 0.4200]))
     >>> pullback(torch.ones(()))

@@ -272,15 +272,22 @@ def elementwise(
     if saves not in ("x", "y"):
         raise ValueError(f"elementwise: saves must be 'x' or 'y', got {saves!r}")
 
-    def forward(x: Tensor) -> Step:
+    def forward(params: Params, x: Tensor, state: Params, key: Key, train: bool) -> Forward:
         y = function(x, *options)
-        return y, {saves: x if saves == "x" else y}, (derivative, *options)
+        residuals = {saves: x if saves == "x" else y}
+        return y, Pullback(elementwise_rule, residuals, (derivative, *options)), state
 
-    return parameterless(forward, elementwise_backward, name=name or function.__name__)
+    name = name or function.__name__
+    return stateful(declare(require_floating), forward, name=name)
 
 
-def elementwise_backward(dy: Tensor, derivative: Any, *options: Any, **saved: Tensor) -> Tensor:
+def elementwise_rule(
+    residuals: Any, dy: Tensor, derivative: Any, *options: Any, params: bool, x: bool
+) -> Grads:
     """``dx = dy derivative(saved, *options)``."""
-    (value,) = saved.values()
-    kernel = kernel_of(derivative, dy, value)
-    return kernel(dy, value, *options) if kernel else dy * derivative(value, *options)
+    dx = None
+    if x:
+        (saved,) = residuals.values()
+        kernel = kernel_of(derivative, dy, saved)
+        dx = kernel(dy, saved, *options) if kernel else dy * derivative(saved, *options)
+    return ({} if params else None), dx

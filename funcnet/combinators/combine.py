@@ -9,7 +9,7 @@ them has no entry. A child's key is folded from the combinator's by the child's 
 layer changes no other layer's noise.
 """
 
-from collections.abc import Callable, Hashable, Mapping
+from collections.abc import Callable, Hashable, Iterable, Mapping
 from typing import Any, NamedTuple
 
 import torch
@@ -83,28 +83,39 @@ def combine(
     for child, slot in slots.items():
         slot.check(children[child], alone=len(children) == 1)
 
-    known_slots = tuple(slots.values())
+    known = tuple(slots.values())
+    named = all([slot.entry for slot in known])
 
     def init(key: Tensor, x: Tree) -> tuple[Params, Params]:
-        run = _Init(children, slots, key)
+        run = _Init(slots, children, key, {})
         try:
-            run.device = tree.device_of(x) if children else None
+            run.device = tree.device_of(x) if children else torch.device("meta")
         except ValueError as error:
             locate(error, f"{name}:")
             raise
         forward(run, tree.to_meta(x), *static)
         return run.params, run.new_state
 
+    def prepared(params: Params, state: Params, key: Key, train: bool) -> _Call:
+        _check_names(name, "params", params, children)
+        if state:
+            _check_names(name, "state", state, children)
+        run = _Call(slots, children, key, params)
+        run.state, run.train = state, train
+        return run
+
     def apply(params: Params, x: Tree, state: Params, key: Key, train: bool) -> Applied:
-        run = _Call(children, slots, key, params, state, train)
+        run = prepared(params, state, key, train)
         return forward(run, x, *static)[0], run.new_state
 
     def vjp(params: Params, x: Tree, state: Params, key: Key, train: bool) -> Forward:
-        run = _Call(children, slots, key, params, state, train, pullbacks={})
+        run = prepared(params, state, key, train)
+        run.pullbacks = kept = {}
         y, residuals = forward(run, x, *static)
-        kept = {**run.pullbacks, _OWN: residuals} if residuals else run.pullbacks
-        known = (backward, known_slots, frozenset(run.learned), static)
-        return y, Pullback(combine_rule, kept, known), run.new_state
+        if residuals:
+            kept = {**kept, _OWN: residuals}
+        learned = frozenset(params) if named else Slot.having(slots.values(), params)
+        return y, Pullback(combine_rule, kept, (backward, known, learned, static)), run.new_state
 
     return stateful(
         init,
@@ -180,6 +191,11 @@ class Slot(NamedTuple):
             return whole.get(self.entry, EMPTY)
         return {name: whole[name] for name in self.child if name in whole} if self.child else whole
 
+    @staticmethod
+    def having(slots: Iterable["Slot"], whole: Params) -> frozenset[Name]:
+        """The children that have a part of their parent's params."""
+        return frozenset([s.child for s in slots if s.entry in whole or s.own(whole)])
+
     def put(self, whole: dict[str, Any], own: Params) -> None:
         """Put the child's part into its parent's params or state, which are sparse."""
         if own:
@@ -189,42 +205,38 @@ class Slot(NamedTuple):
 class Run:
     """Runs the children of a combinator: ``run(child, x)`` is the output of a child."""
 
-    def __init__(self, children: Mapping[Any, Layer], slots: Mapping[Name, Slot], key: Any) -> None:
+    def __init__(
+        self, slots: Mapping[Name, Slot], children: Mapping[Any, Layer], key: Any, params: Any
+    ) -> None:
         self.names: Any = tuple(slots)
-        self.children, self.slots, self.key = children, slots, key
+        self.slots, self.children, self.key, self.params = slots, children, key, params
         self.new_state: dict[str, Any] = {}
         self.ran: set[Name] = set()
 
     def __call__(self, child: Name, x: Tree, use: int | None = None) -> Tree:
         """The output of a child; ``use`` tells several uses of one child apart."""
         slot = self.slots[child]
-        again = child in self.ran
-        self.ran.add(child)
         try:
-            if again and use is None:
-                raise ValueError("runs twice: tell the uses of a child apart by use=0, use=1, ...")
-            return self.output(slot, self.children[child], x, use, again)
+            return self.output(slot, self.children[child], x, use)
         except Exception as error:
             locate(error, slot.path(use))
             raise
 
-    def output(self, slot: Slot, layer: Layer, x: Tree, use: int | None, again: bool) -> Tree:
+    def output(self, slot: Slot, layer: Layer, x: Tree, use: int | None) -> Tree:
         raise NotImplementedError
 
 
 class _Init(Run):
     """Makes the params and state of each child, and finds its output on the meta device."""
 
-    def __init__(self, *known: Any) -> None:
-        super().__init__(*known)
-        self.device: Any = None
-        self.params: dict[str, Any] = {}
+    device: torch.device
 
-    def output(self, slot: Slot, layer: Layer, x: Tree, use: int | None, again: bool) -> Tree:
-        if not again:
+    def output(self, slot: Slot, layer: Layer, x: Tree, use: int | None) -> Tree:
+        if slot.child not in self.ran:
             params, state = layer.init(slot.key(self.key), tree.placeholder(x, self.device))
             slot.put(self.params, params)
             slot.put(self.new_state, state)
+            self.ran.add(slot.child)
         params, state = tree.to_meta((slot.own(self.params), slot.own(self.new_state)))
         noise = torch.empty(2, dtype=torch.int64, device="meta") if layer.takes_key else None
         return layer.apply(params, x, state, key=noise)[0]
@@ -233,34 +245,28 @@ class _Init(Run):
 class _Call(Run):
     """Applies each child, or, with a dict for the pullbacks, calls its vjp."""
 
-    def __init__(
-        self,
-        children: Any,
-        slots: Any,
-        key: Key,
-        params: Params,
-        state: Params,
-        train: bool,
-        pullbacks: Any = None,
-    ) -> None:
-        super().__init__(children, slots, key)
-        self.params, self.state, self.train, self.pullbacks = params, state, train, pullbacks
-        self.learned: list[Name] = []
-        _check_names("params", params, slots)
-        _check_names("state", state, slots)
+    state: Params
+    train: bool
+    pullbacks: dict[str, Pullback] | None = None
 
-    def output(self, slot: Slot, layer: Layer, x: Tree, use: int | None, again: bool) -> Tree:
-        params = slot.own(self.params)
+    def output(self, slot: Slot, layer: Layer, x: Tree, use: int | None) -> Tree:
+        entry = slot.entry
+        params = self.params.get(entry, EMPTY) if entry else slot.own(self.params)
         # A later use goes on from the state that the one before it left.
-        state = slot.own(self.new_state if again else self.state)
-        key = None if self.key is None or not layer.takes_key else slot.key(self.key, use)
+        state = slot.own(self.new_state if slot.child in self.ran else self.state)
+        key = self.key
+        if key is not None:
+            key = slot.key(key, use) if layer.takes_key else None
         if self.pullbacks is None:
             y, state = layer.apply(params, x, state, key=key, train=self.train)
         else:
             y, pullback, state = layer.vjp(params, x, state, key=key, train=self.train)
-            self.pullbacks[slot.pullback if use is None else f"{slot.pullback}.{use}"] = pullback
-            if params or slot.entry in self.params:
-                self.learned.append(slot.child)
+            call = slot.pullback if use is None else f"{slot.pullback}.{use}"
+            if call in self.pullbacks:
+                raise ValueError("runs twice: tell the uses of a child apart by use=0, use=1, ...")
+            self.pullbacks[call] = pullback
+        if use is not None:
+            self.ran.add(slot.child)
         if state:
             slot.put(self.new_state, state)
         return y
@@ -295,12 +301,11 @@ class Pull:
         return dx
 
 
-def _check_names(what: str, found: Params, slots: Mapping[Name, Slot]) -> None:
-    if isinstance(found, dict) and found.keys() <= slots.keys():
+def _check_names(parent: str, what: str, found: Params, children: Mapping[Any, Layer]) -> None:
+    if isinstance(found, dict) and found.keys() <= children.keys():
         return
-    parent = next(iter(slots.values()))[0] if slots else "a combinator"
     if not isinstance(found, Mapping):
         raise TypeError(f"{parent}: expects a dict of {what}, got {tree.describe(found)}")
-    names = {name for child in slots for name in ((child,) if isinstance(child, str) else child)}
+    names = {name for child in children for name in ((child,) if isinstance(child, str) else child)}
     if "" not in names and (extra := sorted(found.keys() - names)):
-        raise ValueError(f"{parent}: {what} has {extra}, but the layers are {list(slots)}")
+        raise ValueError(f"{parent}: {what} has {extra}, but the layers are {list(children)}")
