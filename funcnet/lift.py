@@ -109,9 +109,13 @@ def stateful(
     ...     return ({} if params else None), dy if x else None
     >>> def noise(std):
     ...     def forward(params, x, state, key, train):
-    ...         y = x + std * fn.random.normal(key, x.shape, x.dtype) if train else x
+    ...         y = x
+    ...         if train:
+    ...             y = x + std * fn.random.normal(key, x.shape, x.dtype, device=x.device)
     ...         return y, fn.Pullback(noise_rule, {}), {"calls": state["calls"] + 1}
-    ...     return fn.stateful(lambda key, x: ({}, {"calls": torch.tensor(0)}), forward, keyed=True)
+    ...     def init(key, x):
+    ...         return {}, {"calls": torch.zeros((), dtype=torch.int64, device=x.device)}
+    ...     return fn.stateful(init, forward, keyed=True)
     >>> noise(0.1).apply({}, torch.zeros(2), {"calls": torch.tensor(0)})
     (tensor([0., 0.]), {'calls': tensor(1)})
     """
@@ -274,7 +278,7 @@ def elementwise(
 
     def forward(params: Params, x: Tensor, state: Params, key: Key, train: bool) -> Forward:
         y = function(x, *options)
-        residuals = {saves: x if saves == "x" else y}
+        residuals: dict[str, Tensor] = {saves: x if saves == "x" else y}
         return y, Pullback(elementwise_rule, residuals, (derivative, *options)), state
 
     name = name or function.__name__

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from funcnet import runtime, tree
-from funcnet.core import Layer, Params, Pullback, Tree, map_layers
+from funcnet.core import Layer, Params, Pullback, Tree, map_layers, wrap
 
 
 class Row(NamedTuple):
@@ -50,7 +50,9 @@ def summary(model: Layer, x: Tree, *, train: bool = True) -> Summary:
     """Paths, output shapes, and the sizes of parameters, state and residuals, layer by layer.
 
     Residuals are what a training step keeps from the forward for the backward pass. A storage
-    counts once, for the layer that keeps it first; parameters, kept or not, count as parameters.
+    counts once, for the layer that keeps it first; parameters and state, kept or not, count as
+    such. A combinator has a row of its own where it keeps tensors beside those of its children,
+    and a `remat` has one for all that is in it.
 
     Args:
         model: any layer.
@@ -70,38 +72,47 @@ def summary(model: Layer, x: Tree, *, train: bool = True) -> Summary:
     example = tree.to_meta(x)
     key = torch.empty(2, dtype=torch.int64, device="meta")
     params, state = model.init(key, example)
-    counted = {runtime.storage_id(leaf) for leaf in tree.leaves(params)}
-    found: dict[str, Row] = {}
+    counted = {runtime.storage_id(leaf) for leaf in tree.leaves((params, state))}
+    listed: set[int] = set()
+    found: dict[tuple[str, str], Row] = {}
 
-    def observed(path: str, layer: Layer) -> Layer:
-        if layer.children:
-            return layer
+    def own(leaves: list[Tensor], seen: set[int]) -> list[Tensor]:
+        """The tensors whose storages have not been seen, which then have."""
+        fresh = {runtime.storage_id(leaf): leaf for leaf in leaves}
+        fresh = {storage: leaf for storage, leaf in fresh.items() if storage not in seen}
+        seen.update(fresh)
+        return list(fresh.values())
 
+    def watched(path: str, layer: Layer) -> Layer:
         def vjp(
             params: Params, x: Tree, state: Params, **options: Any
         ) -> tuple[Tree, Pullback, Params]:
             y, pullback, new_state = layer.vjp(params, x, state, **options)
-            residual_bytes = 0
-            for leaf in tree.leaves(pullback):
-                storage = runtime.storage_id(leaf)
-                if storage not in counted:
-                    counted.add(storage)
-                    residual_bytes += leaf.untyped_storage().nbytes()
+            kept = own(tree.leaves(pullback), counted)
+            residual_bytes = sum(leaf.untyped_storage().nbytes() for leaf in kept)
+            learned, states = tree.leaves(params), tree.leaves(state)
+            if layer.children:  # what they have is in their rows, if they ran
+                learned, states = own(learned, listed), own(states, listed)
+                if not (learned or states or kept):
+                    return y, pullback, new_state
+            listed.update(runtime.storage_id(leaf) for leaf in (*learned, *states))
             # A shared layer runs several times.
-            earlier = found[path].residual_bytes if path in found else 0
-            leaves = tree.leaves(params)
-            found[path] = Row(
+            earlier = found.get((path, layer.name))
+            found[path, layer.name] = Row(
                 path,
                 layer.name,
                 tree.describe(y),
-                sum(leaf.numel() for leaf in leaves),
-                _bytes(leaves),
-                _bytes(tree.leaves(state)),
-                earlier + residual_bytes,
+                sum(leaf.numel() for leaf in learned),
+                _bytes(learned),
+                _bytes(states),
+                residual_bytes + (earlier.residual_bytes if earlier else 0),
             )
             return y, pullback, new_state
 
         return layer._replace(vjp=vjp)
+
+    def observed(path: str, layer: Layer) -> Layer:
+        return wrap(layer, lambda layer: watched(path, layer))
 
     y, pullback, _ = map_layers(observed, model).vjp(params, example, state, key=key, train=train)
     del y, pullback  # until here no storage may be freed, and its address used again

@@ -48,19 +48,32 @@ def path_string(path: Sequence[Any]) -> str:
     return ".".join(str(entry) for entry in path)
 
 
-def to_dotted(tree: Mapping[str, Any]) -> dict[str, Tensor]:
-    """A parameter tree as a flat dict with dotted keys, those of torch's ``state_dict()``.
+def to_dotted(tree: Any) -> dict[str, Tensor]:
+    """A tree as a flat dict with dotted keys: of params, those of torch's ``state_dict()``.
+
+    Keys of dicts, fields of NamedTuples and indices of tuples and lists are the parts of a path.
 
     >>> to_dotted({"0": {"weight": torch.ones(1), "bias": torch.zeros(1)}})
     {'0.weight': tensor([1.]), '0.bias': tensor([0.])}
     """
     flat: dict[str, Tensor] = {}
-    for name, child in tree.items():
-        if isinstance(child, Mapping):
-            flat.update({f"{name}.{path}": leaf for path, leaf in to_dotted(child).items()})
-        else:
+    for name, child in _children(tree):
+        if _children(child) is None:
             flat[name] = child
+        else:
+            flat.update({f"{name}.{path}": leaf for path, leaf in to_dotted(child).items()})
     return flat
+
+
+def _children(tree: Any) -> Any:
+    """The named parts of a dict, NamedTuple, tuple or list; None for a leaf."""
+    if isinstance(tree, Mapping):
+        return tree.items()
+    if isinstance(tree, (tuple, list)):
+        return zip(
+            getattr(tree, "_fields", None) or [str(i) for i in range(len(tree))], tree, strict=True
+        )
+    return None
 
 
 def from_dotted(flat: Mapping[str, Tensor]) -> dict[str, Any]:

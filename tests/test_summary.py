@@ -88,3 +88,48 @@ def test_the_table_has_a_line_for_each_row_and_the_total():
     lines = repr(fn.summary(NET, X)).splitlines()
     assert len(lines) == 8 + 4
     assert lines[-1].split()[0] == "total"
+
+
+def held(net, x):
+    """The bytes of the distinct storages of a pullback, less those of the params."""
+    params, state = net.init(fn.key(0), x)
+    _, pullback, _ = net.vjp(params, x, state, key=fn.key(1), train=True)
+    owned = {leaf.untyped_storage()._cdata for leaf in fn.tree.leaves((params, state))}
+    storages = {leaf.untyped_storage()._cdata: leaf for leaf in fn.tree.leaves(pullback)}
+    return sum(
+        leaf.untyped_storage().nbytes() for key, leaf in storages.items() if key not in owned
+    )
+
+
+def gated_forward(run, x):
+    gate, value = run("gate", x), run("value", x)
+    return gate * value, {"gate": gate, "value": value}
+
+
+def gated_backward(pull, dy, residuals):
+    dx_gate = pull("gate", dy * residuals["value"], needed=pull.x)
+    dx_value = pull("value", dy * residuals["gate"], needed=pull.x)
+    return fn.sum_cotangents(dx_gate, dx_value)
+
+
+def gated(gate, value):
+    return fn.combine("gated", {"gate": gate, "value": value}, gated_forward, gated_backward)
+
+
+@pytest.mark.parametrize(
+    "make",
+    [
+        lambda: gated(fn.linear(3), fn.linear(3)),
+        lambda: fn.serial(gated(fn.serial(fn.linear(9), fn.tanh()), fn.linear(9)), fn.linear(2)),
+        lambda: fn.remat(fn.serial(fn.linear(4), fn.batch_norm(), fn.tanh())),
+        lambda: fn.serial(fn.remat(fn.serial(fn.linear(4), fn.tanh())), fn.linear(2)),
+        lambda: fn.remat(fn.serial(fn.linear(4), fn.tanh(), fn.linear(2)), policy=["1"]),
+        lambda: fn.remat(fn.serial(gated(fn.linear(4), fn.linear(4))), policy=["0.gate"]),
+    ],
+)
+def test_the_total_is_what_a_combinator_or_a_remat_holds(make):
+    net, x = make(), torch.ones(10, 3)
+    params, _ = net.init(fn.key(0), x)
+    total = fn.summary(net, x).total
+    assert total.params == sum(leaf.numel() for leaf in fn.tree.leaves(params))
+    assert total.residual_bytes == held(net, x)

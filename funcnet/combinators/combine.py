@@ -87,7 +87,7 @@ def combine(
     named = all([slot.entry for slot in known])
 
     def init(key: Tensor, x: Tree) -> tuple[Params, Params]:
-        run = _Init(slots, children, key, {})
+        run = _Init(slots, children, {}, {}, key, False, None)
         try:
             run.device = tree.device_of(x) if children else torch.device("meta")
         except ValueError as error:
@@ -96,25 +96,19 @@ def combine(
         forward(run, tree.to_meta(x), *static)
         return run.params, run.new_state
 
-    def prepared(params: Params, state: Params, key: Key, train: bool) -> _Call:
-        _check_names(name, "params", params, children)
-        if state:
-            _check_names(name, "state", state, children)
-        run = _Call(slots, children, key, params)
-        run.state, run.train = state, train
-        return run
-
     def apply(params: Params, x: Tree, state: Params, key: Key, train: bool) -> Applied:
-        run = prepared(params, state, key, train)
+        _check_names(name, params, state, children)
+        run = Run(slots, children, params, state, key, train, None)
         return forward(run, x, *static)[0], run.new_state
 
     def vjp(params: Params, x: Tree, state: Params, key: Key, train: bool) -> Forward:
-        run = prepared(params, state, key, train)
-        run.pullbacks = kept = {}
+        _check_names(name, params, state, children)
+        kept: dict[str, Any] = {}
+        run = Run(slots, children, params, state, key, train, kept)
         y, residuals = forward(run, x, *static)
         if residuals:
-            kept = {**kept, _OWN: residuals}
-        learned = frozenset(params) if named else Slot.having(slots.values(), params)
+            kept[_OWN] = residuals
+        learned = frozenset(params) if named else Slot.having(known, params)
         return y, Pullback(combine_rule, kept, (backward, known, learned, static)), run.new_state
 
     return stateful(
@@ -203,27 +197,53 @@ class Slot(NamedTuple):
 
 
 class Run:
-    """Runs the children of a combinator: ``run(child, x)`` is the output of a child."""
+    """Runs the children of a combinator: ``run(child, x)`` is the output of a child.
+
+    It applies each child or, with a dict for the pullbacks, calls its vjp.
+    """
 
     def __init__(
-        self, slots: Mapping[Name, Slot], children: Mapping[Any, Layer], key: Any, params: Any
+        self,
+        slots: Mapping[Any, Slot],
+        children: Mapping[Any, Layer],
+        params: Any,
+        state: Params,
+        key: Any,
+        train: bool,
+        pullbacks: dict[str, Pullback] | None,
     ) -> None:
         self.names: Any = tuple(slots)
-        self.slots, self.children, self.key, self.params = slots, children, key, params
+        self.slots, self.children = slots, children
+        self.params, self.state, self.key, self.train = params, state, key, train
+        self.pullbacks = pullbacks
         self.new_state: dict[str, Any] = {}
-        self.ran: set[Name] = set()
 
     def __call__(self, child: Name, x: Tree, use: int | None = None) -> Tree:
         """The output of a child; ``use`` tells several uses of one child apart."""
-        slot = self.slots[child]
+        if child not in self.slots:
+            raise ValueError(f"no child is called {child!r}, only {list(self.slots)}")
+        slot, layer, key = self.slots[child], self.children[child], self.key
         try:
-            return self.output(slot, self.children[child], x, use)
+            params = self.params.get(child, EMPTY) if slot.entry else slot.own(self.params)
+            # A later use goes on from the state that the one before it left.
+            state = slot.own(self.new_state if use else self.state)
+            if key is not None:
+                key = slot.key(key, use) if layer.takes_key else None
+            if self.pullbacks is None:
+                y, state = layer.apply(params, x, state, key=key, train=self.train)
+            else:
+                call = slot.pullback if use is None else f"{slot.pullback}.{use}"
+                if call in self.pullbacks:
+                    raise ValueError("runs twice: tell the uses apart by use=0, use=1, ...")
+                y, self.pullbacks[call], state = layer.vjp(
+                    params, x, state, key=key, train=self.train
+                )
         except Exception as error:
             locate(error, slot.path(use))
             raise
-
-    def output(self, slot: Slot, layer: Layer, x: Tree, use: int | None) -> Tree:
-        raise NotImplementedError
+        if state:
+            slot.put(self.new_state, state)
+        return y
 
 
 class _Init(Run):
@@ -231,45 +251,19 @@ class _Init(Run):
 
     device: torch.device
 
-    def output(self, slot: Slot, layer: Layer, x: Tree, use: int | None) -> Tree:
-        if slot.child not in self.ran:
-            params, state = layer.init(slot.key(self.key), tree.placeholder(x, self.device))
-            slot.put(self.params, params)
-            slot.put(self.new_state, state)
-            self.ran.add(slot.child)
-        params, state = tree.to_meta((slot.own(self.params), slot.own(self.new_state)))
-        noise = torch.empty(2, dtype=torch.int64, device="meta") if layer.takes_key else None
-        return layer.apply(params, x, state, key=noise)[0]
-
-
-class _Call(Run):
-    """Applies each child, or, with a dict for the pullbacks, calls its vjp."""
-
-    state: Params
-    train: bool
-    pullbacks: dict[str, Pullback] | None = None
-
-    def output(self, slot: Slot, layer: Layer, x: Tree, use: int | None) -> Tree:
-        entry = slot.entry
-        params = self.params.get(entry, EMPTY) if entry else slot.own(self.params)
-        # A later use goes on from the state that the one before it left.
-        state = slot.own(self.new_state if slot.child in self.ran else self.state)
-        key = self.key
-        if key is not None:
-            key = slot.key(key, use) if layer.takes_key else None
-        if self.pullbacks is None:
-            y, state = layer.apply(params, x, state, key=key, train=self.train)
-        else:
-            y, pullback, state = layer.vjp(params, x, state, key=key, train=self.train)
-            call = slot.pullback if use is None else f"{slot.pullback}.{use}"
-            if call in self.pullbacks:
-                raise ValueError("runs twice: tell the uses of a child apart by use=0, use=1, ...")
-            self.pullbacks[call] = pullback
-        if use is not None:
-            self.ran.add(slot.child)
-        if state:
-            slot.put(self.new_state, state)
-        return y
+    def __call__(self, child: Name, x: Tree, use: int | None = None) -> Tree:
+        slot, layer = self.slots[child], self.children[child]
+        try:
+            if not use:
+                params, state = layer.init(slot.key(self.key), tree.placeholder(x, self.device))
+                slot.put(self.params, params)
+                slot.put(self.new_state, state)
+            params, state = tree.to_meta((slot.own(self.params), slot.own(self.new_state)))
+            noise = torch.empty(2, dtype=torch.int64, device="meta") if layer.takes_key else None
+            return layer.apply(params, x, state, key=noise)[0]
+        except Exception as error:
+            locate(error, slot.path(use))
+            raise
 
 
 class Pull:
@@ -287,6 +281,8 @@ class Pull:
 
     def __call__(self, child: Name, dy: Tree, use: int | None = None, needed: bool = True) -> Tree:
         """The child's dx, None where it is not ``needed``; its dparams are kept."""
+        if child not in self.slots:
+            raise ValueError(f"no child is called {child!r}, only {list(self.slots)}")
         slot, learns = self.slots[child], child in self.learned
         try:
             call = slot.pullback if use is None else f"{slot.pullback}.{use}"
@@ -294,18 +290,22 @@ class Pull:
         except Exception as error:
             locate(error, slot.path(use))
             raise
-        if learns:
-            before = slot.own(self.dparams) if use is not None else EMPTY
+        if learns and slot.entry and not use:
+            self.dparams[slot.entry] = dparams
+        elif learns:
+            before = slot.own(self.dparams) if use else EMPTY
             dparams = sum_cotangents(before, dparams) if before else dparams
             self.dparams.update({slot.entry: dparams} if slot.entry else dparams)
         return dx
 
 
-def _check_names(parent: str, what: str, found: Params, children: Mapping[Any, Layer]) -> None:
-    if isinstance(found, dict) and found.keys() <= children.keys():
-        return
-    if not isinstance(found, Mapping):
-        raise TypeError(f"{parent}: expects a dict of {what}, got {tree.describe(found)}")
-    names = {name for child in children for name in ((child,) if isinstance(child, str) else child)}
-    if "" not in names and (extra := sorted(found.keys() - names)):
-        raise ValueError(f"{parent}: {what} has {extra}, but the layers are {list(children)}")
+def _check_names(parent: str, params: Params, state: Params, children: Mapping[Any, Layer]) -> None:
+    for what, found in (("params", params), ("state", state)):
+        if isinstance(found, dict) and found.keys() <= children.keys():
+            continue
+        if not isinstance(found, Mapping):
+            raise TypeError(f"{parent}: expects a dict of {what}, got {tree.describe(found)}")
+        groups = [(child,) if isinstance(child, str) else child for child in children]
+        names = {name for group in groups for name in group}
+        if "" not in names and (extra := sorted(found.keys() - names)):
+            raise ValueError(f"{parent}: {what} has {extra}, but the layers are {list(children)}")

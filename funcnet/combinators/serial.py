@@ -16,15 +16,13 @@ def serial_forward(run: Run, x: Tree) -> tuple[Tree, Mapping[str, Tree]]:
 
 def serial_backward(pull: Pull, dy: Tree, residuals: Mapping[str, Tree]) -> Tree:
     """The pullbacks from the last child to the first that is needed."""
-    learned = [index for index, child in enumerate(pull.names) if child in pull.learned]
-    first = learned[0] if learned else len(pull.names)
-    for index in reversed(range(0 if pull.x else first, len(pull.names))):
-        child = pull.names[index]
-        dy = pull(child, dy, needed=pull.x or index > first)
+    names, x = pull.names, pull.x
+    first = next((i for i, child in enumerate(names) if child in pull.learned), len(names))
+    for index in range(len(names) - 1, -1 if x else first - 1, -1):
+        dy = pull(names[index], dy, needed=x or index > first)
         if dy is None and index > first:
-            raise TypeError(
-                f"serial[{child!r}] passes no cotangent to the layers before it, which have params"
-            )
+            what = "passes no cotangent to the layers before it, which have params"
+            raise TypeError(f"serial[{names[index]!r}] {what}")
     return dy
 
 

@@ -1,19 +1,22 @@
-"""Losses of a prediction of numbers: `mse`, `mae`, `huber`, `smooth_l1`."""
+"""Losses of a prediction of numbers: `mse`, `mae`, `huber`, `smooth_l1`.
+
+`mse` keeps the error, of which its gradient is a multiple; the others are pointwise.
+"""
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from funcnet.core import Loss
+from funcnet.core import Loss, LossPullback
+from funcnet.losses.checks import check_pair
 from funcnet.losses.lift import pointwise
+from funcnet.losses.reductions import check_reduction, divided, divisor, reduced
 
 
-def _squared_error(prediction: Tensor, target: Tensor) -> Tensor:
-    return (prediction - target).square()
-
-
-def _squared_error_derivative(prediction: Tensor, target: Tensor) -> Tensor:
-    return 2 * (prediction - target)
+def mse_rule(residuals: dict[str, Tensor], dvalue: Tensor | float, reduction: str) -> Tensor:
+    """``dprediction = 2 d (prediction - target) / n``."""
+    error = residuals["error"]
+    return error * divided(2 * dvalue, divisor(error, reduction))
 
 
 def mse(reduction: str = "mean") -> Loss:
@@ -29,10 +32,18 @@ def mse(reduction: str = "mean") -> Loss:
     >>> value, pullback()
     (tensor(2.5000), tensor([1., 2.]))
     """
-    reductions = ("mean", "sum", "half_mean")
-    return pointwise(
-        _squared_error, _squared_error_derivative, reduction, reductions=reductions, name="mse"
-    )
+    check_reduction("mse", reduction, ("mean", "sum", "half_mean"))
+
+    def vjp(prediction: Tensor, target: Tensor) -> tuple[Tensor, LossPullback]:
+        check_pair("mse", prediction, target)
+        error = prediction - target
+        value = reduced(error.square(), reduction)
+        return value, LossPullback(mse_rule, {"error": error}, (reduction,))
+
+    def apply(prediction: Tensor, target: Tensor) -> Tensor:
+        return vjp(prediction, target)[0]
+
+    return Loss(apply, vjp)
 
 
 def _absolute_error(prediction: Tensor, target: Tensor) -> Tensor:

@@ -122,18 +122,19 @@ def scaled_adam(betas: tuple[float, float], eps: float, amsgrad: bool, factor: f
         g, m, v, v_max = map(_at_least_float32, (g, *state[1:]))
         m = torch.lerp(m, g, 1.0 - b1)  # b1 m + (1 - b1) g
         v = torch.addcmul(b2 * v, g, g, value=1.0 - b2)
-        v_max = v_max and torch.maximum(v_max, v)
+        v_max = torch.maximum(v_max, v) if amsgrad else v_max
         # m / (1 - b1^t) / (sqrt(v / (1 - b2^t)) + eps), with one division an element
         t = state.step.double()
         correction = 1.0 - b1**t
         spread = correction / (1.0 - b2**t).sqrt()
-        direction = m / (_sqrt(v_max or v) * spread + correction * eps)
+        direction = m / (_sqrt(v_max if amsgrad else v) * spread + correction * eps)
         # Times a 1 would be another operation on every leaf.
         scaled = direction if factor == 1.0 else factor * direction
         return scaled, AdamState(state.step, m, v, v_max)
 
     def by_kernel(g: Any, state: AdamState) -> tuple[Any, AdamState]:
-        m, v, v_max = (leaves and leaves.clone() for leaves in state[1:])
+        m, v = state.mu.clone(), state.nu.clone()
+        v_max = state.nu_max.clone() if amsgrad else ()
         direction = [torch.zeros_like(leaf) for leaf in g]
         lists = (direction, *map(list, (g, m, v, v_max)), [state.step.float()] * len(direction))
         # From params of 0 and with a learning rate of -factor the kernel steps to the direction.
@@ -145,7 +146,9 @@ def scaled_adam(betas: tuple[float, float], eps: float, amsgrad: bool, factor: f
 
 def _at_least_float32(leaves: Any) -> Any:
     half = (torch.float16, torch.bfloat16)
-    return leaves and Leaves([leaf.float() if leaf.dtype in half else leaf for leaf in leaves])
+    if not isinstance(leaves, Leaves):
+        return leaves
+    return Leaves([leaf.float() if leaf.dtype in half else leaf for leaf in leaves])
 
 
 def _kernel_takes(*trees: Any) -> bool:

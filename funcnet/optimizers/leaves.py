@@ -25,12 +25,19 @@ class Leaves:
     """
 
     __slots__ = ("tensors",)
+    __hash__ = object.__hash__
 
     def __init__(self, tensors: list[Tensor]) -> None:
         self.tensors = tensors
 
     def __iter__(self) -> Iterator[Tensor]:
         return iter(self.tensors)
+
+    def __bool__(self) -> bool:
+        raise TypeError(
+            "a formula is for all leaves at once, and so has no if, and, or, not, min and max: "
+            "use torch.where, &, |, ~, torch.minimum and torch.maximum"
+        )
 
     def __getattr__(self, name: str) -> Callable[..., "Leaves"]:
         method = None if name.startswith("_") or name.endswith("_") else getattr(Tensor, name, None)
@@ -55,7 +62,7 @@ def _operator(name: str) -> Callable[..., Leaves]:
 
 for _name in (
     *("add", "radd", "sub", "rsub", "mul", "rmul", "truediv", "rtruediv", "pow"),
-    *("lt", "le", "gt", "ge", "and", "or", "neg", "abs"),
+    *("lt", "le", "gt", "ge", "eq", "ne", "and", "or", "invert", "neg", "abs"),
 ):
     setattr(Leaves, f"__{_name}__", _operator(_name))
 
