@@ -192,4 +192,6 @@ def _explain_one(layer: str, name: str, entry: Param, leaf: Any, x: Tree) -> Non
             size: Any = leaf.shape[index]
             words = words.format(tuple(size) if isinstance(index, slice) else size)
             raise ValueError(f"{layer}: {name} expects {words}, got {tuple(x.shape)}")
-    raise ValueError(f"{layer}: expects a {name} of shape {entry.shape}, got {tuple(leaf.shape)}")
+    raise ValueError(
+        f"{layer}: expects a {name} of shape {tuple(entry.shape)}, got {tuple(leaf.shape)}"
+    )

@@ -217,6 +217,7 @@ class Run:
         self.params, self.state, self.key, self.train = params, state, key, train
         self.pullbacks = pullbacks
         self.new_state: dict[str, Any] = {}
+        self.ran: set[Name] = set()  # the children that may run again
 
     def __call__(self, child: Name, x: Tree, use: int | None = None) -> Tree:
         """The output of a child; ``use`` tells several uses of one child apart."""
@@ -226,7 +227,8 @@ class Run:
         try:
             params = self.params.get(child, EMPTY) if slot.entry else slot.own(self.params)
             # A later use goes on from the state that the one before it left.
-            state = slot.own(self.new_state if use else self.state)
+            later = use is not None and child in self.ran
+            state = slot.own(self.new_state if later else self.state)
             if key is not None:
                 key = slot.key(key, use) if layer.takes_key else None
             if self.pullbacks is None:
@@ -243,6 +245,8 @@ class Run:
             raise
         if state:
             slot.put(self.new_state, state)
+        if use is not None:
+            self.ran.add(child)
         return y
 
 
@@ -254,7 +258,8 @@ class _Init(Run):
     def __call__(self, child: Name, x: Tree, use: int | None = None) -> Tree:
         slot, layer = self.slots[child], self.children[child]
         try:
-            if not use:
+            if child not in self.ran:
+                self.ran.add(child)
                 params, state = layer.init(slot.key(self.key), tree.placeholder(x, self.device))
                 slot.put(self.params, params)
                 slot.put(self.new_state, state)
@@ -290,10 +295,8 @@ class Pull:
         except Exception as error:
             locate(error, slot.path(use))
             raise
-        if learns and slot.entry and not use:
-            self.dparams[slot.entry] = dparams
-        elif learns:
-            before = slot.own(self.dparams) if use else EMPTY
+        if learns:
+            before = slot.own(self.dparams)  # those of another use
             dparams = sum_cotangents(before, dparams) if before else dparams
             self.dparams.update({slot.entry: dparams} if slot.entry else dparams)
         return dx

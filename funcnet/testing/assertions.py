@@ -106,6 +106,10 @@ class Unchanged:
     """Remembers tensors; `check` requires that neither their version nor values changed since."""
 
     def __init__(self, **trees: Tree) -> None:
+        for what, watched in trees.items():
+            for leaf in tree.leaves(watched):
+                kind = type(leaf).__name__
+                require(isinstance(leaf, Tensor), f"{what} must be tensors, got {kind} {leaf!r}")
         self.seen = [
             (what, leaf, leaf._version, leaf.clone())
             for what, watched in trees.items()

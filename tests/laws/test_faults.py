@@ -393,3 +393,18 @@ def test_a_fault_in_an_optimizer_is_caught(fault, law):
     params = {"w": X.clone(), "b": X[0].clone()}
     with pytest.raises(AssertionError, match=f"optimizer: {law}: "):
         check_optimizer(descent(fault), params, reference=momentum_of_torch)
+
+
+def number_rule(residuals, dy, *, params, x):
+    return ({} if params else None), dy * residuals["factor"] if x else None
+
+
+def test_a_residual_that_is_no_tensor_is_named():
+    layer = fn.stateless(
+        lambda key, x: {},
+        lambda params, x: 2 * x,
+        lambda params, x: (2 * x, fn.Pullback(number_rule, {"factor": 2})),
+        name="double",
+    )
+    with pytest.raises(AssertionError, match="residuals must be tensors, got int 2"):
+        check_layer(layer, X)
