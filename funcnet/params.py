@@ -60,7 +60,7 @@ class declare:  # noqa: N801, a decorator
 
     def __init__(self, declaration: Callable[[Tree], Mapping[str, Param]]) -> None:
         self.declaration = declaration
-        self._known = _Known(None, None, EMPTY, [], [], [])
+        self._known = _Known(None, None, EMPTY, [], [], [], [])
 
     def __call__(self, key: Tensor, x: Tree, layer: str = "init") -> tuple[Params, Params]:
         """``(params, state)``; each tensor's key is folded from ``key`` by its name."""
@@ -85,11 +85,12 @@ class declare:  # noqa: N801, a decorator
         if type(x) is not Tensor or (known.shape, known.dtype) != (x.shape, x.dtype):
             known = self._known = _Known.of(self._declared(layer, x), x)
         try:
-            given = {**params, **state} if state else params
+            given = [*params.values(), *state.values()]
             if (
-                [*given] == known.names
-                and [*map(_shape, given.values())] == known.shapes
-                and [*map(_dtype, given.values())] == known.dtypes
+                [*params] == known.params
+                and [*state] == known.state
+                and [*map(_shape, given)] == known.shapes
+                and [*map(_dtype, given)] == known.dtypes
             ):
                 return
         except (KeyError, TypeError, AttributeError, RuntimeError):
@@ -106,7 +107,8 @@ class _Known(NamedTuple):
     shape: Any
     dtype: Any
     declared: Mapping[str, Param]
-    names: list[str]
+    params: list[str]
+    state: list[str]
     shapes: list[tuple[int, ...]]
     dtypes: list[Any]
 
@@ -114,10 +116,13 @@ class _Known(NamedTuple):
     def of(cls, declared: Mapping[str, Param], x: Tree) -> "_Known":
         """What to compare the next call's arguments with."""
         shape, kind = (x.shape, x.dtype) if type(x) is Tensor else (None, None)
-        shapes = [entry.shape for entry in declared.values()]
+        state = [name for name, entry in declared.items() if isinstance(entry, State)]
+        params = [name for name in declared if name not in state]
+        entries = [declared[name] for name in (*params, *state)]
         dtype = _floating_dtype(x)
-        dtypes = [entry.dtype if _is_integer(entry.dtype) else dtype for entry in declared.values()]
-        return cls(shape, kind, declared, list(declared), shapes, dtypes)
+        dtypes = [entry.dtype if _is_integer(entry.dtype) else dtype for entry in entries]
+        shapes = [entry.shape for entry in entries]
+        return cls(shape, kind, declared, params, state, shapes, dtypes)
 
 
 def _is_integer(dtype: torch.dtype | None) -> bool:

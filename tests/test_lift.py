@@ -66,6 +66,7 @@ def test_apply_can_be_given_and_else_is_forward_without_its_pullback():
     [
         ({}, {"mean": X[0]}, X[:, :2], ValueError, "mean expects 3 features"),
         ({}, {}, X, ValueError, r"center: expects state \['mean'\], got \[\]"),
+        ({"mean": X[0]}, {}, X, ValueError, r"expects params \[\], got \['mean'\]"),
         ({"w": X}, {"mean": X[0]}, X, ValueError, r"expects params \[\], got \['w'\]"),
         ({}, {"mean": X[0].float()}, X, TypeError, "mean is torch.float32, x is torch.float64"),
         ({}, {"mean": X}, X, ValueError, r"expects a mean of shape \(3,\), got \(5, 3\)"),
