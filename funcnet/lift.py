@@ -2,7 +2,7 @@
 
 from collections.abc import Callable, Hashable, Mapping
 from functools import partial
-from typing import Any, Literal, NoReturn
+from typing import Any, Literal
 
 from torch import Tensor
 
@@ -18,9 +18,8 @@ from funcnet.core import (
     Pullback,
     Tree,
     function_name,
-    kinds_of,
 )
-from funcnet.params import Param, declare
+from funcnet.params import Declaration, Param, declare, require_no_state
 from funcnet.tree import describe
 
 Step = tuple[Tree, Mapping[str, Tree], tuple[Hashable, ...]]
@@ -62,17 +61,15 @@ def stateless(
     """
     name = name or function_name(apply)
 
-    def none(state: Params) -> NoReturn:
-        raise ValueError(f"{name}: has no state, got state with {sorted(state)}")
-
     def full_apply(params: Params, x: Tree, state: Params, key: Key, train: bool) -> Applied:
-        return apply(params, x), none(state) if state else {}
+        require_no_state(name, state)
+        return apply(params, x), {}
 
     def forward(params: Params, x: Tree, state: Params, key: Key, train: bool) -> Forward:
-        y, pullback = vjp(params, x)
-        return y, pullback, none(state) if state else {}
+        require_no_state(name, state)
+        return *vjp(params, x), {}
 
-    made: Any = init if isinstance(init, declare) else lambda key, x: (init(key, x), {})
+    made: Any = init if isinstance(init, Declaration) else lambda key, x: (init(key, x), {})
     return stateful(made, forward, apply=full_apply, name=name, takes_key=False)
 
 
@@ -120,7 +117,7 @@ def stateful(
     (tensor([0., 0.]), {'calls': tensor(1)})
     """
     name = name or function_name(forward)
-    check = init.check if isinstance(init, declare) else None
+    check = init.check if isinstance(init, Declaration) else None
     metadata = {"takes_key": keyed, **metadata}
     no_key = f"{name}: needs a key when train=True, got None; pass key=fn.key(...)"
 
@@ -144,8 +141,7 @@ def stateful(
         if keyed and train and key is None:
             raise ValueError(no_key)
         y, pullback, state = forward(params, x, {**state}, key, train)
-        pullback.expected = (name, *kinds_of(y))
-        return y, pullback, state
+        return y, Pullback(pullback.rule, pullback.residuals, pullback.static, y, name), state
 
     made = init if check is None else partial(init, layer=name)
     return Layer(made, full_apply, vjp, name=name, **metadata)

@@ -38,7 +38,7 @@ class State(Param):
     """One tensor of a layer's state, such as a running mean; the arguments are those of `Param`."""
 
 
-class declare:  # noqa: N801, a decorator
+def declare(declaration: Callable[[Tree], Mapping[str, Param]]) -> "Declaration":
     """Makes the ``init`` of a layer, and the check of its arguments, from one declaration.
 
     The function declares the parameters, and the state, for an input like x: ``x -> {name: Param
@@ -57,6 +57,11 @@ class declare:  # noqa: N801, a decorator
     ...
     ValueError: scale: expects a scale of shape (2,), got (3,)
     """
+    return Declaration(declaration)
+
+
+class Declaration:
+    """What `declare` makes of a function: an ``init`` that can check a layer's arguments too."""
 
     def __init__(self, declaration: Callable[[Tree], Mapping[str, Param]]) -> None:
         self.declaration = declaration
@@ -95,7 +100,7 @@ class declare:  # noqa: N801, a decorator
                 return
         except (KeyError, TypeError, AttributeError, RuntimeError):
             pass
-        _explain(layer, known.declared, params, state, x)
+        known.explain(layer, params, state, x)
 
 
 class _Known(NamedTuple):
@@ -123,6 +128,25 @@ class _Known(NamedTuple):
         dtypes = [entry.dtype if _is_integer(entry.dtype) else dtype for entry in entries]
         shapes = [entry.shape for entry in entries]
         return cls(shape, kind, declared, params, state, shapes, dtypes)
+
+    def explain(self, layer: str, params: Params, state: Params, x: Tree) -> None:
+        """Raise what is wrong with the arguments, if anything is."""
+        given = (("params", params, self.params), ("state", state, self.state))
+        for what, found, expected in given:
+            if not isinstance(found, Mapping):
+                raise TypeError(f"{layer}: expects a dict of {what}, got {tree.describe(found)}")
+            if sorted(found) != sorted(expected):
+                if what == "state" and not expected:
+                    require_no_state(layer, found)
+                raise ValueError(f"{layer}: expects {what} {sorted(expected)}, got {sorted(found)}")
+            for name in expected:
+                _explain_one(layer, name, self.declared[name], found[name], x)
+
+
+def require_no_state(layer: str, state: Params) -> None:
+    """Raise ValueError for state that is given to a layer that has none."""
+    if state:
+        raise ValueError(f"{layer}: has no state, got state with {sorted(state)}")
 
 
 def _is_integer(dtype: torch.dtype | None) -> bool:
@@ -164,22 +188,6 @@ def _has_right_dtype(leaf: Tensor, entry: Param, x: Tree) -> bool:
         return leaf.dtype == entry.dtype
     wide = entry.wide and expected in _HALF and leaf.dtype == torch.float32
     return expected is None or leaf.dtype == expected or wide
-
-
-def _explain(
-    layer: str, declared: Mapping[str, Param], params: Params, state: Params, x: Tree
-) -> None:
-    """Raise what is wrong, if anything is."""
-    for what, found, kind in (("params", params, Param), ("state", state, State)):
-        expected = [name for name, entry in declared.items() if type(entry) is kind]
-        if not isinstance(found, Mapping):
-            raise TypeError(f"{layer}: expects a dict of {what}, got {tree.describe(found)}")
-        if sorted(found) != sorted(expected):
-            if what == "state" and not expected:
-                raise ValueError(f"{layer}: has no state, got state with {sorted(state)}")
-            raise ValueError(f"{layer}: expects {what} {sorted(expected)}, got {sorted(found)}")
-        for name in expected:
-            _explain_one(layer, name, declared[name], found[name], x)
 
 
 def _explain_one(layer: str, name: str, entry: Param, leaf: Any, x: Tree) -> None:

@@ -49,6 +49,16 @@ def test_a_layer_that_draws_noise_asks_for_a_key_when_it_trains():
         net.apply({}, X, state, train=True)
 
 
+def test_a_pullback_that_a_layer_returns_again_and_again_is_not_written_to():
+    constant = fn.Pullback(pass_rule, {})
+    layer = fn.stateless(lambda key, x: {}, lambda p, x: x, lambda p, x: (x, constant), name="same")
+    _, wide, _ = layer.vjp({}, X)
+    _, narrow, _ = layer.vjp({}, X[:, :1])
+    assert torch.equal(wide(X)[1], X)
+    assert torch.equal(narrow(X[:, :1])[1], X[:, :1])
+    assert constant.expected is None
+
+
 def test_apply_can_be_given_and_else_is_forward_without_its_pullback():
     def forward(params, x, state, key, train):
         return 2 * x, fn.Pullback(pass_rule, {}), state
