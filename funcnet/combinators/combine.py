@@ -9,7 +9,7 @@ them has no entry. A child's key is folded from the combinator's by the child's 
 layer changes no other layer's noise.
 """
 
-from collections.abc import Callable, Hashable, Iterable, Mapping
+from collections.abc import Callable, Hashable, Mapping
 from typing import Any, NamedTuple
 
 import torch
@@ -84,7 +84,6 @@ def combine(
         slot.check(children[child], alone=len(children) == 1)
 
     known = tuple(slots.values())
-    named = all([slot.entry for slot in known])
 
     def init(key: Tensor, x: Tree) -> tuple[Params, Params]:
         run = _Init(slots, children, {}, {}, key, False, None)
@@ -108,7 +107,7 @@ def combine(
         y, residuals = forward(run, x, *static)
         if residuals:
             kept[_OWN] = residuals
-        learned = frozenset(params) if named else Slot.having(known, params)
+        learned = frozenset([slot.child for slot in known if slot.is_in(params)])
         return y, Pullback(combine_rule, kept, (backward, known, learned, static)), run.new_state
 
     return stateful(
@@ -174,6 +173,10 @@ class Slot(NamedTuple):
         inside = f"[{self.entry!r}]" if self.entry else ""
         return f"{self.parent}{inside}" + ("" if use is None else f"[{use}]")
 
+    def call(self, use: int | None) -> str:
+        """The name of the pullback of a use, among the residuals."""
+        return self.pullback if use is None else f"{self.pullback}.{use}"
+
     def key(self, key: Tensor, use: int | None = None) -> Tensor:
         """The child's key, of its parent's."""
         key = fold_in(key, self.entry) if self.entry else key
@@ -185,10 +188,9 @@ class Slot(NamedTuple):
             return whole.get(self.entry, EMPTY)
         return {name: whole[name] for name in self.child if name in whole} if self.child else whole
 
-    @staticmethod
-    def having(slots: Iterable["Slot"], whole: Params) -> frozenset[Name]:
-        """The children that have a part of their parent's params."""
-        return frozenset([s.child for s in slots if s.entry in whole or s.own(whole)])
+    def is_in(self, whole: Params) -> bool:
+        """Whether the child has a part of its parent's params."""
+        return self.entry in whole if self.entry else bool(self.own(whole))
 
     def put(self, whole: dict[str, Any], own: Params) -> None:
         """Put the child's part into its parent's params or state, which are sparse."""
@@ -221,32 +223,30 @@ class Run:
 
     def __call__(self, child: Name, x: Tree, use: int | None = None) -> Tree:
         """The output of a child; ``use`` tells several uses of one child apart."""
-        if child not in self.slots:
-            raise ValueError(f"no child is called {child!r}, only {list(self.slots)}")
-        slot, layer, key = self.slots[child], self.children[child], self.key
+        slot = _slot_of(child, self.slots)
         try:
-            params = self.params.get(child, EMPTY) if slot.entry else slot.own(self.params)
-            # A later use goes on from the state that the one before it left.
-            later = use is not None and child in self.ran
-            state = slot.own(self.new_state if later else self.state)
-            if key is not None:
-                key = slot.key(key, use) if layer.takes_key else None
-            if self.pullbacks is None:
-                y, state = layer.apply(params, x, state, key=key, train=self.train)
-            else:
-                call = slot.pullback if use is None else f"{slot.pullback}.{use}"
-                if call in self.pullbacks:
-                    raise ValueError("runs twice: tell the uses apart by use=0, use=1, ...")
-                y, self.pullbacks[call], state = layer.vjp(
-                    params, x, state, key=key, train=self.train
-                )
+            return self._output(slot, self.children[child], x, use)
         except Exception as error:
             locate(error, slot.path(use))
             raise
-        if state:
-            slot.put(self.new_state, state)
+
+    def _output(self, slot: Slot, layer: Layer, x: Tree, use: int | None) -> Tree:
+        params, key = slot.own(self.params), self.key
+        # A later use goes on from the state that the one before it left.
+        later = use is not None and slot.child in self.ran
+        state = slot.own(self.new_state if later else self.state)
+        if key is not None:
+            key = slot.key(key, use) if layer.takes_key else None
+        if self.pullbacks is None:
+            y, state = layer.apply(params, x, state, key=key, train=self.train)
+        else:
+            call = slot.call(use)
+            if call in self.pullbacks:
+                raise ValueError("runs twice: tell the uses apart by use=0, use=1, ...")
+            y, self.pullbacks[call], state = layer.vjp(params, x, state, key=key, train=self.train)
+        slot.put(self.new_state, state)
         if use is not None:
-            self.ran.add(child)
+            self.ran.add(slot.child)
         return y
 
 
@@ -255,20 +255,21 @@ class _Init(Run):
 
     device: torch.device
 
-    def __call__(self, child: Name, x: Tree, use: int | None = None) -> Tree:
-        slot, layer = self.slots[child], self.children[child]
-        try:
-            if child not in self.ran:
-                self.ran.add(child)
-                params, state = layer.init(slot.key(self.key), tree.placeholder(x, self.device))
-                slot.put(self.params, params)
-                slot.put(self.new_state, state)
-            params, state = tree.to_meta((slot.own(self.params), slot.own(self.new_state)))
-            noise = torch.empty(2, dtype=torch.int64, device="meta") if layer.takes_key else None
-            return layer.apply(params, x, state, key=noise)[0]
-        except Exception as error:
-            locate(error, slot.path(use))
-            raise
+    def _output(self, slot: Slot, layer: Layer, x: Tree, use: int | None) -> Tree:
+        if slot.child not in self.ran:
+            self.ran.add(slot.child)
+            params, state = layer.init(slot.key(self.key), tree.placeholder(x, self.device))
+            slot.put(self.params, params)
+            slot.put(self.new_state, state)
+        params, state = tree.to_meta((slot.own(self.params), slot.own(self.new_state)))
+        noise = torch.empty(2, dtype=torch.int64, device="meta") if layer.takes_key else None
+        return layer.apply(params, x, state, key=noise)[0]
+
+
+def _slot_of(child: Name, slots: Mapping[Any, Slot]) -> Slot:
+    if child not in slots:
+        raise ValueError(f"no child is called {child!r}, only {list(slots)}")
+    return slots[child]
 
 
 class Pull:
@@ -286,12 +287,9 @@ class Pull:
 
     def __call__(self, child: Name, dy: Tree, use: int | None = None, needed: bool = True) -> Tree:
         """The child's dx, None where it is not ``needed``; its dparams are kept."""
-        if child not in self.slots:
-            raise ValueError(f"no child is called {child!r}, only {list(self.slots)}")
-        slot, learns = self.slots[child], child in self.learned
+        slot, learns = _slot_of(child, self.slots), child in self.learned
         try:
-            call = slot.pullback if use is None else f"{slot.pullback}.{use}"
-            dparams, dx = core.pull(self.pullbacks, call, dy, params=learns, x=needed)
+            dparams, dx = core.pull(self.pullbacks, slot.call(use), dy, params=learns, x=needed)
         except Exception as error:
             locate(error, slot.path(use))
             raise
