@@ -6,7 +6,6 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from funcnet import runtime
 from funcnet.core import Forward, Grads, Key, Layer, Params, Pullback, require
 from funcnet.initializers import ones, zeros
 from funcnet.lift import fastest, require_floating, stateful, with_kernel
@@ -32,12 +31,14 @@ def norm_backward(
     return dx, dweight, dy.sum_to_size(weight.shape).to(weight.dtype) if wanted[2] else None
 
 
-def _statistics(
+@with_kernel(lambda x, mean, rstd, dims, eps: (mean, rstd))
+def norm_statistics(
     x: Tensor, mean: Tensor, rstd: Tensor, dims: list[int], eps: float
 ) -> tuple[Tensor, Tensor]:
-    """The kernel's statistics of x; computed again where those, without a derivative, mislead."""
-    if not runtime.is_differentiated(x):
-        return mean, rstd
+    """``mean`` and ``rstd = 1 / sqrt(var + eps)`` of x over ``dims``.
+
+    The forward kernels return both, given here, but without a derivative.
+    """
     var, again = torch.var_mean(x.to(mean.dtype), dims, correction=0, keepdim=True)
     return again.reshape(mean.shape), (var + eps).rsqrt().reshape(rstd.shape)
 
@@ -119,7 +120,8 @@ def layer_norm(
     def forward(params: Params, x: Tensor, state: Params, key: Key, train: bool) -> Forward:
         shape, weight, bias = shape_of(x), params.get("weight"), params.get("bias")
         y, mean, rstd = torch.native_layer_norm(x, shape, weight, bias, eps)
-        mean, rstd = _statistics(x, mean, rstd, list(range(-len(shape), 0)), eps)
+        dims = list(range(-len(shape), 0))
+        mean, rstd = fastest(norm_statistics, x)(x, mean, rstd, dims, eps)
         residuals = {"x": x, "mean": mean, "rstd": rstd, **params}
         return y, Pullback(layer_norm_rule, residuals, (shape, names)), state
 
@@ -271,7 +273,7 @@ def batch_norm(
             nothing = x.new_zeros(x.shape[1], dtype=(x if weight is None else weight).dtype)
             return x.clone(), {"mean": nothing, "rstd": nothing}
         y, mean, rstd = torch.native_batch_norm(x, weight, bias, None, None, True, 0.0, eps)
-        mean, rstd = _statistics(x, mean, rstd, _other_dims(x), eps)
+        mean, rstd = fastest(norm_statistics, x)(x, mean, rstd, _other_dims(x), eps)
         return y, {"mean": mean, "rstd": rstd}
 
     def by_running(params: Params, x: Tensor, state: Params) -> tuple[Tensor, dict[str, Tensor]]:
