@@ -14,6 +14,7 @@ from torch import Tensor
 from funcnet import tree
 from funcnet.core import Loss, LossPullback
 from funcnet.losses.checks import check_pair, check_prediction, extremes
+from funcnet.losses.lift import loss_of
 from funcnet.losses.reductions import check_reduction, divided
 
 
@@ -124,10 +125,7 @@ def _class_loss(
             static = (n,)
         return _value(log_p, q, n), LossPullback(rule, residuals, static)
 
-    def apply(prediction: Tensor, target: Tensor) -> Tensor:
-        return vjp(prediction, target)[0]
-
-    return Loss(apply, vjp)
+    return loss_of(vjp)
 
 
 def _check_classes(

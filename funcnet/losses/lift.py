@@ -1,4 +1,4 @@
-"""`pointwise`: a loss from a function of each element and its derivative."""
+"""Lifts of losses: `pointwise` from a function of each element, `loss_of` from a ``vjp``."""
 
 from collections.abc import Callable, Hashable, Mapping
 from typing import Any
@@ -86,6 +86,12 @@ def pointwise(
         if weight is not None:
             elements = elements * residuals["weight"]
         return reduced(elements, reduction), LossPullback(pointwise_rule, residuals, static)
+
+    return loss_of(vjp)
+
+
+def loss_of(vjp: Callable[[Tensor, Tensor], tuple[Tensor, LossPullback]]) -> Loss:
+    """The loss with this ``vjp``, whose ``apply`` is its value, so that the two agree."""
 
     def apply(prediction: Tensor, target: Tensor) -> Tensor:
         return vjp(prediction, target)[0]

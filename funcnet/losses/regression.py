@@ -9,7 +9,7 @@ from torch.nn import functional as F
 
 from funcnet.core import Loss, LossPullback
 from funcnet.losses.checks import check_pair
-from funcnet.losses.lift import pointwise
+from funcnet.losses.lift import loss_of, pointwise
 from funcnet.losses.reductions import check_reduction, divided, divisor, reduced
 
 
@@ -40,10 +40,7 @@ def mse(reduction: str = "mean") -> Loss:
         value = reduced(error.square(), reduction)
         return value, LossPullback(mse_rule, {"error": error}, (reduction,))
 
-    def apply(prediction: Tensor, target: Tensor) -> Tensor:
-        return vjp(prediction, target)[0]
-
-    return Loss(apply, vjp)
+    return loss_of(vjp)
 
 
 def _absolute_error(prediction: Tensor, target: Tensor) -> Tensor:
