@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from funcnet import tree
-from funcnet.core import Pullback, Tree
+from funcnet.core import EMPTY, Pullback, Tree
 
 
 def list_of_laws(laws: Mapping[str, Callable[..., None]]) -> str:
@@ -29,6 +29,19 @@ def named(where: str) -> Iterator[None]:
         else:
             error.add_note(f"in {where}")
         raise
+
+
+def check_laws(
+    where: str,
+    laws: Mapping[str, Callable[[Any], None]],
+    case: Any,
+    chosen: Mapping[str, bool] = EMPTY,
+) -> None:
+    """Check each law on a case, but for those that are not ``chosen``; errors name the law."""
+    for law, check in laws.items():
+        if chosen.get(law, True):
+            with named(f"{where}: {law}"):
+                check(case)
 
 
 def require(condition: object, what: str) -> None:

@@ -12,6 +12,7 @@ from funcnet.core import Layer, Params, Pullback, Tree
 from funcnet.testing.assertions import (
     Unchanged,
     alike,
+    check_laws,
     close,
     equal,
     list_of_laws,
@@ -371,10 +372,7 @@ def check_layer(
             where = f"{name} (train={train})"
             with named(where):
                 case = Case(layer, params, x, state, key, train, rtol)
-            for law, check in LAWS.items():
-                if optional.get(law, True):
-                    with named(f"{where}: {law}"):
-                        check(case)
+            check_laws(where, LAWS, case, optional)
 
 
 check_layer.__doc__ = (check_layer.__doc__ or "").replace("{laws}", list_of_laws(LAWS))

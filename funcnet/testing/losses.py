@@ -10,6 +10,7 @@ from funcnet.core import Loss, Tree
 from funcnet.testing.assertions import (
     Unchanged,
     alike,
+    check_laws,
     close,
     equal,
     list_of_laws,
@@ -166,10 +167,7 @@ def check_loss(
     prediction, target = tree.map(torch.Tensor.detach, cast((prediction, target), torch.float64))
     with named("loss"):
         case = Case(loss, prediction, target, rtol)
-    for law, check in LAWS.items():
-        if optional.get(law, True):
-            with named(f"loss: {law}"):
-                check(case)
+    check_laws("loss", LAWS, case, optional)
 
 
 check_loss.__doc__ = (check_loss.__doc__ or "").replace("{laws}", list_of_laws(LAWS))

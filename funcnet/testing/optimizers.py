@@ -12,10 +12,10 @@ from funcnet.optimizers import apply_updates
 from funcnet.testing.assertions import (
     Unchanged,
     alike,
+    check_laws,
     close,
     equal,
     list_of_laws,
-    named,
     require,
 )
 from funcnet.testing.samples import cast, noise, stack
@@ -177,10 +177,7 @@ def check_optimizer(
     params, key = cast(params, torch.float64), random.key(0)
     grads = [noise(random.fold_in(key, step), params) for step in range(steps)]
     case = Case(optimizer, params, grads, key, reference, rtol)
-    for law, check in LAWS.items():
-        if vmap or law != "vmap":
-            with named(f"optimizer: {law}"):
-                check(case)
+    check_laws("optimizer", LAWS, case, {"vmap": vmap})
 
 
 check_optimizer.__doc__ = (check_optimizer.__doc__ or "").replace("{laws}", list_of_laws(LAWS))
