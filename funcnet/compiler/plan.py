@@ -360,18 +360,18 @@ class Plan:
             frame.statements.append(Copy(slot, self._address(operand), size))
         return slot
 
-    def _inherit(self, frame: Frame, root: Node, heir: Any, step: int) -> None:
+    def _inherit(self, frame: Frame, root: Node, carry: Any, step: int) -> None:
         """Give the memory of a value that is read no more to the carry that starts with it."""
-        self._put(frame, heir, self.address[root])
-        offset = frame.owned[heir] = frame.owned.pop(root)
+        self._put(frame, carry, self.address[root])
+        offset = frame.owned[carry] = frame.owned.pop(root)
         if offset is not None:
-            frame.arena.at(offset).values.append(str(heir))
-        frame.last_use.setdefault(heir, step)
-        # Targets are free when their owners are dead: no earlier value in this memory counts as
-        # dead while the heir is alive.
-        frame.had_before[heir] = [root, *frame.had_before.get(root, [])]
-        for each in frame.had_before[heir]:
-            frame.last_use[each] = frame.last_use[heir]
+            frame.arena.at(offset).values.append(str(carry))
+        frame.last_use.setdefault(carry, step)
+        # Targets are free when tcarry owners are dead: no earlier value in this memory counts as
+        # dead while the carry is alive.
+        frame.had_before[carry] = [root, *frame.had_before.get(root, [])]
+        for each in frame.had_before[carry]:
+            frame.last_use[each] = frame.last_use[carry]
 
     def _stack(
         self,
