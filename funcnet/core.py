@@ -27,6 +27,7 @@ import torch
 from torch import Tensor
 
 from funcnet import tree
+from funcnet.errors import require
 
 Tree = Any
 """A pytree of tensors: a tensor, or a tuple or dict of trees."""
@@ -60,6 +61,8 @@ class Layer(_Triple):
 
     Args:
         init, apply, vjp: the functions.
+        forward: ``vjp`` with all arguments by position, and a pullback that checks no dy: what
+            combinators call. `stateful` gives it; default ``vjp`` itself.
         name: what errors and summaries call the layer; default the name of its constructor.
         children: the layers that it is made of, by name. A child named "" has the very params
             and state of its parent.
@@ -72,6 +75,7 @@ class Layer(_Triple):
     ('serial', ['0', '1'], False)
     """
 
+    forward: Callable[..., tuple[Tree, "Pullback", Params]]
     name: str
     children: Mapping[str, "Layer"]
     rebuild: Callable[[Mapping[str, "Layer"]], "Layer"] | None
@@ -83,12 +87,16 @@ class Layer(_Triple):
         apply: Callable[..., tuple[Tree, Params]],
         vjp: Callable[..., tuple[Tree, "Pullback", Params]],
         *,
+        forward: Callable[..., tuple[Tree, "Pullback", Params]] | None = None,
         name: str | None = None,
         children: Mapping[str, "Layer"] = EMPTY,
         rebuild: Callable[[Mapping[str, "Layer"]], "Layer"] | None = None,
         takes_key: bool = True,
     ) -> "Layer":
         layer = super().__new__(cls, init, apply, vjp)
+        layer.forward = forward or (
+            lambda params, x, state, key, train: vjp(params, x, state, key=key, train=train)
+        )
         layer.name = name or function_name(apply)
         layer.children, layer.rebuild, layer.takes_key = children, rebuild, takes_key
         return layer
@@ -123,19 +131,22 @@ class Optimizer(_OptimizerFunctions):
     """Two pure functions, ``(init_state, update)``: from gradients to what is added to params.
 
     ``name`` is what errors, and the state of a `chain`, call the optimizer; by default it is the
-    name of the constructor that defines ``update``.
+    name of the constructor that defines ``update``. ``update_leaves`` is ``update`` on flattened
+    trees, if the optimizer was lifted from a formula: a chain flattens once for all its transforms.
     """
 
     name: str
+    update_leaves: Callable[..., Any] | None
 
     def __new__(
         cls,
         init_state: Callable[[Params], Tree],
         update: Callable[[Tree, Tree, Params], tuple[Tree, Tree]],
         name: str | None = None,
+        update_leaves: Callable[..., Any] | None = None,
     ) -> "Optimizer":
         optimizer = super().__new__(cls, init_state, update)
-        optimizer.name = name or function_name(update)
+        optimizer.name, optimizer.update_leaves = name or function_name(update), update_leaves
         return optimizer
 
     def _replace(self, **changes: Any) -> "Optimizer":
@@ -209,31 +220,29 @@ class Pullback:
         if self.expected is None:
             return
         name, treedef, kinds = self.expected
-        if name is None:
-            name = getattr(self.rule, "__name__", "").removesuffix("_rule")
+        if type(dy) is Tensor and kinds == ((dy.shape, dy.dtype),) and dy.is_floating_point():
+            return
+        name = name or getattr(self.rule, "__name__", "").removesuffix("_rule")
+        wrong, found = f"{name}: pullback expects", tree.describe(dy)
         try:
             cotangents = treedef.flatten_up_to(dy)
         except (ValueError, TypeError):
-            raise ValueError(
-                f"{name}: pullback expects a {treedef.type.__name__} "
-                f"of {treedef.num_children}, got {tree.describe(dy)}"
-            ) from None
+            form = f"a {treedef.type.__name__} of {treedef.num_children}"
+            raise ValueError(f"{wrong} {form}, got {found}") from None
+        got = tuple(dy.shape) if isinstance(dy, Tensor) else found
         for cotangent, (shape, dtype) in zip(cotangents, kinds, strict=True):
-            if not dtype.is_floating_point:
-                if cotangent is not None:
-                    what = "pullback expects dy None for an integer output"
-                    raise ValueError(f"{name}: {what}, got {tree.describe(dy)}")
-            elif not isinstance(cotangent, Tensor) or cotangent.shape != shape:
-                got = tuple(dy.shape) if isinstance(dy, Tensor) else tree.describe(dy)
-                raise ValueError(f"{name}: pullback expects dy of shape {tuple(shape)}, got {got}")
-            elif cotangent.dtype != dtype:
-                raise TypeError(f"{name}: pullback expects dy of {dtype}, got {tree.describe(dy)}")
+            if dtype.is_floating_point:
+                fits = isinstance(cotangent, Tensor) and cotangent.shape == shape
+                require(fits, f"{wrong} dy of shape {tuple(shape)}, got {got}")
+                right = cotangent.dtype == dtype
+                require(right, f"{wrong} dy of {dtype}, got {found}", TypeError)
+            else:
+                nothing = cotangent is None
+                require(nothing, f"{wrong} dy None for an integer output, got {found}")
 
     def __repr__(self) -> str:
-        rule = getattr(self.rule, "__name__", self.rule)
-        return (
-            f"{type(self).__name__}({rule}, residuals={list(self.residuals)}, static={self.static})"
-        )
+        rule, kind = getattr(self.rule, "__name__", self.rule), type(self).__name__
+        return f"{kind}({rule}, residuals={list(self.residuals)}, static={self.static})"
 
 
 _LEAF = optree.treespec_leaf()
@@ -383,17 +392,3 @@ def wrap(layer: Layer, functions: Callable[[Layer], Layer]) -> Layer:
 def function_name(function: Callable[..., Any]) -> str:
     """``linear`` for the function ``linear.<locals>.apply``."""
     return getattr(function, "__qualname__", type(function).__name__).split(".")[0]
-
-
-def require(condition: object, message: str, error: type[Exception] = ValueError) -> None:
-    """Raise an error with a message unless a condition holds."""
-    if not condition:
-        raise error(message)
-
-
-def locate(error: Exception, where: str) -> None:
-    """Put a layer's path, or a part of it, in front of an error's message."""
-    if isinstance(error, (ValueError, TypeError)) and len(error.args) == 1:
-        error.args = (f"{where} {error.args[0]}",)
-    else:
-        error.add_note(f"in {where}")

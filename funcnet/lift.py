@@ -19,7 +19,7 @@ from funcnet.core import (
     Tree,
     function_name,
 )
-from funcnet.params import Declaration, Param, declare, require_no_state
+from funcnet.params import Declaration, Param, declare, refuse_state
 from funcnet.tree import describe
 
 Step = tuple[Tree, Mapping[str, Tree], tuple[Hashable, ...]]
@@ -62,12 +62,15 @@ def stateless(
     name = name or function_name(apply)
 
     def full_apply(params: Params, x: Tree, state: Params, key: Key, train: bool) -> Applied:
-        require_no_state(name, state)
+        if state:
+            refuse_state(name, state)
         return apply(params, x), {}
 
     def forward(params: Params, x: Tree, state: Params, key: Key, train: bool) -> Forward:
-        require_no_state(name, state)
-        return *vjp(params, x), {}
+        if state:
+            refuse_state(name, state)
+        y, pullback = vjp(params, x)
+        return y, pullback, {}
 
     made: Any = init if isinstance(init, Declaration) else lambda key, x: (init(key, x), {})
     return stateful(made, forward, apply=full_apply, name=name, takes_key=False)
@@ -121,30 +124,32 @@ def stateful(
     metadata = {"takes_key": keyed, **metadata}
     no_key = f"{name}: needs a key when train=True, got None; pass key=fn.key(...)"
 
+    def checked(function: Callable[..., Any]) -> Callable[..., Any]:
+        def call(params: Params, x: Tree, state: Params, key: Key, train: bool) -> Any:
+            if check is not None:
+                check(name, params, state, x)
+            if keyed and train and key is None:
+                raise ValueError(no_key)
+            return function(params, x, {**state}, key, train)
+
+        return call
+
+    forward = checked(forward)
+    applied = checked(apply) if apply else lambda *args: forward(*args)[::2]
+
     def full_apply(
         params: Params, x: Tree, state: Params = EMPTY, *, key: Key = None, train: bool = False
     ) -> Applied:
-        if check is not None:
-            check(name, params, state, x)
-        if keyed and train and key is None:
-            raise ValueError(no_key)
-        if apply is not None:
-            return apply(params, x, {**state}, key, train)
-        y, _, state = forward(params, x, {**state}, key, train)
-        return y, state
+        return applied(params, x, state, key, train)
 
     def vjp(
         params: Params, x: Tree, state: Params = EMPTY, *, key: Key = None, train: bool = True
     ) -> Forward:
-        if check is not None:
-            check(name, params, state, x)
-        if keyed and train and key is None:
-            raise ValueError(no_key)
-        y, pullback, state = forward(params, x, {**state}, key, train)
+        y, pullback, state = forward(params, x, state, key, train)
         return y, Pullback(pullback.rule, pullback.residuals, pullback.static, y, name), state
 
     made = init if check is None else partial(init, layer=name)
-    return Layer(made, full_apply, vjp, name=name, **metadata)
+    return Layer(made, full_apply, vjp, forward=forward, name=name, **metadata)
 
 
 KERNELS: dict[Callable[..., Any], Callable[..., Any]] = {}
@@ -272,10 +277,11 @@ def elementwise(
     if saves not in ("x", "y"):
         raise ValueError(f"elementwise: saves must be 'x' or 'y', got {saves!r}")
 
+    static = (derivative, *options)
+
     def forward(params: Params, x: Tensor, state: Params, key: Key, train: bool) -> Forward:
         y = function(x, *options)
-        residuals: dict[str, Tensor] = {saves: x if saves == "x" else y}
-        return y, Pullback(elementwise_rule, residuals, (derivative, *options)), state
+        return y, Pullback(elementwise_rule, {saves: x if saves == "x" else y}, static), state
 
     name = name or function.__name__
     return stateful(declare(require_floating), forward, name=name)

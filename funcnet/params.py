@@ -9,7 +9,8 @@ import torch
 from torch import Tensor
 
 from funcnet import tree
-from funcnet.core import EMPTY, Params, Tree, locate
+from funcnet.core import EMPTY, Params, Tree
+from funcnet.errors import locate
 from funcnet.initializers import Initializer, torch_default
 from funcnet.random import fold_in
 
@@ -65,7 +66,7 @@ class Declaration:
 
     def __init__(self, declaration: Callable[[Tree], Mapping[str, Param]]) -> None:
         self.declaration = declaration
-        self._known = _Known(None, None, EMPTY, [], [], [], [])
+        self._known = _Known(None, None, EMPTY, ())
 
     def __call__(self, key: Tensor, x: Tree, layer: str = "init") -> tuple[Params, Params]:
         """``(params, state)``; each tensor's key is folded from ``key`` by its name."""
@@ -87,18 +88,17 @@ class Declaration:
     def check(self, layer: str, params: Params, state: Params, x: Tree) -> None:
         """Raise ValueError or TypeError unless x fits, and params and state are as declared."""
         known = self._known
-        if type(x) is not Tensor or (known.shape, known.dtype) != (x.shape, x.dtype):
+        if type(x) is not Tensor or known.dtype is not x.dtype or known.shape != x.shape:
             known = self._known = _Known.of(self._declared(layer, x), x)
         try:
-            given = [*params.values(), *state.values()]
-            if (
-                [*params] == known.params
-                and [*state] == known.state
-                and [*map(_shape, given)] == known.shapes
-                and [*map(_dtype, given)] == known.dtypes
-            ):
-                return
-        except (KeyError, TypeError, AttributeError, RuntimeError):
+            for name, is_state, shape, dtype in known.leaves:
+                leaf: Any = (state if is_state else params).get(name)
+                if leaf.shape != shape or leaf.dtype is not dtype:
+                    break
+            else:
+                if len(params) + len(state) == len(known.leaves):
+                    return
+        except (TypeError, AttributeError, RuntimeError):
             pass
         known.explain(layer, params, state, x)
 
@@ -112,41 +112,36 @@ class _Known(NamedTuple):
     shape: Any
     dtype: Any
     declared: Mapping[str, Param]
-    params: list[str]
-    state: list[str]
-    shapes: list[tuple[int, ...]]
-    dtypes: list[Any]
+    leaves: tuple[tuple[str, bool, tuple[int, ...], Any], ...]
 
     @classmethod
     def of(cls, declared: Mapping[str, Param], x: Tree) -> "_Known":
         """What to compare the next call's arguments with."""
         shape, kind = (x.shape, x.dtype) if type(x) is Tensor else (None, None)
-        state = [name for name, entry in declared.items() if isinstance(entry, State)]
-        params = [name for name in declared if name not in state]
-        entries = [declared[name] for name in (*params, *state)]
         dtype = _floating_dtype(x)
-        dtypes = [entry.dtype if _is_integer(entry.dtype) else dtype for entry in entries]
-        shapes = [entry.shape for entry in entries]
-        return cls(shape, kind, declared, params, state, shapes, dtypes)
+        leaves = [
+            (name, isinstance(e, State), e.shape, e.dtype if _is_integer(e.dtype) else dtype)
+            for name, e in declared.items()
+        ]
+        return cls(shape, kind, declared, tuple(leaves))
 
     def explain(self, layer: str, params: Params, state: Params, x: Tree) -> None:
         """Raise what is wrong with the arguments, if anything is."""
-        given = (("params", params, self.params), ("state", state, self.state))
-        for what, found, expected in given:
+        for what, found in (("params", params), ("state", state)):
+            expected = [leaf[0] for leaf in self.leaves if leaf[1] == (what == "state")]
             if not isinstance(found, Mapping):
                 raise TypeError(f"{layer}: expects a dict of {what}, got {tree.describe(found)}")
             if sorted(found) != sorted(expected):
                 if what == "state" and not expected:
-                    require_no_state(layer, found)
+                    refuse_state(layer, found)
                 raise ValueError(f"{layer}: expects {what} {sorted(expected)}, got {sorted(found)}")
             for name in expected:
                 _explain_one(layer, name, self.declared[name], found[name], x)
 
 
-def require_no_state(layer: str, state: Params) -> None:
-    """Raise ValueError for state that is given to a layer that has none."""
-    if state:
-        raise ValueError(f"{layer}: has no state, got state with {sorted(state)}")
+def refuse_state(layer: str, state: Params) -> None:
+    """Raise ValueError: state was given to a layer that has none."""
+    raise ValueError(f"{layer}: has no state, got state with {sorted(state)}")
 
 
 def _is_integer(dtype: torch.dtype | None) -> bool:

@@ -5,6 +5,7 @@ Outside the compiler, this is the one module that uses private names of PyTorch.
 
 from collections.abc import Callable
 from functools import partial
+from operator import attrgetter
 from typing import Any
 
 import torch
@@ -15,6 +16,8 @@ _interpreters = torch._C._functorch.get_interpreter_stack
 _DERIVATIVES = (torch._C._functorch.TransformType.Grad, torch._C._functorch.TransformType.Jvp)
 _forward_ad = torch.autograd.forward_ad
 _dispatch_modes = torch._C._len_torch_dispatch_stack
+
+_requires_grad = attrgetter("requires_grad")
 
 FOREACH: dict[str, Callable[..., Any]] = {
     name: getattr(torch, f"_foreach_{name}")
@@ -41,7 +44,7 @@ def is_transformed(*tensors: Tensor) -> bool:
     """
     if _interpreter() is not None or _forward_ad._current_level >= 0 or _dispatch_modes():
         return True
-    return bool(tensors) and any([tensor.requires_grad for tensor in tensors])
+    return any(map(_requires_grad, tensors))
 
 
 def is_differentiated(*tensors: Tensor) -> bool:
@@ -49,13 +52,10 @@ def is_differentiated(*tensors: Tensor) -> bool:
 
     By autograd, if one of them needs a gradient, or by torch.func.
     """
-    for tensor in tensors:
-        if tensor.requires_grad:
-            return True
-    levels = _interpreters()
-    if levels is not None and any([level.key() in _DERIVATIVES for level in levels]):
+    if any(map(_requires_grad, tensors)) or _forward_ad._current_level >= 0:
         return True
-    return _forward_ad._current_level >= 0
+    levels = _interpreters()
+    return levels is not None and any([level.key() in _DERIVATIVES for level in levels])
 
 
 def read(tensor: Tensor) -> Any:

@@ -18,7 +18,7 @@ from funcnet.core import (
     pull,
 )
 from funcnet.finite import detect_nonfinite, require_finite
-from funcnet.optimizers import apply_updates
+from funcnet.optimizers.lift import step_params
 from funcnet.random import fold_in
 
 _ONE = torch.ones((), dtype=torch.int64, device="cpu")
@@ -70,7 +70,7 @@ def _forward_backward(
         if not isinstance(batch, (tuple, list)) or len(batch) != 2:
             raise ValueError(f"expects a batch (x, target), got {tree.describe(batch)}")
         x, target = batch
-        prediction, pullback, state = model.vjp(params, x, state, key=key, train=train)
+        prediction, pullback, state = model.forward(params, x, state, key, train)
         value, loss_pullback = loss.vjp(prediction, target)
         measured = {"loss": value}
         for name, metric in metrics.items():
@@ -164,8 +164,7 @@ def train_step(
         params, state, opt_state, key, count = train_state
         step_key = fold_in(key, count) if takes_key else None
         _, grads, state, measured = run(params, batch, state, step_key, True)
-        updates, opt_state = optimizer.update(grads, opt_state, params)
-        params = apply_updates(params, updates)
+        params, opt_state = step_params(optimizer, grads, opt_state, params)
         new_state = TrainState(params, state, opt_state, key, count + _ONE)
         return new_state, measured
 

@@ -128,14 +128,16 @@ def _order(tree: Any) -> Any:
     if type(tree) is not dict:
         return None
     order: list[Any] = []
-    for name, child in tree.items():
-        if type(child) is Tensor:
+    nodes = [tree]
+    for node in nodes:
+        order.append(len(node))
+        for name, child in node.items():
             order.append(name)
-        else:
-            inner = _order(child)
-            if inner is None:
+            if type(child) is dict:
+                nodes.append(child)
+                order.append(dict)
+            elif type(child) is not Tensor:
                 return None
-            order.append((name, inner))
     return order
 
 
@@ -161,30 +163,30 @@ class Flattener:
 
 
 def leaves_like(
-    reference: list[Tensor], treedef: optree.PyTreeSpec, tree: Any, what: str
+    shapes: list[torch.Size], treedef: optree.PyTreeSpec, tree: Any, what: str
 ) -> list[Tensor]:
-    """The leaves of a tree that must have the structure and shapes of another, flattened one.
+    """The leaves of a tree that must have this structure, and leaves of these shapes.
 
-    >>> leaves, treedef = optree.tree_flatten({"a": torch.ones(2)})
-    >>> leaves_like(leaves, treedef, {"a": torch.ones(3)}, "grads")
+    >>> _, treedef = optree.tree_flatten({"a": torch.ones(2)})
+    >>> leaves_like([torch.Size([2])], treedef, {"a": torch.ones(3)}, "grads")
     Traceback (most recent call last):
     ...
     ValueError: grads: expects shape (2,) at 'a', got float32 (3,)
     """
     try:
         found: list[Any] = treedef.flatten_up_to(tree)
-        if [*builtins.map(_shape, found)] == [*builtins.map(_shape, reference)]:
+        if [*builtins.map(_shape, found)] == shapes:
             return found
     except (ValueError, TypeError, AttributeError):
         pass
-    expected = treedef.unflatten(reference)
+    expected = treedef.unflatten(range(len(shapes)))
     check_same_structure(expected, tree, what)
     paths = optree.tree_paths(expected)
-    for path, leaf, other in zip(paths, reference, treedef.flatten_up_to(tree), strict=True):
-        if not isinstance(other, Tensor) or leaf.shape != other.shape:
+    for path, shape, leaf in zip(paths, shapes, treedef.flatten_up_to(tree), strict=True):
+        if not isinstance(leaf, Tensor) or leaf.shape != shape:
+            at = path_string(path)
             raise ValueError(
-                f"{what}: expects shape {tuple(leaf.shape)} at {path_string(path)!r}, "
-                f"got {describe(other)}"
+                f"{what}: expects shape {tuple(shape)} at {at!r}, got {describe(leaf)}"
             )
     raise ValueError(f"{what}: expects a tree of tensors, got {describe(tree)}")
 

@@ -301,7 +301,9 @@ def test_flattener_sees_a_pullback_as_a_node():
 
 def test_leaves_like_come_in_the_order_of_the_treedef():
     leaves, treedef = optree.tree_flatten({"b": W, "a": {"c": B}})
-    found = tree.leaves_like(leaves, treedef, {"b": W + 1, "a": {"c": B + 1}}, "params")
+    found = tree.leaves_like(
+        [leaf.shape for leaf in leaves], treedef, {"b": W + 1, "a": {"c": B + 1}}, "params"
+    )
     torch.testing.assert_close(found, [B + 1, W + 1])
 
 
@@ -326,11 +328,13 @@ def test_leaves_like_come_in_the_order_of_the_treedef():
 def test_leaves_like_refuse_another_structure_with_the_path(found, message):
     leaves, treedef = optree.tree_flatten({"a": {"w": W}, "b": B})
     with pytest.raises(ValueError, match=f"^{message}"):
-        tree.leaves_like(leaves, treedef, found, "params")
+        tree.leaves_like([leaf.shape for leaf in leaves], treedef, found, "params")
 
 
 def test_leaves_like_refuse_another_shape_with_the_path():
     leaves, treedef = optree.tree_flatten({"a": {"w": W}, "b": B})
     message = rf"^grads: expects shape \({W.shape[0]}.*\) at 'a.w', got "
     with pytest.raises(ValueError, match=message):
-        tree.leaves_like(leaves, treedef, {"a": {"w": torch.ones(())}, "b": B}, "grads")
+        tree.leaves_like(
+            [leaf.shape for leaf in leaves], treedef, {"a": {"w": torch.ones(())}, "b": B}, "grads"
+        )

@@ -10,7 +10,7 @@ layer changes no other layer's noise.
 """
 
 from collections.abc import Callable, Hashable, Mapping
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -26,9 +26,9 @@ from funcnet.core import (
     Params,
     Pullback,
     Tree,
-    locate,
     sum_cotangents,
 )
+from funcnet.errors import locate
 from funcnet.lift import stateful
 from funcnet.random import fold_in
 
@@ -79,36 +79,40 @@ def combine(
     >>> net = gated(fn.serial(fn.linear(3), fn.sigmoid()), fn.linear(3))
     >>> fn.testing.check_layer(net, torch.ones(4, 2))
     """
-    slots = {child: Slot.of(name, child) for child in children}
-    for child, slot in slots.items():
-        slot.check(children[child], alone=len(children) == 1)
+    for child, layer in children.items():
+        _check_child(name, child, layer, alone=len(children) == 1)
+    names = tuple(children)
+    entries = frozenset([child for child in names if _has_entry(child)])
 
-    known = tuple(slots.values())
+    def parts(what: str, found: Params) -> Mapping[Any, Params]:
+        if isinstance(found, dict) and found.keys() <= entries:
+            return found
+        return _parts(name, names, what, found)
 
     def init(key: Tensor, x: Tree) -> tuple[Params, Params]:
-        run = _Init(slots, children, {}, {}, key, False, None)
         try:
-            run.device = tree.device_of(x) if children else torch.device("meta")
+            device = tree.device_of(x) if children else torch.device("meta")
         except ValueError as error:
             locate(error, f"{name}:")
             raise
+        run = _Init(name, children, key, device)
         forward(run, tree.to_meta(x), *static)
-        return run.params, run.new_state
+        return _whole(run.params), _whole(run.state)
 
     def apply(params: Params, x: Tree, state: Params, key: Key, train: bool) -> Applied:
-        _check_names(name, params, state, children)
-        run = Run(slots, children, params, state, key, train, None)
-        return forward(run, x, *static)[0], run.new_state
+        own = parts("params", params), parts("state", state)
+        run = Run(name, children, *own, key, train, None)
+        return forward(run, x, *static)[0], _whole(run.new_state)
 
     def vjp(params: Params, x: Tree, state: Params, key: Key, train: bool) -> Forward:
-        _check_names(name, params, state, children)
+        own = parts("params", params), parts("state", state)
         kept: dict[str, Any] = {}
-        run = Run(slots, children, params, state, key, train, kept)
+        run = Run(name, children, *own, key, train, kept)
         y, residuals = forward(run, x, *static)
         if residuals:
             kept[_OWN] = residuals
-        learned = frozenset([slot.child for slot in known if slot.is_in(params)])
-        return y, Pullback(combine_rule, kept, (backward, known, learned, static)), run.new_state
+        told = (backward, name, names, tuple(run.params), *static)
+        return y, Pullback(combine_rule, kept, told), _whole(run.new_state)
 
     return stateful(
         init,
@@ -125,151 +129,98 @@ def combine_rule(
     residuals: Any,
     dy: Tree,
     backward: Any,
-    slots: Any,
-    learned: Any,
-    static: Any,
-    *,
+    name: str,
+    names: tuple[Name, ...],
+    learned: tuple[Name, ...],
+    *static: Any,
     params: bool,
     x: bool,
 ) -> Grads:
     """The combinator's ``backward``, with the children's pullbacks among the residuals."""
     own = residuals.pop(_OWN, EMPTY)
-    pull = Pull(slots, residuals, learned if params else frozenset(), x)
+    pull = Pull(name, names, residuals, learned if params else (), x)
     dx = backward(pull, dy, own, *static)
     if left := [call for call in residuals if call.partition(".")[0] in pull.learned]:
-        raise ValueError(f"{slots[0].parent}: backward pulls no cotangent through {left}")
-    found = pull.dparams
-    # In the order of params: children may be pulled in any.
-    dparams = {slot.entry: found.pop(slot.entry) for slot in slots if slot.entry in found} | found
-    return dparams if params else None, dx if x else None
-
-
-class Slot(NamedTuple):
-    """Where a child is in its parent: its entries of trees, its key, its path in errors."""
-
-    parent: str
-    child: Name
-    entry: str  # the name of its entry; "" for a child that has several or all of its parent's
-    pullback: str  # the name of its pullback among the residuals
-
-    @classmethod
-    def of(cls, parent: str, child: Name) -> "Slot":
-        """The slot of a child."""
-        if isinstance(child, str):
-            return cls(parent, child, child, child)
-        return cls(parent, child, "", "+".join(child))
-
-    def check(self, layer: Any, alone: bool) -> None:
-        """Raise TypeError for what is no layer, ValueError for a name that no entry can have."""
-        if not isinstance(layer, Layer):
-            hint = "; call its constructor" if callable(layer) else ""
-            raise TypeError(f"{self.path()}: expects a Layer, got {type(layer).__name__}{hint}")
-        if isinstance(self.child, str) and ("." in self.child or not (self.child or alone)):
-            wrong = f"a name must not be empty or have a dot, got {self.child!r}"
-            raise ValueError(f"{self.parent}: {wrong}")
-
-    def path(self, use: int | None = None) -> str:
-        """The path in an error's message: ``serial['head']``, ``shared[0]`` for a use."""
-        inside = f"[{self.entry!r}]" if self.entry else ""
-        return f"{self.parent}{inside}" + ("" if use is None else f"[{use}]")
-
-    def call(self, use: int | None) -> str:
-        """The name of the pullback of a use, among the residuals."""
-        return self.pullback if use is None else f"{self.pullback}.{use}"
-
-    def key(self, key: Tensor, use: int | None = None) -> Tensor:
-        """The child's key, of its parent's."""
-        key = fold_in(key, self.entry) if self.entry else key
-        return key if use is None else fold_in(key, use)
-
-    def own(self, whole: Params) -> Params:
-        """The child's part of its parent's params or state."""
-        if self.entry:
-            return whole.get(self.entry, EMPTY)
-        return {name: whole[name] for name in self.child if name in whole} if self.child else whole
-
-    def is_in(self, whole: Params) -> bool:
-        """Whether the child has a part of its parent's params."""
-        return self.entry in whole if self.entry else bool(self.own(whole))
-
-    def put(self, whole: dict[str, Any], own: Params) -> None:
-        """Put the child's part into its parent's params or state, which are sparse."""
-        if own:
-            whole.update({self.entry: own} if self.entry else own)
+        raise ValueError(f"{name}: backward pulls no cotangent through {left}")
+    return _whole(pull.learned) if params else None, dx if x else None
 
 
 class Run:
     """Runs the children of a combinator: ``run(child, x)`` is the output of a child.
 
-    It applies each child or, with a dict for the pullbacks, calls its vjp.
+    It applies each child or, with a dict for the pullbacks, calls its forward. Params and state are
+    by child, and sparse.
     """
 
     def __init__(
         self,
-        slots: Mapping[Any, Slot],
+        parent: str,
         children: Mapping[Any, Layer],
         params: Any,
-        state: Params,
+        state: Mapping[Any, Params],
         key: Any,
         train: bool,
         pullbacks: dict[str, Pullback] | None,
     ) -> None:
-        self.names: Any = tuple(slots)
-        self.slots, self.children = slots, children
+        self.names: Any = tuple(children)
+        self.parent, self.children = parent, children
         self.params, self.state, self.key, self.train = params, state, key, train
         self.pullbacks = pullbacks
-        self.new_state: dict[str, Any] = {}
-        self.ran: set[Name] = set()  # the children that may run again
+        self.new_state: dict[Any, Params] = {}
 
     def __call__(self, child: Name, x: Tree, use: int | None = None) -> Tree:
         """The output of a child; ``use`` tells several uses of one child apart."""
-        slot = _slot_of(child, self.slots)
+        if child not in self.children:
+            raise _unknown(self.parent, child, self.names)
+        layer, params, state = self.children[child], self.params.get(child, EMPTY), EMPTY
+        key, pullbacks = self.key if layer.takes_key else None, self.pullbacks
         try:
-            return self._output(slot, self.children[child], x, use)
+            if key is not None:
+                key = _key(key, child, use)
+            if self.state:
+                # A later use goes on from the state that the one before it left.
+                before = self.state if use is None else {**self.state, **self.new_state}
+                state = before.get(child, EMPTY)
+            if pullbacks is None:
+                y, state = layer.apply(params, x, state, key=key, train=self.train)
+            else:
+                call = child if use is None and type(child) is str else _call(child, use)
+                if call in pullbacks:
+                    raise ValueError("runs twice: tell the uses apart by use=0, use=1, ...")
+                y, pullbacks[call], state = layer.forward(params, x, state, key, self.train)
         except Exception as error:
-            locate(error, slot.path(use))
+            locate(error, _path(self.parent, child, use))
             raise
-
-    def _output(self, slot: Slot, layer: Layer, x: Tree, use: int | None) -> Tree:
-        params, key = slot.own(self.params), self.key
-        # A later use goes on from the state that the one before it left.
-        later = use is not None and slot.child in self.ran
-        state = slot.own(self.new_state if later else self.state)
-        if key is not None:
-            key = slot.key(key, use) if layer.takes_key else None
-        if self.pullbacks is None:
-            y, state = layer.apply(params, x, state, key=key, train=self.train)
-        else:
-            call = slot.call(use)
-            if call in self.pullbacks:
-                raise ValueError("runs twice: tell the uses apart by use=0, use=1, ...")
-            y, self.pullbacks[call], state = layer.vjp(params, x, state, key=key, train=self.train)
-        slot.put(self.new_state, state)
-        if use is not None:
-            self.ran.add(slot.child)
+        if state:
+            self.new_state[child] = state
         return y
 
 
-class _Init(Run):
+class _Init:
     """Makes the params and state of each child, and finds its output on the meta device."""
 
-    device: torch.device
+    def __init__(self, parent: str, children: Any, key: Tensor, device: torch.device) -> None:
+        self.names: Any = tuple(children)
+        self.parent, self.children, self.key, self.device = parent, children, key, device
+        self.params: dict[Any, Any] = {}
+        self.state: dict[Any, Any] = {}
 
-    def _output(self, slot: Slot, layer: Layer, x: Tree, use: int | None) -> Tree:
-        if slot.child not in self.ran:
-            self.ran.add(slot.child)
-            params, state = layer.init(slot.key(self.key), tree.placeholder(x, self.device))
-            slot.put(self.params, params)
-            slot.put(self.new_state, state)
-        params, state = tree.to_meta((slot.own(self.params), slot.own(self.new_state)))
-        noise = torch.empty(2, dtype=torch.int64, device="meta") if layer.takes_key else None
-        return layer.apply(params, x, state, key=noise)[0]
-
-
-def _slot_of(child: Name, slots: Mapping[Any, Slot]) -> Slot:
-    if child not in slots:
-        raise ValueError(f"no child is called {child!r}, only {list(slots)}")
-    return slots[child]
+    def __call__(self, child: Name, x: Tree, use: int | None = None) -> Tree:
+        if child not in self.children:
+            raise _unknown(self.parent, child, self.names)
+        layer = self.children[child]
+        try:
+            if child not in self.params and child not in self.state:
+                example = tree.placeholder(x, self.device)
+                params, state = layer.init(_key(self.key, child), example)
+                self.params.update({child: params} if params else {})
+                self.state.update({child: state} if state else {})
+            own = tree.to_meta((self.params.get(child, {}), self.state.get(child, {})))
+            noise = torch.empty(2, dtype=torch.int64, device="meta") if layer.takes_key else None
+            return layer.apply(own[0], x, own[1], key=noise)[0]
+        except Exception as error:
+            locate(error, _path(self.parent, child, use))
+            raise
 
 
 class Pull:
@@ -279,34 +230,85 @@ class Pull:
     backward pass consumes them.
     """
 
-    def __init__(self, slots: Any, pullbacks: Any, learned: frozenset[Name], x: bool) -> None:
-        self.slots = {slot.child: slot for slot in slots}
-        self.names: Any = tuple(self.slots)
-        self.pullbacks, self.learned, self.x = pullbacks, learned, x
-        self.dparams: dict[str, Any] = {}
+    def __init__(
+        self, parent: str, names: Any, pullbacks: Any, learned: tuple[Name, ...], x: bool
+    ) -> None:
+        self.parent, self.names, self.pullbacks, self.x = parent, names, pullbacks, x
+        self.learned: dict[Any, Any] = dict.fromkeys(learned)  # the gradients, in this order
 
     def __call__(self, child: Name, dy: Tree, use: int | None = None, needed: bool = True) -> Tree:
         """The child's dx, None where it is not ``needed``; its dparams are kept."""
-        slot, learns = _slot_of(child, self.slots), child in self.learned
+        call = child if use is None and type(child) is str else _call(child, use)
+        if call not in self.pullbacks:
+            raise _unknown(self.parent, child, self.names)
+        learns = child in self.learned
         try:
-            dparams, dx = core.pull(self.pullbacks, slot.call(use), dy, params=learns, x=needed)
+            dparams, dx = core.pull(self.pullbacks, call, dy, params=learns, x=needed)
         except Exception as error:
-            locate(error, slot.path(use))
+            locate(error, _path(self.parent, child, use))
             raise
         if learns:
-            before = slot.own(self.dparams)  # those of another use
-            dparams = sum_cotangents(before, dparams) if before else dparams
-            self.dparams.update({slot.entry: dparams} if slot.entry else dparams)
+            before = self.learned[child]  # of another use
+            self.learned[child] = sum_cotangents(before, dparams) if before else dparams
         return dx
 
 
-def _check_names(parent: str, params: Params, state: Params, children: Mapping[Any, Layer]) -> None:
-    for what, found in (("params", params), ("state", state)):
-        if isinstance(found, dict) and found.keys() <= children.keys():
-            continue
-        if not isinstance(found, Mapping):
-            raise TypeError(f"{parent}: expects a dict of {what}, got {tree.describe(found)}")
-        groups = [(child,) if isinstance(child, str) else child for child in children]
-        names = {name for group in groups for name in group}
-        if "" not in names and (extra := sorted(found.keys() - names)):
-            raise ValueError(f"{parent}: {what} has {extra}, but the layers are {list(children)}")
+def _check_child(parent: str, child: Name, layer: Any, alone: bool) -> None:
+    if not isinstance(layer, Layer):
+        hint, where = "; call its constructor" if callable(layer) else "", _path(parent, child)
+        raise TypeError(f"{where}: expects a Layer, got {type(layer).__name__}{hint}")
+    if isinstance(child, str) and ("." in child or not (child or alone)):
+        raise ValueError(f"{parent}: a name must not be empty or have a dot, got {child!r}")
+
+
+def _unknown(parent: str, child: Name, names: tuple[Name, ...]) -> ValueError:
+    if child in names:
+        return ValueError(f"{_path(parent, child)} did not run, or is pulled twice")
+    return ValueError(f"{parent}: no child is called {child!r}, only {list(names)}")
+
+
+def _has_entry(child: Name) -> bool:
+    """Whether a child has one entry of its parent's params, and not several or all of them."""
+    return isinstance(child, str) and child != ""
+
+
+def _path(parent: str, child: Name, use: int | None = None) -> str:
+    """The path in an error's message: ``serial['head']``, ``shared[0]`` for a use."""
+    inside = f"[{child!r}]" if _has_entry(child) else ""
+    return f"{parent}{inside}" + ("" if use is None else f"[{use}]")
+
+
+def _call(child: Name, use: int | None) -> str:
+    """The name of the pullback of a use of a child, among the residuals."""
+    name = child if isinstance(child, str) else "+".join(child)
+    return name if use is None else f"{name}.{use}"
+
+
+def _key(key: Tensor, child: Name, use: int | None = None) -> Tensor:
+    """The key of a child, of its parent's."""
+    key = fold_in(key, str(child)) if _has_entry(child) else key
+    return key if use is None else fold_in(key, use)
+
+
+def _parts(parent: str, children: tuple[Name, ...], what: str, whole: Params) -> Mapping[Any, Any]:
+    """The params or state of each child that has any, from those of its parent."""
+    if not isinstance(whole, Mapping):
+        raise TypeError(f"{parent}: expects a dict of {what}, got {tree.describe(whole)}")
+    parts: dict[Any, Any] = {}
+    left: dict[Any, Any] = dict(whole)
+    for child in children:
+        names = (child,) if _has_entry(child) else child or tuple(whole)
+        if found := {name: left.pop(name) for name in names if name in left}:
+            parts[child] = found[child] if _has_entry(child) else found
+    if left:
+        layers = list(children)
+        raise ValueError(f"{parent}: {what} has {sorted(left)}, but the layers are {layers}")
+    return parts
+
+
+def _whole(parts: dict[Any, Any]) -> dict[str, Any]:
+    """The params or state of a parent, from those of its children."""
+    whole: dict[str, Any] = {}
+    for child, part in parts.items():
+        whole.update({child: part} if _has_entry(child) else part)
+    return whole

@@ -18,7 +18,7 @@ SELU_SCALE = 1.0507009873554804934193349852946
 SELU_ALPHA = 1.6732632423543772848170429916717
 
 
-@with_kernel(lambda dy, y: aten.threshold_backward(dy, y, 0))
+@with_kernel(lambda dy, y: aten.threshold_backward.default(dy, y, 0))
 def relu_derivative(y: Tensor) -> Tensor:
     """``[y > 0]``."""
     return y > 0

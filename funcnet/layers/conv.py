@@ -8,7 +8,8 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from funcnet import tree
-from funcnet.core import EMPTY, Forward, Grads, Key, Layer, Params, Pullback, require
+from funcnet.core import EMPTY, Forward, Grads, Key, Layer, Params, Pullback
+from funcnet.errors import require
 from funcnet.initializers import Initializer
 from funcnet.lift import fastest, require_floating, stateful, with_kernel
 from funcnet.params import Param, declare, weight_and_bias

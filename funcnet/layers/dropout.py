@@ -4,7 +4,8 @@ import torch
 from torch import Tensor
 
 from funcnet import random
-from funcnet.core import Forward, Key, Layer, Params, Pullback, require
+from funcnet.core import Forward, Key, Layer, Params, Pullback
+from funcnet.errors import require
 from funcnet.lift import backward_rule, require_floating, stateful
 from funcnet.params import declare
 

@@ -7,7 +7,8 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from funcnet import initializers, tree
-from funcnet.core import Grads, Layer, Params, Pullback, require
+from funcnet.core import Grads, Layer, Params, Pullback
+from funcnet.errors import require
 from funcnet.initializers import Initializer
 from funcnet.lift import fastest, stateless, with_kernel
 from funcnet.params import Param, declare

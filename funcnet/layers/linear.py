@@ -6,7 +6,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from funcnet.core import Grads, Layer, Params, Pullback, require
+from funcnet.core import Grads, Layer, Params, Pullback
+from funcnet.errors import require
 from funcnet.initializers import Initializer
 from funcnet.lift import require_floating, stateless
 from funcnet.params import Param, declare, weight_and_bias

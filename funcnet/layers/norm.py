@@ -6,7 +6,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from funcnet.core import Forward, Grads, Key, Layer, Params, Pullback, require
+from funcnet.core import Forward, Grads, Key, Layer, Params, Pullback
+from funcnet.errors import require
 from funcnet.initializers import ones, zeros
 from funcnet.lift import fastest, require_floating, stateful, with_kernel
 from funcnet.params import Param, State, declare

@@ -5,7 +5,8 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from funcnet import tree
-from funcnet.core import Grads, Layer, Params, Pullback, require
+from funcnet.core import Grads, Layer, Params, Pullback
+from funcnet.errors import require
 from funcnet.initializers import constant
 from funcnet.lift import require_floating, stateless
 from funcnet.params import Param, declare

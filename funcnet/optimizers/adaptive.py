@@ -1,5 +1,7 @@
 """Transforms that divide by the root of a running mean of g^2."""
 
+from itertools import chain
+from operator import attrgetter
 from typing import Any, NamedTuple
 
 import torch
@@ -9,7 +11,7 @@ from funcnet.core import Optimizer, Tree
 from funcnet.optimizers.checks import check_options
 from funcnet.optimizers.leaves import Leaves
 from funcnet.optimizers.lift import stateful, zero_step
-from funcnet.runtime import fused_adam_, is_transformed
+from funcnet.runtime import FOREACH, fused_adam_, is_transformed
 
 
 def _sqrt(v: Any) -> Any:
@@ -115,7 +117,7 @@ def scaled_adam(betas: tuple[float, float], eps: float, amsgrad: bool, factor: f
         return AdamState(zero_step(p), zeros(p), zeros(p), zeros(p) if amsgrad else ())
 
     def update(g: Any, state: AdamState, p: Any) -> tuple[Any, AdamState]:
-        state = state._replace(step=state.step + _ONE)
+        state = AdamState(state.step + _ONE, *state[1:])
         return by_kernel(g, state) if _kernel_takes(g, *state[1:]) else by_formula(g, state)
 
     def by_formula(g: Any, state: AdamState) -> tuple[Any, AdamState]:
@@ -133,13 +135,13 @@ def scaled_adam(betas: tuple[float, float], eps: float, amsgrad: bool, factor: f
         return scaled, AdamState(state.step, m, v, v_max)
 
     def by_kernel(g: Any, state: AdamState) -> tuple[Any, AdamState]:
-        m, v = state.mu.clone(), state.nu.clone()
-        v_max = state.nu_max.clone() if amsgrad else ()
-        direction = [torch.zeros_like(leaf) for leaf in g]
-        lists = (direction, *map(list, (g, m, v, v_max)), [state.step.float()] * len(direction))
+        means: list[Any] = [Leaves(FOREACH["clone"](mean.tensors)) for mean in state[1 : 4 if amsgrad else 3]]
+        direction = Leaves([torch.zeros_like(leaf) for leaf in g])
+        lists = [leaves.tensors for leaves in (direction, g, *means)] + [[]] * (not amsgrad)
+        steps = [state.step.float()] * len(lists[0])
         # From params of 0 and with a learning rate of -factor the kernel steps to the direction.
-        fused_adam_(*lists, lr=-factor, beta1=b1, beta2=b2, eps=eps, amsgrad=amsgrad)
-        return Leaves(direction), AdamState(state.step, m, v, v_max)
+        fused_adam_(*lists, steps, lr=-factor, beta1=b1, beta2=b2, eps=eps, amsgrad=amsgrad)
+        return direction, AdamState(state.step, *means)
 
     return stateful(init, update, name="scale_by_adam")
 
@@ -153,9 +155,8 @@ def _at_least_float32(leaves: Any) -> Any:
 
 def _kernel_takes(*trees: Any) -> bool:
     """Whether PyTorch's kernel may run: it checks no strides and has no derivative."""
-    leaves = [leaf for tree in trees for leaf in tree]
+    leaves = [*chain.from_iterable(trees)]
     # First, as a function that jit compiles must not ask for strides.
-    if is_transformed(*leaves):
+    if is_transformed(*leaves) or len({*map(attrgetter("dtype"), leaves)}) != 1:
         return False
-    kinds = {(leaf.dtype, leaf.is_cpu, leaf.is_contiguous()) for leaf in leaves}
-    return len(kinds) == 1 and all(next(iter(kinds))[1:])
+    return all(map(attrgetter("is_cpu"), leaves)) and all(map(Tensor.is_contiguous, leaves))

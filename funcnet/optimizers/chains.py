@@ -2,7 +2,10 @@
 
 from collections.abc import Mapping
 
-from funcnet.core import EMPTY, Optimizer, Params, Tree, locate
+from funcnet.core import EMPTY, Optimizer, Params
+from funcnet.errors import locate
+from funcnet.optimizers.leaves import Leaves
+from funcnet.optimizers.lift import Trees, leaves_update, lifted
 
 
 def chain(*transforms: Optimizer, **named: Optimizer) -> Optimizer:
@@ -40,26 +43,27 @@ def chained(name: str, children: Mapping[str, Optimizer]) -> Optimizer:
     def init_state(params: Params) -> Params:
         return _present({child: part.init_state(params) for child, part in children.items()})
 
-    def update(grads: Tree, opt_state: Params, params: Params) -> tuple[Tree, Params]:
-        if not isinstance(opt_state, Mapping) or not opt_state.keys() <= children.keys():
-            found = (
-                sorted(opt_state) if isinstance(opt_state, Mapping) else type(opt_state).__name__
-            )
-            raise ValueError(
-                f"{name}: expects a dict of the states of {list(children)}, got {found}"
-            )
+    updates = {child: leaves_update(part) for child, part in children.items()}
+
+    def update_leaves(g: Leaves, opt_state: Params, trees: Trees) -> tuple[Leaves, Params]:
+        if not (isinstance(opt_state, Mapping) and opt_state.keys() <= children.keys()):
+            found = type(opt_state).__name__
+            if isinstance(opt_state, Mapping):
+                found = str(sorted(opt_state))
+            expected = f"a dict of the states of {list(children)}"
+            raise ValueError(f"{name}: expects {expected}, got {found}")
         states = {}
-        for child, transform in children.items():
+        for child, update in updates.items():
             try:
-                grads, states[child] = transform.update(grads, opt_state.get(child, EMPTY), params)
+                g, states[child] = update(g, opt_state.get(child, EMPTY), trees)
             except Exception as error:
                 locate(error, f"{name}[{child!r}]")
                 raise
-        return grads, _present(states)
+        return g, _present(states)
 
-    return Optimizer(init_state, update, name)
+    return lifted(name, init_state, update_leaves)
 
 
 def _present(states: Params) -> Params:
     """The states but those that are ``{}``."""
-    return {name: s for name, s in states.items() if not isinstance(s, Mapping) or s}
+    return {name: state for name, state in states.items() if not isinstance(state, dict) or state}

@@ -1,14 +1,18 @@
 """The leaves of a tree as one value: what the formulas of optimizers compute with."""
 
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator
 from functools import lru_cache, partial
 from itertools import repeat
+from operator import attrgetter
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from funcnet.runtime import FOREACH, is_transformed
+
+_dtype = attrgetter("dtype")
+_WIDE = ({torch.float32}, {torch.float64})
 
 
 class Leaves:
@@ -32,6 +36,13 @@ class Leaves:
 
     def __iter__(self) -> Iterator[Tensor]:
         return iter(self.tensors)
+
+    def to_dtypes(self, others: "Leaves") -> "Leaves":
+        """The leaves, each in the dtype of the other."""
+        new, old = self.tensors, others.tensors
+        if [*map(_dtype, new)] == [*map(_dtype, old)]:
+            return self
+        return Leaves([leaf.to(other.dtype) for leaf, other in zip(new, old, strict=True)])
 
     def __bool__(self) -> bool:
         raise TypeError(
@@ -75,48 +86,47 @@ def leafwise(function: Callable[..., Any], *args: Any, **options: Any) -> Leaves
     >>> list(leafwise(torch.where, Leaves([torch.tensor([True, False])]), 1.0, 2.0))
     [tensor([1., 2.])]
     """
-    values, count = (*args, *options.values()), len(args)
-    first = next(value.tensors for value in values if isinstance(value, Leaves))
-    if not first:
-        return Leaves([])
-    found = _by_foreach(function.__name__, first, args, options)
+    found = _by_foreach(function, args, options)
     if found is None:
+        values, count = (*args, *options.values()), len(args)
+        first = next(value.tensors for value in values if isinstance(value, Leaves))
         rows = zip(*[_column(value, first) for value in values], strict=False)
         found = [
             function(*row[:count], **dict(zip(options, row[count:], strict=True))) for row in rows
         ]
-    return Leaves(list(found))
+    return Leaves(found)
 
 
 def _by_foreach(
-    name: str, first: list[Tensor], args: tuple[Any, ...], options: dict[str, Any]
-) -> Sequence[Tensor] | None:
+    function: Callable[..., Any], args: tuple[Any, ...], options: dict[str, Any]
+) -> list[Tensor] | None:
     """What PyTorch's operator on lists gives in one call; None where it cannot be used."""
-    # vmap and autograd's transformations have no rules for it; meta tensors cannot be read.
-    if name not in FOREACH or first[0].is_meta or is_transformed():
-        return None
-    foreach, dtype = FOREACH[name], first[0].dtype
-    lists = [arg.tensors for arg in args if isinstance(arg, Leaves)]
+    foreach: Any = FOREACH.get(function.__name__)
+    lists = [arg.tensors for arg in args if type(arg) is Leaves]
     numbers = args[len(lists) :]
-    if any([isinstance(value, Leaves) for value in (*numbers, *options.values())]):
+    # vmap and autograd's transformations have no rules for it; meta tensors cannot be read.
+    if foreach is None or not lists or not lists[0] or lists[0][0].is_meta or is_transformed():
+        return None
+    if Leaves in map(type, (*numbers, *options.values())):
         return None
     if not numbers:
         return foreach(*lists, **options)
-    number, takes_tensor = numbers[0], name in ("add", "mul", "div") and _uniform(first)
+    number, first = numbers[0], lists[0]
+    takes_tensor = function.__name__ in ("add", "mul", "div") and _uniform(first)
     if isinstance(number, Tensor):
         # Autograd's rule for one tensor and a list wants all leaves of one shape.
         if not takes_tensor or number.requires_grad or number.dim():
             return None
         # By position a tensor is read, for the overload that takes a number.
-        return foreach(*lists, other=number.to(dtype))
+        return foreach(*lists, other=number.to(first[0].dtype))
     if takes_tensor and first[0].is_cpu:
-        return foreach(*lists, other=_constant(number, dtype))
+        return foreach(*lists, other=_constant(number, first[0].dtype))
     return foreach(*lists, number, **options)
 
 
 def _uniform(leaves: list[Tensor]) -> bool:
     """Whether a 0-d tensor can take the leaves' dtype; half precision would round it."""
-    return {leaf.dtype for leaf in leaves} in ({torch.float32}, {torch.float64})
+    return {*map(_dtype, leaves)} in _WIDE
 
 
 @lru_cache(maxsize=256)

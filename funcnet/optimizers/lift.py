@@ -1,6 +1,7 @@
 """From a formula to an optimizer: the formula knows leaves, the optimizer knows trees."""
 
 from collections.abc import Callable
+from functools import partial
 from operator import attrgetter
 from typing import Any, NamedTuple
 
@@ -12,7 +13,7 @@ from funcnet.core import Optimizer, Params, Tree, function_name
 from funcnet.optimizers.leaves import Leaves, leafwise
 
 _flatten = tree.Flattener()
-_dtype = attrgetter("dtype")
+_shape = attrgetter("shape")
 
 
 def stateless(update: Callable[[Tensor, Tensor], Tensor], *, name: str | None = None) -> Optimizer:
@@ -34,13 +35,12 @@ def stateless(update: Callable[[Tensor, Tensor], Tensor], *, name: str | None = 
     name = name or function_name(update)
     formula: Callable[..., Any] = update
 
-    def lifted(grads: Tree, opt_state: Tree, params: Params) -> tuple[Tree, Params]:
+    def update_leaves(g: Leaves, opt_state: Tree, trees: Trees) -> tuple[Leaves, Params]:
         if opt_state:
             raise ValueError(f"{name}: has no state, got state with {sorted(opt_state)}")
-        trees = _Trees(name, params)
-        return trees.join(formula(trees.split(grads, "grads"), trees.params), trees.params), {}
+        return formula(g, trees.params).to_dtypes(trees.params), {}
 
-    return Optimizer(lambda params: {}, lifted, name)
+    return lifted(name, lambda params: {}, update_leaves)
 
 
 def stateful(
@@ -92,51 +92,82 @@ def stateful(
     kind, like_params = type(example), [isinstance(entry, Leaves) for entry in example]
 
     def init_state(params: Params) -> Tree:
-        trees = _Trees(name, params)
+        trees = Trees(name, params)
         state = start(trees.params)
-        return kind(*[trees.join(e, e) if isinstance(e, Leaves) else e for e in state])
+        return kind(*[trees.join(e) if isinstance(e, Leaves) else e for e in state])
 
-    def lifted(grads: Tree, opt_state: Tree, params: Params) -> tuple[Tree, Tree]:
+    def update_leaves(g: Leaves, opt_state: Tree, trees: Trees) -> tuple[Leaves, Tree]:
         if not isinstance(opt_state, kind):
             raise TypeError(
                 f"{name}: expects the state {kind.__name__}({', '.join(kind._fields)}), "
                 f"got {tree.describe(opt_state)}"
             )
-        trees = _Trees(name, params)
-        g = trees.split(grads, "grads")
         old = [
-            trees.split(entry, f"state.{field}") if is_tree else entry
+            trees.split(entry, f"{name}: state.{field}") if is_tree else entry
             for field, entry, is_tree in zip(kind._fields, opt_state, like_params, strict=True)
         ]
         updates, *rest = formula(g, kind(*old), trees.params)
         if len(rest) != 1 or not isinstance(rest[0], kind):
             raise TypeError(f"{name}: the formula must give (updates, {kind.__name__})")
         new = [
-            trees.join(entry, before) if isinstance(before, Leaves) else entry
+            trees.join(entry.to_dtypes(before)) if isinstance(before, Leaves) else entry
             for entry, before in zip(rest[0], old, strict=True)
         ]
-        return trees.join(updates, trees.params), kind(*new)
+        return updates.to_dtypes(trees.params), kind(*new)
 
-    return Optimizer(init_state, lifted, name)
+    return lifted(name, init_state, update_leaves)
 
 
-class _Trees:
-    """The params of an update, flattened, and the trees that must be like them."""
+class Trees:
+    """The params of an update, flattened, and how trees like them are taken apart and put together.
+
+    Args:
+        name: of the optimizer, for errors.
+        params: the tree.
+    """
 
     def __init__(self, name: str, params: Params) -> None:
         self.name = name
         leaves, self.treedef = _flatten(params)
         self.params = Leaves(leaves)
+        self.shapes = [*map(_shape, leaves)]
 
     def split(self, found: Tree, what: str) -> Leaves:
-        what = f"{self.name}: {what}"
-        return Leaves(tree.leaves_like(self.params.tensors, self.treedef, found, what))
+        """The leaves of a tree; ValueError with ``what`` unless it is like the params."""
+        return Leaves(tree.leaves_like(self.shapes, self.treedef, found, what))
 
-    def join(self, leaves: Leaves, like: Leaves) -> Tree:
-        new, old = leaves.tensors, like.tensors
-        if [*map(_dtype, new)] != [*map(_dtype, old)]:
-            new = [leaf.to(other.dtype) for leaf, other in zip(new, old, strict=True)]
-        return self.treedef.unflatten(new)
+    def join(self, leaves: Leaves) -> Any:
+        """The tree of these leaves."""
+        return self.treedef.unflatten(leaves)
+
+
+def lifted(
+    name: str, init_state: Callable[[Params], Tree], update_leaves: Callable[..., Any]
+) -> Optimizer:
+    """An optimizer from ``update_leaves(g, opt_state, trees) -> (updates, opt_state)``.
+
+    In it, g and the updates are `Leaves`; ``trees`` are the `Trees` of the params.
+    """
+
+    def update(grads: Tree, opt_state: Tree, params: Params) -> tuple[Tree, Tree]:
+        trees = Trees(name, params)
+        g = trees.split(grads, f"{name}: grads")
+        updates, opt_state = update_leaves(g, opt_state, trees)
+        return trees.join(updates), opt_state
+
+    return Optimizer(init_state, update, name, update_leaves)
+
+
+def leaves_update(optimizer: Optimizer) -> Callable[..., Any]:
+    """``update_leaves`` of any optimizer."""
+    return optimizer.update_leaves or partial(_update_as_tree, optimizer)
+
+
+def _update_as_tree(
+    optimizer: Optimizer, g: Leaves, opt_state: Tree, trees: Trees
+) -> tuple[Leaves, Tree]:
+    updates, opt_state = optimizer.update(trees.join(g), opt_state, trees.join(trees.params))
+    return trees.split(updates, f"{optimizer.name}: updates"), opt_state
 
 
 def apply_updates(params: Params, updates: Tree) -> Any:
@@ -145,10 +176,27 @@ def apply_updates(params: Params, updates: Tree) -> Any:
     >>> apply_updates({"w": torch.ones(1)}, {"w": torch.ones(1)})
     {'w': tensor([2.])}
     """
-    trees = _Trees("apply_updates", params)
-    return trees.join(
-        leafwise(torch.add, trees.params, trees.split(updates, "updates")), trees.params
-    )
+    trees = Trees("apply_updates", params)
+    return trees.join(_added(trees.params, trees.split(updates, "apply_updates: updates")))
+
+
+def step_params(
+    optimizer: Optimizer, grads: Tree, opt_state: Tree, params: Params
+) -> tuple[Any, Tree]:
+    """``optimizer.update`` and then `apply_updates`, with the params flattened once.
+
+    With two flattenings an eager step of SGD on a small net takes 5 % longer.
+    """
+    trees = Trees(optimizer.name, params)
+    g = trees.split(grads, f"{optimizer.name}: grads")
+    updates, opt_state = leaves_update(optimizer)(g, opt_state, trees)
+    if [*map(_shape, updates)] != trees.shapes:
+        trees.split(trees.join(updates), f"{optimizer.name}: updates")
+    return trees.join(_added(trees.params, updates)), opt_state
+
+
+def _added(params: Leaves, updates: Leaves) -> Leaves:
+    return leafwise(torch.add, params, updates).to_dtypes(params)
 
 
 def zero_step(p: Tensor) -> Tensor:
