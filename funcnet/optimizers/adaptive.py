@@ -135,7 +135,8 @@ def scaled_adam(betas: tuple[float, float], eps: float, amsgrad: bool, factor: f
         return scaled, AdamState(state.step, m, v, v_max)
 
     def by_kernel(g: Any, state: AdamState) -> tuple[Any, AdamState]:
-        means: list[Any] = [Leaves(FOREACH["clone"](mean.tensors)) for mean in state[1 : 4 if amsgrad else 3]]
+        before: Any = state[1 : 4 if amsgrad else 3]
+        means = [Leaves(FOREACH["clone"](mean.tensors)) for mean in before]
         direction = Leaves([torch.zeros_like(leaf) for leaf in g])
         lists = [leaves.tensors for leaves in (direction, g, *means)] + [[]] * (not amsgrad)
         steps = [state.step.float()] * len(lists[0])
