@@ -6,6 +6,7 @@ that needs Inductor's private names.
 """
 
 import contextlib
+import functools
 import itertools
 import re
 import sys
@@ -237,7 +238,7 @@ def kernels(segment: Segment, threads: int, in_place: Sequence[tuple[int, int]])
         torch.no_grad(),
         refusals_of_the_compiler(),
     ):
-        lowering = GraphLowering(
+        lowering = _computes_scalars_once(GraphLowering)(
             module, example_inputs=examples, cpp_wrapper=True, is_inference=True
         )
         with V.set_graph_handler(lowering):
@@ -261,6 +262,30 @@ def kernels(segment: Segment, threads: int, in_place: Sequence[tuple[int, int]])
         list(lowering.graph_inputs),
         [None if output in written else next(outputs) for output in range(len(returned))],
     )
+
+
+@functools.cache
+def _computes_scalars_once(base: Any) -> Any:
+    """Inductor's lowering, which keeps a 0-d value in memory that larger ones are computed with.
+
+    Inlined, as Inductor would have it, Adam's two powers of the step would be computed again for
+    each vector of each leaf.
+    """
+
+    class Lowering(base):  # type: ignore[misc]
+        def run_node(self, node: fx.Node) -> Any:
+            result = super().run_node(node)
+            if node.op == "call_function" and _is_scalar(node):
+                if not all([_is_scalar(user) for user in node.users]):
+                    result.realize()
+            return result
+
+    return Lowering
+
+
+def _is_scalar(node: fx.Node) -> bool:
+    value = node.meta.get("val")
+    return isinstance(value, Tensor) and value.dim() == 0
 
 
 def _instructions(lowering: Any) -> tuple[dict[str, str], list[Instruction]]:
@@ -302,10 +327,28 @@ def _instructions(lowering: Any) -> tuple[dict[str, str], list[Instruction]]:
 
 
 def _ordered(body: str) -> str:
-    """A kernel on one thread if its threads would add to the same number, in any order."""
+    """A kernel in which one thread runs the loops whose threads would add to the same number.
+
+    In any order they would, and give other bits each time.
+    """
     if "atomic_add" not in body:
         return body
-    return "\n".join([line for line in body.splitlines() if "#pragma omp" not in line])
+    lines = body.splitlines()
+    for index, line in enumerate(lines):
+        if line.strip().startswith("#pragma omp for"):
+            if "atomic_add" in "\n".join(_nest(lines[index + 1 :])):
+                lines[index] = line.split("#")[0] + "#pragma omp single"
+    return "\n".join(lines)
+
+
+def _nest(lines: list[str]) -> list[str]:
+    """The loop that begins on the first line, up to the brace that ends it."""
+    depth = 0
+    for index, line in enumerate(lines):
+        depth += line.count("{") - line.count("}")
+        if depth == 0 and "}" in line:
+            return lines[: index + 1]
+    return lines
 
 
 def _caught(body: str) -> str:

@@ -2,6 +2,7 @@
 
 #pragma once
 
+#include <atomic>
 #include <cstdlib>
 #include <cstring>
 #include <exception>
@@ -36,26 +37,21 @@ class Failure {
 
 }  // namespace funcnet
 
-// Memory for intermediate values. Little of it is kept by the thread from call to call. The namespace
-// has no name so that each program keeps its own: those of other programs have other sizes.
+// Memory for intermediate values. A program keeps it from call to call, as the kernel would have to
+// map and clear its pages again; `funcnet_clear` gives it back. A call takes it, and a second call at
+// the same time takes memory of its own. The namespace has no name so that each program keeps its
+// own: those of other programs have other sizes.
 namespace {
 struct Workspace {
-  static constexpr size_t KEPT = 1 << 24;
+  static inline std::atomic<char*> kept = nullptr;
   char* start;
-  char* owned = nullptr;
-  explicit Workspace(size_t size) {
-    static thread_local struct Kept {
-      char* start = nullptr;
-      ~Kept() { std::free(start); }
-    } kept;
-    if (size <= KEPT) {
-      if (kept.start == nullptr) { kept.start = get(size); }
-      start = kept.start;
-    } else {
-      start = owned = get(size);
-    }
+  explicit Workspace(size_t size) : start(kept.exchange(nullptr)) {
+    if (start == nullptr) { start = get(size); }
   }
-  ~Workspace() { std::free(owned); }
+  ~Workspace() {
+    char* none = nullptr;
+    if (!kept.compare_exchange_strong(none, start)) { std::free(start); }
+  }
   static char* get(size_t size) {
     void* found = std::aligned_alloc(64, (size + 127) / 64 * 64);
     if (found == nullptr) { throw std::runtime_error("out of memory"); }
@@ -63,3 +59,4 @@ struct Workspace {
   }
 };
 }  // namespace
+extern "C" void funcnet_clear() { std::free(Workspace::kept.exchange(nullptr)); }
