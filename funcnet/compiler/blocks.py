@@ -24,6 +24,7 @@ from funcnet.compiler.nodes import (
     line_of,
     memory_of,
     memory_order,
+    takes_order,
     through_barriers,
     value_of,
     view_base,
@@ -168,7 +169,7 @@ def _make_contiguous(graph: Graph) -> None:
                 root = base
             constant = root.op == "call_function" and not root.all_input_nodes
             dense = value_of(root).permute(memory_order(value_of(root))).is_contiguous()
-            if dense and value_of(value).is_contiguous() and (not constant or graph_break(root)):
+            if dense and takes_order(node, value_of(value)) and (not constant or graph_break(root)):
                 return value
             if value not in copies:
                 with graph.inserting_before(node):
@@ -273,11 +274,14 @@ def _roots(node: Node) -> set[Node]:
 def _primitive(node: Node) -> PrimitiveStep:
     names = [argument.name for argument in node.target._schema.arguments]
     arguments = dict(zip(names, node.args, strict=False)) | dict(node.kwargs)
+    primitive = PRIMITIVES[str(graph_break(node))]
+    for name in primitive.only_shape:
+        arguments[name] = tuple(value_of(arguments[name]).shape)
     operands = [value for value in arguments.values() if isinstance(value, fx.Node)]
     options = {name: each for name, each in arguments.items() if not isinstance(each, fx.Node)}
     single = isinstance(value_of(node), Tensor)
     results = {0: node} if single else {user.args[1]: user for user in node.users}
-    return PrimitiveStep(PRIMITIVES[str(graph_break(node))], operands, options, results)
+    return PrimitiveStep(primitive, operands, options, results)
 
 
 def _segment(run: list[Node]) -> Segment:

@@ -272,12 +272,12 @@ def _computes_scalars_once(base: Any) -> Any:
     each vector of each leaf.
     """
 
-    class Lowering(base):  # type: ignore[misc]
+    class Lowering(base):
         def run_node(self, node: fx.Node) -> Any:
             result = super().run_node(node)
-            if node.op == "call_function" and _is_scalar(node):
-                if not all([_is_scalar(user) for user in node.users]):
-                    result.realize()
+            computed = node.op == "call_function" and _is_scalar(node)
+            if computed and not all([_is_scalar(user) for user in node.users]):
+                result.realize()
             return result
 
     return Lowering
@@ -335,9 +335,9 @@ def _ordered(body: str) -> str:
         return body
     lines = body.splitlines()
     for index, line in enumerate(lines):
-        if line.strip().startswith("#pragma omp for"):
-            if "atomic_add" in "\n".join(_nest(lines[index + 1 :])):
-                lines[index] = line.split("#")[0] + "#pragma omp single"
+        shared = line.strip().startswith("#pragma omp for")
+        if shared and "atomic_add" in "\n".join(_nest(lines[index + 1 :])):
+            lines[index] = line.split("#")[0] + "#pragma omp single"
     return "\n".join(lines)
 
 

@@ -16,8 +16,17 @@ from torch._subclasses.fake_tensor import FakeTensorMode, unset_fake_temporarily
 from torch.fx.experimental.proxy_tensor import make_fx
 
 from funcnet.compiler.guards import LayoutReads, PurityGuard
+from funcnet.compiler.layout import channels_last
 from funcnet.compiler.loops import CONTROL, Loop, recording
-from funcnet.compiler.nodes import Graph, Node, contiguous_copy, graph_break, line_of, value_of
+from funcnet.compiler.nodes import (
+    Graph,
+    Node,
+    contiguous_copy,
+    graph_break,
+    line_of,
+    takes_order,
+    value_of,
+)
 from funcnet.compiler.numbers import Arithmetic
 from funcnet.compiler.promotion import numbers_meet_tensors
 from funcnet.compiler.signature import check_tensor
@@ -122,6 +131,8 @@ def record(
         with settings_of_programs():
             captured = _captured_to_inputs(module, mode)
             _numbers_to_inputs(module.graph, len(arithmetic.inputs))
+            if not layout.asked and channels_last(module.graph):
+                module = _recorded_again(module)
             # Any of these makes the recorded values wrong: the graph is recorded anew.
             changed = _copy_operands_of_primitives(module.graph)
             changed |= any([_writes(node) for node in module.graph.nodes])
@@ -197,7 +208,7 @@ def _copy_operands_of_primitives(graph: Graph) -> bool:
         if graph_break(node) in (None, *CONTROL):
             continue
         for operand in node.all_input_nodes:
-            if not value_of(operand).is_contiguous():
+            if not takes_order(node, value_of(operand)):
                 found = True
                 with graph.inserting_before(node):
                     copy = contiguous_copy(graph, operand)

@@ -1,17 +1,24 @@
 """Pooling: a layer whose residual is where the values came from."""
 
+from typing import Any
+
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
 from funcnet.core import Layer
 from funcnet.layers.conv import Pair, pair, require_images
-from funcnet.lift import Step, parameterless
+from funcnet.lift import Step, parameterless, with_kernel
 
 
-def max_pool2d_backward(
-    dy: Tensor | tuple[Tensor, None], shape: tuple[int, ...], indices: Tensor
-) -> Tensor:
+def _max_pool2d_kernel(dy: Any, shape: tuple[int, ...], window: Any, indices: Tensor) -> Tensor:
+    dy = dy[0] if isinstance(dy, tuple) else dy
+    x = dy.new_empty(()).expand(shape)  # of which only the shape is read
+    return torch.ops.aten.max_pool2d_with_indices_backward(dy, x, *window, indices)
+
+
+@with_kernel(_max_pool2d_kernel)
+def max_pool2d_backward(dy: Any, shape: tuple[int, ...], window: Any, indices: Tensor) -> Tensor:
     """``dx[i] = sum of dy whose maximum was x[i]``."""
     dy = dy[0] if isinstance(dy, tuple) else dy
     flat = torch.zeros((*shape[:-2], shape[-2] * shape[-1]), dtype=dy.dtype, device=dy.device)
@@ -49,9 +56,11 @@ def max_pool2d(
     padding = pair("max_pool2d: padding", padding, 0)
     dilation = pair("max_pool2d: dilation", dilation, 1)
 
+    window = (kernel, stride, padding, dilation, ceil_mode)
+
     def forward(x: Tensor) -> Step:
-        window = (kernel, stride, padding, dilation, ceil_mode)
         y, indices = F.max_pool2d(x, *window, return_indices=True)
-        return (y, indices) if return_indices else y, {"indices": indices}, (tuple(x.shape),)
+        static = (tuple(x.shape), window)
+        return (y, indices) if return_indices else y, {"indices": indices}, static
 
     return parameterless(forward, max_pool2d_backward, declaration=require_images)

@@ -9,6 +9,7 @@ import pkgutil
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
+import torch
 from torch import Tensor
 
 
@@ -38,6 +39,9 @@ class Primitive(NamedTuple):
             that nothing reads are missing.
         header: the file in this folder with the C++ function.
         has_threads: whether it starts threads of its own, which it cannot do in a parallel loop.
+        only_shape: the arguments of which it reads no values. They are options, not operands: the
+            shape in place of the tensor.
+        channels_last: whether operands and results may be images with their channels last.
     """
 
     operator: str
@@ -45,7 +49,23 @@ class Primitive(NamedTuple):
     call: Callable[[Sequence[Operand], dict[int, Operand], dict[str, Any]], str]
     header: str
     has_threads: bool = False
+    only_shape: tuple[str, ...] = ()
+    channels_last: bool = False
 
+
+C_TYPES = {
+    torch.float32: "float",
+    torch.float64: "double",
+    torch.bfloat16: "c10::BFloat16",
+    torch.float16: "c10::Half",
+    torch.int64: "int64_t",
+    torch.int32: "int32_t",
+    torch.int16: "int16_t",
+    torch.int8: "int8_t",
+    torch.uint8: "uint8_t",
+    torch.bool: "bool",
+}
+"""The types of numbers in C++."""
 
 PRIMITIVES: dict[str, Primitive] = {
     primitive.operator: primitive

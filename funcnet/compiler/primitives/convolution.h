@@ -2,7 +2,6 @@
 
 #pragma once
 
-#include <algorithm>
 #include <cstdint>
 #include <stdexcept>
 #include <utility>
@@ -16,11 +15,9 @@ namespace funcnet {
 class Borrowed {
  public:
   Borrowed() = default;
-  Borrowed(const char* data, std::vector<int64_t> sizes, int32_t dtype) : sizes_(std::move(sizes)) {
-    std::vector<int64_t> strides(sizes_.size(), 1);
-    for (size_t axis = sizes_.size(); axis-- > 1;) {
-      strides[axis - 1] = strides[axis] * std::max<int64_t>(sizes_[axis], 1);
-    }
+  Borrowed(const char* data, std::vector<int64_t> sizes, const std::vector<int64_t>& strides,
+           int32_t dtype)
+      : sizes_(std::move(sizes)) {
     check(aoti_torch_create_tensor_from_blob(const_cast<char*>(data), sizes_.size(), sizes_.data(),
                                              strides.data(), 0, dtype,
                                              aoti_torch_device_type_cpu(), 0, &handle_));

@@ -32,7 +32,8 @@ def _borrowed(operand: Operand) -> str:
     dtype = str(operand.value.dtype).removeprefix("torch.")
     if dtype not in ("float32", "float64", "bfloat16", "float16"):
         raise UnsupportedError(f"a convolution in {dtype}")
-    return f"{{{operand.address}, {_list(operand.value.shape)}, aoti_torch_dtype_{dtype}()}}"
+    sizes, strides = _list(operand.value.shape), _list(operand.value.stride())
+    return f"{{{operand.address}, {sizes}, {strides}, aoti_torch_dtype_{dtype}()}}"
 
 
 def _window(options: dict[str, Any]) -> str:
@@ -47,7 +48,12 @@ def _list(numbers: Sequence[int]) -> str:
 
 PRIMITIVES = [
     Primitive(
-        "aten::convolution", aten.convolution.default, _forward, "convolution.h", has_threads=True
+        "aten::convolution",
+        aten.convolution.default,
+        _forward,
+        "convolution.h",
+        has_threads=True,
+        channels_last=True,
     ),
     Primitive(
         "aten::convolution_backward",
@@ -55,5 +61,6 @@ PRIMITIVES = [
         _backward,
         "convolution.h",
         has_threads=True,
+        channels_last=True,
     ),
 ]

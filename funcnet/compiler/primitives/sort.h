@@ -3,7 +3,6 @@
 #pragma once
 
 #include <array>
-#include <cmath>
 #include <cstdint>
 #include <cstring>
 #include <type_traits>
@@ -14,8 +13,8 @@ namespace funcnet {
 // A number's order as an unsigned one: NaN is the greatest, as torch sorts it.
 template <typename T>
 inline uint64_t rank(T value) {
-  if constexpr (std::is_floating_point_v<T>) {
-    if (std::isnan(value)) {
+  if constexpr (!std::is_integral_v<T>) {
+    if (value != value) {
       return ~uint64_t(0);
     }
     double wide = value == 0 ? 0.0 : static_cast<double>(value);

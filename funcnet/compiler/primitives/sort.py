@@ -8,18 +8,7 @@ import torch
 from torch import Tensor
 
 from funcnet.compiler.errors import UnsupportedError
-from funcnet.compiler.primitives import Operand, Primitive
-
-_C_TYPES = {
-    torch.float32: "float",
-    torch.float64: "double",
-    torch.int64: "int64_t",
-    torch.int32: "int32_t",
-    torch.int16: "int16_t",
-    torch.int8: "int8_t",
-    torch.uint8: "uint8_t",
-    torch.bool: "bool",
-}
+from funcnet.compiler.primitives import C_TYPES, Operand, Primitive
 
 
 def _formula(
@@ -31,7 +20,7 @@ def _formula(
 
 def _call(operands: Sequence[Operand], results: dict[int, Operand], options: dict[str, Any]) -> str:
     x, value = operands[0]
-    c_type = _C_TYPES.get(value.dtype)
+    c_type = C_TYPES.get(value.dtype)
     if c_type is None:
         raise UnsupportedError(f"a sort of {value.dtype}")
     out = [results[each].address if each in results else "0" for each in (0, 1)]

@@ -1,0 +1,83 @@
+"""The maximum over windows: values and indices in one pass, and a backward pass without atomics."""
+
+from collections.abc import Sequence
+from math import prod
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from funcnet.compiler.errors import UnsupportedError
+from funcnet.compiler.primitives import C_TYPES, Operand, Primitive
+
+aten = torch.ops.aten
+
+
+def _c_type(value: Tensor) -> str:
+    if value.dtype not in C_TYPES:
+        raise UnsupportedError(f"pooling of {value.dtype}")
+    return C_TYPES[value.dtype]
+
+
+def _forward(
+    operands: Sequence[Operand], results: dict[int, Operand], options: dict[str, Any]
+) -> str:
+    x, value = operands[0]
+    size = options["kernel_size"]
+    y = next(iter(results.values())).value
+    numbers = [value.shape[-2:], y.shape[-2:], size, options.get("stride") or size]
+    numbers += [options.get("padding", 0), options.get("dilation", 1)]
+    out = [results[each].address if each in results else "0" for each in (0, 1)]
+    c_type, (function, images) = _c_type(value), _of(value)
+    return (
+        f"{function}<{c_type}>((const {c_type}*)({x}), ({c_type}*)({out[0]}), "
+        f"(int64_t*)({out[1]}), {images}, {{{', '.join(map(_pair, numbers))}}});"
+    )
+
+
+def _of(images: Tensor) -> tuple[str, str]:
+    """The function for images that lie in memory like these, and how many there are."""
+    if images.is_contiguous():
+        return "funcnet::max_pool2d", str(prod(images.shape[:-2]))
+    return "funcnet::max_pool2d_of_last", f"{images.shape[0]}, {images.shape[1]}"
+
+
+def _pair(value: Any) -> str:
+    """As C++: an option of PyTorch's with one number for both axes, or two."""
+    numbers = [value] if isinstance(value, int) else [*value]
+    return "{" + ", ".join(map(str, numbers * 2 if len(numbers) == 1 else numbers)) + "}"
+
+
+def _backward(
+    operands: Sequence[Operand], results: dict[int, Operand], options: dict[str, Any]
+) -> str:
+    dy, indices = operands
+    c_type, (function, images) = _c_type(dy.value), _of(dy.value)
+    given = f"(const {c_type}*)({dy.address}), (const int64_t*)({indices.address})"
+    sizes = f"{images}, {prod(options['self'][-2:])}, {prod(dy.value.shape[-2:])}"
+    back = function.replace("pool2d", "pool2d_backward")
+    return f"{back}<{c_type}>({given}, ({c_type}*)({results[0].address}), {sizes});"
+
+
+def _backward_formula(dy: Tensor, indices: Tensor, *, self: tuple[int, ...], **options: Any) -> Any:
+    flat = dy.new_zeros((*self[:-2], self[-2] * self[-1]))
+    return flat.scatter_add(-1, indices.flatten(-2), dy.flatten(-2)).reshape(self)
+
+
+PRIMITIVES = [
+    Primitive(
+        "aten::max_pool2d_with_indices",
+        aten.max_pool2d_with_indices,
+        _forward,
+        "pooling.h",
+        channels_last=True,
+    ),
+    Primitive(
+        "aten::max_pool2d_with_indices_backward",
+        _backward_formula,
+        _backward,
+        "pooling.h",
+        only_shape=("self",),
+        channels_last=True,
+    ),
+]
