@@ -140,6 +140,7 @@ def _open(library: Path) -> ctypes.CDLL:
     loaded = ctypes.CDLL(str(library))
     loaded.funcnet_run.argtypes = [ctypes.c_void_p, ctypes.c_void_p]
     loaded.funcnet_error.restype = ctypes.c_char_p
+    loaded.funcnet_clear.restype = None
     return loaded
 
 

@@ -2,6 +2,7 @@
 
 import functools
 import re
+import weakref
 from array import array
 from collections.abc import Callable, Sequence
 from operator import methodcaller
@@ -145,6 +146,7 @@ class Compiled:
         self._apart: list[int] | None = None
         self.run: Callable[[int, int], int] | None = None
         self.error: Callable[[], bytes] | None = None
+        self._clear: Callable[[], None] | None = None
         self.staged: Staged | None = None
         self.why_not_one: str | None = None
         self.why_not_built: str | None = None
@@ -173,6 +175,8 @@ class Compiled:
         try:
             library = load(self._text(key), self.threads)
             self.run, self.error = library.funcnet_run, library.funcnet_error
+            self._clear = library.funcnet_clear
+            weakref.finalize(self, self._clear).atexit = False
         except UnknownTorchError as reason:
             self.why_not_one = str(reason)
         except UnsupportedError as reason:
@@ -227,6 +231,11 @@ class Compiled:
         lines += [f"out[{index}]: {self.specs[index]}, output {index}" for index in self.fresh]
         lines += [f"output {index} is in[{source}]" for index, source in self.passed.items()]
         return lines
+
+    def clear(self) -> None:
+        """Free the memory that it keeps from call to call."""
+        if self._clear is not None:
+            self._clear()
 
     def inputs_for(self, numbers: Sequence[Any]) -> list[Any] | None:
         """The inputs that come of these numbers; None if this program is not for this call.

@@ -2,6 +2,7 @@
 
 import functools
 import inspect
+import itertools
 import threading
 from collections.abc import Callable, Hashable
 from typing import Any, NamedTuple
@@ -102,6 +103,12 @@ class Dispatcher:
         if runs_itself(call.leaves):
             raise TypeError("jit: tensors without data, such as those on meta, run uncompiled")
         return self._find(call)[0].lowered()
+
+    def clear(self) -> None:
+        """Free the memory that the programs keep from call to call."""
+        with self._lock:
+            for program in itertools.chain(*self._programs.values()):
+                program.clear()
 
     def _read(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Call:
         args, kwargs, statics = self._split(args, kwargs)

@@ -24,6 +24,11 @@ class Method:
         """The jitted function's ``lower``."""
         return self._jitted.lower
 
+    @property
+    def clear(self) -> Callable[[], None]:
+        """The jitted function's ``clear``."""
+        return self._jitted.clear
+
 
 def without_self(which: Sequence[Any]) -> tuple[Any, ...]:
     """Positions and names of parameters, without the first one and counted after it.

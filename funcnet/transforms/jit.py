@@ -70,6 +70,13 @@ class Jitted:
             )
         return self._dispatcher.lower(args, kwargs)
 
+    def clear(self) -> None:
+        """Free the memory that the programs keep from call to call."""
+        if self._dispatcher is not None:
+            self._dispatcher.clear()
+        for method, _ in self._methods.values():
+            method.clear()
+
     def __get__(self, instance: Any, owner: Any = None) -> Any:
         """As a method: of a tree, such as a NamedTuple, whose tensors are arguments then.
 
@@ -156,8 +163,12 @@ def jit(
 
     Returns:
         A function like f, with ``lower(*args)``, which gives as text what each stage makes of it:
-        ``graph``, ``blocks``, ``buffers``, ``code``. Its results need no gradient and are
-        contiguous.
+        ``graph``, ``blocks``, ``buffers``, ``code``, and ``clear()``. Its results need no gradient
+        and are contiguous.
+
+    Memory: a program keeps that of its intermediate values from call to call, up to 1 GiB, and
+    PyTorch's convolutions in programs keep up to 512 MiB in all. ``clear()`` frees it, as does
+    dropping the function. Calls at the same time have memory of their own.
 
     Raises:
         RuntimeError: there is no C++ compiler, other users can write to the cache folder, a donated

@@ -19,6 +19,8 @@ WINDOW = {
     "output_padding": [0, 0],
     "groups": 1,
 }
+POOL = {"kernel_size": [3, 2], "stride": [2, 1], "padding": [1, 0], "dilation": [1, 2]}
+POOLED, INDICES = torch.nn.functional.max_pool2d(X, *POOL.values(), return_indices=True)
 # Tensors and options for each operator.
 CASES = {
     "funcnet::threefry": ((KEY,), {"start": 3, "n": 40}),
@@ -28,6 +30,11 @@ CASES = {
     "aten::convolution_backward": (
         (torch.ones(2, 4, 6, 6), X, WEIGHT),
         {"bias_sizes": [4], **WINDOW, "output_mask": [True, True, True]},
+    ),
+    "aten::max_pool2d_with_indices": ((X,), {**POOL, "ceil_mode": False}),
+    "aten::max_pool2d_with_indices_backward": (
+        (POOLED, X, INDICES),
+        {**POOL, "ceil_mode": False},
     ),
 }
 
@@ -55,7 +62,12 @@ def test_the_formula_and_the_call_give_what_the_operator_gives(name):
         return function(*[options[each] if each in options else next(given) for each in names])
 
     expected = run(*tensors)
-    torch.testing.assert_close(PRIMITIVES[name].formula(*tensors, **options), expected)
+    primitive = PRIMITIVES[name]
+    inputs = [each for each in names if each not in options]
+    unread = dict(zip(inputs, tensors, strict=True))
+    read = [tensor for each, tensor in unread.items() if each not in primitive.only_shape]
+    shapes = {each: tuple(unread[each].shape) for each in primitive.only_shape}
+    torch.testing.assert_close(primitive.formula(*read, **options, **shapes), expected)
     compiled = fn.jit(run)
     assert compiled.lower(*tensors).why_not_one is None
     assert f"primitive {name} " in compiled.lower(*tensors).blocks

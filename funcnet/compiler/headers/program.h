@@ -37,20 +37,22 @@ class Failure {
 
 }  // namespace funcnet
 
-// Memory for intermediate values. A program keeps it from call to call, as the kernel would have to
-// map and clear its pages again; `funcnet_clear` gives it back. A call takes it, and a second call at
+// Memory for intermediate values. A program keeps it from call to call, unless it is larger than KEPT:
+// the kernel would have to map its pages again, and clear them. A call takes it, and another call at
 // the same time takes memory of its own. The namespace has no name so that each program keeps its
 // own: those of other programs have other sizes.
 namespace {
 struct Workspace {
+  static constexpr size_t KEPT = size_t(1) << 30;
   static inline std::atomic<char*> kept = nullptr;
   char* start;
-  explicit Workspace(size_t size) : start(kept.exchange(nullptr)) {
+  bool keep;
+  explicit Workspace(size_t size) : start(kept.exchange(nullptr)), keep(size <= KEPT) {
     if (start == nullptr) { start = get(size); }
   }
   ~Workspace() {
     char* none = nullptr;
-    if (!kept.compare_exchange_strong(none, start)) { std::free(start); }
+    if (!keep || !kept.compare_exchange_strong(none, start)) { std::free(start); }
   }
   static char* get(size_t size) {
     void* found = std::aligned_alloc(64, (size + 127) / 64 * 64);
@@ -58,5 +60,9 @@ struct Workspace {
     return static_cast<char*>(found);
   }
 };
+void (*clear_more)() = nullptr;  // what else a program keeps
 }  // namespace
-extern "C" void funcnet_clear() { std::free(Workspace::kept.exchange(nullptr)); }
+extern "C" void funcnet_clear() {
+  std::free(Workspace::kept.exchange(nullptr));
+  if (clear_more != nullptr) { clear_more(); }
+}

@@ -6,6 +6,7 @@
 #include <stdexcept>
 #include <utility>
 #include <vector>
+#include "headers/recycle.h"
 #include <torch/csrc/inductor/aoti_torch/c/shim.h>
 #include <torch/csrc/inductor/aoti_torch/generated/c_shim_cpu.h>
 
@@ -60,6 +61,7 @@ struct Window {
 
 inline void convolution(const Borrowed& x, const Borrowed& weight, const Borrowed& bias,
                         const Borrowed& y, const Window& window) {
+  const Recycling recycling;
   AtenTensorHandle given = bias.get(), result = nullptr;
   Borrowed::check(aoti_torch_cpu_convolution(
       x.get(), weight.get(), bias ? &given : nullptr, window.stride.data(), window.stride.size(),
@@ -72,6 +74,7 @@ inline void convolution(const Borrowed& x, const Borrowed& weight, const Borrowe
 inline void convolution_backward(const Borrowed& dy, const Borrowed& x, const Borrowed& weight,
                                  const Borrowed& dx, const Borrowed& dweight, const Borrowed& dbias,
                                  const Window& window) {
+  const Recycling recycling;
   const int64_t* sizes = dbias.sizes().data();
   const int32_t mask[3] = {bool(dx), bool(dweight), bool(dbias)};
   AtenTensorHandle results[3] = {nullptr, nullptr, nullptr};
