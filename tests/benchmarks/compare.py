@@ -42,11 +42,31 @@ WORKLOADS = [
     ],
     Workload(f"scan of {STEPS} SGD steps, disk net, batch 4", batch=4, scan=STEPS),
     Workload(f"scan of {STEPS} SGD steps, disk net, batch 100", scan=STEPS, repeat_first=True),
-    Workload("SGD step, 64-256-256-10, batch 128", (64, 256, 256, 10), 128),
-    Workload("SGD step, 8 x 1024, batch 4096", WIDE, 4096, threads=2, memory=True),
-    Workload(
-        "SGD step, 8 x 1024, batch 4096, remat", WIDE, 4096, threads=2, memory=True, remat=True
-    ),
+    Workload("SGD step, 64-256-256-10, batch 128", sizes=(64, 256, 256, 10), batch=128),
+    *[
+        Workload(
+            f"SGD step, 8 x 1024, batch 4096{also}",
+            sizes=WIDE,
+            batch=4096,
+            threads=2,
+            memory=True,
+            remat=bool(also),
+        )
+        for also in ("", ", remat")
+    ],
+    *[
+        Workload(
+            f"{net}, batch {batch}", net, batch=batch, threads=2, memory=True, repeat_first=True
+        )
+        for net, batch in (
+            ("cnn", 64),
+            ("vgg", 32),
+            ("resnet", 32),
+            ("blocks", 4),
+            ("mixer", 64),
+            ("tabular", 256),
+        )
+    ],
     Workload("a million uniform draws", draws=10**6),
     Workload("population of 10, disk net, batch 100", threads=2, members=10),
     Workload("population of 100, disk net, batch 5", batch=5, threads=2, members=100),

@@ -1,8 +1,9 @@
 """funcnet's workers: "eager" and "jit"."""
 
 import torch
+from funcnet_nets import NETS as MAKE
 from torch_device import device_memory, waiting
-from worker import LEARNING_RATE, Job, Workload, serve
+from worker import LEARNING_RATE, NETS, Job, Workload, serve
 
 import funcnet as fn
 
@@ -16,6 +17,24 @@ def make_net(workload: Workload) -> fn.Layer:
     return fn.serial(*[fn.remat(block) for block in blocks])
 
 
+def net_job(mode: str, workload: Workload) -> Job:
+    """One of `NETS`, with cross entropy and AdamW."""
+    (example, classes, vocabulary), device = NETS[workload.net], workload.device
+    key, shape = fn.key(1, device=device), (workload.batch, *example)
+    tokens = lambda key: fn.random.randint(key, shape, 0, vocabulary)  # noqa: E731
+    x = tokens(key) if vocabulary else fn.random.normal(key, shape)
+    labels = shape if vocabulary else shape[:1]
+    target = fn.random.randint(fn.key(2, device=device), labels, 0, classes).flatten()
+    net, optimizer = MAKE[workload.net](), fn.adamw(LEARNING_RATE)
+    step = fn.train_step(net, fn.cross_entropy(), optimizer)
+    call = fn.jit(step, donate=0) if mode == "jit" else step
+    return Job(
+        lambda: fn.init_train_state(net, optimizer, fn.key(0, device=device), x),
+        lambda state: call(state, (x, target))[0],
+        waiting(device),
+    )
+
+
 def build(mode: str, workload: Workload) -> Job:
     """A workload as funcnet's users write it."""
     torch.set_num_threads(workload.threads)
@@ -25,6 +44,8 @@ def build(mode: str, workload: Workload) -> Job:
         draw = lambda key: fn.random.uniform(key, (workload.draws,))  # noqa: E731
         draw = fn.jit(draw) if mode == "jit" else draw
         return Job(lambda: None, lambda _: draw(key), wait)
+    if workload.net:
+        return net_job(mode, workload)
     x = fn.random.normal(fn.key(1, device=device), workload.shape(workload.sizes[0]))
     target = fn.random.normal(fn.key(2, device=device), workload.shape(workload.sizes[-1]))
     example = torch.empty(workload.batch, workload.sizes[0], device=device)

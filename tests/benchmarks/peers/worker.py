@@ -18,9 +18,33 @@ from typing import Any, NamedTuple
 LEARNING_RATE = 1e-3
 
 
+class Net(NamedTuple):
+    """What a network takes and gives: the shape of an example, and how many classes.
+
+    With a ``vocabulary``, an example is that of tokens, and each has a class.
+    """
+
+    example: tuple[int, ...]
+    classes: int = 10
+    vocabulary: int = 0
+
+
+NETS = {
+    "cnn": Net((1, 28, 28)),
+    "vgg": Net((3, 32, 32)),
+    "resnet": Net((3, 32, 32)),
+    "blocks": Net((128,), 4096, 4096),
+    "mixer": Net((64, 48)),
+    "tabular": Net((64,)),
+}
+"""Networks of the sizes that people train; each library has them in a module of its own."""
+
+
 @dataclass(frozen=True)
 class Workload:
     """What to train, all in float32; the activation is ReLU and the loss MSE.
+
+    With a ``net`` of `NETS`, that is trained instead, with cross entropy and AdamW.
 
     ``scan`` steps are one call, of ``members`` models at once; 0 means a single step or model.
     With ``draws``, that many uniform draws are all that a call does. ``device`` is as torch
@@ -28,6 +52,7 @@ class Workload:
     """
 
     name: str
+    net: str = ""
     sizes: tuple[int, ...] = (2, 25, 25, 25, 2)
     batch: int = 100
     optimizer: str = "sgd"
@@ -102,7 +127,8 @@ def peak_memory(build: Build, mode: str, workload: Workload, watch: Watch) -> fl
 
     The same workload in small comes first: it imports and warms up what compiles.
     """
-    for each in (replace(workload, sizes=(8,) * len(workload.sizes), batch=8), workload):
+    small = replace(workload, net="", sizes=(8,) * len(workload.sizes), batch=8)
+    for each in (small, workload):
         gc.collect()
         peak = watch()
         job = build(mode, each)
