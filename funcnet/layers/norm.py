@@ -6,6 +6,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from funcnet import runtime
 from funcnet.core import Forward, Grads, Key, Layer, Params, Pullback
 from funcnet.errors import require
 from funcnet.initializers import ones, zeros
@@ -154,6 +155,36 @@ def batch_norm_backward(
     return norm_backward(dy, x, weight, mean, rstd, _other_dims(x), wanted)
 
 
+def _batch_norm_in_one(
+    x: Tensor, weight: Any, bias: Any, running: Any, rate: Any, eps: float
+) -> tuple[Tensor, Tensor, Tensor, Any]:
+    if running is None or not isinstance(rate, float) or runtime.is_transformed():
+        y, mean, rstd = torch.native_batch_norm(x, weight, bias, None, None, True, 0.0, eps)
+        return y, mean, rstd, running and running_statistics(x, running, rate)
+    # The kernel writes to the running statistics.
+    mean, var = [each.clone() for each in running]
+    forward = torch.native_batch_norm(x, weight, bias, mean, var, True, rate, eps)
+    return *forward, (mean, var)
+
+
+@with_kernel(_batch_norm_in_one)
+def batch_norm_forward(
+    x: Tensor, weight: Any, bias: Any, running: Any, rate: Any, eps: float
+) -> tuple[Tensor, Tensor, Tensor, Any]:
+    """y, the batch's ``mean`` and ``rstd``, and the new running mean and variance, if any."""
+    y, mean, rstd = torch.native_batch_norm(x, weight, bias, None, None, True, 0.0, eps)
+    mean, rstd = norm_statistics(x, mean, rstd, _other_dims(x), eps)
+    return y, mean, rstd, running and running_statistics(x, running, rate)
+
+
+def running_statistics(x: Tensor, running: Any, rate: Any) -> tuple[Tensor, ...]:
+    """``(1 - rate) running + rate batch``, of the mean and the unbiased variance by channel."""
+    kind = running[0].dtype
+    var, mean = torch.var_mean(x.to(kind), _other_dims(x))
+    pairs = zip(running, (mean, var), strict=True)
+    return tuple([((1 - rate) * old + rate * new).to(kind) for old, new in pairs])
+
+
 def batch_norm_rule(residuals: Any, dy: Tensor, affine: bool, *, params: bool, x: bool) -> Grads:
     """With the batch's statistics; see `norm_backward`."""
     inputs, learns = residuals["x"], params and affine
@@ -248,34 +279,29 @@ def batch_norm(
             declared["num_batches_tracked"] = State((), zeros(), torch.int64)
         return declared
 
-    def updated(state: Params, x: Tensor) -> Params:
-        seen = state["num_batches_tracked"] + 1
-        if x.numel() == 0:
-            return {**state, "num_batches_tracked": seen}
-        kind = state["running_mean"].dtype
-        # The kernel's own statistics have no derivative.
-        var, mean = torch.var_mean(x.to(kind), _other_dims(x))
-        # Half precision cannot count far.
-        exact = torch.promote_types(kind, torch.float32)
-        rate = momentum if momentum is not None else seen.to(exact).reciprocal()
-        batch = {"running_mean": mean, "running_var": var}
-        running = {name: (1 - rate) * state[name] + rate * new for name, new in batch.items()}
-        return {name: leaf.to(kind) for name, leaf in running.items()} | {
-            "num_batches_tracked": seen
-        }
-
-    def by_batch(params: Params, x: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
-        """y and the batch's ``mean`` and ``rstd``."""
+    def by_batch(params: Params, x: Tensor, state: Any) -> tuple[Tensor, Any, Params]:
+        """y, the batch's ``mean`` and ``rstd``, and the new state."""
         several, got = x.numel() != x.shape[1] or x.numel() == 0, tuple(x.shape)
         what = "batch_norm: needs more than one value per channel when train=True"
         require(several, f"{what}, got {got}")
         weight, bias = params.get("weight"), params.get("bias")
+        running: Any = None
+        rate: Any = momentum
+        if track_running_stats:
+            running = state["running_mean"], state["running_var"]
+            state["num_batches_tracked"] = state["num_batches_tracked"] + 1
+            # Half precision cannot count far.
+            exact = torch.promote_types(running[0].dtype, torch.float32)
+            if momentum is None:
+                rate = state["num_batches_tracked"].to(exact).reciprocal()
         if x.numel() == 0:  # the kernel divides by the number of values
             nothing = x.new_zeros(x.shape[1], dtype=(x if weight is None else weight).dtype)
-            return x.clone(), {"mean": nothing, "rstd": nothing}
-        y, mean, rstd = torch.native_batch_norm(x, weight, bias, None, None, True, 0.0, eps)
-        mean, rstd = fastest(norm_statistics, x)(x, mean, rstd, _other_dims(x), eps)
-        return y, {"mean": mean, "rstd": rstd}
+            return x.clone(), {"mean": nothing, "rstd": nothing}, state
+        forward = fastest(batch_norm_forward, x, *running or ())
+        y, mean, rstd, new = forward(x, weight, bias, running, rate, eps)
+        if new is not None:
+            state["running_mean"], state["running_var"] = new
+        return y, {"mean": mean, "rstd": rstd}, state
 
     def by_running(params: Params, x: Tensor, state: Params) -> tuple[Tensor, dict[str, Tensor]]:
         """y and the running ``mean`` and ``var``."""
@@ -291,8 +317,7 @@ def batch_norm(
         weight = {"weight": params["weight"]} if affine else {}
         rule: tuple[Any, Any]
         if train or not track_running_stats:
-            y, statistics = by_batch(params, x)
-            state = updated(state, x) if track_running_stats else state
+            y, statistics, state = by_batch(params, x, {**state})
             rule = (batch_norm_rule, (affine,))
         else:
             y, statistics = by_running(params, x, state)

@@ -9,6 +9,7 @@ from funcnet.optimizers.checks import check_options, check_rate
 from funcnet.optimizers.transforms import (
     LearningRate,
     add_decayed_weights,
+    decayed,
     negate,
     scale_by_learning_rate,
     scale_by_sign,
@@ -129,13 +130,14 @@ def adamw(
     {'w': tensor([-0.1500])}
     """
     _check("adamw", lr, eps=eps, weight_decay=weight_decay)
-    return _chain(
-        "adamw",
-        maximize and negate(),
-        scale_by_adam(betas, eps, amsgrad),
-        weight_decay and add_decayed_weights(weight_decay),
-        scale_by_learning_rate(lr),
-    )
+    if isinstance(lr, (int, float)):
+        adapted = scaled_adam(betas, eps, amsgrad, -lr)
+        parts = [adapted, weight_decay and decayed(-lr * weight_decay)]
+    else:
+        adapted = scale_by_adam(betas, eps, amsgrad)
+        decay = weight_decay and add_decayed_weights(weight_decay)
+        parts = [adapted, decay, scale_by_learning_rate(lr)]
+    return _chain("adamw", maximize and negate(), *parts)
 
 
 def rmsprop(

@@ -6,7 +6,8 @@ from typing import Any
 
 import jax
 from jax import numpy as jnp
-from worker import LEARNING_RATE, Job, Workload, serve
+from jax_nets import NETS as MAKE
+from worker import LEARNING_RATE, NETS, Job, Workload, serve
 
 Params = list[dict[str, jax.Array]]
 State = tuple[Params, Any]
@@ -62,6 +63,39 @@ def device_memory() -> Callable[[], float]:
     return lambda: (device.memory_stats()["peak_bytes_in_use"] - before) / 2**20
 
 
+def net_job(workload: Workload) -> Job:
+    """One of `NETS`, with cross entropy and optax's AdamW; images have their channels last."""
+    import optax
+
+    example, classes, vocabulary = NETS[workload.net]
+    example = (*example[1:], example[0]) if len(example) == 3 else example
+    shape, keys = (workload.batch, *example), jax.random.split(jax.random.key(1), 2)
+    tokens = lambda key: jax.random.randint(key, shape, 0, vocabulary)  # noqa: E731
+    x = tokens(keys[0]) if vocabulary else jax.random.normal(keys[0], shape)
+    labels = shape if vocabulary else shape[:1]
+    target = jax.random.randint(keys[1], labels, 0, classes).reshape(-1)
+    init, apply = MAKE[workload.net]()
+    optimizer = optax.adamw(LEARNING_RATE, weight_decay=1e-2)
+
+    def start() -> Any:
+        params, _ = init(jax.random.key(0), example)
+        return params, optimizer.init(params), 0
+
+    def step(state: Any, x: jax.Array, target: jax.Array) -> Any:
+        params, opt_state, count = state
+
+        def loss(params: Any) -> jax.Array:
+            logits = apply(params, x, jax.random.fold_in(keys[0], count))
+            return optax.softmax_cross_entropy_with_integer_labels(logits, target).mean()
+
+        value, grads = jax.value_and_grad(loss)(params)
+        updates, opt_state = optimizer.update(grads, opt_state, params)
+        return (optax.apply_updates(params, updates), opt_state, count + 1), value
+
+    call = jax.jit(step, donate_argnums=0)
+    return Job(jax.jit(start), lambda state: call(state, x, target)[0], jax.block_until_ready)
+
+
 def build(mode: str, workload: Workload) -> Job:
     """A workload as JAX's users write it; Adam is optax's."""
     if workload.device != "cpu":
@@ -69,6 +103,8 @@ def build(mode: str, workload: Workload) -> Job:
     if workload.draws:
         key, draw = jax.random.key(0), jax.jit(lambda key: jax.random.uniform(key, workload.draws))
         return Job(lambda: None, lambda _: draw(key), jax.block_until_ready)
+    if workload.net:
+        return net_job(workload)
     x = jax.random.normal(jax.random.key(1), workload.shape(workload.sizes[0]))
     target = jax.random.normal(jax.random.key(2), workload.shape(workload.sizes[-1]))
     if workload.optimizer == "adam":

@@ -1,0 +1,185 @@
+"""The networks of `worker.NETS` as JAX's users write them: plain functions, images channels last.
+
+A network is a list of layers ``(init, apply)``: ``init(key, shape) -> (params, shape)``, where the
+shape is that of an example, and ``apply(params, x, key) -> y``. Running statistics of batch norm
+are left out, which saves JAX some work.
+"""
+
+from collections.abc import Callable
+from itertools import cycle
+from math import prod
+from typing import Any
+
+import jax
+from jax import lax, nn, numpy as jnp
+
+Shape = tuple[int, ...]
+Layer = tuple[Callable[..., Any], Callable[..., jax.Array]]
+
+
+def plain(function: Callable[[jax.Array], jax.Array], shape: Callable[[Shape], Shape]) -> Layer:
+    """A layer without params."""
+    return lambda key, before: ({}, shape(before)), lambda params, x, key: function(x)
+
+
+def uniform(key: jax.Array, shape: Shape, fan_in: int) -> jax.Array:
+    """PyTorch's default."""
+    return jax.random.uniform(key, shape, minval=-(fan_in**-0.5), maxval=fan_in**-0.5)
+
+
+def linear(features: int) -> Layer:
+    """``x weight + bias``."""
+
+    def init(key: jax.Array, shape: Shape) -> Any:
+        inputs = shape[-1]
+        weight = uniform(key, (inputs, features), inputs)
+        return {"weight": weight, "bias": jnp.zeros(features)}, (*shape[:-1], features)
+
+    return init, lambda params, x, key: x @ params["weight"] + params["bias"]
+
+
+def convolution(channels: int, stride: int = 1, bias: bool = True) -> Layer:
+    """Of 3 x 3."""
+
+    def init(key: jax.Array, shape: Shape) -> Any:
+        height, width, inputs = shape
+        params = {"weight": uniform(key, (3, 3, inputs, channels), 9 * inputs)}
+        if bias:
+            params["bias"] = jnp.zeros(channels)
+        return params, (height // stride, width // stride, channels)
+
+    def apply(params: Any, x: jax.Array, key: jax.Array) -> jax.Array:
+        y = lax.conv_general_dilated(
+            x, params["weight"], (stride, stride), ((1, 1), (1, 1)),
+            dimension_numbers=("NHWC", "HWIO", "NHWC"),
+        )  # fmt: skip
+        return y + params["bias"] if bias else y
+
+    return init, apply
+
+
+def norm(axes: Shape) -> Layer:
+    """By the statistics over these axes, with weight and bias."""
+
+    def init(key: jax.Array, shape: Shape) -> Any:
+        return {"weight": jnp.ones(shape[-1]), "bias": jnp.zeros(shape[-1])}, shape
+
+    def apply(params: Any, x: jax.Array, key: jax.Array) -> jax.Array:
+        mean, var = x.mean(axes, keepdims=True), x.var(axes, keepdims=True)
+        return (x - mean) * lax.rsqrt(var + 1e-5) * params["weight"] + params["bias"]
+
+    return init, apply
+
+
+def dropout(rate: float) -> Layer:
+    """Each value 0 with this probability."""
+
+    def apply(params: Any, x: jax.Array, key: jax.Array) -> jax.Array:
+        return jnp.where(jax.random.bernoulli(key, 1 - rate, x.shape), x / (1 - rate), 0)
+
+    return lambda key, shape: ({}, shape), apply
+
+
+def embedding(rows: int, features: int) -> Layer:
+    """``weight[x]``."""
+
+    def init(key: jax.Array, shape: Shape) -> Any:
+        return {"weight": jax.random.normal(key, (rows, features))}, (*shape, features)
+
+    return init, lambda params, x, key: params["weight"][x]
+
+
+def serial(*layers: Layer) -> Layer:
+    """Layers one after another."""
+
+    def init(key: jax.Array, shape: Shape) -> Any:
+        params = []
+        for each, (start, _) in zip(jax.random.split(key, len(layers)), layers, strict=True):
+            own, shape = start(each, shape)
+            params.append(own)
+        return params, shape
+
+    def apply(params: Any, x: jax.Array, key: jax.Array) -> jax.Array:
+        for index, (own, (_, call)) in enumerate(zip(params, layers, strict=True)):
+            x = call(own, x, jax.random.fold_in(key, index))
+        return x
+
+    return init, apply
+
+
+def residual(*layers: Layer) -> Layer:
+    """``x + f(x)``."""
+    init, apply = serial(*layers)
+    return init, lambda params, x, key: x + apply(params, x, key)
+
+
+def pool(x: jax.Array) -> jax.Array:
+    """The maximum of 2 x 2."""
+    return lax.reduce_window(x, -jnp.inf, lax.max, (1, 2, 2, 1), (1, 2, 2, 1), "VALID")
+
+
+def same(shape: Shape) -> Shape:
+    """The shape of an elementwise layer's output."""
+    return shape
+
+
+RELU, GELU, SILU = (
+    plain(function, same)
+    for function in (nn.relu, lambda x: nn.gelu(x, approximate=False), nn.silu)
+)
+POOL = plain(pool, lambda shape: (shape[0] // 2, shape[1] // 2, shape[2]))
+FLATTEN = plain(lambda x: x.reshape(x.shape[0], -1), lambda shape: (prod(shape),))
+ROWS = plain(lambda x: x.reshape(-1, x.shape[-1]), lambda shape: shape[-1:])
+PERMUTE = plain(lambda x: x.transpose(0, 2, 1), lambda shape: shape[::-1])
+BATCH, LAYER = (0, 1, 2), (-1,)
+
+
+def cnn() -> Layer:
+    """Two convolutions with batch norm and pooling, dropout, two linear layers."""
+    layers = [
+        each for channels in (32, 64) for each in (convolution(channels), norm(BATCH), RELU, POOL)
+    ]
+    return serial(*layers, FLATTEN, dropout(0.5), linear(128), RELU, linear(10))
+
+
+def vgg() -> Layer:
+    """Six convolutions, with pooling after every other."""
+    layers: list[Layer] = []
+    for channels, pools in zip((32, 32, 64, 64, 128, 128), cycle((False, True))):
+        layers += [convolution(channels), RELU, *([POOL] if pools else [])]
+    return serial(*layers, FLATTEN, linear(10))
+
+
+def resnet() -> Layer:
+    """Three stages of residual blocks with batch norm; a convolution of stride 2 between."""
+    layers: list[Layer] = []
+    for channels, stride in ((16, 1), (32, 2), (64, 2)):
+        first, second = [convolution(channels, bias=False) for _ in range(2)]
+        body = residual(first, norm(BATCH), RELU, second, norm(BATCH))
+        layers += [convolution(channels, stride), RELU, body, RELU]
+    return serial(*layers, FLATTEN, linear(10))
+
+
+def blocks() -> Layer:
+    """An embedding, six residual MLP blocks, and a linear layer to the vocabulary."""
+    inner = [residual(norm(LAYER), linear(1024), GELU, linear(256)) for _ in range(6)]
+    return serial(embedding(4096, 256), *inner, norm(LAYER), linear(4096), ROWS)
+
+
+def mixer() -> Layer:
+    """Four blocks that mix patches, then channels."""
+    mixed: list[Layer] = []
+    for _ in range(4):
+        mixed.append(residual(norm(LAYER), PERMUTE, linear(128), GELU, linear(64), PERMUTE))
+        mixed.append(residual(norm(LAYER), linear(512), GELU, linear(128)))
+    return serial(linear(128), *mixed, norm(LAYER), FLATTEN, linear(10))
+
+
+def tabular() -> Layer:
+    """Four linear layers of 512 with layer norm, SiLU and dropout."""
+    return serial(*[linear(512), norm(LAYER), SILU, dropout(0.1)] * 4, linear(10))
+
+
+NETS: dict[str, Callable[[], Layer]] = {
+    each.__name__: each for each in (cnn, vgg, resnet, blocks, mixer, tabular)
+}
