@@ -90,9 +90,11 @@ ON_GPU = ("torch.compile, CUDA graphs",)
 MALLOCS = {"memory": "default", "mapped": "large blocks mapped"}
 NOTES = f"""\
 A time is the median over the rounds, of a step: in a scan one of {STEPS}, in a population that of
-all members. The last columns are {OURS} over the peer. The disk net is 2-25-25-25-2; every net
-has ReLU and the loss MSE. States are donated where a peer can. torch.compile is the compiled
-model and loss, and the compiled optimizer step. Torch loops over the steps of a scan, and trains
+all members. The last columns are {OURS} over the peer. The disk net is 2-25-25-25-2; nets given
+by their sizes have ReLU and the loss MSE, those with a name are in peers/*_nets.py and train with
+cross entropy and AdamW (fused where PyTorch is eager; JAX has the images' channels last). States
+are donated where a peer can. torch.compile is the compiled model and loss, and the compiled
+optimizer step. Torch loops over the steps of a scan, and trains
 a population by torch.func.vmap, or one by one: its models in turn. Remat is in blocks of two
 layers. Memory is data, state and all else"""
 ON_CPU_NOTE = """\

@@ -14,8 +14,12 @@
 #include <mutex>
 #include <new>
 
-#if defined(__GLIBC__)
+#if defined(__APPLE__)
+#include <malloc/malloc.h>
+#define FUNCNET_SIZE_OF malloc_size
+#else
 #include <malloc.h>
+#define FUNCNET_SIZE_OF malloc_usable_size
 #endif
 
 namespace funcnet {
@@ -82,7 +86,7 @@ class Recycler final : public c10::Allocator {
   }
   static void give(void* block) {
     Recycler& all = get();
-    const size_t size = block == nullptr ? 0 : malloc_usable_size(block);
+    const size_t size = block == nullptr ? 0 : FUNCNET_SIZE_OF(block);
     if (size >= LARGE) {
       const std::lock_guard<std::mutex> lock(all.mutex_);
       if (all.total_ + size <= LIMIT) {
