@@ -19,6 +19,7 @@ _IMAGES = {
     aten.max_pool2d_with_indices_backward.default: (0, 1, 7),
 }
 _CONVOLUTIONS = (aten.convolution.default, aten.convolution_backward.default)
+_CHANNELS_LAST = (0, 2, 3, 1)
 _DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 # Of a result that is contiguous they may be views; of one whose channels are last they copy.
 _RESHAPES = (aten.view.default, aten._unsafe_view.default)
@@ -37,14 +38,14 @@ def channels_last(graph: Graph) -> bool:
         return False
     for node in users:
         for value in {node.args[index] for index in _IMAGES[node.target]}:
-            _order(graph, node, value, torch.channels_last)
+            _order(graph, node, value, _CHANNELS_LAST)
     for node in list(graph.nodes):
         if node.target in _RESHAPES:
             node.target = aten.reshape.default
         elif node.op == "output" or graph_break(node) in ("funcnet::begin", "funcnet::end"):
             for value in node.all_input_nodes:
                 if isinstance(value_of(value), torch.Tensor) and value_of(value).is_contiguous():
-                    _order(graph, node, value, torch.contiguous_format)
+                    _order(graph, node, value)
     return True
 
 
@@ -53,8 +54,12 @@ def _fits(node: Node) -> bool:
     return x.dim() == 4 and x.is_cpu and x.dtype in _DTYPES
 
 
-def _order(graph: Graph, user: Node, value: Node, order: torch.memory_format) -> None:
-    """Give a user the value in this order, which may be the one that it has."""
+def _order(graph: Graph, user: Node, value: Node, axes: tuple[int, ...] = ()) -> None:
+    """Give a user the value with these axes in order in memory, as it may be already."""
     with graph.inserting_before(user):
-        ordered = graph.call_function(aten.contiguous.default, (value,), {"memory_format": order})
+        ordered = graph.call_function(aten.permute.default, (value, axes)) if axes else value
+        ordered = graph.call_function(aten.contiguous.default, (ordered,))
+        if axes:
+            back = [axes.index(axis) for axis in range(len(axes))]
+            ordered = graph.call_function(aten.permute.default, (ordered, back))
     user.replace_input_with(value, ordered)

@@ -5,8 +5,7 @@ Inductor has no kernel. Scans loop in Python, and each segment is compiled once.
 their segments are batched by `torch.vmap`.
 """
 
-import functools
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -16,7 +15,7 @@ from torch.fx.experimental.proxy_tensor import make_fx
 from funcnet.compiler.blocks import Block, LoopStep, PrimitiveStep, Segment, reads
 from funcnet.compiler.errors import BuildError, NoCompilerError, say_once, say_unknown
 from funcnet.compiler.inductor import compiled, writing
-from funcnet.compiler.nodes import Node, memory_of, through_barriers
+from funcnet.compiler.nodes import Node, memory_of, memory_order, through_barriers, value_of
 from funcnet.compiler.record import settings_of_programs
 
 aten = torch.ops.aten
@@ -135,7 +134,7 @@ class Staged:
         if isinstance(step, Segment):
             function: Any = fx.GraphModule(torch.nn.Module(), _of_any_layout(step.graph))
         else:
-            function = functools.partial(step.primitive.formula, **step.options)
+            function = _in_memory_order(step)
         for level in reversed(levels):
             axes = tuple([0 if batched[level] else None for batched in flags])
             function = torch.vmap(function, in_dims=axes, randomness="different")
@@ -207,6 +206,29 @@ def _of_any_layout(graph: fx.Graph) -> fx.Graph:
         if node.target in (aten.view.default, aten._unsafe_view.default):
             node.target = aten.reshape.default
     return copy
+
+
+def _in_memory_order(step: PrimitiveStep) -> Callable[..., tuple[Tensor, ...]]:
+    """A primitive's formula of values as they lie in memory; views come as they are."""
+    given = []
+    for node in step.operands:
+        order = memory_order(value_of(node))
+        given.append(order if through_barriers(node) is memory_of(node)[0] else sorted(order))
+    made = {index: memory_order(value_of(node)) for index, node in step.results.items()}
+
+    def function(*tensors: Tensor) -> tuple[Tensor, ...]:
+        operands = [
+            tensor.permute([order.index(axis) for axis in range(len(order))])
+            for tensor, order in zip(tensors, given, strict=True)
+        ]
+        results = [*_tuple(step.primitive.formula(*operands, **step.options))]
+        # What was not asked for is None, which a map cannot give.
+        results = [tensors[0].new_zeros(()) if each is None else each for each in results]
+        for index, order in made.items():
+            results[index] = results[index].permute(order).contiguous()
+        return tuple(results)
+
+    return function
 
 
 def _tuple(results: Any) -> tuple[Tensor, ...]:

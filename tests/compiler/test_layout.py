@@ -32,6 +32,14 @@ PROGRAMS = {
 }  # fmt: skip
 
 
+STAGED = {
+    "forward": lambda x, w: F.max_pool2d(F.conv2d(x, w).relu().cumsum(1), 2).flatten(1),
+    "backward": lambda x, w: torch.func.grad(
+        lambda w: F.max_pool2d(F.conv2d(x, w).cumsum(1), 3, 2).square().sum()
+    )(w),
+}  # fmt: skip
+
+
 def same(found, expected):
     torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-4)
     for leaf in fn.tree.leaves(found):
@@ -44,6 +52,17 @@ def test_a_program_of_images_gives_what_the_function_gives(name):
     compiled = fn.jit(PROGRAMS[name])
     same(compiled(X, WEIGHT), PROGRAMS[name](X, WEIGHT))
     assert compiled.lower(X, WEIGHT).why_not_one is None
+
+
+@pytest.mark.cpu_only
+@pytest.mark.parametrize("name", STAGED)
+def test_a_program_of_images_that_runs_in_stages_gives_what_the_function_gives(name):
+    compiled = fn.jit(STAGED[name])
+    same(compiled(X, WEIGHT), STAGED[name](X, WEIGHT))
+    assert "cumsum" in compiled.lower(X, WEIGHT).why_not_one
+    xs = torch.stack([X, 2 * X])
+    several = fn.vmap(STAGED[name], in_axes=(0, None))
+    same(fn.jit(several)(xs, WEIGHT), several(xs, WEIGHT))
 
 
 @pytest.mark.cpu_only
