@@ -280,7 +280,7 @@ def batch_norm(
         return declared
 
     def by_batch(params: Params, x: Tensor, state: Any) -> tuple[Tensor, Any, Params]:
-        """y, the batch's ``mean`` and ``rstd``, and the new state."""
+        """y, the batch's ``mean`` and ``rstd``, and the state, which is updated."""
         several, got = x.numel() != x.shape[1] or x.numel() == 0, tuple(x.shape)
         what = "batch_norm: needs more than one value per channel when train=True"
         require(several, f"{what}, got {got}")
@@ -290,9 +290,9 @@ def batch_norm(
         if track_running_stats:
             running = state["running_mean"], state["running_var"]
             state["num_batches_tracked"] = state["num_batches_tracked"] + 1
-            # Half precision cannot count far.
-            exact = torch.promote_types(running[0].dtype, torch.float32)
             if momentum is None:
+                # Half precision cannot count far.
+                exact = torch.promote_types(running[0].dtype, torch.float32)
                 rate = state["num_batches_tracked"].to(exact).reciprocal()
         if x.numel() == 0:  # the kernel divides by the number of values
             nothing = x.new_zeros(x.shape[1], dtype=(x if weight is None else weight).dtype)
@@ -317,7 +317,7 @@ def batch_norm(
         weight = {"weight": params["weight"]} if affine else {}
         rule: tuple[Any, Any]
         if train or not track_running_stats:
-            y, statistics, state = by_batch(params, x, {**state})
+            y, statistics, state = by_batch(params, x, state)
             rule = (batch_norm_rule, (affine,))
         else:
             y, statistics = by_running(params, x, state)

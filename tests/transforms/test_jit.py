@@ -213,7 +213,11 @@ def test_nan_and_infinity_pass_through():
 
 
 @pytest.mark.parametrize(
-    "dtype", [torch.float32, torch.float64, torch.int64, torch.int32, torch.bool]
+    "dtype",
+    [
+        *(torch.float32, torch.float64, torch.bfloat16, torch.float16),
+        *(torch.int64, torch.int32, torch.bool),
+    ],
 )
 @pytest.mark.parametrize("descending", [False, True])
 @pytest.mark.cpu_only
