@@ -20,7 +20,7 @@ from funcnet.core import (
     function_name,
 )
 from funcnet.params import Declaration, Param, declare, refuse_state
-from funcnet.tree import describe
+from funcnet.tree import describe, leaves
 
 Step = tuple[Tree, Mapping[str, Tree], tuple[Hashable, ...]]
 """y, the residuals by name, and what else the backward pass is told."""
@@ -245,7 +245,7 @@ def backward_rule(
 ) -> Grads:
     """The rule of a layer without parameters: ``dx = backward(dy, *static, **residuals)``."""
     if x:
-        dy = fastest(backward, dy, *residuals.values())(dy, *static, **residuals)
+        dy = fastest(backward, *leaves((dy, residuals)))(dy, *static, **residuals)
     return ({} if params else None), dy if x else None
 
 

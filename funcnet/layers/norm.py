@@ -158,12 +158,13 @@ def batch_norm_backward(
 def _batch_norm_in_one(
     x: Tensor, weight: Any, bias: Any, running: Any, rate: Any, eps: float
 ) -> tuple[Tensor, Tensor, Tensor, Any]:
-    if running is None or not isinstance(rate, float) or runtime.is_transformed():
+    plain = x.is_cpu and isinstance(rate, float) and not runtime.is_transformed()
+    if running is None or not plain:
         y, mean, rstd = torch.native_batch_norm(x, weight, bias, None, None, True, 0.0, eps)
         return y, mean, rstd, running and running_statistics(x, running, rate)
     # The kernel writes to the running statistics.
     mean, var = [each.clone() for each in running]
-    forward = torch.native_batch_norm(x, weight, bias, mean, var, True, rate, eps)
+    forward = aten._native_batch_norm_legit(x, weight, bias, mean, var, True, rate, eps)
     return *forward, (mean, var)
 
 
