@@ -164,7 +164,7 @@ def _batch_norm_in_one(
         return y, mean, rstd, running and running_statistics(x, running, rate)
     # The kernel writes to the running statistics.
     mean, var = [each.clone() for each in running]
-    forward = aten._native_batch_norm_legit(x, weight, bias, mean, var, True, rate, eps)
+    forward = torch.native_batch_norm(x, weight, bias, mean, var, True, rate, eps)
     return *forward, (mean, var)
 
 
