@@ -1,6 +1,7 @@
 """What programs keep from call to call: their own memory, and that of PyTorch's convolutions."""
 
 import gc
+import subprocess
 import sys
 import threading
 from pathlib import Path
@@ -33,7 +34,7 @@ def wide(x):
 X = torch.linspace(0, 1, 4096)
 
 
-def test_a_program_keeps_its_memory_until_it_is_cleared():
+def a_program_keeps_its_memory_until_it_is_cleared():
     step = fn.jit(wide)
     step(X)
     kept = resident()
@@ -45,7 +46,7 @@ def test_a_program_keeps_its_memory_until_it_is_cleared():
     assert resident() > kept - 8
 
 
-def test_a_program_that_is_dropped_keeps_nothing():
+def a_program_that_is_dropped_keeps_nothing():
     step = fn.jit(lambda x: wide(x) + 1)
     step(X)
     kept = resident()
@@ -53,7 +54,7 @@ def test_a_program_that_is_dropped_keeps_nothing():
     assert resident() < kept - 56
 
 
-def test_calls_at_the_same_time_have_memory_of_their_own():
+def calls_at_the_same_time_have_memory_of_their_own():
     step = fn.jit(lambda x: wide(x) + 2)
     expected = [step(X), step(2 * X)]
     found = [[], []]
@@ -71,7 +72,7 @@ def test_calls_at_the_same_time_have_memory_of_their_own():
         assert all([torch.equal(each, value) for each in values])
 
 
-def test_convolutions_leave_pytorchs_allocator_as_it_was_and_can_be_cleared():
+def convolutions_leave_pytorchs_allocator_as_it_was_and_can_be_cleared():
     images, weight = torch.ones(32, 16, 64, 64), torch.ones(16, 16, 3, 3)
     convolve = fn.jit(lambda x, w: F.conv2d(x, w).sum())
     convolve(images, weight)
@@ -85,3 +86,24 @@ def test_convolutions_leave_pytorchs_allocator_as_it_was_and_can_be_cleared():
     assert abs(resident() - kept) < 8
     convolve.clear()
     assert resident() < kept - 8
+
+
+CASES = {
+    each.__name__: each
+    for each in (
+        a_program_keeps_its_memory_until_it_is_cleared,
+        a_program_that_is_dropped_keeps_nothing,
+        calls_at_the_same_time_have_memory_of_their_own,
+        convolutions_leave_pytorchs_allocator_as_it_was_and_can_be_cleared,
+    )
+}
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_in_a_process_of_its_own(name):
+    done = subprocess.run([sys.executable, __file__, name], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+
+
+if __name__ == "__main__":
+    CASES[sys.argv[1]]()
