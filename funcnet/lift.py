@@ -19,7 +19,8 @@ from funcnet.core import (
     Tree,
     function_name,
 )
-from funcnet.params import Declaration, Param, declare, refuse_state
+from funcnet.errors import refuse_state
+from funcnet.params import Declaration, Param, declare
 from funcnet.tree import describe, leaves
 
 Step = tuple[Tree, Mapping[str, Tree], tuple[Hashable, ...]]
@@ -245,7 +246,9 @@ def backward_rule(
 ) -> Grads:
     """The rule of a layer without parameters: ``dx = backward(dy, *static, **residuals)``."""
     if x:
-        dy = fastest(backward, *leaves((dy, residuals)))(dy, *static, **residuals)
+        if backward in KERNELS:
+            backward = fastest(backward, *leaves((dy, residuals)))
+        dy = backward(dy, *static, **residuals)
     return ({} if params else None), dy if x else None
 
 

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from funcnet import tree
 from funcnet.core import EMPTY, Params, Tree
-from funcnet.errors import locate
+from funcnet.errors import locate, refuse_state
 from funcnet.initializers import Initializer, torch_default
 from funcnet.random import fold_in
 
@@ -137,11 +137,6 @@ class _Known(NamedTuple):
                 raise ValueError(f"{layer}: expects {what} {sorted(expected)}, got {sorted(found)}")
             for name in expected:
                 _explain_one(layer, name, self.declared[name], found[name], x)
-
-
-def refuse_state(layer: str, state: Params) -> None:
-    """Raise ValueError: state was given to a layer that has none."""
-    raise ValueError(f"{layer}: has no state, got state with {sorted(state)}")
 
 
 def _is_integer(dtype: torch.dtype | None) -> bool:

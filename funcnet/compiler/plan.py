@@ -367,7 +367,7 @@ class Plan:
         if offset is not None:
             frame.arena.at(offset).values.append(str(carry))
         frame.last_use.setdefault(carry, step)
-        # Targets are free when tcarry owners are dead: no earlier value in this memory counts as
+        # Targets are free when their owners are dead: no earlier value in this memory counts as
         # dead while the carry is alive.
         frame.had_before[carry] = [root, *frame.had_before.get(root, [])]
         for each in frame.had_before[carry]:

@@ -7,14 +7,12 @@ results are pointers, loops are loops, and products of small matrices are inline
 import re
 from collections.abc import Sequence
 
-import torch
-
 from funcnet.compiler.errors import UnsupportedError
 from funcnet.compiler.instructions import Matrix
 from funcnet.compiler.plan import Plan
+from funcnet.compiler.primitives import C_TYPES
 from funcnet.compiler.statements import Apply, Copy, Iterate, Launch, Multiply, Statement
 
-_C_TYPES = {torch.float32: "float", torch.float64: "double"}
 # From this many multiplications on, blocks for the caches pay; to start threads pays earlier.
 _LARGE = 1 << 22
 _LARGE_FOR_THREADS = 1 << 20
@@ -98,7 +96,7 @@ class _Writer:
 
     def _multiply(self, statement: Multiply) -> list[str]:
         product, where, threads = statement
-        c_type = _C_TYPES[product.dtype]
+        c_type = C_TYPES[product.dtype]
         a, b, bias, out = product.a, product.b, product.bias, product.out
         *stack, m, k = a.shape
         n = b.shape[-1]

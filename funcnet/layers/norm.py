@@ -160,8 +160,7 @@ def _batch_norm_in_one(
 ) -> tuple[Tensor, Tensor, Tensor, Any]:
     plain = x.is_cpu and isinstance(rate, float) and not runtime.is_transformed()
     if running is None or not plain:
-        y, mean, rstd = torch.native_batch_norm(x, weight, bias, None, None, True, 0.0, eps)
-        return y, mean, rstd, running and running_statistics(x, running, rate)
+        return batch_norm_forward(x, weight, bias, running, rate, eps)
     # The kernel writes to the running statistics.
     mean, var = [each.clone() for each in running]
     forward = torch.native_batch_norm(x, weight, bias, mean, var, True, rate, eps)
@@ -174,7 +173,7 @@ def batch_norm_forward(
 ) -> tuple[Tensor, Tensor, Tensor, Any]:
     """y, the batch's ``mean`` and ``rstd``, and the new running mean and variance, if any."""
     y, mean, rstd = torch.native_batch_norm(x, weight, bias, None, None, True, 0.0, eps)
-    mean, rstd = norm_statistics(x, mean, rstd, _other_dims(x), eps)
+    mean, rstd = fastest(norm_statistics, x)(x, mean, rstd, _other_dims(x), eps)
     return y, mean, rstd, running and running_statistics(x, running, rate)
 
 

@@ -46,10 +46,9 @@ def chained(name: str, children: Mapping[str, Optimizer]) -> Optimizer:
     updates = {child: leaves_update(part) for child, part in children.items()}
 
     def update_leaves(g: Leaves, opt_state: Params, trees: Trees) -> tuple[Leaves, Params]:
-        if not (isinstance(opt_state, Mapping) and opt_state.keys() <= children.keys()):
-            found = type(opt_state).__name__
-            if isinstance(opt_state, Mapping):
-                found = str(sorted(opt_state))
+        is_dict = isinstance(opt_state, Mapping)
+        if not (is_dict and opt_state.keys() <= children.keys()):
+            found = sorted(opt_state) if is_dict else type(opt_state).__name__
             expected = f"a dict of the states of {list(children)}"
             raise ValueError(f"{name}: expects {expected}, got {found}")
         states = {}

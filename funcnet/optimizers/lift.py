@@ -10,6 +10,7 @@ from torch import Tensor
 
 from funcnet import tree
 from funcnet.core import Optimizer, Params, Tree, function_name
+from funcnet.errors import refuse_state
 from funcnet.optimizers.leaves import Leaves, leafwise
 
 _flatten = tree.Flattener()
@@ -37,7 +38,7 @@ def stateless(update: Callable[[Tensor, Tensor], Tensor], *, name: str | None = 
 
     def update_leaves(g: Leaves, opt_state: Tree, trees: Trees) -> tuple[Leaves, Params]:
         if opt_state:
-            raise ValueError(f"{name}: has no state, got state with {sorted(opt_state)}")
+            refuse_state(name, opt_state)
         return formula(g, trees.params).to_dtypes(trees.params), {}
 
     return lifted(name, lambda params: {}, update_leaves)
@@ -92,7 +93,7 @@ def stateful(
     kind, like_params = type(example), [isinstance(entry, Leaves) for entry in example]
 
     def init_state(params: Params) -> Tree:
-        trees = Trees(name, params)
+        trees = Trees(params)
         state = start(trees.params)
         return kind(*[trees.join(e) if isinstance(e, Leaves) else e for e in state])
 
@@ -119,15 +120,9 @@ def stateful(
 
 
 class Trees:
-    """The params of an update, flattened, and how trees like them are taken apart and put together.
+    """The params of an update, flattened; takes trees like them apart and puts them together."""
 
-    Args:
-        name: of the optimizer, for errors.
-        params: the tree.
-    """
-
-    def __init__(self, name: str, params: Params) -> None:
-        self.name = name
+    def __init__(self, params: Params) -> None:
         leaves, self.treedef = _flatten(params)
         self.params = Leaves(leaves)
         self.shapes = [*map(_shape, leaves)]
@@ -150,7 +145,7 @@ def lifted(
     """
 
     def update(grads: Tree, opt_state: Tree, params: Params) -> tuple[Tree, Tree]:
-        trees = Trees(name, params)
+        trees = Trees(params)
         g = trees.split(grads, f"{name}: grads")
         updates, opt_state = update_leaves(g, opt_state, trees)
         return trees.join(updates), opt_state
@@ -176,7 +171,7 @@ def apply_updates(params: Params, updates: Tree) -> Any:
     >>> apply_updates({"w": torch.ones(1)}, {"w": torch.ones(1)})
     {'w': tensor([2.])}
     """
-    trees = Trees("apply_updates", params)
+    trees = Trees(params)
     return trees.join(_added(trees.params, trees.split(updates, "apply_updates: updates")))
 
 
@@ -187,7 +182,7 @@ def step_params(
 
     With two flattenings an eager step of SGD on a small net takes 5 % longer.
     """
-    trees = Trees(optimizer.name, params)
+    trees = Trees(params)
     g = trees.split(grads, f"{optimizer.name}: grads")
     updates, opt_state = leaves_update(optimizer)(g, opt_state, trees)
     if [*map(_shape, updates)] != trees.shapes:

@@ -99,11 +99,7 @@ def adam(
         "adam",
         maximize and negate(),
         weight_decay and add_decayed_weights(weight_decay),
-        *(
-            [scaled_adam(betas, eps, amsgrad, -lr)]
-            if isinstance(lr, (int, float))
-            else [scale_by_adam(betas, eps, amsgrad), scale_by_learning_rate(lr)]
-        ),
+        *_adapted(lr, betas, eps, amsgrad),
     )
 
 
@@ -130,14 +126,18 @@ def adamw(
     {'w': tensor([-0.1500])}
     """
     _check("adamw", lr, eps=eps, weight_decay=weight_decay)
+    steps = _adapted(lr, betas, eps, amsgrad, weight_decay)
+    return _chain("adamw", maximize and negate(), *steps)
+
+
+def _adapted(
+    lr: LearningRate, betas: tuple[float, float], eps: float, amsgrad: bool, decay: float = 0.0
+) -> list[Optimizer | float]:
+    """Adam's transforms, with decoupled weight decay; its kernel takes a rate that is a number."""
     if isinstance(lr, (int, float)):
-        adapted = scaled_adam(betas, eps, amsgrad, -lr)
-        parts = [adapted, weight_decay and decayed(-lr * weight_decay)]
-    else:
-        adapted = scale_by_adam(betas, eps, amsgrad)
-        decay = weight_decay and add_decayed_weights(weight_decay)
-        parts = [adapted, decay, scale_by_learning_rate(lr)]
-    return _chain("adamw", maximize and negate(), *parts)
+        return [scaled_adam(betas, eps, amsgrad, -lr), decay and decayed(-lr * decay)]
+    adam, decayed_too = scale_by_adam(betas, eps, amsgrad), decay and add_decayed_weights(decay)
+    return [adam, decayed_too, scale_by_learning_rate(lr)]
 
 
 def rmsprop(

@@ -12,10 +12,7 @@ from torch.nn import functional as F
 
 import funcnet as fn
 
-pytestmark = [
-    pytest.mark.cpu_only,
-    pytest.mark.skipif(sys.platform != "linux", reason="reads /proc"),
-]
+pytestmark = pytest.mark.cpu_only
 MIB = 1 << 20
 
 
@@ -54,7 +51,7 @@ def a_program_that_is_dropped_keeps_nothing():
     assert resident() < kept - 56
 
 
-def calls_at_the_same_time_have_memory_of_their_own():
+def test_calls_at_the_same_time_have_memory_of_their_own():
     step = fn.jit(lambda x: wide(x) + 2)
     expected = [step(X), step(2 * X)]
     found = [[], []]
@@ -93,12 +90,12 @@ CASES = {
     for each in (
         a_program_keeps_its_memory_until_it_is_cleared,
         a_program_that_is_dropped_keeps_nothing,
-        calls_at_the_same_time_have_memory_of_their_own,
         convolutions_leave_pytorchs_allocator_as_it_was_and_can_be_cleared,
     )
 }
 
 
+@pytest.mark.skipif(sys.platform != "linux", reason="the memory of a process is read in /proc")
 @pytest.mark.parametrize("name", CASES)
 def test_in_a_process_of_its_own(name):
     done = subprocess.run([sys.executable, __file__, name], capture_output=True, text=True)

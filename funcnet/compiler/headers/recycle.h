@@ -9,7 +9,6 @@
 
 #include <c10/core/CPUAllocator.h>
 #include <cstdlib>
-#include <cstring>
 #include <map>
 #include <mutex>
 #include <new>
@@ -39,7 +38,7 @@ class Recycler final : public c10::Allocator {
   }
   c10::DeleterFnPtr raw_deleter() const override { return &give; }
   void copy_data(void* to, const void* from, size_t size) const override {
-    std::memcpy(to, from, size);
+    default_copy_data(to, from, size);
   }
   void enter() {
     const std::lock_guard<std::mutex> lock(mutex_);

@@ -23,12 +23,16 @@ struct Pooling {
   int64_t in[2], out[2], size[2], stride[2], padding[2], dilation[2];
 };
 
+template <typename T>
+constexpr T least() {
+  using Limits = std::numeric_limits<T>;
+  return Limits::has_infinity ? -Limits::infinity() : Limits::lowest();
+}
+
 // y[h, w] = the first maximum of the window at (h, w), or its first NaN, and its index in the image.
 template <typename T>
 void max_pool_image(const T* x, T* y, int64_t* indices, const Pooling& p) {
   const int64_t width = p.out[1];
-  const T least = std::numeric_limits<T>::has_infinity ? -std::numeric_limits<T>::infinity()
-                                                       : std::numeric_limits<T>::lowest();
   for (int64_t h = 0; h < p.out[0]; ++h, y += width, indices += width) {
     const int64_t top = h * p.stride[0] - p.padding[0];
     // A window of nothing but -infinity gives the first index that is inside.
@@ -38,7 +42,7 @@ void max_pool_image(const T* x, T* y, int64_t* indices, const Pooling& p) {
       const int64_t left = w * p.stride[1] - p.padding[1];
       const int64_t columns_outside =
           std::max<int64_t>(0, (-left + p.dilation[1] - 1) / p.dilation[1]);
-      y[w] = least;
+      y[w] = least<T>();
       indices[w] = first_row * p.in[1] + left + columns_outside * p.dilation[1];
     }
     for (int64_t i = 0; i < p.size[0]; ++i) {
@@ -78,27 +82,11 @@ void max_pool2d(const T* x, T* y, int64_t* indices, int64_t images, const Poolin
   }
 }
 
-// dx[i] = the sum of dy where the maximum was x[i], in the order of dy.
-template <typename T>
-void max_pool2d_backward(const T* dy, const int64_t* indices, T* dx, int64_t images, int64_t in,
-                         int64_t out) {
-#pragma omp parallel for if (!omp_in_parallel() && images * in > 1 << 15)
-  for (int64_t image = 0; image < images; ++image) {
-    T* const sums = dx + image * in;
-    std::fill_n(sums, in, T(0));
-    for (int64_t i = image * out; i < (image + 1) * out; ++i) {
-      sums[indices[i]] += dy[i];
-    }
-  }
-}
-
 // The windows of one line of y, with channels last: `best` has a place for each channel.
 template <typename T>
 FUNCNET_VECTORS void max_pool_line(const T* x, T* y, int64_t* indices, int32_t* best, int64_t line,
                                    int64_t channels, const Pooling& p) {
   const int64_t top = line * p.stride[0] - p.padding[0];
-  const T least = std::numeric_limits<T>::has_infinity ? -std::numeric_limits<T>::infinity()
-                                                       : std::numeric_limits<T>::lowest();
   for (int64_t w = 0; w < p.out[1]; ++w, y += channels, indices += channels) {
     const int64_t left = w * p.stride[1] - p.padding[1];
     bool first = true;
@@ -112,7 +100,7 @@ FUNCNET_VECTORS void max_pool_line(const T* x, T* y, int64_t* indices, int32_t* 
         const int32_t index = row * p.in[1] + column;
         const T* const values = x + index * channels;
         if (first) {
-          std::fill_n(y, channels, least);
+          std::fill_n(y, channels, least<T>());
           std::fill_n(best, channels, index);
           first = false;
         }
@@ -148,8 +136,9 @@ void max_pool2d_of_last(const T* x, T* y, int64_t* indices, int64_t images, int6
   }
 }
 
+// dx[i] = the sum of dy where the maximum was x[i], in the order of dy; channels are last.
 template <typename T>
-void max_pool2d_backward_of_last(const T* dy, const int64_t* indices, T* dx, int64_t images,
+void max_pool2d_backward(const T* dy, const int64_t* indices, T* dx, int64_t images,
                                  int64_t channels, int64_t in, int64_t out) {
 #pragma omp parallel for if (!omp_in_parallel() && images * in * channels > 1 << 15)
   for (int64_t image = 0; image < images; ++image) {

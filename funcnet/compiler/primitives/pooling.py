@@ -52,11 +52,14 @@ def _backward(
     operands: Sequence[Operand], results: dict[int, Operand], options: dict[str, Any]
 ) -> str:
     dy, indices = operands
-    c_type, (function, images) = _c_type(dy.value), _of(dy.value)
+    c_type, shape = _c_type(dy.value), dy.value.shape
+    # A plane of an image is an image of one channel, which is the last one too.
+    is_plane = dy.value.is_contiguous()
+    images, channels = (prod(shape[:-2]), 1) if is_plane else shape[:2]
     given = f"(const {c_type}*)({dy.address}), (const int64_t*)({indices.address})"
-    sizes = f"{images}, {prod(options['self'][-2:])}, {prod(dy.value.shape[-2:])}"
-    back = function.replace("pool2d", "pool2d_backward")
-    return f"{back}<{c_type}>({given}, ({c_type}*)({results[0].address}), {sizes});"
+    sizes = f"{images}, {channels}, {prod(options['self'][-2:])}, {prod(shape[-2:])}"
+    result = f"({c_type}*)({results[0].address})"
+    return f"funcnet::max_pool2d_backward<{c_type}>({given}, {result}, {sizes});"
 
 
 def _backward_formula(dy: Tensor, indices: Tensor, *, self: tuple[int, ...], **options: Any) -> Any:

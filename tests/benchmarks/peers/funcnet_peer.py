@@ -21,8 +21,8 @@ def net_job(mode: str, workload: Workload) -> Job:
     """One of `NETS`, with cross entropy and AdamW."""
     (example, classes, vocabulary), device = NETS[workload.net], workload.device
     key, shape = fn.key(1, device=device), (workload.batch, *example)
-    tokens = lambda key: fn.random.randint(key, shape, 0, vocabulary)  # noqa: E731
-    x = tokens(key) if vocabulary else fn.random.normal(key, shape)
+    numbers = fn.random.normal(key, shape)
+    x = fn.random.randint(key, shape, 0, vocabulary) if vocabulary else numbers
     labels = shape if vocabulary else shape[:1]
     target = fn.random.randint(fn.key(2, device=device), labels, 0, classes).flatten()
     net, optimizer = MAKE[workload.net](), fn.adamw(LEARNING_RATE)

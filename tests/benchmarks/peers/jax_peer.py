@@ -70,8 +70,8 @@ def net_job(workload: Workload) -> Job:
     example, classes, vocabulary = NETS[workload.net]
     example = (*example[1:], example[0]) if len(example) == 3 else example
     shape, keys = (workload.batch, *example), jax.random.split(jax.random.key(1), 2)
-    tokens = lambda key: jax.random.randint(key, shape, 0, vocabulary)  # noqa: E731
-    x = tokens(keys[0]) if vocabulary else jax.random.normal(keys[0], shape)
+    numbers = jax.random.normal(keys[0], shape)
+    x = jax.random.randint(keys[0], shape, 0, vocabulary) if vocabulary else numbers
     labels = shape if vocabulary else shape[:1]
     target = jax.random.randint(keys[1], labels, 0, classes).reshape(-1)
     init, apply = MAKE[workload.net]()

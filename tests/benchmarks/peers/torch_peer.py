@@ -103,8 +103,8 @@ def net_job(mode: str, workload: Workload) -> Job:
     """One of `NETS`, with cross entropy and AdamW; the fused one, which is the fastest."""
     (example, classes, vocabulary), device = NETS[workload.net], workload.device
     shape = (workload.batch, *example)
-    tokens = lambda: torch.randint(vocabulary, shape, device=device)  # noqa: E731
-    x = tokens() if vocabulary else torch.randn(shape, device=device)
+    numbers = torch.randn(shape, device=device)
+    x = torch.randint(vocabulary, shape, device=device) if vocabulary else numbers
     labels = shape if vocabulary else shape[:1]
     target = torch.randint(classes, labels, device=device).flatten()
     net = MAKE[workload.net]().to(device)
