@@ -17,8 +17,9 @@ from pathlib import Path
 
 import torch
 
-from funcnet.compiler import cache
+from funcnet.compiler import cache, prefix
 from funcnet.compiler.errors import BuildError, NoCompilerError
+from funcnet.compiler.progress import stage
 
 _HERE = Path(__file__).parent
 _FLAGS = (
@@ -36,11 +37,15 @@ _FLAGS_OF_GCC = ("-fno-tree-loop-vectorize",)
 # Without OpenMP's library: only its pragmas for vector lanes, and an omp.h that knows one thread.
 _SERIAL = ("-fopenmp-simd", f"-I{_HERE / 'headers' / 'serial'}")
 _DAY = 24 * 60 * 60
+# A text of this length compiles as long as its headers do; more sources than this share too little.
+_TEXT = 30_000
+_MOST = 4
+_INCLUDES_OF_KERNELS = ("<torch/csrc/inductor/cpp_prefix.h>", '"headers/failure.h"')
 # The modules that neither record graphs nor make C++ of them.
 _NO_WRITERS = frozenset(
     [
-        *("__init__.py", "build.py", "cache.py", "compiled.py", "dispatch.py", "errors.py"),
-        *("methods.py", "signature.py", "staged.py"),
+        *("__init__.py", "__main__.py", "build.py", "cache.py", "compiled.py", "dispatch.py"),
+        *("errors.py", "methods.py", "prefix.py", "progress.py", "signature.py", "staged.py"),
     ]
 )
 
@@ -208,32 +213,112 @@ def _is_dead(name: str) -> bool:
 
 def _compile(text: str, folder: Path, threads: int) -> Path:
     """The shared library of a C++ text."""
-    source, made = folder / "program.cpp", folder / "program.so"
-    source.write_text(text)
     command = compiler()
-    root = Path(torch.__file__).parent
-    capability = torch.backends.cpu.get_cpu_capability()
-    includes = [f"-I{root / 'include'}", f"-I{_HERE}"]
-    if capability in ("AVX2", "AVX512"):
-        includes.append(f"-DCPU_CAPABILITY_{capability}")
-    libraries = [f"-L{root / 'lib'}", "-ltorch_cpu", "-lc10", f"-Wl,-rpath,{root / 'lib'}"]
+    sources = _sources(text, _processors())
+    stage(f"{Path(command[0]).name} compiles {len(text) / 1000:.0f} kB of C++")
     failure = ""
     for parallel in _ways(threads, tuple(command)):
-        result = subprocess.run(
-            [*command, *_flags(tuple(command)), *parallel, *includes]
-            + [str(source), "-o", str(made), *libraries],
-            capture_output=True,
-            text=True,
-            check=False,
-            env=os.environ | {"TMPDIR": str(folder)},
-        )
-        if not result.returncode and made.exists():
-            return made
-        # What fails with OpenMP and then without it too fails for another reason.
-        failure = (
-            result.stderr.strip()[-2000:] or f"it wrote no file, with code {result.returncode}"
-        )
+        flags = _flags(command, parallel)
+        header = _header(command, flags)
+        for loaded in [found, []] if header and (found := prefix.flags(header)) else [[]]:
+            failure = _built(command, [*flags, *loaded], sources, folder)
+            if not failure and header and not loaded:
+                prefix.make_later(header, [*command, *flags])
+            if not failure:
+                return folder / "program.so"
+    # What fails with OpenMP and then without it too fails for another reason.
     raise BuildError(f"{shlex.join(command)} failed:\n{failure}")
+
+
+def _header(command: Sequence[str], flags: Sequence[str]) -> str | None:
+    """The name under which `prefix` keeps the header for these flags; g++ alone has one."""
+    return None if _is_clang(tuple(command)) else f"prefix-{_digest([*_machine(), *flags])}"
+
+
+def make_headers() -> list[Path]:
+    """Make what `prefix` keeps, for programs of one thread and of more."""
+    command = compiler()
+    made = []
+    for parallel in (_openmp(tuple(command)), _SERIAL):
+        flags = _flags(command, parallel)
+        if name := _header(command, flags):
+            made.append(prefix.make(name, [*command, *flags]))
+    return made
+
+
+def _built(command: list[str], flags: list[str], sources: list[str], folder: Path) -> str:
+    """Compile sources side by side to one library; what the compiler says if it fails."""
+    library, root = folder / "program.so", Path(torch.__file__).parent / "lib"
+    libraries = [f"-L{root}", "-ltorch_cpu", "-lc10", f"-Wl,-rpath,{root}"]
+    files = [folder / f"program{index or ''}.cpp" for index in range(len(sources))]
+    for file, source in zip(files, sources, strict=True):
+        file.write_text(source)
+    if len(files) == 1:
+        return _ran([[*command, *flags, str(files[0]), "-o", str(library), *libraries]], folder)
+    objects = [str(file.with_suffix(".o")) for file in files]
+    steps = [
+        [*command, *flags, "-c", str(file), "-o", made]
+        for file, made in zip(files, objects, strict=True)
+    ]
+    linking = [*command, *flags, *objects, "-o", str(library), *libraries]
+    return _ran(steps, folder) or _ran([linking], folder)
+
+
+def _ran(commands: list[list[str]], folder: Path) -> str:
+    """Run commands side by side; what those say that fail."""
+    failures = []
+    with contextlib.ExitStack() as stack:
+        running = []
+        for command in commands:
+            process = subprocess.Popen(
+                command,
+                stdout=subprocess.DEVNULL,
+                stderr=subprocess.PIPE,
+                text=True,
+                env=os.environ | {"TMPDIR": str(folder)},
+            )
+            stack.enter_context(process)
+            stack.callback(process.kill)
+            running.append(process)
+        for process, command in zip(running, commands, strict=True):
+            _, said = process.communicate()
+            made = Path(command[command.index("-o") + 1])
+            if process.returncode or not made.exists():
+                code = f"it wrote no file, with code {process.returncode}"
+                failures.append(said.strip()[-2000:] or code)
+    return "\n".join(failures)
+
+
+def _processors() -> int:
+    """How many processors this process may use."""
+    if hasattr(os, "sched_getaffinity"):
+        return len(os.sched_getaffinity(0))
+    return os.cpu_count() or 1
+
+
+def _sources(text: str, processors: int) -> list[str]:
+    """A program as texts that compile side by side, if that takes long enough.
+
+    Each kernel goes to one of them; the others know it by its first lines.
+    """
+    head, *kernels, run = text.split("\n\n")
+    count = min(processors, 1 + sum(map(len, kernels)) // _TEXT, _MOST)
+    if count == 1:
+        return [text]
+    shares: list[list[int]] = [[] for _ in range(count)]
+    loads = [len(run), *[0] * (count - 1)]
+    for index in sorted(range(len(kernels)), key=lambda index: -len(kernels[index])):
+        share = loads.index(min(loads))
+        shares[share].append(index)
+        loads[share] += len(kernels[index])
+    local = '[[gnu::visibility("hidden")]]'
+    kernels = [kernel.replace("static", local, 1) for kernel in kernels]
+    known = [kernel[: kernel.index("{")].strip() + ";" for kernel in kernels]
+    first = "\n".join([head, *known, *[kernels[index] for index in shares[0]], run])
+    includes = [f"#include {header}" for header in _INCLUDES_OF_KERNELS]
+    return [first] + [
+        "\n".join([*includes, *[kernels[index] for index in share]]) for share in shares[1:]
+    ]
 
 
 def _ways(threads: int, command: tuple[str, ...]) -> list[tuple[str, ...]]:
@@ -256,17 +341,24 @@ def _openmp(command: tuple[str, ...]) -> tuple[str, ...]:
     return *found, *[f"-L{each}" for each in folders], *[f"-l{each}" for each in names]
 
 
-@functools.cache
-def _flags(command: tuple[str, ...]) -> tuple[str, ...]:
+def _flags(command: Sequence[str], parallel: Sequence[str]) -> list[str]:
     """The flags for a compiler of this kind on this kind of machine."""
-    version = subprocess.run([*command, "--version"], capture_output=True, text=True, check=False)
-    flags = ["-shared", "-fPIC"]
+    flags = [*_FLAGS, "-shared", "-fPIC"]
     if sys.platform == "darwin":
         flags += ["-undefined", "dynamic_lookup"]
     else:
         # Compilers for these two processors have no -march=native.
         others = {"ppc64le": "-mcpu=native", "riscv64": "-march=rv64gc"}
         flags.append(others.get(platform.machine(), "-march=native"))
-    if "clang" not in version.stdout:
+    if not _is_clang(tuple(command)):
         flags += _FLAGS_OF_GCC
-    return *_FLAGS, *flags
+    capability = torch.backends.cpu.get_cpu_capability()
+    if capability in ("AVX2", "AVX512"):
+        flags.append(f"-DCPU_CAPABILITY_{capability}")
+    return [*flags, *parallel, f"-I{Path(torch.__file__).parent / 'include'}", f"-I{_HERE}"]
+
+
+@functools.cache
+def _is_clang(command: tuple[str, ...]) -> bool:
+    version = subprocess.run([*command, "--version"], capture_output=True, text=True, check=False)
+    return "clang" in version.stdout

@@ -26,8 +26,29 @@ def cache_dir() -> Path:
     """Where compiled programs are kept: ``FUNCNET_CACHE_DIR``, or the user's cache folder."""
     if chosen := os.environ.get("FUNCNET_CACHE_DIR"):
         return Path(chosen)
+    return _users()
+
+
+def _users() -> Path:
     home = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
     return Path(home) / "funcnet"
+
+
+def folders() -> list[Path]:
+    """Where to look for what serves all programs: `cache_dir`, then the user's cache folder."""
+    found: list[Path] = []
+    with contextlib.suppress(RuntimeError):  # this user has no home
+        found.append(cache_dir())
+        found.append(_users())
+    return found
+
+
+def is_own(path: Path) -> bool:
+    """Whether a file is there, and no one else can write to it or to its folder."""
+    try:
+        return not _others(path) and not _others(path.parent)
+    except OSError:
+        return False
 
 
 def find(name: str) -> Path | None:

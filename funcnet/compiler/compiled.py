@@ -160,7 +160,7 @@ class Compiled:
         else:
             self._make_one()
         if self.run is None and self.why_not_built is None:
-            self.staged = Staged(self.recorded.inputs, blocks(self.recorded))
+            self.staged = Staged(self.recorded.inputs, blocks(self.recorded, for_one=False))
 
     def _make_one(self) -> None:
         """Make one program of it, or say why that cannot be."""
@@ -190,7 +190,7 @@ class Compiled:
         """The C++ text: from disk, or written, which takes Inductor seconds."""
         text = cache.find_text(f"{key}.cpp")
         if text is None:
-            text = program_text(self._plan(blocks(self.recorded)))
+            text = program_text(self._plan(blocks(self.recorded, for_one=True)))
             cache.keep(f"{key}.cpp", text.encode())
         return text
 
@@ -207,7 +207,7 @@ class Compiled:
 
     def lowered(self) -> Lowered:
         """What each stage made of the function."""
-        program = blocks(self.recorded)
+        program = blocks(self.recorded, for_one=self.run is not None)
         buffers = code = ""
         if self.run is not None:
             plan = self._plan(program)

@@ -17,6 +17,7 @@ from funcnet.compiler.build import compiler
 from funcnet.compiler.compiled import Compiled, Donated, Lowered, name_of, where
 from funcnet.compiler.inductor import compiling
 from funcnet.compiler.numbers import NUMBERS, Arithmetic
+from funcnet.compiler.progress import shown, stage
 from funcnet.compiler.record import WritesToArgumentError, record
 from funcnet.compiler.signature import (
     Recognizer,
@@ -154,7 +155,8 @@ class Dispatcher:
                 inputs = program.inputs_for(call.numbers)
                 if inputs is not None:
                     return program, inputs
-            program = self._compile(call)
+            with shown(self._name):
+                program = self._compile(call)
             programs.insert(0, program)
         inputs = program.inputs_for(call.numbers)
         assert inputs is not None
@@ -221,6 +223,7 @@ class Dispatcher:
             results, out_treedef = tree.flatten(self._function(*rest, **named))
             return [_as_tensor(result) for result in results]
 
+        stage("recording its operators")
         try:
             with compiling():
                 recorded = record(flat, [*map(input_spec, call.tensors)], arithmetic)

@@ -7,6 +7,7 @@ that needs Inductor's private names.
 
 import contextlib
 import functools
+import gc
 import itertools
 import re
 import sys
@@ -30,8 +31,7 @@ from funcnet.compiler.instructions import (
     Free,
     Instruction,
     Kernels,
-    Matrix,
-    Product,
+    Place,
     Rename,
     View,
 )
@@ -43,10 +43,20 @@ _one_at_a_time = threading.RLock()
 
 @contextlib.contextmanager
 def compiling() -> Iterator[None]:
-    """One thread at a time records or runs Inductor: the process has one set of its settings."""
+    """One thread at a time records or runs Inductor: the process has one set of its settings.
+
+    Meanwhile Python looks for no garbage, which among so many small objects takes a quarter of the
+    time.
+    """
     dynamo = sys.modules.get("torch._dynamo.convert_frame")
     with _one_at_a_time, contextlib.nullcontext() if dynamo is None else dynamo.compile_lock:
-        yield
+        collects = gc.isenabled()
+        gc.disable()
+        try:
+            yield
+        finally:
+            if collects:
+                gc.enable()
 
 
 @contextlib.contextmanager
@@ -57,14 +67,8 @@ def writing() -> Iterator[None]:
         yield
 
 
-# Products call headers/gemm.h or headers/large.h: they must not be decomposed.
+# Products are primitives, if they are not hidden in an operator that decomposes into them.
 _KEPT = (aten.mm, aten.addmm, aten.bmm, aten.baddbmm)
-_PRODUCTS = {
-    aten.mm.out: False,
-    aten.bmm.out: False,
-    aten.addmm.out: True,
-    aten.baddbmm.out: True,
-}
 
 
 def decomposed(segment: Segment) -> fx.GraphModule:
@@ -199,7 +203,9 @@ def _has(config: Any, name: str) -> bool:
     return False
 
 
-def kernels(segment: Segment, threads: int, in_place: Sequence[tuple[int, int]]) -> Kernels:
+def kernels(
+    segment: Segment, threads: int, in_place: Sequence[tuple[int, int]], dying: Sequence[int]
+) -> Kernels:
     """Compile a segment.
 
     Args:
@@ -207,6 +213,7 @@ def kernels(segment: Segment, threads: int, in_place: Sequence[tuple[int, int]])
         threads: how many run a kernel.
         in_place: pairs of an input and an output; the output is written into the input's memory,
             after all that reads it.
+        dying: other inputs whose memory may be written when they have been read.
     """
     from torch._inductor.codegen.common import get_device_op_overrides
     from torch._inductor.codegen.cpp_wrapper_cpu import CppWrapperCpu
@@ -239,8 +246,10 @@ def kernels(segment: Segment, threads: int, in_place: Sequence[tuple[int, int]])
         refusals_of_the_compiler(),
     ):
         lowering = _computes_scalars_once(GraphLowering)(
-            module, example_inputs=examples, cpp_wrapper=True, is_inference=True
+            module, example_inputs=examples, cpp_wrapper=True, is_backward=True
         )
+        # As what a backward pass alone reads.
+        lowering.bw_donated_idxs = dying
         with V.set_graph_handler(lowering):
             lowering.run(*examples)
             lowering.device_type = "cpu"
@@ -255,7 +264,7 @@ def kernels(segment: Segment, threads: int, in_place: Sequence[tuple[int, int]])
             if lowering.constants:
                 raise UnsupportedError("a constant tensor")
             sources, instructions = _instructions(lowering)
-            outputs = iter([_matrix(value) for value in lowering.graph_outputs])
+            outputs = iter([_place(value) for value in lowering.graph_outputs])
     return Kernels(
         sources,
         instructions,
@@ -314,8 +323,6 @@ def _instructions(lowering: Any) -> tuple[dict[str, str], list[Instruction]]:
                 layout = line.layout.view.get_layout()
                 offset = int(layout.offset) * layout.dtype.itemsize
                 instructions.append(View(line.reused_as.get_name(), line.node.get_name(), offset))
-            case "ExternKernelOutLine":
-                instructions.append(_product(line.node))
             case "LineContext" | "CommentLine" | "AssertSizeStrideLine" | "NullLine":
                 pass
             case "str":
@@ -393,25 +400,11 @@ def _bytes(node: Any) -> int:
     return (extent + int(layout.offset)) * layout.dtype.itemsize
 
 
-def _matrix(value: Any) -> Matrix:
+def _place(value: Any) -> Place:
     layout = value.get_layout()
-    return Matrix(
+    return Place(
         value.get_name(),
         int(layout.offset),
         tuple(int(size) for size in layout.size),
         tuple(int(step) for step in layout.stride),
     )
-
-
-def _product(node: Any) -> Product:
-    has_bias = _PRODUCTS.get(node.op_overload)
-    if has_bias is None or node.output_view is not None:
-        raise UnsupportedError(f"the operator {node.op_overload}")
-    dtype = node.get_dtype()
-    if dtype not in (torch.float32, torch.float64):
-        raise UnsupportedError(f"a product in {dtype}")
-    if any(node.kwargs.get(factor, 1) != 1 for factor in ("alpha", "beta")):
-        raise UnsupportedError("a product with alpha or beta")
-    matrices = [_matrix(value) for value in node.inputs]
-    bias = matrices.pop(0) if has_bias else None
-    return Product(dtype, matrices[0], matrices[1], bias, _matrix(node))

@@ -1,9 +1,7 @@
-"""What Inductor says to do for a segment: buffers, calls of kernels, products of matrices."""
+"""What Inductor says to do for a segment: buffers, and calls of kernels."""
 
 from collections.abc import Sequence
 from typing import NamedTuple
-
-import torch
 
 
 class Allocate(NamedTuple):
@@ -42,8 +40,8 @@ class Call(NamedTuple):
     types: tuple[str, ...]
 
 
-class Matrix(NamedTuple):
-    """A strided matrix, or stack of matrices, in a buffer."""
+class Place(NamedTuple):
+    """Where a strided value lies: in a buffer, so many elements from its start."""
 
     buffer: str
     offset: int
@@ -60,17 +58,7 @@ class Matrix(NamedTuple):
         return True
 
 
-class Product(NamedTuple):
-    """``out = a @ b (+ bias)``."""
-
-    dtype: torch.dtype
-    a: Matrix
-    b: Matrix
-    bias: Matrix | None
-    out: Matrix
-
-
-Instruction = Allocate | Free | Rename | View | Call | Product
+Instruction = Allocate | Free | Rename | View | Call
 
 
 class Kernels(NamedTuple):
@@ -79,7 +67,15 @@ class Kernels(NamedTuple):
     sources: dict[str, str]
     instructions: list[Instruction]
     inputs: list[str]
-    outputs: list[Matrix | None]
+    outputs: list[Place | None]
+
+    def first_names(self) -> dict[str, str]:
+        """The first name of each buffer that has had another one."""
+        first: dict[str, str] = {}
+        for instruction in self.instructions:
+            if isinstance(instruction, Rename):
+                first[instruction.new] = first.get(instruction.old, instruction.old)
+        return first
 
     def last_use_of_inputs(self) -> dict[str, int]:
         """The index of the last instruction that touches each input, by any name it goes by."""
@@ -93,10 +89,8 @@ class Kernels(NamedTuple):
                         origin[name] = origin[old]
                 case Call(_, arguments, _):
                     names = arguments
-                case Product(_, a, b, bias, out):
-                    names = [matrix.buffer for matrix in (a, b, bias, out) if matrix is not None]
             last.update({origin[name]: index for name in names if name in origin})
-        for matrix in self.outputs:
-            if matrix is not None and matrix.buffer in origin:
-                last[origin[matrix.buffer]] = len(self.instructions)
+        for place in self.outputs:
+            if place is not None and place.buffer in origin:
+                last[origin[place.buffer]] = len(self.instructions)
         return last

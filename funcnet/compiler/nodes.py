@@ -46,6 +46,8 @@ def graph_break(node: Node) -> str | None:
 def takes_order(user: Node, value: Tensor) -> bool:
     """Whether a graph break, or the output, takes a value as it lies in memory, with no copy."""
     primitive = PRIMITIVES.get(str(graph_break(user)))
+    if primitive is not None and primitive.is_product:
+        return True
     if primitive is not None and primitive.channels_last and value.dim() == 4:
         return value.is_contiguous() or value.is_contiguous(memory_format=torch.channels_last)
     return value.is_contiguous()

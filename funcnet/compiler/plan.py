@@ -9,14 +9,6 @@ from collections.abc import Sequence
 from math import prod
 from typing import Any
 
-from funcnet.compiler.blocks import (
-    Block,
-    LoopStep,
-    PrimitiveStep,
-    Segment,
-    reads,
-    reads_inside,
-)
 from funcnet.compiler.errors import UnsupportedError
 from funcnet.compiler.inductor import kernels
 from funcnet.compiler.instructions import (
@@ -24,14 +16,22 @@ from funcnet.compiler.instructions import (
     Call,
     Free,
     Kernels,
-    Product,
     Rename,
     View,
 )
 from funcnet.compiler.memory import Address, Frame, Target, aligned
 from funcnet.compiler.nodes import Node, memory_of, size_of, value_of
 from funcnet.compiler.primitives import Operand
-from funcnet.compiler.statements import Apply, Copy, Iterate, Launch, Multiply, Statement
+from funcnet.compiler.progress import stage
+from funcnet.compiler.statements import Apply, Copy, Iterate, Launch, Statement
+from funcnet.compiler.steps import (
+    Block,
+    LoopStep,
+    PrimitiveStep,
+    Segment,
+    reads,
+    reads_inside,
+)
 
 
 class Plan:
@@ -68,6 +68,8 @@ class Plan:
             else:
                 targets.append(Target(Address(f"out[{index}]")))
         owned: dict[Node, int | None] = {inputs[source]: None for source in donated.values()}
+        self.threads = threads
+        self._kernels: dict[Any, Kernels] = {}
         frame = self._block(program, "w0", "", threads, targets, owned, dict(self.address))
         self.statements: list[Statement] = frame.statements
         self.workspace = frame.arena.size
@@ -150,7 +152,8 @@ class Plan:
             dies_here = frame.last_use.get(owner, -1) == step and owner in segment.inputs
             if dies_here and owner in frame.owned and _are_alike(owner, node):
                 in_place.append((segment.inputs.index(owner), index))
-        compiled = kernels(segment, frame.threads, in_place)
+        dying = self._dying_inputs(frame, segment, step)
+        compiled = self._kernels_of(segment, frame.threads, in_place, dying)
         where = {
             name: self._address(node)
             for name, node in zip(compiled.inputs, segment.inputs, strict=True)
@@ -161,28 +164,64 @@ class Plan:
         offsets = self._instructions(
             frame, compiled, where, self._dying(frame, compiled, step, where)
         )
+        first = compiled.first_names()
         owners: dict[str, Node] = {}
-        for node, matrix in zip(segment.outputs, compiled.outputs, strict=True):
-            if matrix is None:
+        for node, place in zip(segment.outputs, compiled.outputs, strict=True):
+            if place is None:
                 continue
-            given = where[matrix.buffer]
-            if matrix.buffer in compiled.inputs:
+            given = where[place.buffer]
+            if place.buffer in compiled.inputs:
                 # The output is an input: it may not share memory with it.
                 self._put(frame, node, frame.own(node, size_of(node), step))
                 frame.statements.append(Copy(self.address[node], given, size_of(node)))
                 continue
             self._put(frame, node, given)
-            if matrix.buffer in offsets:
-                owners[matrix.buffer] = node
-                frame.owned[node] = offset = offsets.pop(matrix.buffer)
+            taken = first.get(place.buffer)
+            if place.buffer not in owners and taken in compiled.inputs:
+                owners[place.buffer] = node
+                root = segment.inputs[compiled.inputs.index(taken)]
+                self._inherit(frame, root, node, step)
+            elif place.buffer in offsets:
+                owners[place.buffer] = node
+                frame.owned[node] = offset = offsets.pop(place.buffer)
                 frame.arena.at(offset).values = [str(node)]
-            elif matrix.buffer in owners:
+            elif place.buffer in owners:
                 # Two outputs in one buffer: it lives as long as either.
-                first = owners[matrix.buffer]
+                first = owners[place.buffer]
                 uses = [frame.last_use.get(each, step) for each in (first, node)]
                 frame.last_use[first] = max(uses)
         for left in offsets.values():
             frame.free(left)
+
+    def _kernels_of(
+        self,
+        segment: Segment,
+        threads: int,
+        in_place: list[tuple[int, int]],
+        dying: list[int],
+    ) -> Kernels:
+        """The kernels of a segment, made once for those that are equal."""
+        key = segment.key(), threads, *in_place, *dying
+        if key not in self._kernels:
+            stage(f"Inductor writes kernels, {len(self._kernels)} segments are done")
+            self._kernels[key] = kernels(segment, threads, in_place, dying)
+        return self._kernels[key]
+
+    def _dying_inputs(self, frame: Frame, segment: Segment, step: int) -> list[int]:
+        """The inputs, by index, in whose memory an output may be made.
+
+        An output that must end up elsewhere is better made there.
+        """
+        aimed = {size_of(node) for node in segment.outputs if node in frame.targets}
+        roots = [memory_of(node)[0] for node in segment.inputs]
+        return [
+            index
+            for index, node in enumerate(segment.inputs)
+            if frame.owned.get(node) is not None
+            and frame.last_use.get(node) == step
+            and roots.count(node) == 1
+            and size_of(node) not in aimed
+        ]
 
     def _instructions(
         self,
@@ -211,8 +250,6 @@ class Plan:
                 case Call(kernel, names, types):
                     arguments = [*zip(types, [where[name] for name in names], strict=True)]
                     frame.statements.append(Launch(kernel, compiled.sources[kernel], arguments))
-                case Product():
-                    frame.statements.append(Multiply(instruction, dict(where), frame.threads))
             for node in dying.get(index, ()):
                 offset, frame.owned[node] = frame.owned[node], None
                 assert offset is not None
@@ -242,21 +279,18 @@ class Plan:
         where: dict[str, Address],
     ) -> None:
         """Let the buffers of outputs be the memory in which the outputs must end up."""
-        first: dict[str, str] = {}
-        for instruction in compiled.instructions:
-            if isinstance(instruction, Rename):
-                first[instruction.new] = first.get(instruction.old, instruction.old)
+        first = compiled.first_names()
         sizes = {
             instruction.name: instruction.size
             for instruction in compiled.instructions
             if isinstance(instruction, Allocate)
         }
-        for node, matrix in zip(segment.outputs, compiled.outputs, strict=True):
-            if matrix is None:
+        for node, place in zip(segment.outputs, compiled.outputs, strict=True):
+            if place is None:
                 continue
-            if matrix.offset or not matrix.is_contiguous():
-                raise UnsupportedError(f"an output with strides {matrix.stride}")
-            buffer = first.get(matrix.buffer, matrix.buffer)
+            if place.offset or not place.is_contiguous():
+                raise UnsupportedError(f"an output with strides {place.stride}")
+            buffer = first.get(place.buffer, place.buffer)
             target = frame.free_target(node, step)
             if target is not None and buffer not in where and sizes.get(buffer) == size_of(node):
                 where[buffer] = target
@@ -316,6 +350,7 @@ class Plan:
                 frame.address(offset),
                 stride if parallel else 0,
                 workers,
+                threads,
                 body.statements,
             )
         )
@@ -360,18 +395,18 @@ class Plan:
             frame.statements.append(Copy(slot, self._address(operand), size))
         return slot
 
-    def _inherit(self, frame: Frame, root: Node, carry: Any, step: int) -> None:
-        """Give the memory of a value that is read no more to the carry that starts with it."""
-        self._put(frame, carry, self.address[root])
-        offset = frame.owned[carry] = frame.owned.pop(root)
+    def _inherit(self, frame: Frame, root: Node, heir: Any, step: int) -> None:
+        """Give the memory of a value that is read no more to another."""
+        self._put(frame, heir, self.address[root])
+        offset = frame.owned[heir] = frame.owned.pop(root)
         if offset is not None:
-            frame.arena.at(offset).values.append(str(carry))
-        frame.last_use.setdefault(carry, step)
+            frame.arena.at(offset).values.append(str(heir))
+        frame.last_use.setdefault(heir, step)
         # Targets are free when their owners are dead: no earlier value in this memory counts as
-        # dead while the carry is alive.
-        frame.had_before[carry] = [root, *frame.had_before.get(root, [])]
-        for each in frame.had_before[carry]:
-            frame.last_use[each] = frame.last_use[carry]
+        # dead while the heir is alive.
+        frame.had_before[heir] = [root, *frame.had_before.get(root, [])]
+        for each in frame.had_before[heir]:
+            frame.last_use[each] = frame.last_use[heir]
 
     def _stack(
         self,

@@ -12,11 +12,11 @@ import torch
 from torch import Tensor, fx
 from torch.fx.experimental.proxy_tensor import make_fx
 
-from funcnet.compiler.blocks import Block, LoopStep, PrimitiveStep, Segment, reads
 from funcnet.compiler.errors import BuildError, NoCompilerError, say_once, say_unknown
 from funcnet.compiler.inductor import compiled, writing
 from funcnet.compiler.nodes import Node, memory_of, memory_order, through_barriers, value_of
 from funcnet.compiler.record import settings_of_programs
+from funcnet.compiler.steps import Block, LoopStep, PrimitiveStep, Segment, reads
 
 aten = torch.ops.aten
 

@@ -2,7 +2,6 @@
 
 from typing import Any, NamedTuple
 
-from funcnet.compiler.instructions import Product
 from funcnet.compiler.memory import Address
 from funcnet.compiler.primitives import Operand, Primitive
 
@@ -23,14 +22,6 @@ class Launch(NamedTuple):
     arguments: list[tuple[str, Address]]
 
 
-class Multiply(NamedTuple):
-    """A product of matrices in these buffers."""
-
-    product: Product
-    addresses: dict[str, Address]
-    threads: int
-
-
 class Apply(NamedTuple):
     """Call a primitive."""
 
@@ -49,7 +40,8 @@ class Iterate(NamedTuple):
         base: the name of an iteration's workspace.
         workspace: its address, for the first thread.
         stride: how far apart the threads' are.
-        threads: how many threads share the iterations.
+        workers: how many threads share the iterations.
+        threads: how many may run each statement of the body.
         body: what an iteration does.
     """
 
@@ -58,8 +50,9 @@ class Iterate(NamedTuple):
     base: str
     workspace: Address
     stride: int
+    workers: int
     threads: int
     body: list["Statement"]
 
 
-Statement = Copy | Launch | Multiply | Apply | Iterate
+Statement = Copy | Launch | Apply | Iterate

@@ -17,16 +17,20 @@ def linear_rule(
     residuals: dict[str, Tensor], dy: Tensor, bias: bool, *, params: bool, x: bool
 ) -> Grads:
     """``dweight = dy^T x``, ``dbias = sum dy``, ``dx = dy weight``."""
-    dparams = None
+    weight, rows, dparams, dx = residuals["weight"], dy, None, None
+    if dy.dim() != 2:
+        rows = dy.reshape(math.prod(dy.shape[:-1]), dy.shape[-1])
     if params:
-        rows, columns = dy, residuals["x"]
-        if dy.dim() != 2:
-            batch = math.prod(dy.shape[:-1])
-            rows, columns = (each.reshape(batch, each.shape[-1]) for each in (rows, columns))
+        columns = residuals["x"].reshape(len(rows), weight.shape[-1])
         dparams = {"weight": rows.t().mm(columns)}
         if bias:
             dparams["bias"] = rows.sum(0)
-    return dparams, dy.matmul(residuals["weight"]) if x else None
+    if x:
+        # Of matrices: matmul takes other tensors apart into small products, unless they are dense.
+        dx = rows.mm(weight)
+        if dy.dim() != 2:
+            dx = dx.view(*dy.shape[:-1], weight.shape[-1])
+    return dparams, dx
 
 
 def linear(

@@ -1,4 +1,4 @@
-// What every program has: its error message, its workspace, errors in loops that threads share.
+// What every program has: its error message and its workspace.
 
 #pragma once
 
@@ -9,33 +9,11 @@
 #include <stdexcept>
 #include <string>
 
-#include <omp.h>
+#include "headers/failure.h"
 
 static thread_local std::string message;
 extern "C" const char* funcnet_error() { return message.c_str(); }
 static int fail(const char* what) { message = what; return 1; }
-
-namespace funcnet {
-
-// The error of an iteration of a parallel loop, kept until the loop is done: no exception may leave
-// it.
-class Failure {
- public:
-  void keep(const std::exception& error) {
-#pragma omp critical
-    message = error.what();
-  }
-  void rethrow() const {
-    if (!message.empty()) {
-      throw std::runtime_error(message);
-    }
-  }
-
- private:
-  std::string message;
-};
-
-}  // namespace funcnet
 
 // Memory for intermediate values. A program keeps it from call to call, unless it is larger than KEPT:
 // the kernel would have to map its pages again, and clear them. A call takes it, and another call at

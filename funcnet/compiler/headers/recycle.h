@@ -7,7 +7,7 @@
 
 #pragma once
 
-#include <c10/core/CPUAllocator.h>
+#include <c10/core/Allocator.h>
 #include <cstdlib>
 #include <map>
 #include <mutex>
@@ -20,6 +20,12 @@
 #include <malloc.h>
 #define FUNCNET_SIZE_OF malloc_usable_size
 #endif
+
+// As in c10/core/CPUAllocator.h, which takes g++ half a second to read.
+namespace c10 {
+C10_API Allocator* GetCPUAllocator();
+C10_API void SetCPUAllocator(Allocator* allocator, uint8_t priority);
+}  // namespace c10
 
 namespace funcnet {
 
@@ -44,13 +50,13 @@ class Recycler final : public c10::Allocator {
     const std::lock_guard<std::mutex> lock(mutex_);
     if (users_++ == 0) {
       usual_ = c10::GetCPUAllocator();
-      c10::SetCPUAllocator(this);
+      c10::SetCPUAllocator(this, 0);
     }
   }
   void leave() {
     const std::lock_guard<std::mutex> lock(mutex_);
     if (--users_ == 0) {
-      c10::SetCPUAllocator(usual_);
+      c10::SetCPUAllocator(usual_, 0);
     }
   }
   void clear() {

@@ -36,12 +36,15 @@ class Primitive(NamedTuple):
         formula: ``formula(*tensors, **options) -> results``, in operators that Inductor knows.
         call: ``call(operands, results, options)`` is the C++ statement. Its operands, the tensors
             among the arguments, are contiguous; its results are keyed by their index, and those
-            that nothing reads are missing.
+            that nothing reads are missing. In the statement the constant ``threads`` says how many
+            may run it.
         header: the file in this folder with the C++ function.
         has_threads: whether it starts threads of its own, which it cannot do in a parallel loop.
         only_shape: the arguments of which it reads no values. They are options, not operands: the
             shape in place of the tensor.
         channels_last: whether operands and results may be images with their channels last.
+        is_product: whether it takes operands with any strides, and stays in the segments of the
+            staged path, as Inductor knows it.
     """
 
     operator: str
@@ -51,6 +54,7 @@ class Primitive(NamedTuple):
     has_threads: bool = False
     only_shape: tuple[str, ...] = ()
     channels_last: bool = False
+    is_product: bool = False
 
 
 C_TYPES = {

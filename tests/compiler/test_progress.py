@@ -1,0 +1,71 @@
+"""The line on a terminal while a function compiles."""
+
+import io
+import sys
+import time
+
+import pytest
+import torch
+
+import funcnet as fn
+from funcnet.compiler import progress
+
+
+class Terminal(io.StringIO):
+    """Text that says it goes to a terminal."""
+
+    def isatty(self):
+        return True
+
+
+def without_patience(monkeypatch):
+    """A terminal on which all is shown."""
+    monkeypatch.setattr(progress, "_PATIENCE", 0.0)
+    monkeypatch.setattr(progress, "_EVERY", 0.01)
+    # In the test itself: pytest sets stderr anew after a fixture.
+    monkeypatch.setattr(sys, "stderr", terminal := Terminal())
+    return terminal
+
+
+def test_it_names_the_function_and_the_stage_and_goes(monkeypatch):
+    terminal = without_patience(monkeypatch)
+    with progress.shown("step"):
+        progress.stage("one thing")
+        time.sleep(0.1)
+        progress.stage("another")
+        time.sleep(0.1)
+    written = terminal.getvalue()
+    assert "step compiles, 0 s: one thing" in written
+    assert "step compiles, 0 s: another" in written
+    assert written.endswith("\r\033[K")
+
+
+def test_it_shows_nothing_for_what_is_fast(monkeypatch):
+    monkeypatch.setattr(sys, "stderr", Terminal())
+    with progress.shown("step"):
+        pass
+    assert sys.stderr.getvalue() == ""
+
+
+def test_it_shows_nothing_elsewhere(monkeypatch):
+    without_patience(monkeypatch)
+    monkeypatch.setattr(sys, "stderr", io.StringIO())
+    with progress.shown("step"):
+        progress.stage("one thing")
+        time.sleep(0.05)
+    assert sys.stderr.getvalue() == ""
+
+
+@pytest.mark.cpu_only
+def test_jit_tells_its_stages(tmp_path, monkeypatch):
+    terminal = without_patience(monkeypatch)
+    monkeypatch.setenv("FUNCNET_CACHE_DIR", str(tmp_path))
+
+    @fn.jit
+    def wave(x):
+        return torch.sin(x) + 1
+
+    wave(torch.ones(3))
+    written = terminal.getvalue()
+    for stage in ("wave) compiles, ", "recording", "Inductor writes kernels", "kB of C++"):
+        assert stage in written
