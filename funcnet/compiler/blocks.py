@@ -19,6 +19,7 @@ from funcnet.compiler.nodes import (
     memory_order,
     takes_order,
     through_barriers,
+    unread,
     value_of,
     view_base,
 )
@@ -83,9 +84,11 @@ def _make_contiguous(graph: Graph) -> None:
     for node in list(graph.nodes):
         if node.op != "output" and graph_break(node) is None:
             continue
-        copies: dict[Node, Node] = {}
+        copies: dict[Node, Node] = {value: value for value in unread(node)}
 
         def settle(value: Node, node: Node = node, copies: Any = copies) -> Node:
+            if value in copies:
+                return copies[value]
             root = value
             while (base := view_base(root)) is not None:
                 root = base
@@ -93,9 +96,8 @@ def _make_contiguous(graph: Graph) -> None:
             dense = value_of(root).permute(memory_order(value_of(root))).is_contiguous()
             if dense and takes_order(node, value_of(value)) and (not constant or graph_break(root)):
                 return value
-            if value not in copies:
-                with graph.inserting_before(node):
-                    copies[value] = contiguous_copy(graph, value)
+            with graph.inserting_before(node):
+                copies[value] = contiguous_copy(graph, value)
             return copies[value]
 
         node.args = fx.node.map_arg(node.args, settle)

@@ -323,6 +323,8 @@ def _instructions(lowering: Any) -> tuple[dict[str, str], list[Instruction]]:
                 layout = line.layout.view.get_layout()
                 offset = int(layout.offset) * layout.dtype.itemsize
                 instructions.append(View(line.reused_as.get_name(), line.node.get_name(), offset))
+            case "ExternKernelOutLine":
+                raise UnsupportedError(f"the operator {line.node.op_overload}")
             case "LineContext" | "CommentLine" | "AssertSizeStrideLine" | "NullLine":
                 pass
             case "str":

@@ -7,7 +7,7 @@ stay contiguous, as is what a loop carries.
 
 import torch
 
-from funcnet.compiler.nodes import Graph, Node, graph_break, value_of
+from funcnet.compiler.nodes import Graph, Node, graph_break, unread, value_of
 
 aten = torch.ops.aten
 
@@ -56,8 +56,18 @@ def _fits(node: Node) -> bool:
 
 def _order(graph: Graph, user: Node, value: Node, axes: tuple[int, ...] = ()) -> None:
     """Give a user the value with these axes in order in memory, as it may be already."""
+    shape = value_of(value).shape
+    if value in unread(user):
+        value.kwargs = {**value.kwargs, "memory_format": torch.channels_last}
+        return
     with graph.inserting_before(user):
-        ordered = graph.call_function(aten.permute.default, (value, axes)) if axes else value
+        if not axes:
+            ordered = value
+        elif shape[1] == 1:
+            # Contiguous either way; the strides say which way is meant.
+            ordered = graph.call_function(aten.reshape.default, (value, [shape[i] for i in axes]))
+        else:
+            ordered = graph.call_function(aten.permute.default, (value, axes))
         ordered = graph.call_function(aten.contiguous.default, (ordered,))
         if axes:
             back = [axes.index(axis) for axis in range(len(axes))]

@@ -4,12 +4,16 @@ An address is a C++ expression. ``in[3]`` and ``out[0]`` are arguments and resul
 workspace, ``w1`` that of an iteration of the first loop, whose index is ``i1``.
 """
 
-from dataclasses import dataclass, field
+import bisect
+from collections.abc import Sequence
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from funcnet.compiler.nodes import Node
 
 _ALIGNMENT = 64
+# To compare the lives of more buffers than this takes seconds.
+_MANY = 1000
 
 
 @dataclass(frozen=True)
@@ -54,29 +58,68 @@ class Buffer:
     first: int
     last: int | None = None
 
+    def meets(self, other: "Buffer") -> bool:
+        """Whether both are taken at some time."""
+        return self._starts_before_end_of(other) and other._starts_before_end_of(self)
+
+    def _starts_before_end_of(self, other: "Buffer") -> bool:
+        return other.last is None or self.first <= max(other.first, other.last)
+
+
+def _gap(taken: Sequence[Buffer], size: int) -> int:
+    """The offset of the first gap of this size between buffers, which are in order."""
+    start = 0
+    for buffer in taken:
+        if buffer.offset - start >= size:
+            break
+        start = max(start, buffer.offset + buffer.size)
+    return start
+
 
 class Arena:
-    """Offsets for buffers that live at different times; the first gap that fits is taken."""
+    """Offsets for buffers that live at different times.
 
-    def __init__(self) -> None:
+    Args:
+        offsets: those of all buffers, in order, if they are known; else each takes the first gap
+            that fits.
+    """
+
+    def __init__(self, offsets: Sequence[int] | None = None) -> None:
         self.live: list[Buffer] = []
         self.all: list[Buffer] = []
         self.size = 0
+        self._offsets = offsets
 
     def allocate(self, size: int, value: str, now: int) -> int:
         """The offset of a new buffer, from statement ``now`` on."""
         size = max(aligned(size), _ALIGNMENT)
-        start, index = 0, len(self.live)
-        for position, buffer in enumerate(self.live):
-            if buffer.offset - start >= size:
-                index = position
-                break
-            start = buffer.offset + buffer.size
+        known = self._offsets
+        start = _gap(self.live, size) if known is None else known[len(self.all)]
         new = Buffer(start, size, [value], now)
-        self.live.insert(index, new)
+        bisect.insort(self.live, new, key=lambda buffer: buffer.offset)
         self.all.append(new)
         self.size = max(self.size, start + size)
         return start
+
+    def packed(self) -> list[int] | None:
+        """Offsets with which the buffers take less memory, as their lives are known now, if any.
+
+        The large ones are placed first, each in the first gap among those that live when it does.
+        """
+        if len(self.all) > _MANY:
+            return None
+        placed: list[Buffer] = []
+        order = sorted(range(len(self.all)), key=lambda index: -self.all[index].size)
+        offsets = [0] * len(self.all)
+        for index in order:
+            buffer = self.all[index]
+            around = sorted(
+                [other for other in placed if buffer.meets(other)], key=lambda other: other.offset
+            )
+            offsets[index] = _gap(around, buffer.size)
+            placed.append(replace(buffer, offset=offsets[index]))
+        size = max([buffer.offset + buffer.size for buffer in placed], default=0)
+        return offsets if size < self.size else None
 
     def free(self, offset: int, now: int) -> None:
         """Give a buffer back, before statement ``now``."""
@@ -125,7 +168,7 @@ class Frame:
     last_use: dict[Node, int]
     owned: dict[Node, int | None]
     targets: dict[Node, Target]
-    arena: Arena = field(default_factory=Arena)
+    arena: Arena
     statements: list[Any] = field(default_factory=list)
     had_before: dict[Node, list[Node]] = field(default_factory=dict)
     fixed: dict[Address, list[str]] = field(default_factory=dict)

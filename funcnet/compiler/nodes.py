@@ -43,6 +43,16 @@ def graph_break(node: Node) -> str | None:
     return None
 
 
+def unread(node: Node) -> list[Node]:
+    """The operands of which a primitive reads no values, but the shape."""
+    primitive = PRIMITIVES.get(str(graph_break(node)))
+    if primitive is None or not primitive.only_shape:
+        return []
+    names = [argument.name for argument in node.target._schema.arguments]
+    given = dict(zip(names, node.args, strict=False)) | dict(node.kwargs)
+    return [given[name] for name in primitive.only_shape]
+
+
 def takes_order(user: Node, value: Tensor) -> bool:
     """Whether a graph break, or the output, takes a value as it lies in memory, with no copy."""
     primitive = PRIMITIVES.get(str(graph_break(user)))

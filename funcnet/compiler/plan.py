@@ -19,7 +19,7 @@ from funcnet.compiler.instructions import (
     Rename,
     View,
 )
-from funcnet.compiler.memory import Address, Frame, Target, aligned
+from funcnet.compiler.memory import Address, Arena, Frame, Target, aligned
 from funcnet.compiler.nodes import Node, memory_of, size_of, value_of
 from funcnet.compiler.primitives import Operand
 from funcnet.compiler.progress import stage
@@ -54,6 +54,22 @@ class Plan:
             passed: for outputs, by index, the input that each is, for which nothing is done.
             threads: how many threads may run.
         """
+        self.threads = threads
+        self._kernels: dict[Any, Kernels] = {}
+        self._offsets: list[list[int] | None] = []
+        self._make(program, inputs, donated, passed)
+        # Once more, with the lives of all buffers known, if they take less memory so.
+        self._offsets = [frame.arena.packed() for frame in self.frames]
+        if any(self._offsets):
+            self._make(program, inputs, donated, passed)
+
+    def _make(
+        self,
+        program: Block,
+        inputs: Sequence[Node],
+        donated: dict[int, int],
+        passed: dict[int, int],
+    ) -> None:
         self.address: dict[Node, Address] = {}
         self.frames: list[Frame] = []
         self._loops = 0
@@ -68,9 +84,7 @@ class Plan:
             else:
                 targets.append(Target(Address(f"out[{index}]")))
         owned: dict[Node, int | None] = {inputs[source]: None for source in donated.values()}
-        self.threads = threads
-        self._kernels: dict[Any, Kernels] = {}
-        frame = self._block(program, "w0", "", threads, targets, owned, dict(self.address))
+        frame = self._block(program, "w0", "", self.threads, targets, owned, dict(self.address))
         self.statements: list[Statement] = frame.statements
         self.workspace = frame.arena.size
 
@@ -97,7 +111,8 @@ class Plan:
             last_use[root] = len(block.steps)
             if offset == 0 and size_of(root) == size_of(node):
                 wanted.setdefault(root, target)
-        frame = Frame(base, loop, threads, last_use, dict(owned), wanted)
+        offsets = self._offsets[len(self.frames)] if self._offsets else None
+        frame = Frame(base, loop, threads, last_use, dict(owned), wanted, Arena(offsets))
         self.frames.append(frame)
         for node, address in given.items():
             frame.note(address, node)

@@ -25,6 +25,7 @@ from funcnet.compiler.nodes import (
     graph_break,
     line_of,
     takes_order,
+    unread,
     value_of,
 )
 from funcnet.compiler.numbers import Arithmetic
@@ -131,6 +132,7 @@ def record(
         with settings_of_programs():
             captured = _captured_to_inputs(module, mode)
             _numbers_to_inputs(module.graph, len(arithmetic.inputs))
+            _make_shapes_constant(module.graph)
             if not layout.asked and channels_last(module.graph):
                 module = _recorded_again(module)
             # Any of these makes the recorded values wrong: the graph is recorded anew.
@@ -201,6 +203,18 @@ def _numbers_to_inputs(graph: Graph, count: int) -> None:
         graph.erase_node(node)
 
 
+def _make_shapes_constant(graph: Graph) -> None:
+    """Give primitives constants for operands of which they read the shape alone."""
+    for node in list(graph.nodes):
+        for operand in unread(node):
+            value = value_of(operand)
+            options = {"dtype": value.dtype, "device": value.device}
+            with graph.inserting_before(node):
+                constant = graph.call_function(aten.empty.memory_format, (value.shape,), options)
+            constant.meta["val"] = spec_of(value).empty()
+            node.replace_input_with(operand, constant)
+
+
 def _copy_operands_of_primitives(graph: Graph) -> bool:
     """Copy operands of primitives that are not contiguous; whether there were any."""
     found = False
@@ -208,7 +222,7 @@ def _copy_operands_of_primitives(graph: Graph) -> bool:
         if graph_break(node) in (None, *CONTROL):
             continue
         for operand in node.all_input_nodes:
-            if not takes_order(node, value_of(operand)):
+            if operand not in unread(node) and not takes_order(node, value_of(operand)):
                 found = True
                 with graph.inserting_before(node):
                     copy = contiguous_copy(graph, operand)

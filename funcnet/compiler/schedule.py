@@ -44,11 +44,14 @@ def move_up(pieces: list[Piece], barriers: set[int]) -> set[Node]:
     }
     final = _only_for_outputs(set(home))
     last_read: dict[Node, int] = {}
+    first_read: dict[Node, int] = {}
     for index, piece in enumerate(pieces):
         if isinstance(piece, list):
             found = {root for node in piece if node not in final for root in _roots(node)}
         else:
             found = reads(piece)
+            for node in found:
+                first_read.setdefault(node, index)
         last_read.update(dict.fromkeys(found, index))
 
     def move(nodes: Run, first: int) -> None:
@@ -71,7 +74,11 @@ def move_up(pieces: list[Piece], barriers: set[int]) -> set[Node]:
     for nodes in [*[[node] for node in numbers], *groups]:
         roots = {root for node in nodes for root in _roots(node)}.difference(nodes)
         needs = [made.get(root, last_read.get(root, 0)) for root in roots]
-        move(nodes, max(needs, default=home[nodes[-1]]))
+        current = [home[node] for node in nodes]
+        # A loop may give a value as its own that was made before it.
+        limit = min([max(current), *[first_read[node] for node in nodes if node in first_read]])
+        if (first := max(needs, default=limit)) <= limit:
+            move(nodes, first)
     return final
 
 

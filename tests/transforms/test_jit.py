@@ -434,7 +434,7 @@ def test_lower_shows_the_graph_and_the_code():
     step, state = training(fn.sgd(0.1))
     lowered = fn.jit(step).lower(state, (X, TARGET))
     assert "aten.addmm" in lowered.graph
-    assert "funcnet::gemm<float, 6, 8, 3" in lowered.code
+    assert "funcnet::product<float, true, 1, 6, 8, 3" in lowered.code
     assert lowered.why_not_one is None
 
 
@@ -488,10 +488,14 @@ def test_programs_are_kept_on_disk_for_other_processes(tmp_path):
         return done.stdout.strip()
 
     # Inductor, which takes long to import, is needed only once.
+    def kept():
+        # The process may have begun to have the header parsed that all programs include.
+        return sorted([path.suffix for path in tmp_path.glob("[!.p]*")])
+
     assert run() == "True"
-    assert sorted([path.suffix for path in tmp_path.iterdir()]) == [".cpp", ".so"]
+    assert kept() == [".cpp", ".so"]
     assert run() == "False"
-    assert len([*tmp_path.iterdir()]) == 2
+    assert kept() == [".cpp", ".so"]
 
 
 @pytest.mark.cpu_only

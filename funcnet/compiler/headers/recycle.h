@@ -1,9 +1,9 @@
 // Memory for what PyTorch's own operators allocate in a program.
 //
-// A convolution gives its result in new memory, which the kernel would map and clear at each call:
-// a third of the time of a small network. While a `Recycling` lives, PyTorch's allocator for CPUs is
-// one that keeps large blocks for the next call, up to LIMIT. Its blocks are those of malloc, so that
-// any thread may free them, then or later.
+// A convolution gives its result in new memory, which the kernel would map and clear at each call: a
+// third of the time of a small network. While a `Recycling` lives, PyTorch's allocator for CPUs is
+// one that offers the memory in which the result must end up, and keeps other large blocks for the
+// next call, up to LIMIT. These are blocks of malloc, so that any thread may free them, then or later.
 
 #pragma once
 
@@ -12,6 +12,8 @@
 #include <map>
 #include <mutex>
 #include <new>
+#include <utility>
+#include <vector>
 
 #if defined(__APPLE__)
 #include <malloc/malloc.h>
@@ -28,6 +30,13 @@ C10_API void SetCPUAllocator(Allocator* allocator, uint8_t priority);
 }  // namespace c10
 
 namespace funcnet {
+
+// Memory of the program for one of the results, for a block of exactly this size.
+struct Offer {
+  void* data;
+  size_t size;
+  bool is_taken = false;
+};
 
 class Recycler final : public c10::Allocator {
  public:
@@ -59,6 +68,11 @@ class Recycler final : public c10::Allocator {
       c10::SetCPUAllocator(usual_, 0);
     }
   }
+  // What is offered to the operator that this thread runs.
+  static std::vector<Offer>& offers() {
+    static thread_local std::vector<Offer> all;
+    return all;
+  }
   void clear() {
     const std::lock_guard<std::mutex> lock(mutex_);
     for (const auto& block : kept_) {
@@ -72,6 +86,12 @@ class Recycler final : public c10::Allocator {
   void* take(size_t size) {
     if (size == 0) {
       return nullptr;
+    }
+    for (Offer& offer : offers()) {
+      if (offer.size == size && !offer.is_taken) {
+        offer.is_taken = true;
+        return offer.data;
+      }
     }
     if (size >= LARGE) {
       const std::lock_guard<std::mutex> lock(mutex_);
@@ -90,6 +110,12 @@ class Recycler final : public c10::Allocator {
     return block;
   }
   static void give(void* block) {
+    for (Offer& offer : offers()) {
+      if (offer.data == block) {
+        offer.is_taken = false;
+        return;
+      }
+    }
     Recycler& all = get();
     const size_t size = block == nullptr ? 0 : FUNCNET_SIZE_OF(block);
     if (size >= LARGE) {
@@ -113,8 +139,16 @@ class Recycler final : public c10::Allocator {
 static const bool recycler_is_cleared = (clear_more = [] { Recycler::get().clear(); }, true);
 
 struct Recycling {
-  Recycling() { Recycler::get().enter(); }
-  ~Recycling() { Recycler::get().leave(); }
+  explicit Recycling(std::vector<Offer> offers) {
+    Recycler::offers() = std::move(offers);
+    Recycler::get().enter();
+  }
+  ~Recycling() {
+    Recycler::get().leave();
+    Recycler::offers().clear();
+  }
+  Recycling(const Recycling&) = delete;
+  Recycling& operator=(const Recycling&) = delete;
 };
 
 }  // namespace funcnet

@@ -2,6 +2,7 @@
 
 #pragma once
 
+#include <algorithm>
 #include <cstdint>
 #include <stdexcept>
 #include <utility>
@@ -16,12 +17,13 @@ namespace funcnet {
 class Borrowed {
  public:
   Borrowed() = default;
-  Borrowed(const char* data, std::vector<int64_t> sizes, const std::vector<int64_t>& strides,
+  Borrowed(const char* data, std::vector<int64_t> sizes, std::vector<int64_t> strides,
            int32_t dtype)
-      : sizes_(std::move(sizes)) {
-    check(aoti_torch_create_tensor_from_blob(const_cast<char*>(data), sizes_.size(), sizes_.data(),
-                                             strides.data(), 0, dtype,
-                                             aoti_torch_device_type_cpu(), 0, &handle_));
+      : data_(const_cast<char*>(data)),
+        sizes_(std::move(sizes)),
+        strides_(std::move(strides)),
+        dtype_(dtype) {
+    handle_ = tensor(data_, strides_.data());
   }
   Borrowed(const Borrowed&) = delete;
   Borrowed& operator=(const Borrowed&) = delete;
@@ -33,10 +35,23 @@ class Borrowed {
   explicit operator bool() const { return handle_ != nullptr; }
   AtenTensorHandle get() const { return handle_; }
   const std::vector<int64_t>& sizes() const { return sizes_; }
-  // Copy what an operator returned into this memory.
+  Offer offer() const { return {data_, bytes()}; }
+  // Have what an operator returned in this memory, where it may be already.
   void take(AtenTensorHandle result) const {
     if (handle_ != nullptr && result != nullptr) {
-      check(aoti_torch_copy_(handle_, result, 0));
+      void* made = nullptr;
+      int64_t* strides = nullptr;
+      check(aoti_torch_get_data_ptr(result, &made));
+      check(aoti_torch_get_strides(result, &strides));
+      if (made != data_) {
+        check(aoti_torch_copy_(handle_, result, 0));
+      } else if (!std::equal(strides_.begin(), strides_.end(), strides)) {
+        // In another order: through a copy.
+        std::vector<char> copy(data_, data_ + bytes());
+        AtenTensorHandle ordered = tensor(copy.data(), strides);
+        check(aoti_torch_copy_(handle_, ordered, 0));
+        aoti_torch_delete_tensor_object(ordered);
+      }
     }
     if (result != nullptr) {
       aoti_torch_delete_tensor_object(result);
@@ -49,8 +64,24 @@ class Borrowed {
   }
 
  private:
+  AtenTensorHandle tensor(void* data, const int64_t* strides) const {
+    AtenTensorHandle made = nullptr;
+    check(aoti_torch_create_tensor_from_blob(data, sizes_.size(), sizes_.data(), strides, 0, dtype_,
+                                             aoti_torch_device_type_cpu(), 0, &made));
+    return made;
+  }
+  size_t bytes() const {
+    size_t count = data_ == nullptr ? 0 : aoti_torch_dtype_element_size(dtype_);
+    for (const int64_t size : sizes_) {
+      count *= size;
+    }
+    return count;
+  }
+
+  char* data_ = nullptr;
+  std::vector<int64_t> sizes_, strides_;
+  int32_t dtype_ = 0;
   AtenTensorHandle handle_ = nullptr;
-  std::vector<int64_t> sizes_;
 };
 
 struct Window {
@@ -61,7 +92,7 @@ struct Window {
 
 inline void convolution(const Borrowed& x, const Borrowed& weight, const Borrowed& bias,
                         const Borrowed& y, const Window& window) {
-  const Recycling recycling;
+  const Recycling recycling({y.offer()});
   AtenTensorHandle given = bias.get(), result = nullptr;
   Borrowed::check(aoti_torch_cpu_convolution(
       x.get(), weight.get(), bias ? &given : nullptr, window.stride.data(), window.stride.size(),
@@ -74,7 +105,7 @@ inline void convolution(const Borrowed& x, const Borrowed& weight, const Borrowe
 inline void convolution_backward(const Borrowed& dy, const Borrowed& x, const Borrowed& weight,
                                  const Borrowed& dx, const Borrowed& dweight, const Borrowed& dbias,
                                  const Window& window) {
-  const Recycling recycling;
+  const Recycling recycling({dx.offer(), dweight.offer(), dbias.offer()});
   const int64_t* sizes = dbias.sizes().data();
   const int32_t mask[3] = {bool(dx), bool(dweight), bool(dbias)};
   AtenTensorHandle results[3] = {nullptr, nullptr, nullptr};
