@@ -37,7 +37,7 @@ def channels_last(graph: Graph) -> bool:
     if not any([node.target in _CONVOLUTIONS for node in users]) or targets & _OF_STRIDES:
         return False
     for node in users:
-        for value in {node.args[index] for index in _IMAGES[node.target]}:
+        for value in dict.fromkeys([node.args[index] for index in _IMAGES[node.target]]):
             _order(graph, node, value, _CHANNELS_LAST)
     for node in list(graph.nodes):
         if node.target in _RESHAPES:
