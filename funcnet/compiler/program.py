@@ -57,7 +57,8 @@ class _Writer:
                 return [f"{self._kernel(name, source)}({', '.join(given)});"]
             case Apply(primitive, operands, results, options):
                 self._headers.add(f"primitives/{primitive.header}")
-                return [primitive.call(operands, results, options)]
+                call = primitive.call(operands, results, options)
+                return [call] if call else []
             case Iterate():
                 return self._iterate(statement)
 

@@ -92,3 +92,17 @@ def test_kernels_of_a_large_program_are_compiled_side_by_side(monkeypatch, tmp_p
     assert len(sources) == 3
     assert sum(source.count("funcnet_run") for source in sources) == 1
     torch.testing.assert_close(fn.jit(step)(state, batch), expected)
+
+
+def test_a_product_without_elements_leaves_no_gap_in_the_text():
+    def function(x):
+        return x.T @ x, x @ x.T
+
+    x = torch.ones(2, 0)
+    compiled = fn.jit(function)
+    lowered = compiled.lower(x)
+    assert lowered.why_not_one is None
+    head, run = lowered.code.split("\n\n")
+    assert "#include" in head
+    assert "funcnet_run" in run
+    torch.testing.assert_close(compiled(x), function(x))

@@ -2,7 +2,7 @@
 //
 // After Goto and van de Geijn, "Anatomy of high-performance matrix multiplication", 2008: DEPTH
 // rows of B are packed into panels of WIDTH columns, blocks of A into strips of HEIGHT rows, and a
-// strip times a panel stays in registers. Threads share the panels and divide the rows of A.
+// strip times a panel stays in registers. Threads share the packed panels.
 
 #pragma once
 
@@ -82,10 +82,20 @@ struct Large {
     return static_cast<T*>(found);
   }
 
+  struct Range {
+    int64_t start, stop;
+  };
+
+  // What this thread does of so many things.
+  static Range part(int64_t count) {
+    const int64_t thread = omp_get_thread_num(), threads = omp_get_num_threads();
+    return {count * thread / threads, count * (thread + 1) / threads};
+  }
+
   static void product(int64_t m, int64_t n, int64_t k, const T* a, int64_t am, int64_t ak,
                       const T* b, int64_t bk, int64_t bn, const T* bias, int64_t sm, int64_t sn,
                       T* c, int64_t cm, int threads) {
-    const int64_t panels = (n + WIDTH - 1) / WIDTH, blocks = (m + ROWS - 1) / ROWS;
+    const int64_t panels = (n + WIDTH - 1) / WIDTH, strips = (m + HEIGHT - 1) / HEIGHT;
     T* const packed_b = buffer(panels * WIDTH * std::min(k, DEPTH));
     T* const packed_a = buffer(threads * ROWS * DEPTH);
     for (int64_t top = 0; top < k; top += DEPTH) {
@@ -100,21 +110,25 @@ struct Large {
           pack(b + top * bk + n0 * bn, bn, bk, std::min(WIDTH, n - n0), WIDTH, depth,
                packed_b + n0 * depth);
         }
-#pragma omp for schedule(static)
-        for (int64_t block = 0; block < blocks; ++block) {
-          const int64_t m0 = block * ROWS, height = std::min(ROWS, m - m0);
+        // Threads divide the strips; the panels, if there are few strips.
+        const bool by_rows = strips >= 4 * omp_get_num_threads();
+        const Range lines = by_rows ? part(strips) : Range{0, strips};
+        const Range columns = by_rows ? Range{0, panels} : part(panels);
+        for (int64_t first = lines.start; first < lines.stop; first += ROWS / HEIGHT) {
+          const int64_t m0 = first * HEIGHT;
+          const int64_t height = std::min(std::min(ROWS, m - m0), (lines.stop - first) * HEIGHT);
           for (int64_t i = 0; i < height; i += HEIGHT) {
             pack(a + (m0 + i) * am + top * ak, am, ak, std::min<int64_t>(HEIGHT, height - i),
                  HEIGHT, depth, own + i * depth);
           }
           if (top == 0 && bias != nullptr) {
             for (int64_t i = m0; i < m0 + height; ++i) {
-              for (int64_t j = 0; j < n; ++j) {
+              for (int64_t j = columns.start * WIDTH; j < std::min(n, columns.stop * WIDTH); ++j) {
                 c[i * cm + j] = bias[i * sm + j * sn];
               }
             }
           }
-          for (int64_t panel = 0; panel < panels; ++panel) {
+          for (int64_t panel = columns.start; panel < columns.stop; ++panel) {
             const int64_t n0 = panel * WIDTH, width = std::min(WIDTH, n - n0);
             for (int64_t i = 0; i < height; i += HEIGHT) {
               const int64_t rows = std::min<int64_t>(HEIGHT, height - i);
@@ -123,11 +137,11 @@ struct Large {
                 tile(own + i * depth, packed_b + n0 * depth, depth, corner, cm, add);
                 continue;
               }
-              T part[HEIGHT * WIDTH];
-              tile(own + i * depth, packed_b + n0 * depth, depth, part, WIDTH, false);
+              T padded[HEIGHT * WIDTH];
+              tile(own + i * depth, packed_b + n0 * depth, depth, padded, WIDTH, false);
               for (int64_t r = 0; r < rows; ++r) {
                 for (int64_t j = 0; j < width; ++j) {
-                  corner[r * cm + j] = part[r * WIDTH + j] + (add ? corner[r * cm + j] : T(0));
+                  corner[r * cm + j] = padded[r * WIDTH + j] + (add ? corner[r * cm + j] : T(0));
                 }
               }
             }

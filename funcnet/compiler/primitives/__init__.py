@@ -34,10 +34,10 @@ class Primitive(NamedTuple):
     Attributes:
         operator: its name with its namespace, such as ``aten::sort``.
         formula: ``formula(*tensors, **options) -> results``, in operators that Inductor knows.
-        call: ``call(operands, results, options)`` is the C++ statement. Its operands, the tensors
-            among the arguments, are contiguous; its results are keyed by their index, and those
-            that nothing reads are missing. In the statement the constant ``threads`` says how many
-            may run it.
+        call: ``call(operands, results, options)`` is the C++ statement, or nothing. Its operands,
+            the tensors among the arguments, are contiguous; its results are keyed by their index,
+            and those that nothing reads are missing. In the statement the constant ``threads`` says
+            how many may run it.
         header: the file in this folder with the C++ function.
         has_threads: whether it starts threads of its own, which it cannot do in a parallel loop.
         only_shape: the arguments of which it reads no values. They are options, not operands: the
