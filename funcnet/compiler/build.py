@@ -220,12 +220,14 @@ def _compile(text: str, folder: Path, threads: int) -> Path:
     for parallel in _ways(threads, tuple(command)):
         flags = _flags(command, parallel)
         header = _header(command, flags)
-        for loaded in [found, []] if header and (found := prefix.flags(header)) else [[]]:
-            failure = _built(command, [*flags, *loaded], sources, folder)
-            if not failure and header and not loaded:
+        loaded = prefix.flags(header) if header else []
+        if loaded and not _built(command, [*flags, *loaded], sources, folder):
+            return folder / "program.so"
+        failure = _built(command, flags, sources, folder)
+        if not failure:
+            if header and not loaded:
                 prefix.make_later(header, [*command, *flags])
-            if not failure:
-                return folder / "program.so"
+            return folder / "program.so"
     # What fails with OpenMP and then without it too fails for another reason.
     raise BuildError(f"{shlex.join(command)} failed:\n{failure}")
 

@@ -9,7 +9,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
-from funcnet.compiler.nodes import Node
+from funcnet.compiler.nodes import Node, memory_of
 
 _ALIGNMENT = 64
 # To compare the lives of more buffers than this takes seconds.
@@ -222,6 +222,36 @@ class Frame:
             lines.append(f"{where}: {', then '.join(each.values)}")
         lines += [f"{address}: {', then '.join(each)}" for address, each in self.fixed.items()]
         return "\n    ".join(lines)
+
+
+class Values:
+    """Where each value of a program lies."""
+
+    def __init__(self) -> None:
+        self.addresses: dict[Node, Address] = {}
+
+    def address(self, node: Node) -> Address:
+        """The address of a value, which may be a view of another."""
+        root, offset = memory_of(node)
+        return self.addresses[root].at(offset)
+
+    def put(self, frame: Frame, node: Node, address: Address) -> None:
+        """A value lies there from now on."""
+        self.addresses[node] = address
+        frame.note(address, node)
+
+    def inherit(self, frame: Frame, root: Node, heir: Any, step: int) -> None:
+        """Give the memory of a value that is read no more to another."""
+        self.put(frame, heir, self.addresses[root])
+        offset = frame.owned[heir] = frame.owned.pop(root)
+        if offset is not None:
+            frame.arena.at(offset).values.append(str(heir))
+        frame.last_use.setdefault(heir, step)
+        # Targets are free when their owners are dead: no earlier value in this memory counts as
+        # dead while the heir is alive.
+        frame.had_before[heir] = [root, *frame.had_before.get(root, [])]
+        for each in frame.had_before[heir]:
+            frame.last_use[each] = frame.last_use[heir]
 
 
 def _alive(buffer: Buffer, count: int) -> str:

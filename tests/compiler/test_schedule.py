@@ -4,7 +4,7 @@ import pytest
 import torch
 
 import funcnet as fn
-from funcnet.compiler import build, plan
+from funcnet.compiler import build, segments as compiler_segments
 from funcnet.compiler.loops import barrier
 
 pytestmark = pytest.mark.cpu_only
@@ -15,9 +15,11 @@ def segments(monkeypatch, tmp_path):
     """Compiles a function from nothing; gives the segments that Inductor saw, as text."""
     monkeypatch.setenv("FUNCNET_CACHE_DIR", str(tmp_path))
     seen = []
-    kernels = plan.kernels
+    kernels = compiler_segments.kernels
     monkeypatch.setattr(
-        plan, "kernels", lambda segment, *rest: seen.append(str(segment)) or kernels(segment, *rest)
+        compiler_segments,
+        "kernels",
+        lambda segment, *rest: seen.append(str(segment)) or kernels(segment, *rest),
     )
 
     def compile_(function, *args):
