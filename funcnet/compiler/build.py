@@ -220,21 +220,23 @@ def _compile(text: str, folder: Path, threads: int) -> Path:
     for parallel in _ways(threads, tuple(command)):
         flags = _flags(command, parallel)
         header = _header(command, flags)
-        loaded = prefix.flags(header) if header else []
+        loaded = prefix.flags(header)
         if loaded and not _built(command, [*flags, *loaded], sources, folder):
             return folder / "program.so"
         failure = _built(command, flags, sources, folder)
         if not failure:
-            if header and not loaded:
+            if loaded:
+                prefix.refuse(header)
+            elif header:
                 prefix.make_later(header, [*command, *flags])
             return folder / "program.so"
     # What fails with OpenMP and then without it too fails for another reason.
     raise BuildError(f"{shlex.join(command)} failed:\n{failure}")
 
 
-def _header(command: Sequence[str], flags: Sequence[str]) -> str | None:
-    """The name under which `prefix` keeps the header for these flags; g++ alone has one."""
-    return None if _is_clang(tuple(command)) else f"prefix-{_digest([*_machine(), *flags])}"
+def _header(command: Sequence[str], flags: Sequence[str]) -> str:
+    """The name under which `prefix` keeps the header for these flags; empty if not for g++."""
+    return "" if _is_clang(tuple(command)) else f"prefix-{_digest([*_machine(), *flags])}"
 
 
 def make_headers() -> list[Path]:

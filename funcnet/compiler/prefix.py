@@ -23,17 +23,23 @@ _HEADER = "#include <torch/csrc/inductor/cpp_prefix.h>\n"
 _MINUTE = 60
 _MONTH = 30 * 24 * 60 * _MINUTE
 _started: set[str] = set()
+_refused: set[str] = set()
 
 
 def flags(name: str) -> list[str]:
     """The flags with which g++ loads the header of this name, if it is there."""
-    for folder in cache.folders():
+    for folder in cache.folders() if name and name not in _refused else []:
         header = folder / f"{name}.h"
         if cache.is_own(header) and cache.is_own(_parsed(header)):
             with contextlib.suppress(OSError):
                 os.utime(_parsed(header))
             return ["-include", str(header)]
     return []
+
+
+def refuse(name: str) -> None:
+    """Have this process do without a header with which g++ failed."""
+    _refused.add(name)
 
 
 def make(name: str, command: Sequence[str]) -> Path:

@@ -23,6 +23,7 @@ def folder(tmp_path, monkeypatch):
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "home"))
     monkeypatch.setattr(prefix, "_HEADER", "#include <cstdint>\n#define PARSED 1\n")
     monkeypatch.setattr(prefix, "_started", set())
+    monkeypatch.setattr(prefix, "_refused", set())
     return tmp_path / "chosen"
 
 
@@ -83,18 +84,21 @@ def test_a_program_has_it_made_and_the_next_one_uses_it(folder, monkeypatch):
     assert ["-include" in command for command in commands] == [False, True]
 
 
-def test_a_broken_one_costs_nothing_but_time(folder):
+def test_a_broken_one_is_tried_once(folder):
+    command = build.compiler()
+    cache.keep("folder", b"")
+    names = []
     for threads in (1, 2):
-        command = build.compiler()
         parallel = build._ways(threads, tuple(command))[0]
-        name = build._header(command, build._flags(command, parallel))
-        cache.keep("folder", b"")
+        names.append(build._header(command, build._flags(command, parallel)))
         for suffix in (".h", ".h.gch"):
-            path = folder / f"{name}{suffix}"
+            path = folder / f"{names[-1]}{suffix}"
             path.write_text("#error broken\n")
             path.chmod(0o600)
+    assert all(prefix.flags(name) for name in names)
     x = torch.ones(3)
     assert torch.equal(fn.jit(lambda x: x + 3)(x), x + 3)
+    assert sorted([bool(prefix.flags(name)) for name in names]) == [False, True]
 
 
 def test_an_error_of_the_compiler_leaves_nothing(folder, monkeypatch):

@@ -2,6 +2,7 @@
 
 #pragma once
 
+#include "headers/failure.h"
 #include "headers/gemm.h"
 #include "headers/large.h"
 
