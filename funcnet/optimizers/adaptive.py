@@ -11,12 +11,12 @@ from funcnet.core import Optimizer, Tree
 from funcnet.optimizers.checks import check_options
 from funcnet.optimizers.leaves import Leaves
 from funcnet.optimizers.lift import stateful, zero_step
-from funcnet.runtime import FOREACH, fused_adam_, is_transformed
+from funcnet.runtime import FOREACH, fused_adam_, is_differentiated, is_transformed
 
 
 def _sqrt(v: Any) -> Any:
     """``sqrt(v)``, whose derivative at 0 is taken as 0."""
-    if not is_transformed(*v):
+    if not is_differentiated(*v):
         return torch.sqrt(v)
     root = torch.where(v > 0, v, 1.0).sqrt()
     return torch.where(v > 0, root, v.detach())
