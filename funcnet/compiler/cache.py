@@ -29,6 +29,11 @@ def cache_dir() -> Path:
     return _users()
 
 
+def is_chosen() -> bool:
+    """Whether `cache_dir` is named in ``FUNCNET_CACHE_DIR``."""
+    return bool(os.environ.get("FUNCNET_CACHE_DIR"))
+
+
 def _users() -> Path:
     home = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
     return Path(home) / "funcnet"

@@ -2,7 +2,8 @@
 
 It is PyTorch's vectors and what these include, 200,000 lines. g++ takes 1.4 s to parse them, and
 0.2 s to load what it has parsed: a file of 150 MB, made in 4 s. ``python -m funcnet.compiler``
-makes it; so does a process that has compiled a program, at the lowest priority, while it goes on.
+makes it; so does a process that has compiled a program, at the lowest priority, while it goes on,
+unless FUNCNET_CACHE_DIR names another cache folder.
 """
 
 import atexit
@@ -58,8 +59,11 @@ def make(name: str, command: Sequence[str]) -> Path:
 
 
 def make_later(name: str, command: Sequence[str]) -> None:
-    """Have it made while this process goes on; what is not done at its end is given up."""
-    if name in _started:
+    """Have it made while this process goes on; what is not done at its end is given up.
+
+    Only in the user's cache folder: one that was chosen gets no 150 MB unasked.
+    """
+    if name in _started or cache.is_chosen():
         return
     _started.add(name)
 

@@ -69,6 +69,8 @@ def test_what_others_can_write_is_not_used(folder):
 
 
 def test_a_program_has_it_made_and_the_next_one_uses_it(folder, monkeypatch):
+    monkeypatch.delenv("FUNCNET_CACHE_DIR")
+    folder = cache.cache_dir()
     commands = []
     built = build._built
     monkeypatch.setattr(
@@ -82,6 +84,12 @@ def test_a_program_has_it_made_and_the_next_one_uses_it(folder, monkeypatch):
         time.sleep(0.1)
     assert torch.equal(fn.jit(lambda x: x + 2)(x), x + 2)
     assert ["-include" in command for command in commands] == [False, True]
+
+
+def test_a_chosen_folder_gets_none_unasked(folder):
+    name, command = name_and_command()
+    prefix.make_later(name, command)
+    assert prefix._started == set()
 
 
 def test_a_broken_one_is_tried_once(folder):
