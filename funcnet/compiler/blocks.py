@@ -11,19 +11,21 @@ from torch import Tensor, fx
 from funcnet.compiler.nodes import (
     Graph,
     Node,
+    arguments_of,
     aten,
     break_before,
     contiguous_copy,
     graph_break,
     is_free,
     memory_order,
+    primitive_of,
     takes_order,
     through_barriers,
     unread,
     value_of,
     view_base,
 )
-from funcnet.compiler.primitives import PRIMITIVES, Primitive
+from funcnet.compiler.primitives import Primitive
 from funcnet.compiler.record import Recorded
 from funcnet.compiler.schedule import Piece, Run, move_up, parts
 from funcnet.compiler.specs import spec_of
@@ -128,7 +130,9 @@ def _cut(block: Block, operators: dict[Block, list[Any]], for_one: bool) -> None
             barriers.add(len(pieces))
             pieces.append(run)
             run = []
-        elif (primitive := _primitive(entry)) is not None and (for_one or not primitive.is_product):
+        elif (primitive := primitive_of(entry)) is not None and (
+            for_one or not primitive.is_product
+        ):
             pieces += [run, _primitive_step(primitive, entry)]
             run = []
         elif break_before(entry) is None:
@@ -143,13 +147,8 @@ def _cut(block: Block, operators: dict[Block, list[Any]], for_one: bool) -> None
             block.steps.append(piece)
 
 
-def _primitive(node: Node) -> Primitive | None:
-    return PRIMITIVES.get(str(graph_break(node)))
-
-
 def _primitive_step(primitive: Primitive, node: Node) -> PrimitiveStep:
-    names = [argument.name for argument in node.target._schema.arguments]
-    arguments = dict(zip(names, node.args, strict=False)) | dict(node.kwargs)
+    arguments = arguments_of(node)
     for name in primitive.only_shape:
         arguments[name] = tuple(value_of(arguments[name]).shape)
     operands = [value for value in arguments.values() if isinstance(value, fx.Node)]

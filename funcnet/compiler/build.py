@@ -243,7 +243,7 @@ def make_headers() -> list[Path]:
     """Make what `prefix` keeps, for programs of one thread and of more."""
     command = compiler()
     made = []
-    for parallel in (_openmp(tuple(command)), _SERIAL):
+    for parallel in _ways(2, tuple(command)):
         flags = _flags(command, parallel)
         if name := _header(command, flags):
             made.append(prefix.make(name, [*command, *flags]))

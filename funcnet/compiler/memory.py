@@ -102,7 +102,7 @@ class Arena:
         return start
 
     def packed(self) -> list[int] | None:
-        """Offsets with which the buffers take less memory, as their lives are known now, if any.
+        """Offsets with which the buffers take less memory, as tnew lives are known now, if any.
 
         The large ones are placed first, each in the first gap among those that live when it does.
         """
@@ -113,11 +113,9 @@ class Arena:
         offsets = [0] * len(self.all)
         for index in order:
             buffer = self.all[index]
-            around = sorted(
-                [other for other in placed if buffer.meets(other)], key=lambda other: other.offset
-            )
-            offsets[index] = _gap(around, buffer.size)
-            placed.append(replace(buffer, offset=offsets[index]))
+            offsets[index] = _gap([other for other in placed if buffer.meets(other)], buffer.size)
+            new = replace(buffer, offset=offsets[index])
+            bisect.insort(placed, new, key=lambda buffer: buffer.offset)
         size = max([buffer.offset + buffer.size for buffer in placed], default=0)
         return offsets if size < self.size else None
 
@@ -153,7 +151,7 @@ class Frame:
         loop: the loop of which it is the body, as text; empty for the program itself.
         threads: how many threads may run each statement.
         last_use: the index of the last step that reads a value.
-        owned: the values that can be overwritten after their last use, and the offsets of their
+        owned: the values that can be overwritten after tnew last use, and the offsets of tnew
             buffers; None for those whose memory is not in this workspace.
         targets: where outputs must end up.
         arena: its workspace.
@@ -240,18 +238,18 @@ class Values:
         self.addresses[node] = address
         frame.note(address, node)
 
-    def inherit(self, frame: Frame, root: Node, heir: Any, step: int) -> None:
-        """Give the memory of a value that is read no more to another."""
-        self.put(frame, heir, self.addresses[root])
-        offset = frame.owned[heir] = frame.owned.pop(root)
+    def reuse(self, frame: Frame, root: Node, new: Any, step: int) -> None:
+        """Put a new value into the memory of one that is read no more."""
+        self.put(frame, new, self.addresses[root])
+        offset = frame.owned[new] = frame.owned.pop(root)
         if offset is not None:
-            frame.arena.at(offset).values.append(str(heir))
-        frame.last_use.setdefault(heir, step)
-        # Targets are free when their owners are dead: no earlier value in this memory counts as
-        # dead while the heir is alive.
-        frame.had_before[heir] = [root, *frame.had_before.get(root, [])]
-        for each in frame.had_before[heir]:
-            frame.last_use[each] = frame.last_use[heir]
+            frame.arena.at(offset).values.append(str(new))
+        frame.last_use.setdefault(new, step)
+        # Targets are free when tnew owners are dead: no earlier value in this memory counts as
+        # dead while the new one is alive.
+        frame.had_before[new] = [root, *frame.had_before.get(root, [])]
+        for each in frame.had_before[new]:
+            frame.last_use[each] = frame.last_use[new]
 
 
 def _alive(buffer: Buffer, count: int) -> str:

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, fx
 
 from funcnet.compiler.loops import CONTROL
-from funcnet.compiler.primitives import PRIMITIVES
+from funcnet.compiler.primitives import PRIMITIVES, Primitive
 from funcnet.compiler.specs import spec_of
 
 aten = torch.ops.aten
@@ -43,19 +43,29 @@ def graph_break(node: Node) -> str | None:
     return None
 
 
+def primitive_of(node: Node) -> Primitive | None:
+    """The primitive that a node calls; None for others."""
+    return PRIMITIVES.get(str(graph_break(node)))
+
+
+def arguments_of(node: Node) -> dict[str, Any]:
+    """The arguments that an operator is given, by name."""
+    names = [argument.name for argument in node.target._schema.arguments]
+    return dict(zip(names, node.args, strict=False)) | dict(node.kwargs)
+
+
 def unread(node: Node) -> list[Node]:
     """The operands of which a primitive reads no values, but the shape."""
-    primitive = PRIMITIVES.get(str(graph_break(node)))
+    primitive = primitive_of(node)
     if primitive is None or not primitive.only_shape:
         return []
-    names = [argument.name for argument in node.target._schema.arguments]
-    given = dict(zip(names, node.args, strict=False)) | dict(node.kwargs)
+    given = arguments_of(node)
     return [given[name] for name in primitive.only_shape]
 
 
 def takes_order(user: Node, value: Tensor) -> bool:
     """Whether a graph break, or the output, takes a value as it lies in memory, with no copy."""
-    primitive = PRIMITIVES.get(str(graph_break(user)))
+    primitive = primitive_of(user)
     if primitive is not None and primitive.is_product:
         return True
     if primitive is not None and primitive.channels_last and value.dim() == 4:

@@ -234,7 +234,7 @@ class Plan:
         owner = result if result is not None else _Unread(f"carry {position}")
         if dies and (target is None or target.owner in (root, None)):
             taken.add(root)
-            self._values.inherit(frame, root, owner, step)
+            self._values.reuse(frame, root, owner, step)
             return self._values.addresses[owner]
         slot = frame.free_target(result, step)
         if slot is None:

@@ -63,7 +63,7 @@ class Segments:
             if place.buffer not in owners and taken in compiled.inputs:
                 owners[place.buffer] = node
                 root = segment.inputs[compiled.inputs.index(taken)]
-                self._values.inherit(frame, root, node, step)
+                self._values.reuse(frame, root, node, step)
             elif place.buffer in offsets:
                 owners[place.buffer] = node
                 frame.owned[node] = offset = offsets.pop(place.buffer)

@@ -139,7 +139,7 @@ void max_pool2d_of_last(const T* x, T* y, int64_t* indices, int64_t images, int6
 // dx[i] = the sum of dy where the maximum was x[i], in the order of dy; channels are last.
 template <typename T>
 void max_pool2d_backward(const T* dy, const int64_t* indices, T* dx, int64_t images,
-                                 int64_t channels, int64_t in, int64_t out) {
+                         int64_t channels, int64_t in, int64_t out) {
 #pragma omp parallel for if (!omp_in_parallel() && images * in * channels > 1 << 15)
   for (int64_t image = 0; image < images; ++image) {
     T* const sums = dx + image * in * channels;
