@@ -102,10 +102,10 @@ A time is the median over the rounds, of a step: in a scan one of {STEPS}, in a 
 all members. The last columns are {OURS} over the peer. The disk net is 2-25-25-25-2; nets given
 by their sizes have ReLU and the loss MSE, those with a name are in peers/*_nets.py and train with
 cross entropy and AdamW, fused where PyTorch is eager; a population of them with SGD. JAX has the
-images' channels last. States are donated where a peer can. torch.compile is the compiled model and loss, and the compiled
-optimizer step. Torch loops over the steps of a scan, and trains
-a population by torch.func.vmap, or one by one: its models in turn. Remat is in blocks of two
-layers. Memory is data, state and all else"""
+images' channels last. States are donated where a peer can. torch.compile is the compiled model and
+loss, and the compiled optimizer step. Torch loops over the steps of a scan, and trains a population
+by torch.func.vmap, or one by one: its models in turn. Remat is in blocks of two layers. Memory is
+data, state and all else"""
 ON_CPU_NOTE = """\
 , twice: with glibc's default malloc, in whose heap freed
 blocks leave gaps, and with blocks of 1 MiB and more mapped, which is what is in use."""
