@@ -138,7 +138,7 @@ def global_avg_pool2d() -> fn.Layer:
 
 def double_conv(channels: int) -> fn.Layer:
     """Twice a convolution with batch norm and ReLU."""
-    layer = [fn.conv2d(channels, 3, padding=1), fn.batch_norm(), fn.relu()]
+    layer = [fn.conv2d(channels, 3, padding=1, bias=False), fn.batch_norm(), fn.relu()]
     return fn.serial(*layer * 2)
 
 

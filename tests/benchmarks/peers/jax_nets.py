@@ -245,7 +245,7 @@ def unet() -> Layer:
     """A U-Net of three levels, with a class for each pixel."""
 
     def double(channels: int) -> Layer:
-        return serial(*[convolution(channels), norm(BATCH), RELU] * 2)
+        return serial(*[convolution(channels, bias=False), norm(BATCH), RELU] * 2)
 
     def level(channels: int, below: Layer) -> Layer:
         inner = serial(POOL, below, transposed(channels))

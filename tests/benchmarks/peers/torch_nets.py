@@ -127,8 +127,8 @@ def double_conv(before: int, channels: int) -> nn.Module:
     """Twice a convolution with batch norm and ReLU."""
     layers: list[nn.Module] = []
     for inputs in (before, channels):
-        layers += [nn.Conv2d(inputs, channels, 3, padding=1), nn.BatchNorm2d(channels)]
-        layers += [nn.ReLU(inplace=True)]
+        layers += [nn.Conv2d(inputs, channels, 3, padding=1, bias=False)]
+        layers += [nn.BatchNorm2d(channels), nn.ReLU(inplace=True)]
     return nn.Sequential(*layers)
 
 
