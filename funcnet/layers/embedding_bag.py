@@ -64,15 +64,20 @@ def _bag_of_each(bags: Bags) -> Tensor:
     return begins.cumsum(0)[:n] - 1
 
 
+def _lengths(bags: Bags, bag: Tensor, options: Options) -> Tensor:
+    """How many indices are in each bag, without the padding."""
+    kept = (bags.indices != options.padding).long()
+    return torch.zeros_like(bags.offsets).index_add(0, bag, kept)
+
+
 def _factors(bags: Bags, bag: Tensor, options: Options, dtype: torch.dtype) -> Tensor:
     """The factor of each row in the sum over its bag: 1, its weight, or 1 / the bag's length.
 
-    It is 0 for the padding, which does not count in the length either.
+    It is 0 for the padding.
     """
     factors = (bags.indices != options.padding).to(dtype)
     if options.mode == "mean":
-        lengths = factors.new_zeros(len(bags.offsets)).index_add(0, bag, factors)
-        return factors / lengths.clamp(min=1)[bag]
+        return factors / _lengths(bags, bag, options).clamp(min=1)[bag]
     return factors if bags.weights is None else factors * bags.weights
 
 
@@ -126,6 +131,28 @@ def embedding_bag_forward(
     return y, torch.cat([bags.indices, bag.new_full((1,), options.rows)])[first]
 
 
+def _with_end(dy: Tensor) -> Tensor:
+    """dy, and zeros for the indices behind the end of the last bag."""
+    return torch.cat([dy, dy.new_zeros(1, dy.shape[1])])
+
+
+def _embedding_bag_backward_kernel(
+    dy: Tensor, bags: Bags, chosen: Tensor | None, options: Options
+) -> Tensor:
+    if runtime.is_transformed():
+        return embedding_bag_backward(dy, bags, chosen, options)
+    indices, offsets, weights = bags
+    bag, mode = _bag_of_each(bags), _MODES.index(options.mode)
+    if chosen is None and len(dy) < len(offsets):
+        dy = _with_end(dy)
+    lengths = _lengths(bags, bag, options)[: len(dy)]
+    return runtime.embedding_bag_backward(
+        *(dy, indices, bag, lengths, lengths if chosen is None else chosen),
+        *(options.rows, options.scale_grad_by_freq, mode, weights, options.padding),
+    )
+
+
+@with_kernel(_embedding_bag_backward_kernel)
 def embedding_bag_backward(
     dy: Tensor, bags: Bags, chosen: Tensor | None, options: Options
 ) -> Tensor:
@@ -134,20 +161,15 @@ def embedding_bag_backward(
         return dy.new_zeros(options.rows + 1, dy.shape[1]).scatter_add(0, chosen, dy)[:-1]
     bag = _bag_of_each(bags)
     wide = torch.promote_types(dy.dtype, torch.float32)
-    drows = (_of_each(dy, bag) * _factors(bags, bag, options, wide)[:, None]).to(dy.dtype)
+    drows = (_with_end(dy)[bag] * _factors(bags, bag, options, wide)[:, None]).to(dy.dtype)
     backward = fastest(embedding_backward, drows)
     return backward(drows, bags.indices, options.rows, options.padding, options.scale_grad_by_freq)
-
-
-def _of_each(dy: Tensor, bag: Tensor) -> Tensor:
-    """The row of dy of each index's bag; zeros behind the end of the last bag."""
-    return torch.cat([dy, dy.new_zeros(1, dy.shape[1])])[bag]
 
 
 def weights_backward(dy: Tensor, weight: Tensor, bags: Bags, options: Options) -> Tensor:
     """``dweights_i = dy[bag of i] . weight[index_i]``, 0 for the padding."""
     rows = renormalized(F.embedding(bags.indices, weight), options.max_norm, options.norm_type)
-    products = (_of_each(dy, _bag_of_each(bags)) * rows).sum(-1)
+    products = (_with_end(dy)[_bag_of_each(bags)] * rows).sum(-1)
     return torch.where(bags.indices != options.padding, products, 0.0)
 
 
@@ -160,7 +182,8 @@ def embedding_bag_rule(
     dx: Any = None
     if params:
         chosen = residuals.get("chosen")
-        dparams = {"weight": embedding_bag_backward(dy, bags, chosen, options)}
+        backward = fastest(embedding_bag_backward, *tree.leaves((dy, residuals)))
+        dparams = {"weight": backward(dy, bags, chosen, options)}
     if x and isinstance(inputs, tuple):
         dx = (None,) * len(inputs)
         if bags.weights is not None:
@@ -169,48 +192,48 @@ def embedding_bag_rule(
     return dparams, dx
 
 
-def _require_form(x: Any, mode: str) -> None:
+def _require_form(x: Any, options: Options) -> None:
     """ValueError or TypeError unless x is indices, with offsets and weights that go with them."""
     form = "indices or a tuple (indices, offsets or None, per_sample_weights or None)"
     fits = not isinstance(x, tuple) or 1 <= len(x) <= 3
     require(fits, f"expects {form}, got {tree.describe(x)}")
-    index, offsets, weights = _parts(x)
-    wrong = f"expects int32 or int64 indices, got {tree.describe(index)}"
-    require(is_index(index), wrong, TypeError)
+    indices, offsets, weights = _parts(x)
+    wrong = f"expects int32 or int64 indices, got {tree.describe(indices)}"
+    require(is_index(indices), wrong, TypeError)
+    fits = indices.dim() == (2 if offsets is None else 1)
     shapes = "expects indices of shape (batch, length), or (n,) with offsets"
-    fits = index.dim() == (2 if offsets is None else 1)
     require(fits, f"{shapes}, got {tree.describe(x)}")
     if offsets is not None:
         wrong = f"expects int32 or int64 offsets, got {tree.describe(offsets)}"
         require(is_index(offsets), wrong, TypeError)
         require(offsets.dim() == 1, f"expects offsets of shape (bags,), got {tuple(offsets.shape)}")
+        enough = len(offsets) > 0 or not (len(indices) > 0 or options.include_last_offset)
+        require(enough, "expects at least one offset, got none")
     if weights is not None:
-        require(mode == "sum", f"expects per_sample_weights with mode 'sum' only, got {mode!r}")
+        only = f"expects per_sample_weights with mode 'sum' only, got {options.mode!r}"
+        require(options.mode == "sum", only)
         wrong = f"expects floating-point per_sample_weights, got {tree.describe(weights)}"
         floating = isinstance(weights, Tensor) and weights.is_floating_point()
         require(floating, wrong, TypeError)
-        wrong = f"expects per_sample_weights of the indices' shape {tuple(index.shape)}"
-        require(weights.shape == index.shape, f"{wrong}, got {tuple(weights.shape)}")
+        wrong = f"expects per_sample_weights of the indices' shape {tuple(indices.shape)}"
+        require(weights.shape == indices.shape, f"{wrong}, got {tuple(weights.shape)}")
 
 
-def _require_values(bags: Bags, count: int, include_last_offset: bool) -> None:
+def _require_values(indices: Tensor, offsets: Tensor | None, count: int) -> None:
     """ValueError for indices out of range, or offsets that are not those of bags."""
-    index, offsets, _ = bags
-    n = len(index)
+    n = indices.numel()
     if n > 0:
-        low, high = runtime.read(torch.stack(index.aminmax())) or (0, 0)
+        low, high = runtime.read(torch.stack(indices.aminmax())) or (0, 0)
         wrong = f"embedding_bag: expects indices in [0, {count}), got indices from {low} to {high}"
         require(low >= 0 and high < count, wrong)
-    least = "with include_last_offset" if include_last_offset else "with indices"
-    enough = len(offsets) > 0 or not (n > 0 or include_last_offset)
-    require(enough, f"embedding_bag: expects at least one offset {least}, got none")
-    if len(offsets) > 0:
+    if offsets is not None and len(offsets) > 0:
         falls = (offsets[1:] < offsets[:-1]).sum()
-        ends = runtime.read(torch.stack([offsets[0], offsets[-1], falls])) or (0, 0, 0)
-        require(ends[2] == 0, "embedding_bag: expects sorted offsets, got some that fall")
-        require(ends[0] == 0, f"embedding_bag: expects offsets that start at 0, got {ends[0]}")
-        beyond = f"embedding_bag: expects offsets up to the number of indices {n}, got {ends[1]}"
-        require(ends[1] <= n, beyond)
+        found = runtime.read(torch.stack([offsets[0], offsets[-1], falls]))
+        first, last, unsorted = found or (0, 0, 0)
+        require(not unsorted, "embedding_bag: expects sorted offsets, got some that fall")
+        require(first == 0, f"embedding_bag: expects offsets that start at 0, got {first}")
+        beyond = f"embedding_bag: expects offsets up to the number of indices {n}, got {last}"
+        require(last <= n, beyond)
 
 
 def embedding_bag(
@@ -272,7 +295,7 @@ def embedding_bag(
             [1., 1.]])}, (None, None))
     """
     rows = Rows.of("embedding_bag", num_embeddings, embedding_dim, padding_idx, sparse)
-    wrong = f"embedding_bag: mode must be one of {_MODES}, got {mode!r}"
+    wrong = f"embedding_bag: mode must be one of {', '.join(_MODES)}, got {mode!r}"
     require(mode in _MODES, wrong)
     by_freq = "embedding_bag: scale_grad_by_freq is for mode 'sum' or 'mean', got 'max'"
     require(not (scale_grad_by_freq and mode == "max"), by_freq)
@@ -288,12 +311,13 @@ def embedding_bag(
 
     @declare
     def init(x: Any) -> dict[str, Param]:
-        _require_form(x, mode)
+        _require_form(x, options)
         return rows.declared(weight_init, dtype)
 
     def forward(params: Params, x: Any) -> tuple[Tensor, Tensor | None]:
+        indices, offsets, _ = _parts(x)
+        _require_values(indices, offsets, rows.number)
         bags, weight = _bags(x, include_last_offset), params["weight"]
-        _require_values(bags, rows.number, include_last_offset)
         return fastest(embedding_bag_forward, weight, *tree.leaves(x))(weight, bags, options)
 
     def apply(params: Params, x: Any) -> Tensor:
