@@ -7,7 +7,6 @@ import itertools
 import optree
 import torch
 from torch import Tensor
-from torch.testing._internal.common_modules import module_db
 
 import funcnet as fn
 
@@ -188,6 +187,9 @@ def check_module(layer, module, x, *, train=True, tolerance=None, dy=None):
 
 def samples_of(name, dtype=torch.float64):
     """PyTorch's own sample inputs of a module: ``(constructor's arguments by name, inputs)``."""
+    # Here, since it forbids setting torch's global flags when it is imported.
+    from torch.testing._internal.common_modules import module_db
+
     (info,) = [info for info in module_db if info.module_cls.__name__ == name]
     names = [*inspect.signature(info.module_cls).parameters]
     found = info.module_inputs_func(
