@@ -84,7 +84,7 @@ def _factors(bags: Bags, bag: Tensor, options: Options, dtype: torch.dtype) -> T
 def _embedding_bag_kernel(
     weight: Tensor, bags: Bags, options: Options
 ) -> tuple[Tensor, Tensor | None]:
-    # It has no rule for vmap, and changes the weight if max_norm is left to it.
+    # It has no rule for vmap, and takes no rows that are scaled.
     if options.max_norm is not None or runtime.is_transformed() or len(bags.offsets) == 0:
         return embedding_bag_forward(weight, bags, options)
     indices, offsets, weights = bags
@@ -107,33 +107,34 @@ def embedding_bag_forward(
 
     Beside y, for the greatest, the row that it comes from, or the number of rows in an empty bag.
     """
-    bag, n = _bag_of_each(bags), len(bags.indices)
-    count = _number(bags, options)
+    bag, number = _bag_of_each(bags), len(bags.offsets)
     rows = renormalized(F.embedding(bags.indices, weight), options.max_norm, options.norm_type)
     kept = (bags.indices != options.padding)[:, None]
-    if options.mode != "max":
-        # Sums of many numbers, which half precision would round at each.
-        rows = rows.to(torch.promote_types(rows.dtype, torch.float32))
-        terms = torch.where(kept, rows * _factors(bags, bag, options, rows.dtype)[:, None], 0.0)
-        y = rows.new_zeros(len(bags.offsets), rows.shape[1]).index_add(0, bag, terms)
-        return y[:count].to(weight.dtype), None
-    # The first place with the greatest value; the place n, a row of zeros, for an empty bag.
-    where = bag[:, None].expand_as(rows)
-    shape = (len(bags.offsets), rows.shape[1])
+    if options.mode == "max":
+        place = _first_greatest(rows, kept, bag, number)[: _number(bags, options)]
+        # At the end, for empty bags, a row of zeros, and an index that no row of the weight has.
+        chosen = torch.cat([bags.indices, bag.new_full((1,), options.rows)])[place]
+        return _with_end(rows).gather(0, place), chosen
+    # Sums of many numbers, which half precision would round at each.
+    rows = rows.to(torch.promote_types(rows.dtype, torch.float32))
+    terms = torch.where(kept, rows * _factors(bags, bag, options, rows.dtype)[:, None], 0.0)
+    y = rows.new_zeros(number, rows.shape[1]).index_add(0, bag, terms)
+    return y[: _number(bags, options)].to(weight.dtype), None
+
+
+def _first_greatest(rows: Tensor, kept: Tensor, bag: Tensor, number: int) -> Tensor:
+    """Where each bag has its greatest value of a column first; ``len(rows)`` in an empty bag."""
+    n, shape, where = len(rows), (number, rows.shape[1]), bag[:, None].expand_as(rows)
     values = torch.where(kept, rows, -torch.inf)
     greatest = rows.new_full(shape, -torch.inf).scatter_reduce(0, where, values, "amax")
     is_greatest = kept & ((rows == greatest[bag]) | rows.isnan())
-    place = torch.arange(n, device=rows.device)[:, None]
-    first = bag.new_full(shape, n).scatter_reduce(
-        0, where, torch.where(is_greatest, place, n), "amin"
-    )[:count]
-    y = torch.cat([rows, rows.new_zeros(1, shape[1])]).gather(0, first)
-    return y, torch.cat([bags.indices, bag.new_full((1,), options.rows)])[first]
+    place = torch.where(is_greatest, torch.arange(n, device=rows.device)[:, None], n)
+    return bag.new_full(shape, n).scatter_reduce(0, where, place, "amin")
 
 
-def _with_end(dy: Tensor) -> Tensor:
-    """dy, and zeros for the indices behind the end of the last bag."""
-    return torch.cat([dy, dy.new_zeros(1, dy.shape[1])])
+def _with_end(rows: Tensor) -> Tensor:
+    """The rows, and one of zeros at the end."""
+    return torch.cat([rows, rows.new_zeros(1, rows.shape[1])])
 
 
 def _embedding_bag_backward_kernel(
@@ -144,7 +145,7 @@ def _embedding_bag_backward_kernel(
     indices, offsets, weights = bags
     bag, mode = _bag_of_each(bags), _MODES.index(options.mode)
     if chosen is None and len(dy) < len(offsets):
-        dy = _with_end(dy)
+        dy = _with_end(dy)  # for the indices behind the last bag
     lengths = _lengths(bags, bag, options)[: len(dy)]
     return runtime.embedding_bag_backward(
         *(dy, indices, bag, lengths, lengths if chosen is None else chosen),
@@ -161,6 +162,7 @@ def embedding_bag_backward(
         return dy.new_zeros(options.rows + 1, dy.shape[1]).scatter_add(0, chosen, dy)[:-1]
     bag = _bag_of_each(bags)
     wide = torch.promote_types(dy.dtype, torch.float32)
+    # The end is for the indices behind the last bag.
     drows = (_with_end(dy)[bag] * _factors(bags, bag, options, wide)[:, None]).to(dy.dtype)
     backward = fastest(embedding_backward, drows)
     return backward(drows, bags.indices, options.rows, options.padding, options.scale_grad_by_freq)

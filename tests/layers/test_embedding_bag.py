@@ -356,3 +356,18 @@ def test_embedding_bag_refuses_weights_of_another_dtype_than_its_own():
 def test_embedding_bag_refuses_options_that_it_has_not(options, message):
     with pytest.raises(ValueError, match=f"^embedding_bag: {message}"):
         make(**options)
+
+
+def test_a_population_of_embedding_bags_each_with_inputs_of_its_own():
+    layer = make(mode="sum", dtype=torch.float64)
+    indices = torch.stack([MATRIX, MATRIX.flip(0), MATRIX.flip(1)])
+    weights, samples = randn(3, ROWS, COLUMNS), randn(3, 2, 5)
+
+    def run(weight, indices, samples):
+        y, pullback, _ = layer.vjp({"weight": weight}, (indices, None, samples))
+        (dparams, dx) = pullback(y)
+        return y, dparams["weight"], dx[2]
+
+    together = fn.vmap(run)(weights, indices, samples)
+    alone = [run(*member) for member in zip(weights, indices, samples, strict=True)]
+    assert_near(together, tuple(torch.stack(each) for each in zip(*alone, strict=True)))
