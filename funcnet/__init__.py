@@ -85,6 +85,9 @@ from funcnet.layers.activations import (
     softsign as softsign,
     tanh as tanh,
 )
+from funcnet.layers.bilinear import (
+    bilinear as bilinear,
+)
 from funcnet.layers.conv import (
     conv1d as conv1d,
     conv2d as conv2d,
@@ -93,8 +96,18 @@ from funcnet.layers.conv import (
     conv_transpose2d as conv_transpose2d,
     conv_transpose3d as conv_transpose3d,
 )
+from funcnet.layers.distances import (
+    cosine_similarity as cosine_similarity,
+    pairwise_distance as pairwise_distance,
+)
 from funcnet.layers.dropout import (
+    alpha_dropout as alpha_dropout,
+    drop_path as drop_path,
     dropout as dropout,
+    dropout1d as dropout1d,
+    dropout2d as dropout2d,
+    dropout3d as dropout3d,
+    feature_alpha_dropout as feature_alpha_dropout,
 )
 from funcnet.layers.embedding import (
     embedding as embedding,
@@ -102,12 +115,17 @@ from funcnet.layers.embedding import (
 from funcnet.layers.fold import (
     fold as fold,
     unfold as unfold,
+from funcnet.layers.embedding_bag import (
+    embedding_bag as embedding_bag,
 )
 from funcnet.layers.gated import (
     glu as glu,
 )
 from funcnet.layers.linear import (
     linear as linear,
+)
+from funcnet.layers.noise import (
+    gaussian_noise as gaussian_noise,
 )
 from funcnet.layers.norm import (
     batch_norm as batch_norm,

@@ -79,3 +79,4 @@ def storage_id(tensor: Tensor) -> int:
 
 softmax_backward = torch.ops.aten._softmax_backward_data
 log_softmax_backward = torch.ops.aten._log_softmax_backward_data
+embedding_bag_backward = torch.ops.aten._embedding_bag_dense_backward

@@ -1,6 +1,7 @@
 """Every layer, combinator, loss and optimizer of the library, with arguments to check them on."""
 
 import cases_spatial
+import cases_noise
 import torch
 
 import funcnet as fn
@@ -65,9 +66,6 @@ LAYERS = {
     "fan_out": (fn.fan_out(3), ROWS),
     "add": (fn.add(), (*PAIR, ROWS)),
     "multiply": (fn.multiply(), (*PAIR, ROWS)),
-    "dropout": (fn.dropout(0.3), ROWS),
-    "dropout of all": (fn.dropout(1.0), ROWS),
-    "dropout of none": (fn.dropout(0.0), ROWS),
     "layer_norm": (fn.layer_norm(), ROWS),
     "layer_norm of images": (fn.layer_norm((6, 6), bias=False), IMAGES),
     "layer_norm without params": (fn.layer_norm(6, elementwise_affine=False), ROWS),
@@ -87,6 +85,7 @@ LAYERS = {
     "max_pool2d with indices": (fn.max_pool2d(2, return_indices=True), IMAGES[0]),
     "embedding": (fn.embedding(5, 3), TOKENS),
     **cases_spatial.LAYERS,
+    **cases_noise.LAYERS,
 }
 
 COMBINATORS = {

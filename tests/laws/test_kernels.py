@@ -9,9 +9,11 @@ from funcnet import lift, runtime
 from funcnet.testing import check_layer
 
 LAYERS_WITH_KERNELS = {
-    "celu", "convolution", "elu", "embedding", "gelu", "glu", "hardsigmoid", "hardswish",
-    "hardtanh", "layer_norm", "leaky_relu", "log_softmax", "batch_norm", "relu", "relu6", "selu",
-    "sigmoid", "silu", "softmax", "softplus", "tanh", "norm", "max_pool2d",
+    "batch_norm", "celu", "convolution", "elu", "embedding", "embedding_bag", "gelu", "glu",
+    "group_norm", "hardshrink", "hardsigmoid", "hardswish", "hardtanh", "layer_norm",
+    "leaky_relu", "log_softmax", "logsigmoid", "max_pool2d", "mish", "norm", "prelu", "relu",
+    "relu6", "rms_norm", "running_norm", "selu", "sigmoid", "silu", "softmax", "softmin",
+    "softplus", "softshrink", "tanh", "threshold",
 }  # fmt: skip
 
 
