@@ -79,3 +79,8 @@ def storage_id(tensor: Tensor) -> int:
 
 softmax_backward = torch.ops.aten._softmax_backward_data
 log_softmax_backward = torch.ops.aten._log_softmax_backward_data
+prelu_backward = torch.ops.aten._prelu_kernel_backward
+
+# On CUDA alone the two are kernels.
+rms_norm = torch.ops.aten._fused_rms_norm
+rms_norm_backward = torch.ops.aten._fused_rms_norm_backward
