@@ -1,6 +1,6 @@
 """Activations that are made of pieces, most of them linear: each with its derivative.
 
-At a bend the derivative is that of PyTorch, and NaN gives NaN.
+Where a function bends, the derivative is the one that PyTorch has there.
 """
 
 import torch
@@ -16,8 +16,8 @@ aten = torch.ops.aten
 
 @with_kernel(lambda dy, y: aten.threshold_backward.default(dy, y, 0))
 def relu_derivative(y: Tensor) -> Tensor:
-    """``[y > 0]``."""
-    return y > 0
+    """``[y > 0]``, and 1 for NaN."""
+    return ~(y <= 0)
 
 
 def relu() -> Layer:
@@ -84,8 +84,8 @@ def hardsigmoid() -> Layer:
 
 @with_kernel(aten.hardswish_backward.default)
 def hardswish_derivative(x: Tensor) -> Tensor:
-    """``x / 3 + 1/2 where -3 <= x <= 3, else 0 or 1``."""
-    return torch.where(x < -3, 0.0, torch.where(x <= 3, x / 3 + 0.5, 1.0))
+    """``x / 3 + 1/2 where -3 < x < 3, else 0 or 1``."""
+    return torch.where(x <= -3, 0.0, torch.where(x >= 3, 1.0, x / 3 + 0.5))
 
 
 def hardswish() -> Layer:
@@ -116,7 +116,7 @@ def relu6() -> Layer:
 
 @with_kernel(lambda dy, x, threshold, value: aten.threshold_backward(dy, x, threshold))
 def threshold_derivative(x: Tensor, threshold: float, value: float) -> Tensor:
-    """``[x > threshold]``."""
+    """``[x > threshold]``, and 1 for NaN."""
     return ~(x <= threshold)
 
 
@@ -136,7 +136,7 @@ def threshold(threshold: float, value: float) -> Layer:
 @with_kernel(aten.softshrink_backward.default)
 def hardshrink_derivative(x: Tensor, lambd: float) -> Tensor:
     """``[|x| > lambd]``."""
-    return ~((x >= -lambd) & (x <= lambd))
+    return x.abs() > lambd
 
 
 def hardshrink(lambd: float = 0.5) -> Layer:

@@ -14,6 +14,8 @@ from funcnet.lift import Step, parameterless, require_floating
 
 def sum_around(x: Tensor, before: int, after: int) -> Tensor:
     """The sums of x over the channels ``c - before ... c + after``, those that there are."""
+    if x.numel() == 0:  # pooling takes no empty images
+        return x
     size, most = before + after + 1, max(before, after)
     examples, channels = x.shape[:2]
     flat = x.reshape(examples, 1, channels, math.prod(x.shape[2:]))
