@@ -70,20 +70,18 @@ from funcnet.layers.activations import (
     celu as celu,
     elu as elu,
     gelu as gelu,
-    hardsigmoid as hardsigmoid,
-    hardswish as hardswish,
-    hardtanh as hardtanh,
-    leaky_relu as leaky_relu,
     logsigmoid as logsigmoid,
     mish as mish,
-    relu as relu,
-    relu6 as relu6,
     selu as selu,
     sigmoid as sigmoid,
     silu as silu,
     softplus as softplus,
     softsign as softsign,
     tanh as tanh,
+    tanhshrink as tanhshrink,
+)
+from funcnet.layers.batch_norm import (
+    batch_norm as batch_norm,
 )
 from funcnet.layers.bilinear import (
     bilinear as bilinear,
@@ -121,6 +119,17 @@ from funcnet.layers.embedding_bag import (
 from funcnet.layers.gated import (
     glu as glu,
 )
+from funcnet.layers.group_norm import (
+    group_norm as group_norm,
+    instance_norm as instance_norm,
+    instance_norm1d as instance_norm1d,
+    instance_norm2d as instance_norm2d,
+    instance_norm3d as instance_norm3d,
+)
+from funcnet.layers.layer_norm import (
+    layer_norm as layer_norm,
+    rms_norm as rms_norm,
+)
 from funcnet.layers.linear import (
     linear as linear,
 )
@@ -130,6 +139,16 @@ from funcnet.layers.noise import (
 from funcnet.layers.norm import (
     batch_norm as batch_norm,
     layer_norm as layer_norm,
+from funcnet.layers.piecewise import (
+    hardshrink as hardshrink,
+    hardsigmoid as hardsigmoid,
+    hardswish as hardswish,
+    hardtanh as hardtanh,
+    leaky_relu as leaky_relu,
+    relu as relu,
+    relu6 as relu6,
+    softshrink as softshrink,
+    threshold as threshold,
 )
 from funcnet.layers.padding import (
     circular_pad1d as circular_pad1d,
@@ -154,6 +173,13 @@ from funcnet.layers.pooling import (
 from funcnet.layers.prelu import (
     prelu as prelu,
 )
+from funcnet.layers.response_norm import (
+    cross_map_lrn as cross_map_lrn,
+    local_response_norm as local_response_norm,
+)
+from funcnet.layers.rrelu import (
+    rrelu as rrelu,
+)
 from funcnet.layers.shape import (
     concat as concat,
     flatten as flatten,
@@ -167,6 +193,8 @@ from funcnet.layers.shape import (
 from funcnet.layers.softmax import (
     log_softmax as log_softmax,
     softmax as softmax,
+    softmax2d as softmax2d,
+    softmin as softmin,
 )
 from funcnet.layers.tuples import (
     add as add,

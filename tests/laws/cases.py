@@ -2,6 +2,8 @@
 
 import cases_spatial
 import cases_noise
+import cases_activations
+import cases_norms
 import torch
 
 import funcnet as fn
@@ -86,6 +88,8 @@ LAYERS = {
     "embedding": (fn.embedding(5, 3), TOKENS),
     **cases_spatial.LAYERS,
     **cases_noise.LAYERS,
+    **cases_norms.LAYERS,
+    **cases_activations.LAYERS,
 }
 
 COMBINATORS = {

@@ -50,6 +50,7 @@ def test_each_kernel_is_used_by_a_layer_of_the_table(used):
     for name, (layer, x) in LAYERS.items():
         if name != "max_pool2d with indices":  # whose dy is a tuple
             results(layer, x, train=True)
+            results(layer, x, train=False)
     assert used == set(lift.KERNELS)
     assert {formula.__name__.rpartition("_")[0] for formula in used} == LAYERS_WITH_KERNELS
 
