@@ -12,6 +12,8 @@
       apply(prediction, target)                             -> value
       vjp  (prediction, target)                             -> (value, pullback)
            pullback(dvalue=1.0)                             -> dprediction
+      The value is a scalar or, with reduction="none", one number per element; dvalue has its
+      shape, and a Python number stands for one that is the same for all elements.
 
     Optimizer  = (init_state, update)
       init_state(params)                                    -> opt_state
@@ -116,7 +118,10 @@ class Layer(_Triple):
 
 
 class Loss(NamedTuple):
-    """Two pure functions, ``(apply, vjp)``: a scalar of a prediction and a target."""
+    """Two pure functions, ``(apply, vjp)``, of a prediction and a target.
+
+    The value is a scalar, which one can train on, or has one number per element.
+    """
 
     apply: Callable[[Tree, Tree], Tensor]
     vjp: Callable[[Tree, Tree], tuple[Tensor, "LossPullback"]]
@@ -257,14 +262,52 @@ def kinds_of(y: Tree) -> tuple[Any, tuple[Any, ...]]:
 
 
 class LossPullback(Pullback):
-    """The pullback of a loss: ``pullback(dvalue=1.0) -> dprediction``."""
+    """The pullback of a loss: ``pullback(dvalue=1.0) -> dprediction``.
+
+    ``dvalue`` is a tensor of the value's shape, or a number, which stands for a tensor full of it.
+
+    Args:
+        rule: a module-level function ``(residuals, dvalue, *static) -> dprediction``.
+        residuals, static: see `Pullback`.
+        y: the value; default any scalar. A ``dvalue`` of another shape is refused.
+        name: of the loss, for errors; default that of the rule.
+
+    >>> import funcnet as fn
+    >>> value, pullback = fn.mse("none").vjp(torch.tensor([3.0, 2.0]), torch.zeros(2))
+    >>> value, pullback(), pullback(torch.tensor([1.0, -1.0]))
+    (tensor([9., 4.]), tensor([6., 4.]), tensor([ 6., -4.]))
+    >>> pullback(torch.ones(3))
+    Traceback (most recent call last):
+    ...
+    ValueError: mse: pullback expects dvalue of the value's shape (2,), got (3,)
+    """
 
     __slots__ = ()
 
     def __call__(self, dvalue: Tensor | float = 1.0) -> Tree:  # type: ignore[override]
-        if isinstance(dvalue, Tensor) and dvalue.dim() != 0:
-            raise ValueError(f"pullback expects a scalar dvalue, got {tree.describe(dvalue)}")
+        self._check(dvalue)
+        if isinstance(dvalue, Tensor) and dvalue.dim() and self.expected is not None:
+            # A scalar leaves the gradient's dtype as it is; so does what has dimensions.
+            dvalue = dvalue.to(self.expected[2][0][1])
         return self.rule(dict(self.residuals), dvalue, *self.static)
+
+    def _check(self, dvalue: Tensor | float) -> None:
+        name, _, ((shape, _),) = self.expected or (None, None, _SCALAR)
+        if isinstance(dvalue, Tensor):
+            if dvalue.shape == shape:
+                return
+            expected, kind = f"dvalue of the value's shape {tuple(shape)}", ValueError
+        elif isinstance(dvalue, (int, float)):
+            return
+        else:
+            expected, kind = "a tensor or a number as dvalue", TypeError
+        name = name or function_name(self.rule).removesuffix("_rule")
+        got = tuple(dvalue.shape) if isinstance(dvalue, Tensor) else tree.describe(dvalue)
+        raise kind(f"{name}: pullback expects {expected}, got {got}")
+
+
+_SCALAR = ((torch.Size(), None),)
+"""The shape of a value of which nothing is known."""
 
 
 Applied = tuple[Tree, Params]
