@@ -107,9 +107,10 @@ def from_formulas(
             for option, value in present.items()
         }
         residuals: dict[str, Any] = {"prediction": prediction, "target": target, "tensors": given}
-        elements = function(prediction, target, *options, **given)
         if weight is not None:
             residuals["weight"] = broadcastable(name, "weight", weight, prediction)
+        elements = function(prediction, target, *options, **given)
+        if weight is not None:
             elements = elements * residuals["weight"]
         return Elements(elements, residuals, (derivative, *options))
 
