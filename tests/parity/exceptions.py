@@ -1,0 +1,70 @@
+"""What of torch.nn has no counterpart, and why: the only place where a case may be left out."""
+
+import torch
+from torch import nn
+
+_SECOND_HALF = "attention and recurrence are the second half of the layer library"
+_CONTAINER = "a container computes nothing: serial, parallel and dicts of params are its place"
+
+CLASSES = {
+    **dict.fromkeys(
+        [
+            "MultiheadAttention",
+            "Transformer",
+            "TransformerDecoder",
+            "TransformerDecoderLayer",
+            "TransformerEncoder",
+            "TransformerEncoderLayer",
+            "RNN",
+            "RNNCell",
+            "LSTM",
+            "LSTMCell",
+            "GRU",
+            "GRUCell",
+            "CTCLoss",
+            "AdaptiveLogSoftmaxWithLoss",
+        ],
+        _SECOND_HALF,
+    ),
+    **dict.fromkeys(
+        ["Sequential", "ModuleDict", "ModuleList", "ParameterDict", "ParameterList", "Container"],
+        _CONTAINER,
+    ),
+    "Module": "the base class: a layer is a triple of functions",
+    "RNNBase": "the base class of RNN, LSTM and GRU, not a layer of its own",
+    "RNNCellBase": "the base class of the recurrent cells, not a layer of its own",
+    "SyncBatchNorm": "batch_norm over the ranks of a process group; it is not defined on a CPU",
+    "LinearCrossEntropyLoss": "a loss has no parameters: a last layer linear(classes) and the loss "
+    "cross_entropy() compute the same",
+    "LinearCrossEntropyOptions": "options of LinearCrossEntropyLoss",
+}
+"""Classes without a layer or a loss."""
+
+OPTIONS = {
+    "sparse": "gradients are dense tensors, as updates and jit need them; the numbers are the same",
+    "size_average": "deprecated by torch for reduction=",
+    "reduce": "deprecated by torch for reduction=",
+    "min_value": "deprecated by torch for min_val=",
+    "max_value": "deprecated by torch for max_val=",
+}
+"""Options that have no counterpart, whatever the class."""
+
+DEFAULTS = {
+    "dim": "torch's default, None, is deprecated: the dimension then depends on the rank",
+}
+"""Options whose default differs."""
+
+
+def reason_for_class(cls: type) -> str | None:
+    return CLASSES.get(cls.__name__)
+
+
+def computes(name: str) -> bool:
+    """Whether a name in ``torch.nn.modules`` is a class that a layer or a loss may stand for."""
+    return isinstance(getattr(nn.modules, name), type) and name not in CLASSES
+
+
+def torch_has_no(error: Exception, dtype: torch.dtype) -> bool:
+    """Whether torch refused a case for its dtype alone, so that there is nothing to compare with."""
+    name = {torch.bfloat16: "BFloat16", torch.float32: "Float", torch.float64: "Double"}[dtype]
+    return f"not implemented for '{name}'" in str(error)

@@ -1,0 +1,151 @@
+"""From a class of torch.nn and its arguments to the constructor of funcnet and its own."""
+
+import inspect
+import re
+from collections.abc import Callable
+from typing import Any
+
+from torch import Tensor, nn
+
+import funcnet as fn
+from tests.parity.draws import Nested
+from tests.parity.exceptions import DEFAULTS, OPTIONS
+
+# Where the snake case of the name is not the name.
+NAMES = {
+    "CELU": "celu",
+    "CrossMapLRN2d": "cross_map_lrn",
+    "LogSigmoid": "logsigmoid",
+    "L1Loss": "mae",
+    "NLLLoss2d": "nll",
+    "UpsamplingBilinear2d": "upsample",
+    "UpsamplingNearest2d": "upsample",
+}
+# What those classes fix, whose funcnet name has more options.
+FIXED: dict[str, dict[str, Any]] = {
+    "UpsamplingBilinear2d": {"mode": "bilinear", "align_corners": True},
+    "UpsamplingNearest2d": {"mode": "nearest"},
+}
+# Init finds these sizes; there is no argument for them.
+INPUT_SIZES = {
+    "in_features",
+    "in1_features",
+    "in2_features",
+    "in_channels",
+    "num_features",
+    "num_channels",
+}
+NOT_OPTIONS = INPUT_SIZES | {"self", "inplace", "device", "dtype"}
+
+
+class Unsupported(Exception):  # noqa: N818
+    """There is nothing to compare, for a reason that a user may read."""
+
+
+def is_loss(cls: type) -> bool:
+    return issubclass(cls, nn.modules.loss._Loss)
+
+
+def snake_case(name: str) -> str:
+    """The name of the layer or the loss of a class.
+
+    >>> [snake_case(name) for name in ("LazyConv2d", "LPPool2d", "LeakyReLU", "BCEWithLogitsLoss")]
+    ['conv2d', 'lp_pool2d', 'leaky_relu', 'bce_with_logits']
+    """
+    if name in NAMES:
+        return NAMES[name]
+    name = re.sub(r"^Lazy|Loss$|(?<=Norm)[123]d$", "", name)
+    for acronym in ("LeakyReLU", "ReLU", "SiLU", "MultiLabel"):
+        name = name.replace(acronym, acronym.capitalize().replace("kyr", "kyR"))
+    name = re.sub(r"^(P|R)Relu", r"\1relu", name)
+    return re.sub(r"(?<=[a-z0-9])(?=[A-Z])|(?<=[A-Z])(?=[A-Z][a-z])", "_", name).lower()
+
+
+def constructor(cls: type) -> Callable[..., Any]:
+    """The constructor of a class's layer or loss."""
+    made = getattr(fn, snake_case(cls.__name__), None)
+    if made is None:
+        raise Unsupported(f"no {'loss' if is_loss(cls) else 'layer'} {snake_case(cls.__name__)}")
+    return made
+
+
+def parameters(cls: type) -> dict[str, inspect.Parameter]:
+    """The arguments of a class by name, but for ``*args`` and ``**kwargs``."""
+    found = inspect.signature(cls.__init__).parameters
+    kinds = (inspect.Parameter.VAR_POSITIONAL, inspect.Parameter.VAR_KEYWORD)
+    return {name: each for name, each in found.items() if each.kind not in kinds and name != "self"}
+
+
+def translate(
+    cls: type, args: tuple[Any, ...], kwargs: dict[str, Any], options: dict[str, Any]
+) -> tuple[Callable[..., Any], tuple[Any, ...], dict[str, Any]]:
+    """The constructor, and its arguments: by position what was, less the sizes of the input.
+
+    A loss's are all given by name: its first one is ``reduction``. ``options`` are keyword
+    arguments of torch's forward, which are options of the constructor.
+    """
+    made = constructor(cls)
+    names = list(parameters(cls))
+    given = dict(zip(names, args, strict=False))
+    for name, value in {**given, **kwargs}.items():
+        if name in OPTIONS and value not in (None, False):
+            raise Unsupported(f"{name}: {OPTIONS[name]}")
+    left_out = NOT_OPTIONS | set(OPTIONS)
+    by_position = [] if is_loss(cls) else [v for k, v in given.items() if k not in left_out]
+    # Identity takes anything, and ignores it.
+    by_name = {
+        **(given if is_loss(cls) else {}),
+        **kwargs,
+        **FIXED.get(cls.__name__, {}),
+        **options,
+    }
+    by_name = {name: value for name, value in by_name.items() if name not in left_out}
+    return made, tuple(map(_ours, by_position)), {k: _ours(v) for k, v in by_name.items()}
+
+
+def _ours(value: Any) -> Any:
+    if isinstance(value, Nested):
+        return constructor(getattr(nn, value.name))(*value.args)
+    return value
+
+
+def check_signature(cls: type) -> None:
+    """The options have torch's names, order and defaults; ours may have more, by keyword alone.
+
+    A loss has ``reduction`` first.
+    """
+    made, fixed = constructor(cls), FIXED.get(cls.__name__, {})
+    theirs = {
+        name: each
+        for name, each in parameters(cls).items()
+        if name not in NOT_OPTIONS | set(OPTIONS) and not name.startswith("_")
+    }
+    ours = inspect.signature(made).parameters
+    missing = [name for name in theirs if name not in ours]
+    assert not missing, f"no option {', '.join(missing)}"
+    if not fixed:
+        positional = [
+            name for name, each in ours.items() if each.kind is each.POSITIONAL_OR_KEYWORD
+        ]
+        expected = [n for n, each in theirs.items() if each.kind is each.POSITIONAL_OR_KEYWORD]
+        if is_loss(cls):
+            positional, expected = sorted(positional), sorted(theirs)
+        assert positional[: len(expected)] == expected or not expected, (
+            f"options by position are {positional}, torch's {expected}"
+        )
+    for name, each in theirs.items():
+        default = ours[name].default
+        if each.default is each.empty or name in DEFAULTS or name in fixed:
+            continue
+        assert default == each.default, f"{name} is {default} by default, torch's {each.default}"
+
+
+def takes(made: Callable[..., Any], option: str) -> bool:
+    return option in inspect.signature(made).parameters
+
+
+def floating(leaves: Any) -> bool:
+    """Whether a tensor among the leaves of a tree has a floating-point dtype."""
+    return any(
+        isinstance(leaf, Tensor) and leaf.is_floating_point() for leaf in fn.tree.leaves(leaves)
+    )
