@@ -67,13 +67,22 @@ from funcnet.layers.activations import (
     tanh as tanh,
 )
 from funcnet.layers.conv import (
+    conv1d as conv1d,
     conv2d as conv2d,
+    conv3d as conv3d,
+    conv_transpose1d as conv_transpose1d,
+    conv_transpose2d as conv_transpose2d,
+    conv_transpose3d as conv_transpose3d,
 )
 from funcnet.layers.dropout import (
     dropout as dropout,
 )
 from funcnet.layers.embedding import (
     embedding as embedding,
+)
+from funcnet.layers.fold import (
+    fold as fold,
+    unfold as unfold,
 )
 from funcnet.layers.gated import (
     glu as glu,
@@ -84,6 +93,23 @@ from funcnet.layers.linear import (
 from funcnet.layers.norm import (
     batch_norm as batch_norm,
     layer_norm as layer_norm,
+)
+from funcnet.layers.padding import (
+    circular_pad1d as circular_pad1d,
+    circular_pad2d as circular_pad2d,
+    circular_pad3d as circular_pad3d,
+    constant_pad1d as constant_pad1d,
+    constant_pad2d as constant_pad2d,
+    constant_pad3d as constant_pad3d,
+    reflection_pad1d as reflection_pad1d,
+    reflection_pad2d as reflection_pad2d,
+    reflection_pad3d as reflection_pad3d,
+    replication_pad1d as replication_pad1d,
+    replication_pad2d as replication_pad2d,
+    replication_pad3d as replication_pad3d,
+    zero_pad1d as zero_pad1d,
+    zero_pad2d as zero_pad2d,
+    zero_pad3d as zero_pad3d,
 )
 from funcnet.layers.pooling import (
     max_pool2d as max_pool2d,

@@ -150,16 +150,18 @@ def weight_and_bias(
     weight_init: Initializer | None,
     bias_init: Initializer | None,
     dtype: torch.dtype | None,
+    out: int | None = None,
 ) -> dict[str, Param]:
     """A weight of shape (out, ...), and a bias of shape (out,), each U(-b, b) by default.
 
     ``b = 1 / sqrt(fan_in)``, where fan_in is the number of elements of ``weight[0]``, as in
-    ``torch.nn.Linear`` and torch's convolutions.
+    ``torch.nn.Linear`` and torch's convolutions. ``out`` says the size of the bias where the
+    weight's first one is another.
     """
     default = torch_default(math.prod(shape[1:]))
     declared = {"weight": Param(shape, weight_init or default, dtype, of_x=of_x)}
     if bias:
-        declared["bias"] = Param(shape[:1], bias_init or default, dtype)
+        declared["bias"] = Param((out or shape[0],), bias_init or default, dtype)
     return declared
 
 

@@ -7,7 +7,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from funcnet.core import Layer
-from funcnet.layers.conv import Pair, pair, require_images
+from funcnet.layers.spatial import Size, require_spatial, sizes
 from funcnet.lift import Step, parameterless, with_kernel
 
 
@@ -26,10 +26,10 @@ def max_pool2d_backward(dy: Any, shape: tuple[int, ...], window: Any, indices: T
 
 
 def max_pool2d(
-    kernel_size: Pair,
-    stride: Pair | None = None,
-    padding: Pair = 0,
-    dilation: Pair = 1,
+    kernel_size: Size,
+    stride: Size | None = None,
+    padding: Size = 0,
+    dilation: Size = 1,
     return_indices: bool = False,
     ceil_mode: bool = False,
 ) -> Layer:
@@ -51,10 +51,10 @@ def max_pool2d(
     tensor([[[[ 5.,  7.],
               [13., 15.]]]])
     """
-    kernel = pair("max_pool2d: kernel_size", kernel_size, 1)
-    stride = kernel if stride is None else pair("max_pool2d: stride", stride, 1)
-    padding = pair("max_pool2d: padding", padding, 0)
-    dilation = pair("max_pool2d: dilation", dilation, 1)
+    kernel = sizes("max_pool2d: kernel_size", kernel_size, 2, 1)
+    stride = kernel if stride is None else sizes("max_pool2d: stride", stride, 2, 1)
+    padding = sizes("max_pool2d: padding", padding, 2, 0)
+    dilation = sizes("max_pool2d: dilation", dilation, 2, 1)
 
     window = (kernel, stride, padding, dilation, ceil_mode)
 
@@ -63,4 +63,4 @@ def max_pool2d(
         static = (tuple(x.shape), window)
         return (y, indices) if return_indices else y, {"indices": indices}, static
 
-    return parameterless(forward, max_pool2d_backward, declaration=require_images)
+    return parameterless(forward, max_pool2d_backward, declaration=require_spatial(2))

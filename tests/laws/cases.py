@@ -1,5 +1,6 @@
 """Every layer, combinator, loss and optimizer of the library, with arguments to check them on."""
 
+import cases_spatial
 import torch
 
 import funcnet as fn
@@ -85,6 +86,7 @@ LAYERS = {
     "max_pool2d overlapping": (fn.max_pool2d(3, 1, 1, ceil_mode=True), IMAGES),
     "max_pool2d with indices": (fn.max_pool2d(2, return_indices=True), IMAGES[0]),
     "embedding": (fn.embedding(5, 3), TOKENS),
+    **cases_spatial.LAYERS,
 }
 
 COMBINATORS = {

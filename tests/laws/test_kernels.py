@@ -9,9 +9,9 @@ from funcnet import lift, runtime
 from funcnet.testing import check_layer
 
 LAYERS_WITH_KERNELS = {
-    "celu", "conv2d", "elu", "embedding", "gelu", "glu", "hardsigmoid", "hardswish", "hardtanh",
-    "layer_norm", "leaky_relu", "log_softmax", "batch_norm", "relu", "relu6", "selu", "sigmoid",
-    "silu", "softmax", "softplus", "tanh", "norm", "max_pool2d",
+    "celu", "convolution", "elu", "embedding", "gelu", "glu", "hardsigmoid", "hardswish",
+    "hardtanh", "layer_norm", "leaky_relu", "log_softmax", "batch_norm", "relu", "relu6", "selu",
+    "sigmoid", "silu", "softmax", "softplus", "tanh", "norm", "max_pool2d",
 }  # fmt: skip
 
 

@@ -1,0 +1,156 @@
+"""What the layers over one, two and three spatial dimensions share: names, options, windows.
+
+Such a layer is written once, as a function whose first argument is the number of dimensions, with
+the docstring of its constructor for two. `spatial` makes the constructors of it.
+"""
+
+import inspect
+import math
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, Concatenate, NamedTuple, ParamSpec
+
+import torch
+from torch import Tensor
+
+from funcnet.core import EMPTY, Layer, Tree
+from funcnet.errors import require
+from funcnet.lift import require_floating
+from funcnet.params import Param
+
+P = ParamSpec("P")
+
+Size = int | Sequence[int]
+"""An option of each spatial dimension: one number for all, or one for each."""
+
+NAMES = {1: "length", 2: "height, width", 3: "depth, height, width"}
+"""The spatial dimensions, by their number."""
+
+
+def spatial(make: Callable[Concatenate[int, P], Layer], dims: int) -> Callable[P, Layer]:
+    """The constructor ``conv2d`` for 2 dimensions, made of a function ``_conv(dims, ...)``.
+
+    Its docstring is the function's, with the number of dimensions in the place of 2; the example
+    stays that of two.
+
+    >>> def _crop(dims, margin):
+    ...     '''``crop2d(1)`` leaves out the edges.'''
+    ...     return fn.serial()
+    >>> crop3d = spatial(_crop, 3)
+    >>> crop3d.__name__, crop3d.__doc__
+    ('crop3d', '``crop3d(1)`` leaves out the edges.')
+    >>> crop3d()
+    Traceback (most recent call last):
+    ...
+    TypeError: crop3d: missing a required argument: 'margin'
+    """
+    name = f"{make.__name__.lstrip('_')}{dims}d"
+    signature = inspect.signature(make)
+    signature = signature.replace(parameters=list(signature.parameters.values())[1:])
+
+    def constructor(*args: P.args, **options: P.kwargs) -> Layer:
+        try:
+            signature.bind(*args, **options)
+        except TypeError as error:
+            raise TypeError(f"{name}: {error}") from None
+        return make(dims, *args, **options)
+
+    constructor.__name__ = constructor.__qualname__ = name
+    constructor.__module__ = make.__module__
+    text, prompt, example = (make.__doc__ or "").partition(">>>")
+    text = text.replace("2d", f"{dims}d").replace(NAMES[2], NAMES[dims])
+    constructor.__doc__ = text + prompt + example
+    constructor.__annotations__ = {**make.__annotations__}
+    constructor.__signature__ = signature  # type: ignore[attr-defined]
+    return constructor
+
+
+def sizes(name: str, value: Size, dims: int, least: int) -> tuple[int, ...]:
+    """An option of each spatial dimension, from one int or one for each.
+
+    >>> sizes("conv2d: stride", 2, 2, least=1)
+    (2, 2)
+    """
+    each = (value,) * dims if isinstance(value, int) else tuple(value)
+    fits = len(each) == dims and min(each) >= least
+    words = {1: "an int", 2: "one or two ints", 3: "one or three ints"}[dims]
+    require(fits, f"{name} must be {words} >= {least}, got {value}")
+    return each
+
+
+def require_spatial(dims: int) -> Callable[[Tree], Mapping[str, Param]]:
+    """The declaration of a layer without parameters, of one example or a batch of them."""
+
+    def declaration(x: Tree) -> Mapping[str, Param]:
+        require_floating(x)
+        shape = tuple(x.shape)
+        fits = len(shape) in (dims + 1, dims + 2)
+        require(fits, f"expects (batch, channels, {NAMES[dims]}), got {shape}")
+        return EMPTY
+
+    return declaration
+
+
+class Window(NamedTuple):
+    """A window that slides over the spatial dimensions of x, which are padded with zeros.
+
+    Args:
+        kernel: the points of the window in each dimension.
+        dilation: the step between its points.
+        padding: on both sides of x.
+        stride: the step from one window to the next.
+    """
+
+    kernel: tuple[int, ...]
+    dilation: tuple[int, ...]
+    padding: tuple[int, ...]
+    stride: tuple[int, ...]
+
+    def padded(self, size: Sequence[int]) -> list[int]:
+        """The size of x with its padding."""
+        return [each + 2 * added for each, added in zip(size, self.padding, strict=True)]
+
+    def windows(self, size: Sequence[int]) -> tuple[int, ...]:
+        """The number of windows in each dimension of an x of a size."""
+        options = zip(self.padded(size), self.kernel, self.dilation, self.stride, strict=True)
+        return tuple([(n - d * (k - 1) - 1) // s + 1 for n, k, d, s in options])
+
+    def where(self, size: Sequence[int], count: Sequence[int], device: Any) -> Tensor:
+        """Where the points of windows lie in the padded x with its dimensions as one.
+
+        Returns: (points of the window, windows).
+
+        >>> Window((3,), (1,), (0,), (2,)).where([5], [2], None)
+        tensor([[0, 2],
+                [1, 3],
+                [2, 4]])
+        """
+        padded, dims = self.padded(size), len(size)
+        where = torch.zeros([1] * (2 * dims), dtype=torch.int64, device=device)
+        for dim in range(dims):
+            points = torch.arange(self.kernel[dim], device=device) * self.dilation[dim]
+            starts = torch.arange(count[dim], device=device) * self.stride[dim]
+            shape = [1] * (2 * dims)
+            shape[dim], shape[dims + dim] = self.kernel[dim], count[dim]
+            offset = math.prod(padded[dim + 1 :])
+            where = where + (points.unsqueeze(1) + starts).reshape(shape) * offset
+        return where.reshape(math.prod(self.kernel), math.prod(count))
+
+    def take(self, x: Tensor, count: Sequence[int], value: float = 0.0) -> Tensor:
+        """The windows of x, its padding filled with a value: (*, points of the window, windows)."""
+        size = x.shape[-len(count) :]
+        padded = torch.constant_pad_nd(x, self._around(), value)
+        where = self.where(size, count, x.device)
+        taken = padded.flatten(-len(size)).index_select(-1, where.flatten())
+        return taken.unflatten(-1, where.shape)
+
+    def add(self, values: Tensor, size: Sequence[int], count: Sequence[int]) -> Tensor:
+        """The pullback of `take`: the values of windows, added up where they came from."""
+        where, padded = self.where(size, count, values.device), self.padded(size)
+        added = values.new_zeros((*values.shape[:-2], math.prod(padded)))
+        added = added.index_add(-1, where.flatten(), values.flatten(-2))
+        x = added.unflatten(-1, padded)
+        return torch.constant_pad_nd(x, [-each for each in self._around()])
+
+    def _around(self) -> list[int]:
+        """The padding as of ``F.pad``."""
+        return [each for added in reversed(self.padding) for each in (added, added)]
