@@ -54,6 +54,14 @@ DEFAULTS = {
 }
 """Options whose default differs."""
 
+INEXACT = {
+    "CELU": 1e-6,  # torch's backward rounds 1 / alpha to float32
+}
+"""The relative error of torch's own numbers in float64, where it is above the tolerance."""
+
+NOT_DERIVATIVES = {"padding_idx", "scale_grad_by_freq", "max_norm"}
+"""Options with which a gradient is by definition not the derivative of the output."""
+
 
 def reason_for_class(cls: type) -> str | None:
     return CLASSES.get(cls.__name__)
@@ -65,6 +73,6 @@ def computes(name: str) -> bool:
 
 
 def torch_has_no(error: Exception, dtype: torch.dtype) -> bool:
-    """Whether torch refused a case for its dtype alone, so that there is nothing to compare with."""
+    """Whether torch refused a case for its dtype alone: then there is nothing to compare with."""
     name = {torch.bfloat16: "BFloat16", torch.float32: "Float", torch.float64: "Double"}[dtype]
     return f"not implemented for '{name}'" in str(error)

@@ -76,28 +76,37 @@ def parameters(cls: type) -> dict[str, inspect.Parameter]:
     return {name: each for name, each in found.items() if each.kind not in kinds and name != "self"}
 
 
+def options(cls: type, args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, Any]:
+    """The arguments by name, but for those that say nothing: None and False."""
+    given = {**dict(zip(parameters(cls), args, strict=False)), **kwargs}
+    return {
+        name: value for name, value in given.items() if value is not None and value is not False
+    }
+
+
 def translate(
-    cls: type, args: tuple[Any, ...], kwargs: dict[str, Any], options: dict[str, Any]
+    cls: type, args: tuple[Any, ...], kwargs: dict[str, Any], forward: dict[str, Any]
 ) -> tuple[Callable[..., Any], tuple[Any, ...], dict[str, Any]]:
     """The constructor, and its arguments: by position what was, less the sizes of the input.
 
-    A loss's are all given by name: its first one is ``reduction``. ``options`` are keyword
+    A loss's are all given by name: its first one is ``reduction``. ``forward`` are keyword
     arguments of torch's forward, which are options of the constructor.
     """
     made = constructor(cls)
-    names = list(parameters(cls))
-    given = dict(zip(names, args, strict=False))
-    for name, value in {**given, **kwargs}.items():
-        if name in OPTIONS and value not in (None, False):
+    if forward.get("output_size") is not None:
+        # A layer's option has the sizes of the space alone, whatever the batch.
+        forward = forward | {"output_size": forward["output_size"][-int(cls.__name__[-2]) :]}
+    for name in options(cls, args, kwargs):
+        if name in OPTIONS:
             raise Unsupported(f"{name}: {OPTIONS[name]}")
+    given = dict(zip(parameters(cls), args, strict=False))
     left_out = NOT_OPTIONS | set(OPTIONS)
     by_position = [] if is_loss(cls) else [v for k, v in given.items() if k not in left_out]
-    # Identity takes anything, and ignores it.
     by_name = {
         **(given if is_loss(cls) else {}),
         **kwargs,
         **FIXED.get(cls.__name__, {}),
-        **options,
+        **forward,
     }
     by_name = {name: value for name, value in by_name.items() if name not in left_out}
     return made, tuple(map(_ours, by_position)), {k: _ours(v) for k, v in by_name.items()}

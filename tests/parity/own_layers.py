@@ -122,7 +122,7 @@ FEATURES = {
         case(float("inf"), x=[ROWS, ROWS]),
         case(x=[(6,), ROWS]),
     ],
-    "Identity": [case(x=ROWS), case(54, unused=0.1, x=ROWS)],
+    "Identity": [case(x=ROWS), case(x=images(2))],
     "Flatten": [case(x=images(2)), case(2, x=images(2)), case(0, 1, x=images(2)), case(0, x=(4,))],
     "Unflatten": [
         case(1, (2, 3), x=ROWS),

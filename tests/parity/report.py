@@ -1,4 +1,4 @@
-"""What came of the cases: a row for each class and source, and a reason for each that is not a pass."""
+"""What came of the cases: a row for each class and source, and why a case is not a pass."""
 
 import re
 from collections import Counter
