@@ -5,11 +5,13 @@ import torch
 from torch import nn
 from torch.testing._internal.common_modules import module_db
 
+import funcnet as fn
 from tests.parity import exceptions, names
+from tests.parity.compare import check
 from tests.parity.own import OWN
 from tests.parity.report import Report, outcome
 from tests.parity.runs import add_class
-from tests.parity.samples import DTYPES, TORCH
+from tests.parity.samples import DTYPES, TORCH, samples_of
 
 pytestmark = pytest.mark.cpu_only
 
@@ -44,6 +46,23 @@ def test_no_sample_of_torch_is_lost(monkeypatch):
         add_class(report, info.module_cls.__name__, [torch.float64])
     rows = [sum(row.values()) for (_, source), row in report.counts.items() if source == TORCH]
     assert sum(rows) == count > 3000
+
+
+def test_a_wrong_gradient_fails(monkeypatch):
+    right = fn.tanh()
+
+    def wrong():
+        def vjp(params, x, state, *, key=None, train=True):
+            y, pullback, state = right.vjp(params, x, state, key=key, train=train)
+            return y, lambda dy, **halves: pullback(dy * (1 + 1e-8), **halves), state
+
+        return right._replace(vjp=vjp)
+
+    monkeypatch.setattr(fn, "tanh", wrong)
+    sample = samples_of("Tanh", [torch.float64])[TORCH][0]
+    found = outcome(lambda: check(sample))
+    assert found.kind == "fail"
+    assert found.reason.startswith("dx: at '0.0' the error is")
 
 
 def test_what_fails_is_told_with_its_reason():

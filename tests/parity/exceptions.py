@@ -42,12 +42,16 @@ CLASSES = {
 
 OPTIONS = {
     "sparse": "gradients are dense tensors, as updates and jit need them; the numbers are the same",
-    "size_average": "deprecated by torch for reduction=",
-    "reduce": "deprecated by torch for reduction=",
-    "min_value": "deprecated by torch for min_val=",
-    "max_value": "deprecated by torch for max_val=",
 }
-"""Options that have no counterpart, whatever the class."""
+"""Options that have one value alone, whatever the class."""
+
+DEPRECATED = {
+    "size_average": "deprecated by torch for reduction",
+    "reduce": "deprecated by torch for reduction",
+    "min_value": "deprecated by torch for min_val",
+    "max_value": "deprecated by torch for max_val",
+}
+"""Options that are not there, whatever the class."""
 
 DEFAULTS = {
     "dim": "torch's default, None, is deprecated: the dimension then depends on the rank",
@@ -59,8 +63,16 @@ INEXACT = {
 }
 """The relative error of torch's own numbers in float64, where it is above the tolerance."""
 
-NOT_DERIVATIVES = {"padding_idx", "scale_grad_by_freq", "max_norm"}
-"""Options with which a gradient is by definition not the derivative of the output."""
+NOT_DERIVATIVES = {
+    ("Embedding", "padding_idx"),
+    ("Embedding", "scale_grad_by_freq"),
+    ("Embedding", "max_norm"),
+    ("EmbeddingBag", "padding_idx"),
+    ("EmbeddingBag", "scale_grad_by_freq"),
+    ("EmbeddingBag", "max_norm"),
+    ("CosineSimilarity", "eps"),  # its gradient is that of a constant where the norm is below it
+}
+"""Options with which torch's gradient is by definition not the derivative of the output."""
 
 
 def reason_for_class(cls: type) -> str | None:

@@ -2,14 +2,14 @@
 
 import inspect
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 from torch import Tensor, nn
 
 import funcnet as fn
 from tests.parity.draws import Nested
-from tests.parity.exceptions import DEFAULTS, OPTIONS
+from tests.parity.exceptions import DEFAULTS, DEPRECATED, OPTIONS
 
 # Where the snake case of the name is not the name.
 NAMES = {
@@ -35,7 +35,7 @@ INPUT_SIZES = {
     "num_features",
     "num_channels",
 }
-NOT_OPTIONS = INPUT_SIZES | {"self", "inplace", "device", "dtype"}
+NOT_OPTIONS = INPUT_SIZES | {"inplace", "device", "dtype"} | set(DEPRECATED)
 
 
 class Unsupported(Exception):  # noqa: N818
@@ -97,18 +97,17 @@ def translate(
         # A layer's option has the sizes of the space alone, whatever the batch.
         forward = forward | {"output_size": forward["output_size"][-int(cls.__name__[-2]) :]}
     for name in options(cls, args, kwargs):
-        if name in OPTIONS:
-            raise Unsupported(f"{name}: {OPTIONS[name]}")
+        if name in OPTIONS or name in DEPRECATED:
+            raise Unsupported(f"{name}: {OPTIONS.get(name) or DEPRECATED[name]}")
     given = dict(zip(parameters(cls), args, strict=False))
-    left_out = NOT_OPTIONS | set(OPTIONS)
-    by_position = [] if is_loss(cls) else [v for k, v in given.items() if k not in left_out]
+    by_position = [] if is_loss(cls) else [v for k, v in given.items() if k not in NOT_OPTIONS]
     by_name = {
         **(given if is_loss(cls) else {}),
         **kwargs,
         **FIXED.get(cls.__name__, {}),
         **forward,
     }
-    by_name = {name: value for name, value in by_name.items() if name not in left_out}
+    by_name = {name: value for name, value in by_name.items() if name not in NOT_OPTIONS}
     return made, tuple(map(_ours, by_position)), {k: _ours(v) for k, v in by_name.items()}
 
 
@@ -119,34 +118,31 @@ def _ours(value: Any) -> Any:
 
 
 def check_signature(cls: type) -> None:
-    """The options have torch's names, order and defaults; ours may have more, by keyword alone.
-
-    A loss has ``reduction`` first.
-    """
+    """The options have torch's names, order and defaults; a loss may have ``reduction`` first."""
     made, fixed = constructor(cls), FIXED.get(cls.__name__, {})
     theirs = {
         name: each
         for name, each in parameters(cls).items()
-        if name not in NOT_OPTIONS | set(OPTIONS) and not name.startswith("_")
+        if name not in NOT_OPTIONS and not name.startswith("_")
     }
     ours = inspect.signature(made).parameters
     missing = [name for name in theirs if name not in ours]
     assert not missing, f"no option {', '.join(missing)}"
-    if not fixed:
-        positional = [
-            name for name, each in ours.items() if each.kind is each.POSITIONAL_OR_KEYWORD
-        ]
-        expected = [n for n, each in theirs.items() if each.kind is each.POSITIONAL_OR_KEYWORD]
-        if is_loss(cls):
-            positional, expected = sorted(positional), sorted(theirs)
-        assert positional[: len(expected)] == expected or not expected, (
-            f"options by position are {positional}, torch's {expected}"
-        )
+    order = [name for name in _by_position(theirs) if name not in fixed]
+    orders = [order]
+    if is_loss(cls) and "reduction" in order:
+        orders.append(["reduction", *[name for name in order if name != "reduction"]])
+    positions = _by_position(ours)[: len(order)]
+    assert positions in orders, f"options by position are {positions}, torch's {order}"
     for name, each in theirs.items():
         default = ours[name].default
         if each.default is each.empty or name in DEFAULTS or name in fixed:
             continue
         assert default == each.default, f"{name} is {default} by default, torch's {each.default}"
+
+
+def _by_position(options: Mapping[str, inspect.Parameter]) -> list[str]:
+    return [name for name, each in options.items() if each.kind is each.POSITIONAL_OR_KEYWORD]
 
 
 def takes(made: Callable[..., Any], option: str) -> bool:
