@@ -12,12 +12,24 @@ from funcnet import (
     testing as testing,
     tree as tree,
 )
+from funcnet.combinators.cast import (
+    cast as cast,
+)
 from funcnet.combinators.combine import (
     combine as combine,
+)
+from funcnet.combinators.freeze import (
+    freeze as freeze,
+)
+from funcnet.combinators.lora import (
+    lora as lora,
 )
 from funcnet.combinators.parallel import (
     branch as branch,
     parallel as parallel,
+)
+from funcnet.combinators.reparametrize import (
+    reparametrize as reparametrize,
 )
 from funcnet.combinators.residual import (
     residual as residual,
@@ -27,6 +39,13 @@ from funcnet.combinators.serial import (
 )
 from funcnet.combinators.shared import (
     shared as shared,
+)
+from funcnet.combinators.tie import (
+    tie as tie,
+)
+from funcnet.combinators.weight_norm import (
+    spectral_norm as spectral_norm,
+    weight_norm as weight_norm,
 )
 from funcnet.core import (
     Layer as Layer,
@@ -184,7 +203,11 @@ from funcnet.transforms.jit import (
     jit as jit,
 )
 from funcnet.transforms.remat import (
+    checkpointed as checkpointed,
     remat as remat,
+)
+from funcnet.transforms.repeat import (
+    repeat as repeat,
 )
 from funcnet.transforms.scan import (
     fori as fori,

@@ -98,6 +98,38 @@ def from_dotted(flat: Mapping[str, Tensor]) -> dict[str, Any]:
     return tree
 
 
+def partition(predicate: Callable[[str], bool], params: Any) -> tuple[Any, Any]:
+    """A parameter tree as two: the leaves whose dotted path the predicate is true of, and the rest.
+
+    Both are sparse: they have no empty dicts.
+
+    >>> partition(lambda path: path.endswith("bias"), {"0": {"weight": 1, "bias": 2}})
+    ({'0': {'bias': 2}}, {'0': {'weight': 1}})
+    """
+    parts: tuple[dict[str, Any], dict[str, Any]] = ({}, {})
+    for path, leaf in to_dotted(params).items():
+        parts[not predicate(path)][path] = leaf
+    return from_dotted(parts[0]), from_dotted(parts[1])
+
+
+def merge(*trees: Any) -> Any:
+    """The leaves of several parameter trees as one; no leaf may be in two of them.
+
+    >>> merge({"0": {"weight": 1}}, {"0": {"bias": 2}})
+    {'0': {'weight': 1, 'bias': 2}}
+    """
+    whole: dict[str, Any] = {}
+    for tree in trees:
+        for name, child in tree.items():
+            if name not in whole:
+                whole[name] = child
+            elif isinstance(child, Mapping) and isinstance(whole[name], Mapping):
+                whole[name] = merge(whole[name], child)
+            else:
+                raise ValueError(f"merge: {name!r} is in two of the trees")
+    return whole
+
+
 def check_same_structure(expected: Any, tree: Any, what: str) -> None:
     """Raise ValueError, naming the first path that differs, unless both have one structure.
 

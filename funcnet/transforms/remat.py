@@ -1,6 +1,7 @@
 """`remat`: a layer that computes its residuals again instead of keeping them."""
 
 from collections.abc import Callable, Collection
+from itertools import pairwise
 from typing import Any
 
 from funcnet import tree
@@ -99,11 +100,47 @@ def _in_groups(layer: Layer, path: str, keeps: Callable[[str, Layer], bool]) -> 
         groups[(name,)] = serial(**{name: _partly(child, child_path, keeps)})
     if run:
         groups[tuple(run)] = _whole(serial(**run))
+    return _grouped(groups, layer, lambda layer: _partly(layer, path, keeps))
+
+
+def checkpointed(layer: Layer, segments: int) -> Layer:
+    """A `serial` in several runs of its layers, each rematerialised as one.
+
+    Only the inputs of the runs are kept for the backward pass. With the square root of the number
+    of layers as ``segments``, the memory grows as the square root of the depth.
+
+    Args:
+        layer: a `serial`.
+        segments: the number of runs, which are as equally long as can be.
+
+    Source: ``torch.utils.checkpoint.checkpoint_sequential``; Chen et al. 2016.
+
+    >>> net = checkpointed(fn.serial(*[fn.tanh()] * 9), 3)
+    >>> _, pullback, _ = net.vjp({}, torch.ones(2))
+    >>> len(fn.tree.leaves(pullback))
+    3
+    """
+    if not isinstance(layer, Layer) or layer.name != "serial":
+        raise TypeError(f"checkpointed: expects a serial, got {layer!r}")
+    names = list(layer.children)
+    if not 1 <= segments <= max(len(names), 1):
+        most = f"from 1 to {len(names)}, the number of layers"
+        raise ValueError(f"checkpointed: segments must be {most}, got {segments}")
+    edges = [len(names) * index // segments for index in range(segments + 1)]
+    runs = [tuple(names[start:stop]) for start, stop in pairwise(edges)]
+    groups = {run: _whole(serial(**{name: layer.children[name] for name in run})) for run in runs}
+    return _grouped(groups, layer, lambda layer: checkpointed(layer, segments))
+
+
+def _grouped(
+    groups: dict[tuple[str, ...], Layer], layer: Layer, rebuild: Callable[[Layer], Layer]
+) -> Layer:
+    """The groups of a serial's children, one after the other, under the name of remat."""
     return Layer(
         *combine("remat", groups, serial_forward, serial_backward),
         name="remat",
         children={"": layer},
-        rebuild=lambda children: _partly(children[""], path, keeps),
+        rebuild=lambda children: rebuild(children[""]),
         takes_key=layer.takes_key,
     )
 
@@ -114,7 +151,7 @@ def _whole(layer: Layer) -> Layer:
 
     def forward(params: Params, x: Tree, state: Params, key: Key, train: bool) -> Forward:
         y, new_state = apply(params, x, state, key, train)
-        kept = {"params": params, "x": x, "state": state}
+        kept = {"params": params or {}, "x": x, "state": state}
         if key is not None and layer.takes_key:
             kept["key"] = key
         return y, Pullback(remat_rule, kept, (layer, train)), new_state

@@ -147,10 +147,67 @@ COMBINATORS = {
         ROWS,
     ),
     "remat of images": (fn.remat(fn.serial(fn.conv2d(3, 3), fn.relu())), IMAGES),
+    "checkpointed": (
+        fn.checkpointed(fn.serial(fn.linear(4), fn.tanh(), fn.dropout(0.2), fn.linear(2)), 3),
+        ROWS,
+    ),
+    "repeat": (
+        fn.repeat(fn.serial(fn.linear(6), fn.batch_norm(), fn.tanh(), fn.dropout(0.2)), 3),
+        ROWS,
+    ),
+    "tie": (
+        fn.tie(
+            fn.serial(embed=fn.embedding(5, 3), act=fn.tanh(), head=fn.linear(5)),
+            {"head.weight": "embed.weight"},
+        ),
+        TOKENS,
+    ),
+    "tie of halves": (
+        fn.tie(fn.serial(fn.linear(6), fn.tanh(), fn.linear(6)), {"2.weight": "0.weight"}),
+        ROWS,
+    ),
+    "freeze": (
+        fn.freeze(
+            fn.serial(fn.linear(4), fn.batch_norm(), fn.dropout(0.2), fn.linear(2)),
+            ["0", "3.weight"],
+        ),
+        ROWS,
+    ),
+    "freeze of all": (fn.freeze(fn.linear(4), lambda path: True), ROWS),
+    "cast": (fn.cast(fn.serial(fn.linear(4), fn.batch_norm(), fn.tanh()), DOUBLE), ROWS),
+    "lora": (
+        fn.lora(fn.serial(fn.linear(4), fn.batch_norm(), fn.tanh(), fn.linear(2)), 2, 3.0),
+        ROWS,
+    ),
+    "lora of a convolution": (
+        fn.lora(fn.serial(fn.conv2d(3, 2), fn.flatten(), fn.linear(2)), 2, where=["0.weight"]),
+        IMAGES,
+    ),
+    "weight_norm": (fn.weight_norm(fn.linear(3)), ROWS),
+    "weight_norm of the whole": (fn.weight_norm(fn.linear(3), dim=None), ROWS),
+    "weight_norm within": (
+        fn.weight_norm(fn.serial(fn.conv2d(3, 2), fn.relu()), "0.weight", dim=1),
+        IMAGES,
+    ),
+    "spectral_norm": (fn.spectral_norm(fn.linear(3)), ROWS),
+    "spectral_norm of a convolution": (
+        fn.spectral_norm(fn.conv_transpose2d(3, 2), n_power_iterations=2),
+        IMAGES,
+    ),
+    "spectral_norm within": (
+        fn.serial(fn.spectral_norm(fn.serial(fn.linear(3), fn.batch_norm()), "1.weight")),
+        ROWS,
+    ),
     "detect_nonfinite": (fn.detect_nonfinite(fn.serial(fn.linear(3), fn.tanh())), ROWS),
 }
 # Its values are read, which vmap cannot.
 EAGER_ONLY = {"detect_nonfinite"}
+# Their rules take for constant what depends on the params; their own tests hold them to torch's.
+CONSTANTS_WITHIN = {
+    "spectral_norm",
+    "spectral_norm of a convolution",
+    "spectral_norm within",
+}
 
 PROBABILITIES = torch.sigmoid(draw(5, 5, 6))
 CLASSES = torch.tensor([0, 5, 2, 2, 1])

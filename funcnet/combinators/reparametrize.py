@@ -1,0 +1,184 @@
+"""`reparametrize`: a layer whose params are a function of others; and which leaves are meant.
+
+`tie`, `freeze`, `cast`, `lora`, `weight_norm` and `spectral_norm` are made with it.
+"""
+
+from collections.abc import Callable, Collection, Hashable, Mapping
+from typing import Any
+
+from torch import Tensor
+
+from funcnet import tree
+from funcnet.core import (
+    EMPTY,
+    Forward,
+    Grads,
+    Key,
+    Layer,
+    Params,
+    Pullback,
+    Tree,
+    join_paths,
+    map_layers,
+    pull,
+)
+from funcnet.errors import locate, require
+from funcnet.lift import stateful
+
+Where = str | Collection[str] | Callable[[str], bool]
+"""Some leaves of the params: dotted paths of leaves or of layers, or a function of the path."""
+
+_OWN = ".residuals"
+
+
+def reparametrize(
+    name: str,
+    layer: Layer,
+    start: Callable[[Tensor, Params, Params], tuple[Params, Params]],
+    inside: Callable[[Params, Params, bool], tuple[Params, Params, Mapping[str, Tree], Params]],
+    backward: Callable[..., Params],
+    *static: Hashable,
+    rebuild: Callable[[Layer], Layer],
+) -> Layer:
+    """A layer whose params are made of other params at each call.
+
+    Args:
+        name: of the combinator, for errors and summaries.
+        layer: the layer inside.
+        start: ``(key, params, state) -> (params, state)``: the first own params and state, of those
+            that the layer's init made.
+        inside: ``(params, state, train) -> (params, state, residuals, kept)``: the layer's params
+            and state, a dict of what ``backward`` needs, and the own part of the new state, beside
+            the layer's.
+        backward: ``(dparams, residuals, *static) -> dparams``: the pullback of ``inside``, from the
+            layer's gradients to the own. A module-level function.
+        static: hashable arguments of ``backward``.
+        rebuild: the same of another layer.
+
+    >>> def start(key, params, state):
+    ...     return {"log_weight": params["weight"].abs().log()}, state
+    >>> def inside(params, state, train):
+    ...     weight = params["log_weight"].exp()
+    ...     return {"weight": weight}, state, {"weight": weight}, {}
+    >>> def backward(dparams, residuals):
+    ...     return {"log_weight": dparams["weight"] * residuals["weight"]}
+    >>> def positive(layer):
+    ...     return reparametrize("positive", layer, start, inside, backward, rebuild=positive)
+    >>> fn.testing.check_layer(positive(fn.linear(3, bias=False)), torch.ones(4, 2))
+    """
+    require(isinstance(layer, Layer), f"{name}: expects a Layer, got {layer!r}", TypeError)
+
+    def init(key: Tensor, x: Tree) -> tuple[Params, Params]:
+        params, state = layer.init(key, x)
+        try:
+            return start(key, params, state)
+        except (ValueError, TypeError) as error:
+            locate(error, f"{name}:")
+            raise
+
+    def made(params: Params, state: Params, train: bool) -> Any:
+        try:
+            return inside(params, state, train)
+        except KeyError as error:
+            found = f"has no {error}, only {list(tree.to_dotted((params, state)))}"
+            raise ValueError(f"{name}: expects params and state as of init, {found}") from None
+        except (ValueError, TypeError) as error:
+            locate(error, f"{name}:")
+            raise
+
+    def apply(params: Params, x: Tree, state: Params, key: Key, train: bool) -> Any:
+        own, own_state, _, kept = made(params, state, train)
+        y, new_state = layer.apply(own, x, own_state, key=key, train=train)
+        return y, tree.merge(new_state, kept)
+
+    def forward(params: Params, x: Tree, state: Params, key: Key, train: bool) -> Forward:
+        own, own_state, residuals, kept = made(params, state, train)
+        y, pullback, new_state = layer.forward(own, x, own_state, key, train)
+        saved = {"": pullback, _OWN: residuals}
+        told = Pullback(reparametrize_rule, saved, (backward, *static))
+        return y, told, tree.merge(new_state, kept)
+
+    return stateful(
+        init,
+        forward,
+        apply=apply,
+        name=name,
+        children={"": layer},
+        rebuild=lambda children: rebuild(children[""]),
+        takes_key=layer.takes_key,
+    )
+
+
+def reparametrize_rule(
+    residuals: Any, dy: Tree, backward: Any, *static: Any, params: bool, x: bool
+) -> Grads:
+    """The layer's pullback, then that of its params."""
+    own = residuals.pop(_OWN)
+    dparams, dx = pull(residuals, "", dy, params=params, x=x)
+    return backward(dparams, own, *static) if params else None, dx
+
+
+def selector(where: Where) -> Callable[[str], bool]:
+    """Whether a dotted path is of a leaf that is meant; see `Where`.
+
+    >>> chosen = selector(["0", "head.weight"])
+    >>> chosen("0.bias"), chosen("head.weight"), chosen("head.bias")
+    (True, True, False)
+    """
+    if callable(where):
+        return where
+    paths = (where,) if isinstance(where, str) else tuple(where)
+    return lambda path: any([path == each or path.startswith(f"{each}.") for each in paths])
+
+
+def chosen_leaves(where: Where, params: Params) -> list[str]:
+    """The dotted paths of the leaves that are meant; ValueError for a path that no leaf has."""
+    paths, chosen = list(tree.to_dotted(params)), selector(where)
+    if not callable(where):
+        for each in (where,) if isinstance(where, str) else where:
+            known = any([selector(each)(path) for path in paths])
+            require(known, f"no leaf has the path {each!r}, only {paths}")
+    found = [path for path in paths if chosen(path)]
+    require(found, f"no leaf is chosen of {paths}")
+    return found
+
+
+def learn_only(layer: Layer, learns: Callable[[str], bool]) -> Layer:
+    """The layer, whose pullback computes the gradients of some of its leaves alone.
+
+    Of a layer none of whose leaves learns, the half of the pullback that makes dparams does not
+    run at all.
+    """
+
+    def only(path: str, layer: Layer) -> Layer:
+        if layer.children:
+            return layer
+
+        def forward(params: Params, x: Tree, state: Params, key: Key, train: bool) -> Forward:
+            y, pullback, state = layer.forward(params, x, state, key, train)
+            names = tuple(params)
+            learned = tuple([name for name in names if learns(join_paths(path, name))])
+            if learned != names:
+                pullback = Pullback(learn_only_rule, {"": pullback}, (learned,))
+            return y, pullback, state
+
+        return Layer(
+            layer.init,
+            layer.apply,
+            lambda params, x, state=EMPTY, *, key=None, train=True: forward(
+                params, x, state, key, train
+            ),
+            forward=forward,
+            name=layer.name,
+            takes_key=layer.takes_key,
+        )
+
+    return map_layers(only, layer)
+
+
+def learn_only_rule(
+    residuals: Any, dy: Tree, learned: tuple[str, ...], *, params: bool, x: bool
+) -> Grads:
+    """The pullback of a leaf layer, less the gradients of what does not learn."""
+    dparams, dx = pull(residuals, "", dy, params=params and bool(learned), x=x)
+    return {name: dparams[name] for name in learned} if params else None, dx
