@@ -22,7 +22,7 @@ COMPUTING = sorted(filter(exceptions.computes, nn.modules.__all__))
 def test_a_class_of_torch_gives_the_same_as_its_layer_or_loss(name):
     report = Report()
     add_class(report, name, DTYPES.values(), count=8)
-    assert not report.failed, "\n".join(report.lines(verbose=True))
+    assert not report.failed, "\n".join(report.lines(name, verbose=True))
 
 
 @pytest.mark.parametrize("name", nn.modules.__all__)
@@ -74,8 +74,9 @@ def test_what_fails_is_told_with_its_reason():
 
         report.add("Linear", "own", f"case {number}", outcome(check))
     report.add("Linear", "own", "case 3", outcome(lambda: None))
-    lines = list(report.lines())
-    assert lines[1].split() == ["Linear", "own", "1", "0", "2"]
-    assert lines[2].strip() == "fail 2: dx: the error is 1.5"
-    assert lines[-1].split() == ["total", "1", "0", "2"]
+    row, reason, first = report.lines("Linear")
+    assert row.split() == ["Linear", "own", "1", "0", "2"]
+    assert reason.strip() == "fail 2: dx: the error is 1.5"
+    assert first.strip() == "case 1.5: dx: the error is 1.5"
+    assert report.total().split() == ["total", "1", "0", "2"]
     assert report.failed == 2

@@ -12,7 +12,7 @@ import sys
 import torch
 from torch import nn
 
-from tests.parity.report import Report
+from tests.parity.report import HEADER, Report
 from tests.parity.runs import FEW, add_class
 from tests.parity.samples import DTYPES
 
@@ -36,11 +36,11 @@ def main() -> int:
     torch.set_num_threads(1)
     report = Report()
     dtypes = [DTYPES[name] for name in options.dtypes or DTYPES]
+    print(HEADER)
     for name in sorted(options.names or nn.modules.__all__):
         add_class(report, name, dtypes, options.jit)
-        if sys.stderr.isatty():
-            print(f"\r{name:40}", end="", file=sys.stderr, flush=True)
-    print(*report.lines(options.verbose), sep="\n")
+        print(*report.lines(name, options.verbose), sep="\n", flush=True)
+    print(report.total())
     return 1 if report.failed else 0
 
 

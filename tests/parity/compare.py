@@ -43,7 +43,12 @@ def check(sample: Sample, jit: bool = False) -> None:
         if sample.source == REFUSED:
             raise Unsupported(f"torch takes it: {sample.what}")
         held = _check_loss if names.is_loss(sample.cls) else _check_layer
-        held(sample, made(*args, **kwargs), module, expected, jit)
+        try:
+            held(sample, made(*args, **kwargs), module, expected, jit)
+        except ValueError as error:
+            if _finite(expected):
+                raise
+            raise Unsupported(f"where torch gives NaN or infinity: {error}") from None
 
 
 @contextmanager
@@ -119,8 +124,7 @@ def _check_layer(
     if jit:
         _check_jit(run, (params, x, state, key, dy), _tolerance(sample))
     elif sample.dtype == torch.float64 and sample.contiguous and _finite((y, dparams, dx)):
-        given = names.options(sample.cls, sample.args, sample.kwargs)
-        derivative = not NOT_DERIVATIVES & {(sample.cls.__name__, name) for name in given}
+        derivative = _is_derivative(sample)
         rtol = _tolerance(sample)
         fn.testing.check_layer(layer, x, modes=(sample.train,), derivative=derivative, rtol=rtol)
 
@@ -142,7 +146,7 @@ def _check_loss(sample: Sample, loss: fn.Loss, module: nn.Module, expected: Any,
     if jit:
         _check_jit(run, (prediction, target, dvalue), _tolerance(sample))
     elif sample.dtype == torch.float64 and sample.contiguous and _finite((value, gradient)):
-        fn.testing.check_loss(loss, prediction, target)
+        fn.testing.check_loss(loss, prediction, target, derivative=_is_derivative(sample))
 
 
 def _is_noise(sample: Sample) -> bool:
@@ -150,6 +154,12 @@ def _is_noise(sample: Sample) -> bool:
     if name in ALWAYS_NOISE:
         return "_random_samples" not in sample.kwargs
     return name in NOISE and sample.train
+
+
+def _is_derivative(sample: Sample) -> bool:
+    """Whether the options leave torch's gradient the derivative of the output."""
+    given = names.options(sample.cls, sample.args, sample.kwargs)
+    return not NOT_DERIVATIVES & {(sample.cls.__name__, name) for name in given}
 
 
 def _finite(node: Any) -> bool:

@@ -70,7 +70,9 @@ NOT_DERIVATIVES = {
     ("EmbeddingBag", "padding_idx"),
     ("EmbeddingBag", "scale_grad_by_freq"),
     ("EmbeddingBag", "max_norm"),
-    ("CosineSimilarity", "eps"),  # its gradient is that of a constant where the norm is below it
+    # Where a norm or a variance is below it, it has the gradient of what it replaces.
+    ("CosineSimilarity", "eps"),
+    ("GaussianNLLLoss", "eps"),
 }
 """Options with which torch's gradient is by definition not the derivative of the output."""
 

@@ -89,8 +89,7 @@ def translate(
 ) -> tuple[Callable[..., Any], tuple[Any, ...], dict[str, Any]]:
     """The constructor, and its arguments: by position what was, less the sizes of the input.
 
-    A loss's are all given by name: its first one is ``reduction``. ``forward`` are keyword
-    arguments of torch's forward, which are options of the constructor.
+    ``forward`` are keyword arguments of torch's forward, which are options of the constructor.
     """
     made = constructor(cls)
     if forward.get("output_size") is not None:
@@ -100,15 +99,10 @@ def translate(
         if name in OPTIONS or name in DEPRECATED:
             raise Unsupported(f"{name}: {OPTIONS.get(name) or DEPRECATED[name]}")
     given = dict(zip(parameters(cls), args, strict=False))
-    by_position = [] if is_loss(cls) else [v for k, v in given.items() if k not in NOT_OPTIONS]
-    by_name = {
-        **(given if is_loss(cls) else {}),
-        **kwargs,
-        **FIXED.get(cls.__name__, {}),
-        **forward,
-    }
-    by_name = {name: value for name, value in by_name.items() if name not in NOT_OPTIONS}
-    return made, tuple(map(_ours, by_position)), {k: _ours(v) for k, v in by_name.items()}
+    named = kwargs | FIXED.get(cls.__name__, {}) | forward
+    by_position = [_ours(value) for name, value in given.items() if name not in NOT_OPTIONS]
+    by_name = {name: _ours(value) for name, value in named.items() if name not in NOT_OPTIONS}
+    return made, tuple(by_position), by_name
 
 
 def _ours(value: Any) -> Any:
@@ -118,7 +112,7 @@ def _ours(value: Any) -> Any:
 
 
 def check_signature(cls: type) -> None:
-    """The options have torch's names, order and defaults; a loss may have ``reduction`` first."""
+    """The options have torch's names, order and defaults."""
     made, fixed = constructor(cls), FIXED.get(cls.__name__, {})
     theirs = {
         name: each
@@ -129,11 +123,8 @@ def check_signature(cls: type) -> None:
     missing = [name for name in theirs if name not in ours]
     assert not missing, f"no option {', '.join(missing)}"
     order = [name for name in _by_position(theirs) if name not in fixed]
-    orders = [order]
-    if is_loss(cls) and "reduction" in order:
-        orders.append(["reduction", *[name for name in order if name != "reduction"]])
     positions = _by_position(ours)[: len(order)]
-    assert positions in orders, f"options by position are {positions}, torch's {order}"
+    assert positions == order, f"options by position are {positions}, torch's {order}"
     for name, each in theirs.items():
         default = ours[name].default
         if each.default is each.empty or name in DEFAULTS or name in fixed:

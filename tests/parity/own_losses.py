@@ -48,12 +48,14 @@ LOSSES = {
             x=[log_probabilities(*ROWS), simplex(*ROWS)],
             reduction=["sum", "none", "batchmean"],
         ),
-        *each(
-            x=[log_probabilities(*ROWS), log_probabilities(*ROWS)],
-            together=2,
-            reduction=["sum", "none", "batchmean"],
-            log_target=[True],
-        ),
+        *[
+            case(
+                reduction=reduction,
+                log_target=True,
+                x=[log_probabilities(*ROWS), log_probabilities(*ROWS)],
+            )
+            for reduction in ("mean", "sum", "none", "batchmean")
+        ],
     ],
     "NLLLoss": [
         *reduced(x=OF_LOGS, weight=CLASS_WEIGHTS, ignore_index=[2]),

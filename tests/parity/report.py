@@ -2,7 +2,7 @@
 
 import re
 from collections import Counter
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterator
 from typing import NamedTuple
 
 from tests.parity.names import Unsupported
@@ -10,12 +10,21 @@ from tests.parity.names import Unsupported
 KINDS = ("pass", "unsupported", "fail")
 
 
+HEADER = f"{'class':32}{'source':14}" + "".join([f"{kind:>12}" for kind in KINDS])
+
+
 class Outcome(NamedTuple):
-    """What came of one case; why, in one line, and in full."""
+    """What came of one case, and why, in one line."""
 
     kind: str
     reason: str = ""
-    detail: str = ""
+
+
+class Told(NamedTuple):
+    """A case that is not a pass, and why."""
+
+    what: str
+    reason: str
 
 
 def outcome(check: Callable[[], None]) -> Outcome:
@@ -27,7 +36,7 @@ def outcome(check: Callable[[], None]) -> Outcome:
     except Exception as error:
         line, *_ = [*str(error).splitlines(), ""]
         told = line if isinstance(error, AssertionError) else f"{type(error).__name__}: {line}"
-        return Outcome("fail", told or type(error).__name__, str(error))
+        return Outcome("fail", told or type(error).__name__)
     return Outcome("pass")
 
 
@@ -36,12 +45,16 @@ def group(reason: str) -> str:
     return re.sub(r"-?\d+(\.\d+)?(e[+-]?\d+)?", "#", reason)
 
 
+def _line(name: str, source: str, counts: Counter[str]) -> str:
+    return f"{name:32}{source:14}" + "".join([f"{counts[kind]:12}" for kind in KINDS])
+
+
 class Report:
     """Counts the outcomes."""
 
     def __init__(self) -> None:
         self.counts: dict[tuple[str, str], Counter[str]] = {}
-        self.reasons: dict[tuple[str, str], dict[tuple[str, str], list[str]]] = {}
+        self.reasons: dict[tuple[str, str], dict[tuple[str, str], list[Told]]] = {}
 
     def add(self, name: str, source: str, what: str, found: Outcome) -> None:
         row = (name, source)
@@ -49,22 +62,22 @@ class Report:
         if found.kind != "pass":
             reasons = self.reasons.setdefault(row, {})
             place = (found.kind, group(found.reason))
-            reasons.setdefault(place, []).append(f"{found.reason}\n      {what}")
+            reasons.setdefault(place, []).append(Told(what, found.reason))
 
-    def lines(self, verbose: bool = False) -> Iterable[str]:
-        """The rows, and below each its reasons with the first case of each, or all of them."""
-        yield f"{'class':32}{'source':14}" + "".join([f"{kind:>12}" for kind in KINDS])
+    def lines(self, name: str, verbose: bool = False) -> Iterator[str]:
+        """The rows of a class; below each the reasons, with the first case of each or all."""
         for row, counts in self.counts.items():
-            name, source = row
-            yield f"{name:32}{source:14}" + "".join([f"{counts[kind]:12}" for kind in KINDS])
+            if row[0] != name:
+                continue
+            yield _line(*row, counts)
             for (kind, _), cases in self.reasons.get(row, {}).items():
-                yield f"    {kind} {len(cases)}: {cases[0].splitlines()[0]}"
-                if kind == "fail" or verbose:
-                    yield from ["      " + case.splitlines()[-1].strip() for case in cases[:1]]
-                if verbose:
-                    yield from ["    " + case for case in cases[1:]]
-        total = sum(self.counts.values(), Counter())
-        yield f"{'total':46}" + "".join([f"{total[kind]:12}" for kind in KINDS])
+                yield f"    {kind} {len(cases)}: {cases[0].reason}"
+                told = cases if verbose else cases[:1]
+                if verbose or kind == "fail":
+                    yield from [f"        {case.what}: {case.reason}" for case in told]
+
+    def total(self) -> str:
+        return _line("total", "", sum(self.counts.values(), Counter()))
 
     @property
     def failed(self) -> int:
