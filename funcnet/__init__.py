@@ -110,11 +110,12 @@ from funcnet.layers.dropout import (
 from funcnet.layers.embedding import (
     embedding as embedding,
 )
+from funcnet.layers.embedding_bag import (
+    embedding_bag as embedding_bag,
+)
 from funcnet.layers.fold import (
     fold as fold,
     unfold as unfold,
-from funcnet.layers.embedding_bag import (
-    embedding_bag as embedding_bag,
 )
 from funcnet.layers.gated import (
     glu as glu,
@@ -136,20 +137,6 @@ from funcnet.layers.linear import (
 from funcnet.layers.noise import (
     gaussian_noise as gaussian_noise,
 )
-from funcnet.layers.norm import (
-    batch_norm as batch_norm,
-    layer_norm as layer_norm,
-from funcnet.layers.piecewise import (
-    hardshrink as hardshrink,
-    hardsigmoid as hardsigmoid,
-    hardswish as hardswish,
-    hardtanh as hardtanh,
-    leaky_relu as leaky_relu,
-    relu as relu,
-    relu6 as relu6,
-    softshrink as softshrink,
-    threshold as threshold,
-)
 from funcnet.layers.padding import (
     circular_pad1d as circular_pad1d,
     circular_pad2d as circular_pad2d,
@@ -166,6 +153,17 @@ from funcnet.layers.padding import (
     zero_pad1d as zero_pad1d,
     zero_pad2d as zero_pad2d,
     zero_pad3d as zero_pad3d,
+)
+from funcnet.layers.piecewise import (
+    hardshrink as hardshrink,
+    hardsigmoid as hardsigmoid,
+    hardswish as hardswish,
+    hardtanh as hardtanh,
+    leaky_relu as leaky_relu,
+    relu as relu,
+    relu6 as relu6,
+    softshrink as softshrink,
+    threshold as threshold,
 )
 from funcnet.layers.pooling import (
     max_pool2d as max_pool2d,

@@ -1,9 +1,7 @@
 """Dropout: of values, of whole channels, of whole examples; a key is needed in training."""
 
 from collections.abc import Callable, Mapping
-from functools import partial
 from math import sqrt
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -11,6 +9,7 @@ from torch import Tensor
 from funcnet import random
 from funcnet.core import EMPTY, Forward, Key, Layer, Params, Pullback
 from funcnet.errors import require
+from funcnet.layers.spatial import NAMES, spatial
 from funcnet.lift import backward_rule, require_floating, stateful
 from funcnet.params import Param, declare
 
@@ -98,7 +97,7 @@ def dropout(p: float = 0.5) -> Layer:
     return _dropping("dropout", p, _of_values)
 
 
-def _dropout_channels(dims: int, p: float = 0.5) -> Layer:
+def _dropout(dims: int, p: float = 0.5) -> Layer:
     """Each channel of each example 0 with probability ``p``, else scaled by ``1 / (1 - p)``.
 
     With ``train=False`` it is the identity.
@@ -118,35 +117,22 @@ def _dropout_channels(dims: int, p: float = 0.5) -> Layer:
     >>> fn.dropout2d(0.5).apply({}, x, key=fn.key(1), train=True)[0].flatten(1)
     tensor([[2., 2., 0., 0., 2., 2.]])
     """
-    sizes = ("length",) if dims == 1 else ("depth", "height", "width")[-dims:]
-    batched = ("batch", "channels", *sizes)
-    other = ("batch", "channels", "length") if dims == 2 else batched[1:]
+    other = f"(batch, channels, {NAMES[1]})" if dims == 2 else f"(channels, {NAMES[dims]})"
 
     def declaration(x: Tensor) -> Mapping[str, Param]:
         require_floating(x)
-        forms = f"({', '.join(batched)}) or ({', '.join(other)})"
-        fits = x.dim() in (len(batched), len(other))
-        require(fits, f"expects {forms}, got {tuple(x.shape)}")
+        forms = f"(batch, channels, {NAMES[dims]}) or {other}"
+        require(x.dim() in (dims + 1, dims + 2), f"expects {forms}, got {tuple(x.shape)}")
         return EMPTY
 
     def draws(shape: Shape) -> Shape:
-        if len(shape) < len(batched) and dims != 2:
-            return _of_channels((1, *shape))[1:]
-        return _of_channels(shape)
+        single = len(shape) == dims + 1 and dims != 2
+        return _of_channels((1, *shape))[1:] if single else _of_channels(shape)
 
     return _dropping(f"dropout{dims}d", p, draws, declaration=declaration)
 
 
-def _in_dimensions(function: Callable[..., Layer], dims: int, name: str) -> Any:
-    constructor: Any = partial(function, dims)
-    constructor.__name__, constructor.__doc__ = name, function.__doc__
-    constructor.__annotations__ = function.__annotations__
-    return constructor
-
-
-dropout1d = _in_dimensions(_dropout_channels, 1, "dropout1d")
-dropout2d = _in_dimensions(_dropout_channels, 2, "dropout2d")
-dropout3d = _in_dimensions(_dropout_channels, 3, "dropout3d")
+dropout1d, dropout2d, dropout3d = (spatial(_dropout, dims) for dims in (1, 2, 3))
 
 
 def alpha_dropout(p: float = 0.5) -> Layer:

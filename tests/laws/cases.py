@@ -1,9 +1,9 @@
 """Every layer, combinator, loss and optimizer of the library, with arguments to check them on."""
 
-import cases_spatial
-import cases_noise
 import cases_activations
+import cases_noise
 import cases_norms
+import cases_spatial
 import torch
 from cases_losses import LOSSES as LOSSES, WEIGHT as WEIGHT, losses as losses
 
