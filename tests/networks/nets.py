@@ -109,7 +109,7 @@ def elbo() -> fn.Loss:
     def vjp(prediction: Any, target: Tensor) -> tuple[Tensor, fn.LossPullback]:
         logits, mean, log_variance = prediction
         variance = log_variance.exp()
-        reconstruction, pullback = fn.bce_with_logits("sum").vjp(logits, target)
+        reconstruction, pullback = fn.bce_with_logits(reduction="sum").vjp(logits, target)
         divergence = (mean.square() + variance - log_variance - 1).sum() / 2
         residuals = {"reconstruction": pullback, "mean": mean, "variance": variance}
         value = (reconstruction + divergence) / len(mean)

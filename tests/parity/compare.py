@@ -1,0 +1,229 @@
+"""One case held to torch: layout of params and state, outputs, gradients, new state, the laws."""
+
+import copy
+import warnings
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+import funcnet as fn
+from funcnet.testing.assertions import alike, by_path, close, magnitude
+from tests.layers import oracle
+from tests.parity import names, reference
+from tests.parity.exceptions import INEXACT, NOT_DERIVATIVES, reason_for_class, torch_has_no
+from tests.parity.names import Unsupported
+from tests.parity.samples import REFUSED, Sample
+
+# Their numbers are random when they are trained, or always: shapes and laws are what is compared.
+NOISE = {"Dropout", "Dropout1d", "Dropout2d", "Dropout3d", "AlphaDropout", "FeatureAlphaDropout"}
+NOISE |= {"RReLU"}
+ALWAYS_NOISE = {"FractionalMaxPool2d", "FractionalMaxPool3d"}
+
+Run = Callable[[Any], Any]
+
+
+def check(sample: Sample, jit: bool = False) -> None:
+    """Raise unless funcnet gives what torch gives; `Unsupported` if there is nothing to compare."""
+    reason = reason_for_class(sample.cls)
+    if reason is not None:
+        raise Unsupported(reason)
+    made, args, kwargs = names.translate(sample.cls, sample.args, sample.kwargs, sample.options)
+    if names.takes(made, "dtype") and not names.floating(sample.inputs):
+        kwargs["dtype"] = sample.dtype
+    with _quiet():
+        try:
+            module = reference.module_of(sample)
+            expected = reference.forward(copy.deepcopy(module), sample)
+        except Exception as error:
+            _check_refusal(sample, error, lambda: _call(sample, made(*args, **kwargs)))
+            return
+        if sample.source == REFUSED:
+            raise Unsupported(f"torch takes it: {sample.what}")
+        held = _check_loss if names.is_loss(sample.cls) else _check_layer
+        try:
+            held(sample, made(*args, **kwargs), module, expected, jit)
+        except ValueError as error:
+            if _finite(expected):
+                raise
+            raise Unsupported(f"where torch gives NaN or infinity: {error}") from None
+
+
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """Without warnings, and without a trace in torch's random generator."""
+    with warnings.catch_warnings(), torch.random.fork_rng():
+        warnings.simplefilter("ignore")
+        torch.manual_seed(0)
+        yield
+
+
+def _check_refusal(sample: Sample, error: Exception, call: Callable[[], Any]) -> None:
+    """What torch refuses, funcnet refuses by a ValueError or a TypeError."""
+    told = str(error).splitlines()[0] if str(error) else type(error).__name__
+    if torch_has_no(error, sample.dtype):
+        raise Unsupported(f"torch: {told}") from None
+    try:
+        call()
+    except (ValueError, TypeError):
+        return
+    raise AssertionError(f"torch refuses it, funcnet does not: {told}")
+
+
+def _call(sample: Sample, subject: Any) -> None:
+    if isinstance(subject, fn.Loss):
+        subject.apply(*_prediction_and_target(sample))
+    else:
+        x = _tree(sample.inputs)
+        params, state = subject.init(fn.key(0), x)
+        subject.apply(params, x, state, key=fn.key(0), train=sample.train)
+
+
+def _tree(inputs: Any) -> Any:
+    """One input, or a tuple of them."""
+    return inputs[0] if len(inputs) == 1 else tuple(inputs)
+
+
+def _prediction_and_target(sample: Sample) -> tuple[Any, Any]:
+    places = reference.differentiated(sample)
+    target = [each for place, each in enumerate(sample.inputs) if place not in places]
+    return _tree([sample.inputs[place] for place in places]), target[0] if target else None
+
+
+def _check_layer(
+    sample: Sample, layer: fn.Layer, module: nn.Module, expected: Any, jit: bool
+) -> None:
+    x, key = _tree(sample.inputs), fn.key(0)
+    params, state = oracle.params_of(module), reference.state_of(module)
+    for what, own, theirs in zip(
+        ("params", "state"), layer.init(key, x), (params, state), strict=True
+    ):
+        own, theirs = fn.tree.to_dotted(own), fn.tree.to_dotted(theirs)
+        assert list(own) == list(theirs), f"{what} are {list(own)}, torch's {list(theirs)}"
+        alike(what, theirs, own)
+
+    def run(arguments: Any) -> Any:
+        params, x, state, key, dy = arguments
+        y, pullback, state = layer.vjp(params, x, state, key=key, train=sample.train)
+        return y, state, pullback(dy)
+
+    y, pullback, new_state = layer.vjp(params, x, state, key=key, train=sample.train)
+    alike("y", expected, y)
+    dy = oracle.cotangent(y)
+    dparams, dx = pullback(dy)
+    if _is_noise(sample):
+        alike("dparams", params, dparams)
+        alike("dx", x, dx, floating_only=True)
+    else:
+        single = len(sample.inputs) == 1
+        by_input = (dx,) if single else dx or (None,) * len(sample.inputs)
+        own = {"y": y, "dparams": dparams, "dx": by_input, "state": new_state}
+        _check_numbers(sample, module, dy, own)
+    if jit:
+        _check_jit(run, (params, x, state, key, dy), _tolerance(sample))
+    elif sample.dtype == torch.float64 and sample.contiguous and _finite((y, dparams, dx)):
+        derivative = _is_derivative(sample)
+        rtol = _tolerance(sample)
+        fn.testing.check_layer(layer, x, modes=(sample.train,), derivative=derivative, rtol=rtol)
+
+
+def _check_loss(sample: Sample, loss: fn.Loss, module: nn.Module, expected: Any, jit: bool) -> None:
+    prediction, target = _prediction_and_target(sample)
+
+    def run(arguments: Any) -> Any:
+        prediction, target, dvalue = arguments
+        value, pullback = loss.vjp(prediction, target)
+        return value, pullback(dvalue)
+
+    value, pullback = loss.vjp(prediction, target)
+    alike("the value", expected, value)
+    dvalue = oracle.cotangent(value)
+    gradient = pullback(dvalue)
+    single = isinstance(prediction, Tensor)
+    _check_numbers(sample, module, dvalue, {"y": value, "dx": (gradient,) if single else gradient})
+    if jit:
+        _check_jit(run, (prediction, target, dvalue), _tolerance(sample))
+    elif sample.dtype == torch.float64 and sample.contiguous and _finite((value, gradient)):
+        fn.testing.check_loss(loss, prediction, target, derivative=_is_derivative(sample))
+
+
+def _is_noise(sample: Sample) -> bool:
+    name = sample.cls.__name__
+    if name in ALWAYS_NOISE:
+        return "_random_samples" not in sample.kwargs
+    return name in NOISE and sample.train
+
+
+def _is_derivative(sample: Sample) -> bool:
+    """Whether the options leave torch's gradient the derivative of the output."""
+    given = names.options(sample.cls, sample.args, sample.kwargs)
+    return not NOT_DERIVATIVES & {(sample.cls.__name__, name) for name in given}
+
+
+def _finite(node: Any) -> bool:
+    """Whether no number is infinite or NaN: the laws are about numbers."""
+    return all(bool(leaf.isfinite().all()) for leaf in fn.tree.leaves(node))
+
+
+def _tolerance(sample: Sample) -> float:
+    """The relative error that rounding may explain."""
+    return max(oracle.TOLERANCE[sample.dtype], INEXACT.get(sample.cls.__name__, 0.0))
+
+
+def _check_numbers(sample: Sample, module: nn.Module, dy: Any, own: dict[str, Any]) -> None:
+    """The numbers are torch's up to rounding.
+
+    Below float64 they may also differ from torch's by more than that, if they are nearer to the
+    numbers of float64 than torch's are: a kernel of torch may add in half precision.
+    """
+    theirs, exact = reference.results(module, sample, dy), reference.exact(module, sample, dy)
+    for name, got in own.items():
+        expected = theirs[name]
+        alike(name, expected, got)
+        try:
+            agree(name, expected, got, _tolerance(sample), dy)
+        except AssertionError:
+            if sample.dtype == torch.float64 or not _nearer(exact()[name], got, expected):
+                raise
+
+
+def agree(what: str, expected: Any, got: Any, tolerance: float, beside: Any = ()) -> None:
+    """The numbers are equal up to rounding; where torch has infinity or NaN, so must we.
+
+    The error is relative to the largest number of the tensor, or to a thousandth of the largest of
+    all, those ``beside`` included.
+    """
+    beside = [leaf.double() for leaf in fn.tree.leaves(beside) if leaf.is_floating_point()]
+    pair = (_regular(expected, expected), beside), (_regular(got, expected), beside)
+    close(what, *pair, tolerance)
+
+
+def _regular(node: Any, expected: Any) -> Any:
+    """The tree in float64, with 0 where the expected number is not finite and this is the same."""
+
+    def each(leaf: Any, theirs: Any) -> Any:
+        if not leaf.is_floating_point():
+            return leaf
+        same = (leaf == theirs) | (leaf.isnan() & theirs.isnan())
+        return torch.where(same & ~theirs.isfinite(), 0.0, leaf).double()
+
+    return fn.tree.map(each, node, expected)
+
+
+def _nearer(exact: Any, own: Any, theirs: Any) -> bool:
+    """Whether no leaf is further from the exact one than torch's is."""
+    trees = [by_path(node) for node in (exact, own, theirs)]
+    return all(
+        magnitude(trees[1][path].double() - leaf) <= magnitude(trees[2][path].double() - leaf)
+        for path, leaf in trees[0].items()
+        if leaf is not None
+    )
+
+
+def _check_jit(run: Run, arguments: Any, tolerance: float) -> None:
+    compiled = fn.jit(run)(arguments)
+    expected = run(arguments)
+    alike("under jit", expected, compiled)
+    agree("under jit", expected, compiled, tolerance, arguments[-1])

@@ -1,0 +1,92 @@
+"""What of torch.nn has no counterpart, and why: the only place where a case may be left out."""
+
+import torch
+from torch import nn
+
+_SECOND_HALF = "attention and recurrence are the second half of the layer library"
+_CONTAINER = "a container computes nothing: serial, parallel and dicts of params are its place"
+
+CLASSES = {
+    **dict.fromkeys(
+        [
+            "MultiheadAttention",
+            "Transformer",
+            "TransformerDecoder",
+            "TransformerDecoderLayer",
+            "TransformerEncoder",
+            "TransformerEncoderLayer",
+            "RNN",
+            "RNNCell",
+            "LSTM",
+            "LSTMCell",
+            "GRU",
+            "GRUCell",
+            "CTCLoss",
+            "AdaptiveLogSoftmaxWithLoss",
+        ],
+        _SECOND_HALF,
+    ),
+    **dict.fromkeys(
+        ["Sequential", "ModuleDict", "ModuleList", "ParameterDict", "ParameterList", "Container"],
+        _CONTAINER,
+    ),
+    "Module": "the base class: a layer is a triple of functions",
+    "RNNBase": "the base class of RNN, LSTM and GRU, not a layer of its own",
+    "RNNCellBase": "the base class of the recurrent cells, not a layer of its own",
+    "SyncBatchNorm": "batch_norm over the ranks of a process group; it is not defined on a CPU",
+    "LinearCrossEntropyLoss": "a loss has no parameters: a last layer linear(classes) and the loss "
+    "cross_entropy() compute the same",
+    "LinearCrossEntropyOptions": "options of LinearCrossEntropyLoss",
+}
+"""Classes without a layer or a loss."""
+
+OPTIONS = {
+    "sparse": "gradients are dense tensors, as updates and jit need them; the numbers are the same",
+}
+"""Options that have one value alone, whatever the class."""
+
+DEPRECATED = {
+    "size_average": "deprecated by torch for reduction",
+    "reduce": "deprecated by torch for reduction",
+    "min_value": "deprecated by torch for min_val",
+    "max_value": "deprecated by torch for max_val",
+}
+"""Options that are not there, whatever the class."""
+
+DEFAULTS = {
+    "dim": "torch's default, None, is deprecated: the dimension then depends on the rank",
+}
+"""Options whose default differs."""
+
+INEXACT = {
+    "CELU": 1e-6,  # torch's backward rounds 1 / alpha to float32
+}
+"""The relative error of torch's own numbers in float64, where it is above the tolerance."""
+
+NOT_DERIVATIVES = {
+    ("Embedding", "padding_idx"),
+    ("Embedding", "scale_grad_by_freq"),
+    ("Embedding", "max_norm"),
+    ("EmbeddingBag", "padding_idx"),
+    ("EmbeddingBag", "scale_grad_by_freq"),
+    ("EmbeddingBag", "max_norm"),
+    # Where a norm or a variance is below it, it has the gradient of what it replaces.
+    ("CosineSimilarity", "eps"),
+    ("GaussianNLLLoss", "eps"),
+}
+"""Options with which torch's gradient is by definition not the derivative of the output."""
+
+
+def reason_for_class(cls: type) -> str | None:
+    return CLASSES.get(cls.__name__)
+
+
+def computes(name: str) -> bool:
+    """Whether a name in ``torch.nn.modules`` is a class that a layer or a loss may stand for."""
+    return isinstance(getattr(nn.modules, name), type) and name not in CLASSES
+
+
+def torch_has_no(error: Exception, dtype: torch.dtype) -> bool:
+    """Whether torch refused a case for its dtype alone: then there is nothing to compare with."""
+    name = {torch.bfloat16: "BFloat16", torch.float32: "Float", torch.float64: "Double"}[dtype]
+    return f"not implemented for '{name}'" in str(error)

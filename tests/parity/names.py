@@ -1,0 +1,147 @@
+"""From a class of torch.nn and its arguments to the constructor of funcnet and its own."""
+
+import inspect
+import re
+from collections.abc import Callable, Mapping
+from typing import Any
+
+from torch import Tensor, nn
+
+import funcnet as fn
+from tests.parity.draws import Nested
+from tests.parity.exceptions import DEFAULTS, DEPRECATED, OPTIONS
+
+# Where the snake case of the name is not the name.
+NAMES = {
+    "CELU": "celu",
+    "CrossMapLRN2d": "cross_map_lrn",
+    "LogSigmoid": "logsigmoid",
+    "L1Loss": "mae",
+    "NLLLoss2d": "nll",
+    "UpsamplingBilinear2d": "upsample",
+    "UpsamplingNearest2d": "upsample",
+}
+# What those classes fix, whose funcnet name has more options.
+FIXED: dict[str, dict[str, Any]] = {
+    "UpsamplingBilinear2d": {"mode": "bilinear", "align_corners": True},
+    "UpsamplingNearest2d": {"mode": "nearest"},
+}
+# Init finds these sizes; there is no argument for them.
+INPUT_SIZES = {
+    "in_features",
+    "in1_features",
+    "in2_features",
+    "in_channels",
+    "num_features",
+    "num_channels",
+}
+NOT_OPTIONS = INPUT_SIZES | {"inplace", "device", "dtype"} | set(DEPRECATED)
+
+
+class Unsupported(Exception):  # noqa: N818
+    """There is nothing to compare, for a reason that a user may read."""
+
+
+def is_loss(cls: type) -> bool:
+    return issubclass(cls, nn.modules.loss._Loss)
+
+
+def snake_case(name: str) -> str:
+    """The name of the layer or the loss of a class.
+
+    >>> [snake_case(name) for name in ("LazyConv2d", "LPPool2d", "LeakyReLU", "BCEWithLogitsLoss")]
+    ['conv2d', 'lp_pool2d', 'leaky_relu', 'bce_with_logits']
+    """
+    if name in NAMES:
+        return NAMES[name]
+    name = re.sub(r"^Lazy|Loss$|(?<=Norm)[123]d$", "", name)
+    for acronym in ("LeakyReLU", "ReLU", "SiLU", "MultiLabel"):
+        name = name.replace(acronym, acronym.capitalize().replace("kyr", "kyR"))
+    name = re.sub(r"^(P|R)Relu", r"\1relu", name)
+    return re.sub(r"(?<=[a-z0-9])(?=[A-Z])|(?<=[A-Z])(?=[A-Z][a-z])", "_", name).lower()
+
+
+def constructor(cls: type) -> Callable[..., Any]:
+    """The constructor of a class's layer or loss."""
+    made = getattr(fn, snake_case(cls.__name__), None)
+    if made is None:
+        raise Unsupported(f"no {'loss' if is_loss(cls) else 'layer'} {snake_case(cls.__name__)}")
+    return made
+
+
+def parameters(cls: type) -> dict[str, inspect.Parameter]:
+    """The arguments of a class by name, but for ``*args`` and ``**kwargs``."""
+    found = inspect.signature(cls.__init__).parameters
+    kinds = (inspect.Parameter.VAR_POSITIONAL, inspect.Parameter.VAR_KEYWORD)
+    return {name: each for name, each in found.items() if each.kind not in kinds and name != "self"}
+
+
+def options(cls: type, args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, Any]:
+    """The arguments by name, but for those that say nothing: None and False."""
+    given = {**dict(zip(parameters(cls), args, strict=False)), **kwargs}
+    return {
+        name: value for name, value in given.items() if value is not None and value is not False
+    }
+
+
+def translate(
+    cls: type, args: tuple[Any, ...], kwargs: dict[str, Any], forward: dict[str, Any]
+) -> tuple[Callable[..., Any], tuple[Any, ...], dict[str, Any]]:
+    """The constructor, and its arguments: by position what was, less the sizes of the input.
+
+    ``forward`` are keyword arguments of torch's forward, which are options of the constructor.
+    """
+    made = constructor(cls)
+    if forward.get("output_size") is not None:
+        # A layer's option has the sizes of the space alone, whatever the batch.
+        forward = forward | {"output_size": forward["output_size"][-int(cls.__name__[-2]) :]}
+    for name in options(cls, args, kwargs):
+        if name in OPTIONS or name in DEPRECATED:
+            raise Unsupported(f"{name}: {OPTIONS.get(name) or DEPRECATED[name]}")
+    given = dict(zip(parameters(cls), args, strict=False))
+    named = kwargs | FIXED.get(cls.__name__, {}) | forward
+    by_position = [_ours(value) for name, value in given.items() if name not in NOT_OPTIONS]
+    by_name = {name: _ours(value) for name, value in named.items() if name not in NOT_OPTIONS}
+    return made, tuple(by_position), by_name
+
+
+def _ours(value: Any) -> Any:
+    if isinstance(value, Nested):
+        return constructor(getattr(nn, value.name))(*value.args)
+    return value
+
+
+def check_signature(cls: type) -> None:
+    """The options have torch's names, order and defaults."""
+    made, fixed = constructor(cls), FIXED.get(cls.__name__, {})
+    theirs = {
+        name: each
+        for name, each in parameters(cls).items()
+        if name not in NOT_OPTIONS and not name.startswith("_")
+    }
+    ours = inspect.signature(made).parameters
+    missing = [name for name in theirs if name not in ours]
+    assert not missing, f"no option {', '.join(missing)}"
+    order = [name for name in _by_position(theirs) if name not in fixed]
+    positions = _by_position(ours)[: len(order)]
+    assert positions == order, f"options by position are {positions}, torch's {order}"
+    for name, each in theirs.items():
+        default = ours[name].default
+        if each.default is each.empty or name in DEFAULTS or name in fixed:
+            continue
+        assert default == each.default, f"{name} is {default} by default, torch's {each.default}"
+
+
+def _by_position(options: Mapping[str, inspect.Parameter]) -> list[str]:
+    return [name for name, each in options.items() if each.kind is each.POSITIONAL_OR_KEYWORD]
+
+
+def takes(made: Callable[..., Any], option: str) -> bool:
+    return option in inspect.signature(made).parameters
+
+
+def floating(leaves: Any) -> bool:
+    """Whether a tensor among the leaves of a tree has a floating-point dtype."""
+    return any(
+        isinstance(leaf, Tensor) and leaf.is_floating_point() for leaf in fn.tree.leaves(leaves)
+    )
