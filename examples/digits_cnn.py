@@ -41,7 +41,6 @@ def block(channels: int) -> list[fn.Layer]:
 
 MODEL = fn.serial(
     *block(16),
-    *block(16),
     fn.max_pool2d(2),
     *block(32),
     *block(32),
@@ -204,7 +203,7 @@ def parse() -> argparse.Namespace:
     )
     add = parser.add_argument
     add("--seed", type=int, default=0, help="of the split, the parameters, shifts and batches")
-    add("--epochs", type=int, default=30, help="passes over the training images")
+    add("--epochs", type=int, default=20, help="passes over the training images")
     add("--images", type=int, default=IMAGES, metavar="N", help="in use; a fifth is for the test")
     add("--output", type=Path, default=Path("digits_cnn.png"), help="the figure's file")
     options = parser.parse_args()

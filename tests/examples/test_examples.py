@@ -33,6 +33,7 @@ OPTIONS = {
     ),
     "custom_loop": ("--seed", "--epochs"),
     "deep_ensemble": ("--seed", "--members", "--epochs", "--output"),
+    "digits_cnn": ("--seed", "--epochs", "--images", "--output"),
     "population_sweep": (
         "--seed",
         "--repetitions",
@@ -125,6 +126,9 @@ def test_disk_classifier_learns(tmp_path: Path) -> None:
         ("disk_classifier", ("--epochs", 0)),
         ("report_tables", ("--seeds", 0)),
         ("report_tables", ("--table", "none")),
+        ("digits_cnn", ("--epochs", 0)),
+        ("digits_cnn", ("--images", 50)),
+        ("digits_cnn", ("--images", 5001)),
     ],
 )
 def test_wrong_options_are_refused(program: str, arguments: tuple[object, ...]) -> None:
@@ -138,6 +142,16 @@ def test_custom_loop_prints_losses_and_error() -> None:
     assert re.fullmatch(
         r"epoch 1: loss 0\.\d+\nepoch 2: loss 0\.\d+\ntest error \d+\.\d\d%\n", printed
     )
+
+
+def test_digits_cnn_prints_its_accuracy_and_draws(tmp_path: Path) -> None:
+    figure = tmp_path / "made" / "digits.png"
+    done = run("digits_cnn", "--images", 600, "--epochs", 2, "--output", figure)
+    assert done.returncode == 0, done.stderr
+    line = r"test accuracy \d+\.\d\d% \(\d+ of 120 wrong\), \d+\.\d s with compilation"
+    assert re.fullmatch(line, done.stdout.splitlines()[-1])
+    assert "2/2" in done.stderr  # the progress bar
+    assert is_png(figure)
 
 
 TABLES = {
