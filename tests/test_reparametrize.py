@@ -361,8 +361,11 @@ def test_repeat_takes_trees_and_keeps_the_params_out_of_the_residuals():
     x = (X, randn(5, 2))
     params, _ = loop.init(fn.key(0), x)
     fn.testing.check_layer(loop, x)
-    y, _ = loop.apply(params, x)
+    y, pullback, _ = loop.vjp(params, x)
     assert fn.tree.alike(y, x)
+    # Those of linear are its input and its weight, which is stacked already.
+    assert [tuple(leaf.shape) for leaf in pullback.residuals["saved"]] == [(4, 5, 6)]
+    assert pullback.residuals["params"] is params
 
 
 def test_repeat_refuses_what_does_not_fit():
