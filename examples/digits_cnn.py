@@ -22,6 +22,7 @@ import numpy as np
 import torch
 from disk import require_positive, save
 from matplotlib.axes import Axes
+from matplotlib.ticker import MaxNLocator
 from torch import Tensor
 from tqdm import tqdm
 
@@ -154,6 +155,7 @@ def draw_losses(axes: Axes, run: Run) -> None:
     axes.plot(epochs, run.train_losses, label="training, shifted and with dropout")
     axes.plot(epochs, [measured.loss for measured in run.test], label="test")
     axes.set(title="Cross-entropy", xlabel="epoch", yscale="log")
+    axes.xaxis.set_major_locator(MaxNLocator(integer=True))
     axes.grid(alpha=0.3)
     axes.legend(frameon=False)
 

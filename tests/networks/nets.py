@@ -35,7 +35,7 @@ def mobilenet(width: int = 32) -> fn.Layer:
 
     features = [fn.serial(*conv_norm(width, 3, 2, 1))]
     before = width
-    for channels, stride in ((2 * width, 1), (4 * width, 2), (4 * width, 1), (8 * width, 2)):
+    for channels, stride in ((2 * width, 1), (4 * width, 2), (4 * width, 1)):
         features.append(separable(before, channels, stride))
         before = channels
     return fn.serial(
