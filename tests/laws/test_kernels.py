@@ -11,8 +11,8 @@ from funcnet.testing import check_layer
 LAYERS_WITH_KERNELS = {
     "celu", "conv2d", "elu", "embedding", "gelu", "glu", "hardsigmoid", "hardswish", "hardtanh",
     "layer_norm", "leaky_relu", "log_softmax", "batch_norm", "relu", "relu6", "selu", "sigmoid",
-    "silu", "softmax", "softplus", "tanh", "norm", "max_pool2d", "group_norm", "hardshrink",
-    "logsigmoid", "mish", "prelu", "rms_norm", "running_norm", "softmin", "softshrink", "threshold",
+    "silu", "softmax", "softplus", "tanh", "norm", "max_pool2d", "group_norm", "shrink",
+    "logsigmoid", "mish", "prelu", "rms_norm", "running_norm", "softmin", "threshold",
 }  # fmt: skip
 
 
