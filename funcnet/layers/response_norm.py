@@ -24,7 +24,7 @@ def sum_around(x: Tensor, before: int, after: int) -> Tensor:
 
 
 def respond(x: Tensor, sums: Tensor, factor: float, beta: float, k: float) -> tuple[Tensor, Any]:
-    """``y = x d^-beta`` with ``d = k + factor sums``, and the residuals of `response_backward`."""
+    """``y = x d^-beta`` with ``d = k + factor sums``, and the residuals of both backward passes."""
     d = sums * factor + k
     scale = d.pow(-beta)
     return x * scale, {"x": x, "d": d, "scale": scale}
