@@ -122,6 +122,8 @@ from funcnet.layers.gated import (
 )
 from funcnet.layers.group_norm import (
     group_norm as group_norm,
+)
+from funcnet.layers.instance_norm import (
     instance_norm as instance_norm,
     instance_norm1d as instance_norm1d,
     instance_norm2d as instance_norm2d,

@@ -10,10 +10,10 @@ from funcnet.testing import check_layer
 
 LAYERS_WITH_KERNELS = {
     "batch_norm", "celu", "convolution", "elu", "embedding", "embedding_bag", "gelu", "glu",
-    "group_norm", "hardshrink", "hardsigmoid", "hardswish", "hardtanh", "layer_norm",
-    "leaky_relu", "log_softmax", "logsigmoid", "max_pool2d", "mish", "norm", "prelu", "relu",
-    "relu6", "rms_norm", "running_norm", "selu", "sigmoid", "silu", "softmax", "softmin",
-    "softplus", "softshrink", "tanh", "threshold",
+    "group_norm", "hardsigmoid", "hardswish", "hardtanh", "layer_norm", "leaky_relu",
+    "log_softmax", "logsigmoid", "max_pool2d", "mish", "norm", "prelu", "relu", "relu6",
+    "rms_norm", "running_norm", "selu", "shrink", "sigmoid", "silu", "softmax", "softmin",
+    "softplus", "tanh", "threshold",
 }  # fmt: skip
 
 
