@@ -5,7 +5,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from funcnet.core import Loss
-from funcnet.losses.checks import check_prediction, check_range, labels
+from funcnet.losses.checks import check_prediction, check_range, labels, refuse_reduction
 from funcnet.losses.lift import from_formulas, pointwise
 
 
@@ -139,6 +139,7 @@ def focal(alpha: float = 0.25, gamma: float = 2.0, reduction: str = "mean") -> L
     >>> focal().apply(torch.tensor([0.0, 3.0]), torch.tensor([1.0, 1.0]))
     tensor(0.0217)
     """
+    refuse_reduction("focal", alpha)
     if not (0.0 <= alpha <= 1.0 or alpha == -1):
         raise ValueError(f"focal: alpha must be in [0, 1] or -1, got {alpha}")
     if not gamma >= 0:
