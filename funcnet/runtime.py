@@ -79,3 +79,17 @@ def storage_id(tensor: Tensor) -> int:
 
 softmax_backward = torch.ops.aten._softmax_backward_data
 log_softmax_backward = torch.ops.aten._log_softmax_backward_data
+
+adaptive_avg_pool_backward = {
+    2: torch.ops.aten._adaptive_avg_pool2d_backward,
+    3: torch.ops.aten._adaptive_avg_pool3d_backward,
+}
+"""By the number of spatial dimensions."""
+
+
+def interpolate_backward(mode: str, dims: int, antialias: bool) -> Callable[..., Tensor]:
+    """The backward pass of ``F.interpolate``."""
+    exact = mode == "nearest-exact"
+    name = f"_upsample_nearest_exact{dims}d" if exact else f"upsample_{mode}{dims}d"
+    name = f"_{name}_aa" if antialias else name
+    return getattr(torch.ops.aten, f"{name}_backward")

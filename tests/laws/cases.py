@@ -1,5 +1,6 @@
 """Every layer, combinator, loss and optimizer of the library, with arguments to check them on."""
 
+import cases_pooling
 import cases_spatial
 import torch
 
@@ -87,6 +88,7 @@ LAYERS = {
     "max_pool2d with indices": (fn.max_pool2d(2, return_indices=True), IMAGES[0]),
     "embedding": (fn.embedding(5, 3), TOKENS),
     **cases_spatial.LAYERS,
+    **cases_pooling.LAYERS,
 }
 
 COMBINATORS = {
