@@ -104,7 +104,8 @@ def _fractional_max_pool(
     Inputs: x of shape (batch, channels, height, width) or without a batch, floating; a key when
         ``train=True``, unless the samples are given.
     VJP: dy goes to where the maximum was found; the residual is these indices.
-    Raises: ValueError without a key, or where ``kernel + output_size - 1`` is more than x's size.
+    Raises: ValueError without a key, or where ``kernel + output_size - 1`` is more than the size
+        of x, or as much, in 3 dimensions.
     Source: ``torch.nn.FractionalMaxPool2d``; Graham 2014, "Fractional max-pooling".
 
     >>> fn.fractional_max_pool2d(2, 3).apply({}, torch.arange(25.0).reshape(1, 5, 5))[0]
@@ -125,9 +126,10 @@ def _fractional_max_pool(
     def init(x: Tensor) -> Params:
         params = check(x)
         size, wanted = x.shape[-dims:], size_of(x.shape[-dims:])
-        fits = all([k + m - 1 <= n for k, m, n in zip(kernel, wanted, size, strict=True)])
-        given = f"got a kernel of {kernel} and an output of {wanted} for {tuple(size)}"
-        require(fits, f"expects kernel_size + output_size - 1 of at most x's size, {given}")
+        most = [n - (dims == 3) for n in size]  # as torch has it
+        fits = all([1 <= m <= end - k + 1 for k, m, end in zip(kernel, wanted, most, strict=True)])
+        given = f"got {kernel} and {wanted} for x of size {tuple(size)}"
+        require(fits, f"expects kernel_size + output_size - 1 of at most {tuple(most)}, {given}")
         expected = (*_batch(x, dims), dims)
         fits = random_samples is None or tuple(random_samples.shape) == expected
         require(fits, f"expects random_samples of shape {expected}")

@@ -23,10 +23,9 @@ def made(name, dims, *args, **options):
     return getattr(fn, f"{name}{dims}d")(*args, **options)
 
 
-def unpooled(dims, **options):
+def unpooled(dims, x):
     """Values and indices, as of a pooling."""
-    pool = made("max_pool", dims, 2, return_indices=True, **options)
-    return pool.apply({}, BATCH[dims])[0]
+    return made("max_pool", dims, 2, return_indices=True).apply({}, x)[0]
 
 
 LAYERS = {
@@ -42,11 +41,14 @@ LAYERS = {
         for dims in DIMS
     },
     **{
-        f"max_unpool{dims}d": (made("max_unpool", dims, 2), unpooled(dims)) for dims in DIMS
+        f"max_unpool{dims}d": (
+            made("max_unpool", dims, 2), unpooled(dims, draw(6, *[4] * (dims + 1))),
+        )
+        for dims in DIMS
     },
     **{
         f"max_unpool{dims}d of a size": (
-            made("max_unpool", dims, 2, output_size=BATCH[dims].shape), unpooled(dims),
+            made("max_unpool", dims, 2, output_size=BATCH[dims].shape), unpooled(dims, BATCH[dims]),
         )
         for dims in DIMS
     },
@@ -91,7 +93,7 @@ LAYERS = {
     "fractional_max_pool2d with indices": (
         fn.fractional_max_pool2d((2, 1), output_ratio=0.5, return_indices=True), BATCH[2][0],
     ),
-    "fractional_max_pool3d": (fn.fractional_max_pool3d(2, 2), BATCH[3]),
+    "fractional_max_pool3d": (fn.fractional_max_pool3d((1, 2, 1), 2), BATCH[3]),
     "fractional_max_pool3d of samples": (
         fn.fractional_max_pool3d(
             1, output_ratio=(0.4, 0.7, 0.9), random_samples=fn.random.uniform(fn.key(1), (2, 4, 3))
