@@ -134,7 +134,7 @@ def _adaptive_avg_pool_kernel(dy: Tensor, size: tuple[int, ...]) -> Tensor:
     if not runtime.is_tracing():
         return runtime.adaptive_avg_pool_backward[len(size)](dy, like_x(dy, size))
     # jit has no program for that one. Windows of one size are those of `avg_pool2d`.
-    if any([m == 0 or n % m for n, m in zip(size, windows, strict=True)]):
+    if any([n % m for n, m in zip(size, windows, strict=True)]):
         return adaptive_avg_pool_backward(dy, size)
     kernel = tuple([n // m for n, m in zip(size, windows, strict=True)])
     window = Window(kernel, (1,) * len(size), (0,) * len(size), kernel)

@@ -98,8 +98,8 @@ def _fractional_max_pool(
         output_ratio: in its place y's size, as a part of x's, in (0, 1).
         return_indices: whether y is ``(y, indices)``, with indices into the dimensions
             (height, width) of x as one.
-        random_samples: the samples, in the place of drawn ones: of shape (batch, channels, 2),
-            where that of the width comes before that of the height in 2 dimensions.
+        random_samples: the samples, in the place of drawn ones: of shape (batch or more, channels,
+            2), where that of the width comes before that of the height in 2 dimensions.
 
     Inputs: x of shape (batch, channels, height, width) or without a batch, floating; a key when
         ``train=True``, unless the samples are given.
@@ -130,15 +130,18 @@ def _fractional_max_pool(
         fits = all([1 <= m <= end - k + 1 for k, m, end in zip(kernel, wanted, most, strict=True)])
         given = f"got {kernel} and {wanted} for x of size {tuple(size)}"
         require(fits, f"expects kernel_size + output_size - 1 of at most {tuple(most)}, {given}")
-        expected = (*_batch(x, dims), dims)
-        fits = random_samples is None or tuple(random_samples.shape) == expected
-        require(fits, f"expects random_samples of shape {expected}")
+        if random_samples is not None:
+            batch, channels = _batch(x, dims)
+            got = tuple(random_samples.shape)
+            fits = len(got) == 3 and got[0] >= batch and got[1:] == (channels, dims)
+            expected = f"at least ({batch}, {channels}, {dims})"
+            require(fits, f"expects random_samples of shape {expected}, got {got}")
         return params
 
     def forward(params: Params, x: Tensor, state: Params, key: Key, train: bool) -> Forward:
         size, shape = tuple(x.shape[-dims:]), (*_batch(x, dims), dims)
         if random_samples is not None:
-            samples = random_samples.to(x.device, x.dtype)
+            samples = random_samples[: shape[0]].to(x.device, x.dtype)
         elif train and key is not None:
             samples = random.uniform(key, shape, x.dtype, device=x.device)
         else:

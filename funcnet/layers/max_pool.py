@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from funcnet import tree
+from funcnet import runtime, tree
 from funcnet.core import EMPTY, Layer
 from funcnet.errors import require
 from funcnet.layers.spatial import (
@@ -41,9 +41,13 @@ def put(dy: Tensor, indices: Tensor, size: Sequence[int]) -> Tensor:
 def _max_pool_kernel(
     dy: Tensor, size: tuple[int, ...], window: Window, ceil_mode: bool, indices: Tensor
 ) -> Tensor:
-    images, volumes = aten.max_pool2d_with_indices_backward, aten.max_pool3d_with_indices_backward
+    backward = aten.max_pool2d_with_indices_backward
+    if len(size) == 3:
+        if runtime.is_tracing():  # jit has a program for images alone
+            return put(dy, indices, size)
+        backward = aten.max_pool3d_with_indices_backward
     options = (window.kernel, window.stride, window.padding, window.dilation, ceil_mode)
-    return (images if len(size) == 2 else volumes)(dy, like_x(dy, size), *options, indices)
+    return backward(dy, like_x(dy, size), *options, indices)
 
 
 @with_kernel(_max_pool_kernel)
@@ -103,6 +107,8 @@ def _max_pool(
 
 @of_images
 def _adaptive_max_pool_kernel(dy: Tensor, size: tuple[int, ...], indices: Tensor) -> Tensor:
+    if runtime.is_tracing():  # jit has no program for it
+        return put(dy, indices, size)
     images, volumes = aten.adaptive_max_pool2d_backward, aten.adaptive_max_pool3d_backward
     return (images if len(size) == 2 else volumes)(dy, like_x(dy, size), indices)
 
@@ -186,8 +192,8 @@ def _max_unpool(
     """
     name = f"max_unpool{dims}d"
     window = window_of(name, dims, kernel_size, stride, padding)
-    if output_size is not None and not isinstance(output_size, int):
-        output_size = output_size[-dims:] if len(output_size) == dims + 2 else output_size
+    if isinstance(output_size, Sequence) and len(output_size) in (dims + 1, dims + 2):
+        output_size = output_size[-dims:]
     wanted = None if output_size is None else sizes(f"{name}: output_size", output_size, dims, 0)
 
     def size_of(values: Tensor) -> tuple[int, ...]:

@@ -132,10 +132,16 @@ def values_of(dy: Any) -> Tensor:
 
 
 def of_images(kernel: Callable[..., Tensor]) -> Callable[..., Tensor]:
-    """A kernel ``(dy, size, ...)`` of images that takes sequences too: as images of height one."""
+    """A kernel ``(dy, size, ...)`` of images that takes sequences too: as images of height one.
+
+    Options that are a `Window` become one over images, residuals get a height; dy may be empty,
+    and beside None for indices.
+    """
 
     def run(dy: Any, size: tuple[int, ...], *options: Any, **residuals: Tensor) -> Tensor:
         dy = values_of(dy)
+        if dy.numel() == 0:  # which kernels refuse
+            return dy.new_zeros(like_x(dy, size).shape)
         if len(size) > 1:
             return kernel(dy, size, *options, **residuals)
         options = tuple([o.over_images() if isinstance(o, Window) else o for o in options])
