@@ -27,9 +27,25 @@ def _checked(least: int, form: str) -> Any:
 _images = _checked(3, "(*, channels, height, width)")
 
 
+def _shuffled(x: Tensor, factor: int) -> Tensor:
+    """``F.pixel_shuffle``, of no images too."""
+    *batch, channels, height, width = x.shape
+    if x.numel() > 0:
+        return F.pixel_shuffle(x, factor)
+    return x.reshape(*batch, channels // factor**2, height * factor, width * factor)
+
+
+def _unshuffled(x: Tensor, factor: int) -> Tensor:
+    """``F.pixel_unshuffle``, of no images too."""
+    *batch, channels, height, width = x.shape
+    if x.numel() > 0:
+        return F.pixel_unshuffle(x, factor)
+    return x.reshape(*batch, channels * factor**2, height // factor, width // factor)
+
+
 def pixel_shuffle_backward(dy: Tensor | None, factor: int) -> Tensor | None:
     """Each square of pixels back to channels."""
-    return None if dy is None else F.pixel_unshuffle(dy, factor)
+    return None if dy is None else _unshuffled(dy, factor)
 
 
 def pixel_shuffle(upscale_factor: int) -> Layer:
@@ -59,14 +75,14 @@ def pixel_shuffle(upscale_factor: int) -> Layer:
         return EMPTY
 
     def forward(x: Tensor) -> Step:
-        return F.pixel_shuffle(x, r), {}, (r,)
+        return _shuffled(x, r), {}, (r,)
 
     return parameterless(forward, pixel_shuffle_backward, declaration=declaration)
 
 
 def pixel_unshuffle_backward(dy: Tensor | None, factor: int) -> Tensor | None:
     """Channels back to squares of pixels."""
-    return None if dy is None else F.pixel_shuffle(dy, factor)
+    return None if dy is None else _shuffled(dy, factor)
 
 
 def pixel_unshuffle(downscale_factor: int) -> Layer:
@@ -95,7 +111,7 @@ def pixel_unshuffle(downscale_factor: int) -> Layer:
         return EMPTY
 
     def forward(x: Tensor) -> Step:
-        return F.pixel_unshuffle(x, r), {}, (r,)
+        return _unshuffled(x, r), {}, (r,)
 
     return parameterless(forward, pixel_unshuffle_backward, declaration=declaration)
 

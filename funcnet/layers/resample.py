@@ -84,30 +84,45 @@ class Resampling(NamedTuple):
                 [0.2500, 0.7500],
                 [0.0000, 1.0000]], dtype=torch.float64)]
         """
-        matrix = self._nearest if self.mode in _NEAREST else self._weights
         given = zip(size, wanted, self.scales, strict=True)
-        return [matrix(*each, like) for each in given]
+        return [self._weights(*each, like.device) for each in given]
+
+    def places(self, size: Sequence[int], wanted: Sequence[int], like: Tensor) -> list[Tensor]:
+        """Which value of x each of y is, for each dimension, where it is the nearest one.
+
+        Value o of y is at ``floor(o step)`` or, if exact, at ``floor((o + 1/2) step)``.
+
+        >>> Resampling("nearest", False, False, (None,)).places([2], [4], torch.ones(1))
+        [tensor([0, 0, 1, 1])]
+        """
+        # In torch's precision: the floor of a product shows how it was rounded.
+        double = like.dtype == torch.float64 and like.device.type != "cuda"
+        dtype, offset = (torch.float64 if double else torch.float32), 0.5 * (self.mode != "nearest")
+        found = []
+        for n, m, scale in zip(size, wanted, self.scales, strict=True):
+            place = torch.arange(m, dtype=dtype, device=like.device) + offset
+            found.append((place * (1.0 / scale if scale else n / m)).long().clamp(max=n - 1))
+        return found
 
     def has_kernel(self, size: Sequence[int], wanted: Sequence[int]) -> bool:
         """Whether the backward pass of PyTorch is the transpose of its forward pass.
 
-        For the nearest value it is where no product of a place and the step is rounded: torch has
-        other precisions there, and takes the ratio of the sizes for the scale where that is 1 or
-        2. For others a dimension, or a bicubic image, that keeps its size is as it was in one of
-        the two passes, whatever the scale.
+        For the nearest value it is where no product of a place and the step is rounded, and the
+        step is the ratio of the sizes: these passes, and those for other orders in memory, round
+        in their own ways. For others it is where no dimension keeps its size at a scale that is
+        not 1, but is resampled in one of the passes.
         """
         given = [*zip(size, wanted, self.scales, strict=True)]
         if self.mode in _NEAREST:
             return all([(1024 * n / m).is_integer() and s in (None, m / n) for n, m, s in given])
         return all([n != m or s in (None, 1.0) for n, m, s in given])
 
-    def _weights(self, size: int, wanted: int, scale: float | None, like: Tensor) -> Tensor:
+    def _weights(self, size: int, wanted: int, scale: float | None, device: Any) -> Tensor:
         """A value of x counts by its distance from where that of y lies.
 
         Before and after x there are its first and its last value. With antialias there is nothing,
         distances are in steps where these are larger than 1, and all is divided by the sum.
         """
-        device = like.device
         place = torch.arange(wanted, dtype=torch.float64, device=device)[:, None]
         if size == wanted and (self.antialias or self.mode != "bicubic"):
             scale = 1.0  # whatever it was, as in torch
@@ -124,21 +139,14 @@ class Resampling(NamedTuple):
         counts = by_distance(around - source)
         return counts.new_zeros(wanted, size).index_add(1, around.clamp(0, size - 1), counts)
 
-    def _nearest(self, size: int, wanted: int, scale: float | None, like: Tensor) -> Tensor:
-        """The value at ``floor(o step)`` or, if exact, ``floor((o + 1/2) step)`` counts alone."""
-        step = 1.0 / scale if scale else size / wanted
-        # In torch's precision: the floor of a product shows how it was rounded.
-        double = like.dtype == torch.float64 and like.device.type != "cuda"
-        dtype = torch.float64 if double else torch.float32
-        place = torch.arange(wanted, dtype=dtype, device=like.device)[:, None]
-        source = ((place + 0.5 if self.mode == "nearest-exact" else place) * step).floor()
-        near = torch.arange(size, device=like.device)
-        return (source.clamp(max=size - 1) == near).to(torch.float64)
-
 
 def resample(x: Tensor, wanted: Sequence[int], how: Resampling) -> Tensor:
-    """x times the matrix of each dimension."""
-    return apply_each(x, how.matrices(x.shape[2:], wanted, x))
+    """x times the matrix of each dimension, or its nearest values."""
+    if how.mode not in _NEAREST:
+        return apply_each(x, how.matrices(x.shape[2:], wanted, x))
+    for dim, places in enumerate(how.places(x.shape[2:], wanted, x), 2):
+        x = x.index_select(dim, places)
+    return x
 
 
 def _resample_kernel(dy: Tensor, size: tuple[int, ...], how: Resampling) -> Tensor:
@@ -151,14 +159,25 @@ def _resample_kernel(dy: Tensor, size: tuple[int, ...], how: Resampling) -> Tens
 
 @with_kernel(_resample_kernel)
 def resample_backward(dy: Tensor, size: tuple[int, ...], how: Resampling) -> Tensor:
-    """dy times the transposed matrix of each dimension."""
-    return apply_each(dy, [each.mT for each in how.matrices(size, dy.shape[2:], dy)])
+    """dy times the transposed matrix of each dimension, or added to the nearest values."""
+    wanted = dy.shape[2:]
+    if how.mode not in _NEAREST:
+        return apply_each(dy, [each.mT for each in how.matrices(size, wanted, dy)])
+    dx = dy.to(torch.promote_types(dy.dtype, torch.float32))
+    for dim, places in enumerate(how.places(size, wanted, dy), 2):
+        zeros = dx.new_zeros((*dx.shape[:dim], size[dim - 2], *dx.shape[dim + 1 :]))
+        dx = zeros.index_add(dim, places, dx)
+    return dx.to(dy.dtype)
 
 
 def _is_formula(size: Sequence[int], wanted: Sequence[int], how: Resampling) -> bool:
-    """Whether the formula is used for want of a rule for vmap, or of a program under jit."""
-    plain = how.mode == "nearest" and how.has_kernel(size, wanted)
-    return runtime.is_transformed() and not plain
+    """Whether PyTorch's forward pass is not used.
+
+    Most modes have no program under jit, and some no rule for vmap.
+    """
+    if how.mode in _NEAREST and not how.has_kernel(size, wanted):
+        return True
+    return how.mode != "nearest" and runtime.is_transformed()
 
 
 def upsample(
