@@ -70,20 +70,21 @@ from funcnet.layers.activations import (
     celu as celu,
     elu as elu,
     gelu as gelu,
-    hardsigmoid as hardsigmoid,
-    hardswish as hardswish,
-    hardtanh as hardtanh,
-    leaky_relu as leaky_relu,
     logsigmoid as logsigmoid,
     mish as mish,
-    relu as relu,
-    relu6 as relu6,
     selu as selu,
     sigmoid as sigmoid,
     silu as silu,
     softplus as softplus,
     softsign as softsign,
     tanh as tanh,
+    tanhshrink as tanhshrink,
+)
+from funcnet.layers.batch_norm import (
+    batch_norm as batch_norm,
+)
+from funcnet.layers.bilinear import (
+    bilinear as bilinear,
 )
 from funcnet.layers.conv import (
     conv1d as conv1d,
@@ -93,11 +94,24 @@ from funcnet.layers.conv import (
     conv_transpose2d as conv_transpose2d,
     conv_transpose3d as conv_transpose3d,
 )
+from funcnet.layers.distances import (
+    cosine_similarity as cosine_similarity,
+    pairwise_distance as pairwise_distance,
+)
 from funcnet.layers.dropout import (
+    alpha_dropout as alpha_dropout,
+    drop_path as drop_path,
     dropout as dropout,
+    dropout1d as dropout1d,
+    dropout2d as dropout2d,
+    dropout3d as dropout3d,
+    feature_alpha_dropout as feature_alpha_dropout,
 )
 from funcnet.layers.embedding import (
     embedding as embedding,
+)
+from funcnet.layers.embedding_bag import (
+    embedding_bag as embedding_bag,
 )
 from funcnet.layers.fold import (
     fold as fold,
@@ -106,12 +120,22 @@ from funcnet.layers.fold import (
 from funcnet.layers.gated import (
     glu as glu,
 )
+from funcnet.layers.group_norm import (
+    group_norm as group_norm,
+    instance_norm as instance_norm,
+    instance_norm1d as instance_norm1d,
+    instance_norm2d as instance_norm2d,
+    instance_norm3d as instance_norm3d,
+)
+from funcnet.layers.layer_norm import (
+    layer_norm as layer_norm,
+    rms_norm as rms_norm,
+)
 from funcnet.layers.linear import (
     linear as linear,
 )
-from funcnet.layers.norm import (
-    batch_norm as batch_norm,
-    layer_norm as layer_norm,
+from funcnet.layers.noise import (
+    gaussian_noise as gaussian_noise,
 )
 from funcnet.layers.padding import (
     circular_pad1d as circular_pad1d,
@@ -130,11 +154,29 @@ from funcnet.layers.padding import (
     zero_pad2d as zero_pad2d,
     zero_pad3d as zero_pad3d,
 )
+from funcnet.layers.piecewise import (
+    hardshrink as hardshrink,
+    hardsigmoid as hardsigmoid,
+    hardswish as hardswish,
+    hardtanh as hardtanh,
+    leaky_relu as leaky_relu,
+    relu as relu,
+    relu6 as relu6,
+    softshrink as softshrink,
+    threshold as threshold,
+)
 from funcnet.layers.pooling import (
     max_pool2d as max_pool2d,
 )
 from funcnet.layers.prelu import (
     prelu as prelu,
+)
+from funcnet.layers.response_norm import (
+    cross_map_lrn as cross_map_lrn,
+    local_response_norm as local_response_norm,
+)
+from funcnet.layers.rrelu import (
+    rrelu as rrelu,
 )
 from funcnet.layers.shape import (
     concat as concat,
@@ -149,6 +191,8 @@ from funcnet.layers.shape import (
 from funcnet.layers.softmax import (
     log_softmax as log_softmax,
     softmax as softmax,
+    softmax2d as softmax2d,
+    softmin as softmin,
 )
 from funcnet.layers.tuples import (
     add as add,
@@ -164,14 +208,26 @@ from funcnet.lift import (
 from funcnet.losses import (
     bce as bce,
     bce_with_logits as bce_with_logits,
+    cosine_embedding as cosine_embedding,
     cross_entropy as cross_entropy,
+    focal as focal,
+    gaussian_nll as gaussian_nll,
     hinge as hinge,
+    hinge_embedding as hinge_embedding,
     huber as huber,
     kl_div as kl_div,
     mae as mae,
+    margin_ranking as margin_ranking,
     mse as mse,
+    multi_margin as multi_margin,
+    multilabel_margin as multilabel_margin,
+    multilabel_soft_margin as multilabel_soft_margin,
     nll as nll,
+    poisson_nll as poisson_nll,
     smooth_l1 as smooth_l1,
+    soft_margin as soft_margin,
+    triplet_margin as triplet_margin,
+    triplet_margin_with_distance as triplet_margin_with_distance,
 )
 from funcnet.optimizers import (
     adam as adam,

@@ -12,25 +12,27 @@
       apply(prediction, target)                             -> value
       vjp  (prediction, target)                             -> (value, pullback)
            pullback(dvalue=1.0)                             -> dprediction
+      The value is a scalar or, with reduction="none", one number per element; dvalue has its
+      shape, and a Python number stands for one that is the same for all elements.
 
     Optimizer  = (init_state, update)
       init_state(params)                                    -> opt_state
       update(grads, opt_state, params)                      -> (updates, opt_state)
 """
 
-from collections.abc import Callable, Hashable, Mapping
-from functools import reduce
+from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
-import optree
-import torch
 from torch import Tensor
 
-from funcnet import tree
-from funcnet.errors import require
-
-Tree = Any
-"""A pytree of tensors: a tensor, or a tuple or dict of trees."""
+from funcnet.pullbacks import (
+    LossPullback as LossPullback,
+    Pullback as Pullback,
+    Tree as Tree,
+    kinds_of as kinds_of,
+    pull as pull,
+    sum_cotangents as sum_cotangents,
+)
 
 Params = Mapping[str, Any]
 """A nested dict with string keys and tensor leaves. State is one too."""
@@ -116,7 +118,10 @@ class Layer(_Triple):
 
 
 class Loss(NamedTuple):
-    """Two pure functions, ``(apply, vjp)``: a scalar of a prediction and a target."""
+    """Two pure functions, ``(apply, vjp)``, of a prediction and a target.
+
+    The value is a scalar, which one can train on, or has one number per element.
+    """
 
     apply: Callable[[Tree, Tree], Tensor]
     vjp: Callable[[Tree, Tree], tuple[Tensor, "LossPullback"]]
@@ -167,162 +172,11 @@ class TrainState(NamedTuple):
     step: Tensor
 
 
-class Pullback:
-    """The linear map from the cotangent of a layer's output to those of its params and input.
-
-    It is a rule and the residuals that the forward pass left for it: ``pullback(dy)`` is
-    ``rule(residuals, dy, *static, params=True, x=True)``. As a pytree node its leaves are the
-    residual tensors, so optree functions map over, move, count and compress them.
-
-    Args:
-        rule: a module-level function ``(residuals, dy, *static, params, x) -> (dparams, dx)``.
-            It gets a dict of its own and may empty it, to let residuals go early. It returns
-            None for the half that was not asked for, and does not compute it.
-        residuals: a dict from names to trees; other pullbacks may be among them.
-        static: hashable arguments of the rule.
-        y: the output, if known. Its shape is kept, and a ``dy`` of another is refused.
-        name: of the layer, for errors; default that of the rule. `stateless` and `stateful` give
-            the output and the name of the layers that they lift.
-
-    >>> import funcnet as fn
-    >>> y, pullback, _ = fn.tanh().vjp({}, torch.tensor([0.0, 1.0]))
-    >>> pullback
-    Pullback(elementwise_rule, residuals=['y'], static=(<function tanh_derivative at ...>,))
-    >>> pullback(torch.ones(2))
-    ({}, tensor([1.0000, 0.4200]))
-    >>> pullback(torch.ones(()))
-    Traceback (most recent call last):
-    ...
-    ValueError: tanh: pullback expects dy of shape (2,), got ()
-    """
-
-    __slots__ = ("expected", "residuals", "rule", "static")
-
-    def __init__(
-        self,
-        rule: Callable[..., Any],
-        residuals: Mapping[str, Tree],
-        static: tuple[Hashable, ...] = (),
-        y: Tree = None,
-        name: str | None = None,
-    ) -> None:
-        self.rule = rule
-        self.residuals = residuals
-        self.static = static
-        self.expected = None if y is None else (name, *kinds_of(y))
-
-    def __call__(self, dy: Tree, *, params: bool = True, x: bool = True) -> tuple[Tree, Tree]:
-        """``(dparams, dx)``; the half that is not asked for is None and costs nothing."""
-        self._check(dy)
-        return self.rule(dict(self.residuals), dy, *self.static, params=params, x=x)
-
-    def _check(self, dy: Tree) -> None:
-        if self.expected is None:
-            return
-        name, treedef, kinds = self.expected
-        if type(dy) is Tensor and kinds == ((dy.shape, dy.dtype),) and dy.is_floating_point():
-            return
-        name = name or getattr(self.rule, "__name__", "").removesuffix("_rule")
-        wrong, found = f"{name}: pullback expects", tree.describe(dy)
-        try:
-            cotangents = treedef.flatten_up_to(dy)
-        except (ValueError, TypeError):
-            form = f"a {treedef.type.__name__} of {treedef.num_children}"
-            raise ValueError(f"{wrong} {form}, got {found}") from None
-        got = tuple(dy.shape) if isinstance(dy, Tensor) else found
-        for cotangent, (shape, dtype) in zip(cotangents, kinds, strict=True):
-            if dtype.is_floating_point:
-                fits = isinstance(cotangent, Tensor) and cotangent.shape == shape
-                require(fits, f"{wrong} dy of shape {tuple(shape)}, got {got}")
-                right = cotangent.dtype == dtype
-                require(right, f"{wrong} dy of {dtype}, got {found}", TypeError)
-            else:
-                nothing = cotangent is None
-                require(nothing, f"{wrong} dy None for an integer output, got {found}")
-
-    def __repr__(self) -> str:
-        rule, kind = getattr(self.rule, "__name__", self.rule), type(self).__name__
-        return f"{kind}({rule}, residuals={list(self.residuals)}, static={self.static})"
-
-
-_LEAF = optree.treespec_leaf()
-
-
-def kinds_of(y: Tree) -> tuple[Any, tuple[Any, ...]]:
-    """The structure of an output, and the shapes and dtypes of its leaves."""
-    if type(y) is Tensor:
-        return _LEAF, ((y.shape, y.dtype),)
-    leaves, treedef = optree.tree_flatten(y)
-    return treedef, tuple([(leaf.shape, leaf.dtype) for leaf in leaves])
-
-
-class LossPullback(Pullback):
-    """The pullback of a loss: ``pullback(dvalue=1.0) -> dprediction``."""
-
-    __slots__ = ()
-
-    def __call__(self, dvalue: Tensor | float = 1.0) -> Tree:  # type: ignore[override]
-        if isinstance(dvalue, Tensor) and dvalue.dim() != 0:
-            raise ValueError(f"pullback expects a scalar dvalue, got {tree.describe(dvalue)}")
-        return self.rule(dict(self.residuals), dvalue, *self.static)
-
-
 Applied = tuple[Tree, Params]
 """What ``apply`` returns: y and the new state."""
 
 Forward = tuple[Tree, Pullback, Params]
 """What ``vjp`` returns: y, the pullback and the new state."""
-
-
-def _register(kind: type[Pullback]) -> None:
-    def flatten(pullback: Any) -> tuple[Any, Any, Any]:
-        metadata = (pullback.rule, pullback.static, pullback.expected)
-        return (pullback.residuals,), metadata, ("residuals",)
-
-    def unflatten(metadata: Any, children: Any) -> Any:
-        (rule, static, expected), (residuals,) = metadata, children
-        pullback = kind(rule, residuals, static)
-        pullback.expected = expected
-        return pullback
-
-    optree.register_pytree_node(
-        kind,  # type: ignore[arg-type]
-        flatten,
-        unflatten,
-        namespace=optree.registry.__GLOBAL_NAMESPACE,
-    )
-
-
-_register(Pullback)
-_register(LossPullback)
-
-
-def pull(
-    pullbacks: dict[str, Any], name: str, dy: Tree, *, params: bool, x: bool
-) -> tuple[Tree, Tree]:
-    """Take a child's pullback out of a rule's own dict and call it.
-
-    In a training step nothing else holds the child's residuals by then, so they are freed as
-    the backward pass consumes them, layer by layer. A pullback that somebody keeps keeps them.
-    """
-    pullback = pullbacks.pop(name)
-    rule, residuals, static = pullback.rule, dict(pullback.residuals), pullback.static
-    del pullback
-    return rule(residuals, dy, *static, params=params, x=x)
-
-
-def sum_cotangents(*cotangents: Tree) -> Tree:
-    """The sum of the cotangents of a value that was used several times.
-
-    None, the cotangent of an integer and of what was not asked for, counts as nothing.
-
-    >>> sum_cotangents(torch.ones(2), None, torch.ones(2))
-    tensor([2., 2.])
-    """
-    present = [cotangent for cotangent in cotangents if cotangent is not None]
-    if not present:
-        return None
-    return reduce(lambda a, b: tree.map(torch.add, a, b), present)
 
 
 def map_layers(function: Callable[[str, Layer], Layer], layer: Layer, path: str = "") -> Layer:

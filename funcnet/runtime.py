@@ -79,3 +79,9 @@ def storage_id(tensor: Tensor) -> int:
 
 softmax_backward = torch.ops.aten._softmax_backward_data
 log_softmax_backward = torch.ops.aten._log_softmax_backward_data
+embedding_bag_backward = torch.ops.aten._embedding_bag_dense_backward
+prelu_backward = torch.ops.aten._prelu_kernel_backward
+
+# On CUDA alone the two are kernels.
+rms_norm = torch.ops.aten._fused_rms_norm
+rms_norm_backward = torch.ops.aten._fused_rms_norm_backward

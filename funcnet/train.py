@@ -72,6 +72,11 @@ def _forward_backward(
         x, target = batch
         prediction, pullback, state = model.forward(params, x, state, key, train)
         value, loss_pullback = loss.vjp(prediction, target)
+        if value.dim():
+            raise ValueError(
+                f"loss: expects a scalar value to train on, got {tuple(value.shape)}; "
+                "pass reduction='mean' or reduction='sum' to the loss"
+            )
         measured = {"loss": value}
         for name, metric in metrics.items():
             measured[name] = metric(prediction, target)
@@ -132,7 +137,7 @@ def train_step(
     """The pure training step ``step(train_state, batch) -> (train_state, metrics)``.
 
     Args:
-        model, loss, optimizer: what the step is made of.
+        model, loss, optimizer: what the step is made of. The loss's value is a scalar.
         metrics: functions ``(prediction, target) -> tensor``, or losses, by name; beside the
             "loss", which is that of the params before the update.
         check_finite: raise ValueError with the path of the first layer whose output or cotangent

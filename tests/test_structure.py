@@ -14,6 +14,7 @@ MODULES = sorted(PACKAGE.rglob("*.py"))
 ORDER = [
     {"errors", "runtime", "tree", "random", "threefry"},
     {"compiler"},
+    {"pullbacks"},
     {"core"},
     {"initializers", "params", "lift"},
     {"layers"},

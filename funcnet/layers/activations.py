@@ -1,4 +1,4 @@
-"""Activations that work element by element: each with its derivative.
+"""Smooth activations that work element by element: each with its derivative.
 
 Where PyTorch has a fused kernel of dy times the derivative, the decorator names it.
 """
@@ -10,46 +10,12 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from funcnet.core import Layer
-from funcnet.lift import elementwise, with_kernel
+from funcnet.lift import Step, elementwise, parameterless, with_kernel
 
 aten = torch.ops.aten
 
 SELU_SCALE = 1.0507009873554804934193349852946
 SELU_ALPHA = 1.6732632423543772848170429916717
-
-
-@with_kernel(lambda dy, y: aten.threshold_backward.default(dy, y, 0))
-def relu_derivative(y: Tensor) -> Tensor:
-    """``[y > 0]``."""
-    return y > 0
-
-
-def relu() -> Layer:
-    """``y = max(x, 0)``; ``dx = dy [y > 0]``. Source: ``torch.nn.ReLU``.
-
-    >>> relu().apply({}, torch.tensor([-1.0, 2.0]))[0]
-    tensor([0., 2.])
-    """
-    return elementwise(torch.relu, relu_derivative, "y", name="relu")
-
-
-@with_kernel(lambda dy, x, slope: aten.leaky_relu_backward(dy, x, slope, False))
-def leaky_relu_derivative(x: Tensor, negative_slope: float) -> Tensor:
-    """``1 where x > 0, else the slope``."""
-    return torch.where(x > 0, 1.0, torch.full_like(x, negative_slope))
-
-
-def leaky_relu(negative_slope: float = 0.01) -> Layer:
-    """``y = x if x > 0 else negative_slope x``; ``dx = dy`` or ``negative_slope dy``.
-
-    Source: ``torch.nn.LeakyReLU``.
-
-    >>> leaky_relu(0.1).apply({}, torch.tensor([-1.0, 2.0]))[0]
-    tensor([-0.1000,  2.0000])
-    """
-    return elementwise(
-        F.leaky_relu, leaky_relu_derivative, options=(negative_slope,), name="leaky_relu"
-    )
 
 
 @with_kernel(aten.tanh_backward.default)
@@ -213,6 +179,7 @@ def softsign() -> Layer:
     return elementwise(F.softsign, softsign_derivative, name="softsign")
 
 
+@with_kernel(aten.mish_backward.default)
 def mish_derivative(x: Tensor) -> Tensor:
     """``t + x sigmoid(x) (1 - t^2) with t = tanh(softplus(x))``."""
     t = torch.tanh(F.softplus(x))
@@ -230,72 +197,8 @@ def mish() -> Layer:
     return elementwise(F.mish, mish_derivative, name="mish")
 
 
-@with_kernel(aten.hardtanh_backward.default)
-def hardtanh_derivative(x: Tensor, min_val: float, max_val: float) -> Tensor:
-    """``[min_val < x < max_val]``."""
-    return (x > min_val) & (x < max_val)
-
-
-def hardtanh(min_val: float = -1.0, max_val: float = 1.0) -> Layer:
-    """``y = min(max(x, min_val), max_val)``; ``dx = dy [min_val < x < max_val]``.
-
-    Source: ``torch.nn.Hardtanh``.
-
-    >>> hardtanh().apply({}, torch.tensor([-2.0, 0.5]))[0]
-    tensor([-1.0000,  0.5000])
-    """
-    if not min_val < max_val:
-        raise ValueError(f"hardtanh: expects min_val < max_val, got {min_val} and {max_val}")
-    return elementwise(F.hardtanh, hardtanh_derivative, options=(min_val, max_val), name="hardtanh")
-
-
-@with_kernel(aten.hardsigmoid_backward.default)
-def hardsigmoid_derivative(x: Tensor) -> Tensor:
-    """``[-3 < x < 3] / 6``."""
-    return torch.where((x > -3) & (x < 3), torch.full_like(x, 1 / 6), 0.0)
-
-
-def hardsigmoid() -> Layer:
-    """``y = min(max(x / 6 + 1/2, 0), 1)``; ``dx = dy [-3 < x < 3] / 6``. ``torch.nn.Hardsigmoid``.
-
-    >>> hardsigmoid().apply({}, torch.tensor([-4.0, 1.5]))[0]
-    tensor([0.0000, 0.7500])
-    """
-    return elementwise(F.hardsigmoid, hardsigmoid_derivative, name="hardsigmoid")
-
-
-@with_kernel(aten.hardswish_backward.default)
-def hardswish_derivative(x: Tensor) -> Tensor:
-    """``x / 3 + 1/2 where -3 <= x <= 3, else 0 or 1``."""
-    return torch.where(x < -3, 0.0, torch.where(x <= 3, x / 3 + 0.5, 1.0))
-
-
-def hardswish() -> Layer:
-    """``y = x hardsigmoid(x)``; ``dx = dy (x / 3 + 1/2)`` where -3 < x < 3.
-
-    Source: ``torch.nn.Hardswish``.
-
-    >>> hardswish().apply({}, torch.tensor([-4.0, 1.5]))[0]
-    tensor([-0.0000, 1.1250])
-    """
-    return elementwise(F.hardswish, hardswish_derivative, name="hardswish")
-
-
-@with_kernel(lambda dy, x: aten.hardtanh_backward(dy, x, 0.0, 6.0))
-def relu6_derivative(x: Tensor) -> Tensor:
-    """``[0 < x < 6]``."""
-    return (x > 0) & (x < 6)
-
-
-def relu6() -> Layer:
-    """``y = min(max(x, 0), 6)``; ``dx = dy [0 < x < 6]``. Source: ``torch.nn.ReLU6``.
-
-    >>> relu6().apply({}, torch.tensor([-1.0, 8.0]))[0]
-    tensor([0., 6.])
-    """
-    return elementwise(F.relu6, relu6_derivative, name="relu6")
-
-
+# As the derivative of -softplus(-x); PyTorch's own kernel wants a second residual.
+@with_kernel(lambda dy, x: aten.softplus_backward(dy, -x, 1, 40))
 def logsigmoid_derivative(x: Tensor) -> Tensor:
     """``sigmoid(-x)``."""
     return torch.sigmoid(-x)
@@ -308,3 +211,22 @@ def logsigmoid() -> Layer:
     tensor([-0.6931, -0.1269])
     """
     return elementwise(F.logsigmoid, logsigmoid_derivative, name="logsigmoid")
+
+
+def tanhshrink_backward(dy: Tensor, t: Tensor) -> Tensor:
+    """``dx = dy t^2`` with ``t = tanh(x)``."""
+    return dy * t * t
+
+
+def tanhshrink() -> Layer:
+    """``y = x - tanh(x)``; ``dx = dy tanh(x)^2``. Source: ``torch.nn.Tanhshrink``.
+
+    >>> tanhshrink().apply({}, torch.tensor([0.0, 1.0]))[0]
+    tensor([0.0000, 0.2384])
+    """
+
+    def forward(x: Tensor) -> Step:
+        t = torch.tanh(x)
+        return x - t, {"t": t}, ()
+
+    return parameterless(forward, tanhshrink_backward)

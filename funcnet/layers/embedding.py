@@ -1,6 +1,6 @@
 """The embedding: a layer whose input is an index and has no cotangent."""
 
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -27,6 +27,14 @@ def embedding_backward(
     return rows.new_zeros((num_embeddings, rows.shape[1])).index_add(0, x, rows)
 
 
+def renormalized(rows: Tensor, max_norm: float | None, norm_type: float) -> Tensor:
+    """Rows longer than ``max_norm`` scaled to that length, by the formula that torch has."""
+    if max_norm is None:
+        return rows
+    norm = torch.linalg.vector_norm(rows, norm_type, -1, keepdim=True)
+    return torch.where(norm > max_norm, rows * (max_norm / (norm + 1e-7)), rows)
+
+
 def embedding_rule(
     residuals: dict[str, Tensor], dy: Tensor, *static: int, params: bool, x: bool
 ) -> Grads:
@@ -36,11 +44,50 @@ def embedding_rule(
     return {"weight": fastest(embedding_backward, dy)(dy, residuals["x"], *static)}, None
 
 
+class Rows(NamedTuple):
+    """The table that indices point into, as `embedding` and `embedding_bag` declare it."""
+
+    number: int
+    size: int
+    padding: int
+
+    @classmethod
+    def of(cls, name: str, number: int, size: int, padding_idx: int | None, sparse: bool) -> "Rows":
+        """From the arguments of a constructor; ValueError for wrong ones. No padding is -1."""
+        require(number >= 0, f"{name}: num_embeddings must be >= 0, got {number}")
+        require(size >= 0, f"{name}: embedding_dim must be >= 0, got {size}")
+        inside = padding_idx is None or -number <= padding_idx < number
+        require(inside, f"{name}: padding_idx must be within {number} rows, got {padding_idx}")
+        dense = "gradients have the structure of the params, so they are dense"
+        require(not sparse, f"{name}: sparse must be False, got {sparse}; {dense}")
+        return cls(number, size, -1 if padding_idx is None else padding_idx % number)
+
+    def declared(
+        self, weight_init: Initializer | None, dtype: torch.dtype | None
+    ) -> dict[str, Param]:
+        """The weight: N(0, 1) by default, with zeros in the row of the padding."""
+
+        def start(key: Tensor, shape: tuple[int, ...], *kind: Any) -> Tensor:
+            weight = (weight_init or initializers.normal())(key, shape, *kind)
+            is_padding = torch.arange(self.number, device=weight.device) == self.padding
+            return weight.masked_fill(is_padding[:, None], 0.0) if self.padding >= 0 else weight
+
+        return {"weight": Param((self.number, self.size), start, dtype)}
+
+
+def is_index(x: Any) -> bool:
+    """Whether x is a tensor of indices."""
+    return isinstance(x, Tensor) and x.dtype in (torch.int32, torch.int64)
+
+
 def embedding(
     num_embeddings: int,
     embedding_dim: int,
     padding_idx: int | None = None,
+    max_norm: float | None = None,
+    norm_type: float = 2.0,
     scale_grad_by_freq: bool = False,
+    sparse: bool = False,
     *,
     weight_init: Initializer | None = None,
     dtype: torch.dtype = torch.float32,
@@ -51,7 +98,12 @@ def embedding(
         num_embeddings: the number of rows; x lies in [0, num_embeddings).
         embedding_dim: the size of a row.
         padding_idx: a row that starts as zeros and gets no gradient.
+        max_norm: rows longer than this are scaled to this length in y. In torch that changes the
+            weight itself; here the weight stays, and its gradient is what torch's would be: as
+            if the scaled row had been the parameter.
+        norm_type: the p of the p-norm that ``max_norm`` limits.
         scale_grad_by_freq: divide a row's gradient by how often the row occurs in x.
+        sparse: only False: gradients have the structure of the params.
         weight_init: default N(0, 1).
         dtype: of the weight, since x has none to give.
 
@@ -60,8 +112,7 @@ def embedding(
     Params: ``weight`` (num_embeddings, embedding_dim).
     VJP: ``dweight[i] = sum dy[x = i]``; dx is None.
     Raises: TypeError for x that is not an integer, ValueError for an index out of range.
-    Source: ``torch.nn.Embedding``, without ``max_norm`` (it changes the weight in the forward
-    pass) and ``sparse``.
+    Source: ``torch.nn.Embedding``.
 
     >>> import funcnet as fn
     >>> layer = fn.embedding(3, 2)
@@ -76,33 +127,24 @@ def embedding(
             [0., 0.],
             [2., 2.]])}, None)
     """
-    rows = num_embeddings
-    require(rows >= 0, f"embedding: num_embeddings must be >= 0, got {rows}")
-    require(embedding_dim >= 0, f"embedding: embedding_dim must be >= 0, got {embedding_dim}")
-    inside = padding_idx is None or -rows <= padding_idx < rows
-    require(inside, f"embedding: padding_idx must be within {rows} rows, got {padding_idx}")
-    padding = -1 if padding_idx is None else padding_idx % rows
-    static = (rows, padding, scale_grad_by_freq)
-
-    def start(key: Tensor, shape: tuple[int, ...], *kind: Any) -> Tensor:
-        weight = (weight_init or initializers.normal())(key, shape, *kind)
-        is_padding = torch.arange(rows, device=weight.device) == padding
-        return weight.masked_fill(is_padding[:, None], 0.0) if padding >= 0 else weight
+    rows = Rows.of("embedding", num_embeddings, embedding_dim, padding_idx, sparse)
+    static = (rows.number, rows.padding, scale_grad_by_freq)
 
     @declare
     def init(x: Tensor) -> dict[str, Param]:
-        indices = isinstance(x, Tensor) and x.dtype in (torch.int32, torch.int64)
-        require(indices, f"expects int32 or int64 indices, got {tree.describe(x)}", TypeError)
-        return {"weight": Param((rows, embedding_dim), start, dtype)}
+        wrong = f"expects int32 or int64 indices, got {tree.describe(x)}"
+        require(is_index(x), wrong, TypeError)
+        return rows.declared(weight_init, dtype)
 
     def apply(params: Params, x: Tensor) -> Tensor:
         try:
             # What is passed beside the weight says how autograd treats it, as in torch.nn.
             by_freq = scale_grad_by_freq
-            return F.embedding(x, params["weight"], padding_idx, scale_grad_by_freq=by_freq)
+            y = F.embedding(x, params["weight"], padding_idx, scale_grad_by_freq=by_freq)
         except IndexError:
             got = f"got indices from {int(x.min())} to {int(x.max())}"
-            raise ValueError(f"embedding: expects indices in [0, {rows}), {got}") from None
+            raise ValueError(f"embedding: expects indices in [0, {rows.number}), {got}") from None
+        return renormalized(y, max_norm, norm_type)
 
     def vjp(params: Params, x: Tensor) -> tuple[Tensor, Pullback]:
         return apply(params, x), Pullback(embedding_rule, {"x": x}, static)

@@ -18,24 +18,23 @@ Padding = tuple[int, ...]
 
 def pad(x: Tensor, padding: Padding, mode: str, value: float = 0.0) -> Tensor:
     """``F.pad``; a negative padding crops."""
-    if mode == "constant":
-        return torch.constant_pad_nd(x, padding, value)
-    if min(padding) < 0:
-        x = torch.constant_pad_nd(x, [min(each, 0) for each in padding])
-        padding = tuple([max(each, 0) for each in padding])
-    return F.pad(x, padding, mode)
+    return F.pad(x, padding, mode, value if mode == "constant" else None)
 
 
 def pad_backward(dy: Any, padding: Padding, mode: str) -> Any:
     """The pullback of `pad`: what came from x's edges goes back to them."""
     if dy is None:  # of integers
         return None
-    if mode != "constant":
-        for i in range(len(padding) // 2):
-            added = [max(each, 0) for each in padding[2 * i : 2 * i + 2]]
-            dy = _fold_edges(dy, -1 - i, added[0], added[1], mode)
-        padding = tuple([min(each, 0) for each in padding])
-    return torch.constant_pad_nd(dy, [-each for each in padding]) if any(padding) else dy
+    if mode == "constant":
+        return torch.constant_pad_nd(dy, [-each for each in padding])
+    cropped = [max(-each, 0) for each in padding]
+    crops_first = mode == "circular"  # so that what is cropped is not seen at the other end
+    if not crops_first:
+        dy = torch.constant_pad_nd(dy, cropped) if any(cropped) else dy
+    for i in range(len(padding) // 2):
+        before, after = [max(each, 0) for each in padding[2 * i : 2 * i + 2]]
+        dy = _fold_edges(dy, -1 - i, before, after, mode)
+    return torch.constant_pad_nd(dy, cropped) if crops_first and any(cropped) else dy
 
 
 def _fold_edges(dy: Tensor, dim: int, before: int, after: int, mode: str) -> Tensor:

@@ -4,26 +4,32 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from funcnet import tree
+from funcnet import runtime, tree
 from funcnet.core import Grads, Layer, Params, Pullback
 from funcnet.errors import require
 from funcnet.initializers import constant
-from funcnet.lift import require_floating, stateless
+from funcnet.lift import fastest, require_floating, stateless, with_kernel
 from funcnet.params import Param, declare
 
 
+@with_kernel(runtime.prelu_backward)
+def prelu_backward(dy: Tensor, x: Tensor, slope: Tensor) -> tuple[Tensor, Tensor]:
+    """``dx = dy [x > 0] + slope dy [x <= 0]``, and ``dslope = dy x [x <= 0]`` of each element."""
+    positive = x > 0
+    return torch.where(positive, dy, dy * slope), torch.where(positive, 0.0, dy * x)
+
+
 def prelu_rule(residuals: dict[str, Tensor], dy: Tensor, *, params: bool, x: bool) -> Grads:
-    """``dx = dy [x > 0] + weight dy [x <= 0]``, ``dweight = sum dy x [x <= 0]`` by channel."""
+    """``dweight`` is the sum of `prelu_backward`'s dslope, by channel if there are several."""
     inputs, weight = residuals["x"], residuals["weight"]
     # One slope is for all, several are for dimension 1.
-    single = weight.numel() == 1
-    slope = weight.reshape([1] * inputs.dim() if single else [-1] + [1] * (inputs.dim() - 2))
-    positive = inputs > 0
+    several = weight.numel() > 1
+    slope = weight.reshape([-1 if several and dim == 1 else 1 for dim in range(inputs.dim())])
+    dx, by_slope = fastest(prelu_backward, dy, inputs, slope)(dy, inputs, slope)
     dparams = None
     if params:
-        by_slope = torch.where(positive, 0.0, dy * inputs)
         dparams = {"weight": by_slope.sum_to_size(slope.shape).reshape(weight.shape)}
-    return dparams, torch.where(positive, dy, dy * slope) if x else None
+    return dparams, dx if x else None
 
 
 def prelu(

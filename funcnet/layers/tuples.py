@@ -1,13 +1,26 @@
 """Layers from and to tuples: what `branch` and `parallel` are joined with."""
 
 from functools import reduce
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from funcnet import tree
 from funcnet.core import EMPTY, Layer, Params, Tree, sum_cotangents
+from funcnet.errors import require
 from funcnet.lift import Step, accept_any, parameterless
+
+
+def floating_pair(x: Any) -> tuple[Tensor, Tensor]:
+    """The two inputs; ValueError or TypeError unless they are floating and of one dtype."""
+    pair = type(x) is tuple and len(x) == 2 and all([isinstance(part, Tensor) for part in x])
+    require(pair, f"expects a tuple (x1, x2) of tensors, got {tree.describe(x)}")
+    x1, x2 = x
+    alike = x1.is_floating_point() and x1.dtype == x2.dtype
+    wrong = f"expects floating-point tensors of one dtype, got {tree.describe(x)}"
+    require(alike, wrong, TypeError)
+    return x1, x2
 
 
 def _require_alike(x: tuple[Tensor, ...]) -> Params:

@@ -1,28 +1,145 @@
-"""Lifts of losses: `pointwise` from a function of each element, `loss_of` from a ``vjp``."""
+"""Lifts of losses: from the formulas of a loss to a `Loss`, with its reductions and its checks.
+
+`loss_of` takes a forward and a backward pass, `from_formulas` a function and its derivative, and
+`pointwise` a function of each element and its derivative.
+"""
 
 from collections.abc import Callable, Hashable, Mapping
-from typing import Any
+from typing import Any, NamedTuple
 
 from torch import Tensor
 
-from funcnet.core import EMPTY, Loss, LossPullback, function_name
-from funcnet.losses.checks import broadcastable, check_pair
-from funcnet.losses.reductions import check_reduction, divided, divisor, reduced
+from funcnet.core import EMPTY, Loss, LossPullback, Tree, function_name
+from funcnet.losses.checks import broadcastable, check_pair, check_tensor, refuse_reduction
+from funcnet.losses.reductions import REDUCTIONS, check_reduction, divided, reduced
 
 
-def pointwise_rule(
+class Elements(NamedTuple):
+    """The forward pass of a loss: the loss of each element, and what the backward pass is told."""
+
+    values: Tensor
+    residuals: Mapping[str, Tree]
+    static: tuple[Hashable, ...] = ()
+    total: Tensor | float | None = None
+    """What "mean" divides by, where that is not the number of elements."""
+
+
+def loss_rule(
     residuals: dict[str, Any],
     dvalue: Tensor | float,
-    derivative: Callable[..., Tensor],
+    backward: Callable[..., Tree],
+    n: float,
+    *static: Hashable,
+) -> Tree:
+    """``dprediction = backward(dvalue / n, *static, **residuals)``."""
+    d = divided(dvalue, residuals.get("n", n))
+    return backward(d, *static, **residuals["elements"])
+
+
+def loss_of(
+    forward: Callable[[Tree, Tree], Elements],
+    backward: Callable[..., Tree],
     reduction: str,
+    *,
+    reductions: tuple[str, ...] = REDUCTIONS,
+    name: str,
+) -> Loss:
+    """A loss, from the forward and the backward pass of its elements.
+
+    Args:
+        forward: ``(prediction, target) -> Elements``.
+        backward: ``(d, *static, **residuals) -> dprediction``, a module-level function. d is the
+            cotangent of the elements: a tensor of their shape, or a scalar for all of them.
+        reduction: one of ``reductions``; see `reduced`.
+        name: what errors call the loss.
+    """
+    check_reduction(name, reduction, reductions)
+
+    def vjp(prediction: Tree, target: Tree) -> tuple[Tensor, LossPullback]:
+        elements, residuals, static, total = forward(prediction, target)
+        value, n = reduced(elements, reduction, total)
+        kept: dict[str, Any] = {"elements": residuals}
+        if isinstance(n, Tensor):
+            kept["n"], n = n, 1
+        return value, LossPullback(loss_rule, kept, (backward, n, *static), value, name)
+
+    def apply(prediction: Tree, target: Tree) -> Tensor:
+        return vjp(prediction, target)[0]
+
+    return Loss(apply, vjp)
+
+
+def from_formulas(
+    function: Callable[..., Tensor],
+    derivative: Callable[..., Tree],
+    reduction: str,
+    *,
+    check: Callable[[str, Any, Any], Any],
+    weight: Tensor | None = None,
+    options: tuple[Hashable, ...] = (),
+    tensors: Mapping[str, Tensor | None] = EMPTY,
+    reductions: tuple[str, ...] = REDUCTIONS,
+    name: str | None = None,
+) -> Loss:
+    """A loss, from the function that gives its elements and the derivative of these.
+
+    Args:
+        function: ``(prediction, target) -> elements``.
+        derivative: ``(prediction, target) -> derivative``, a module-level function: a tree like
+            the prediction, whose leaves have the elements' dimensions and then any others.
+        check: ``(name, prediction, target) -> target``: raises for what does not fit, and gives
+            the target that the formulas take.
+        weight, options, tensors, reductions, name: see `pointwise`.
+
+    VJP: ``dprediction = d weight derivative(prediction, target) / n``.
+    """
+    name = name or function_name(function)
+    for option, value in {"weight": weight, **tensors}.items():
+        check_tensor(name, option, value)
+    for option_value in options:
+        refuse_reduction(name, option_value)
+    present = {option: value for option, value in tensors.items() if value is not None}
+
+    def forward(prediction: Any, target: Any) -> Elements:
+        target = check(name, prediction, target)
+        given = {
+            option: broadcastable(name, option, value, prediction)
+            for option, value in present.items()
+        }
+        residuals: dict[str, Any] = {"prediction": prediction, "target": target, "tensors": given}
+        if weight is not None:
+            residuals["weight"] = broadcastable(name, "weight", weight, prediction)
+        elements = function(prediction, target, *options, **given)
+        if weight is not None:
+            elements = elements * residuals["weight"]
+        return Elements(elements, residuals, (derivative, *options))
+
+    return loss_of(forward, formula_backward, reduction, reductions=reductions, name=name)
+
+
+def formula_backward(
+    d: Tensor | float,
+    derivative: Callable[..., Tree],
     *options: Hashable,
-) -> Tensor:
-    """``dprediction = d weight derivative(prediction, target) / n``."""
-    prediction, target = residuals["prediction"], residuals["target"]
-    gradient = derivative(prediction, target, *options, **residuals["tensors"])
-    if "weight" in residuals:
-        gradient = gradient * residuals["weight"]
-    return gradient * divided(dvalue, divisor(prediction, reduction))
+    prediction: Tree,
+    target: Tensor,
+    tensors: Mapping[str, Tensor],
+    weight: Tensor | None = None,
+) -> Tree:
+    """``d weight derivative(prediction, target)``."""
+    gradient = derivative(prediction, target, *options, **tensors)
+    if weight is not None:
+        gradient = gradient * weight
+    return times(d, gradient)
+
+
+def times(d: Tensor | float, gradient: Tree) -> Tree:
+    """Gradients of elements, each times that element's d, in their own dtype."""
+    if isinstance(gradient, tuple):
+        return tuple([times(d, part) for part in gradient])
+    if isinstance(d, Tensor) and 0 < d.dim() < gradient.dim():
+        d = d.reshape(d.shape + (1,) * (gradient.dim() - d.dim()))
+    return (gradient * d).to(gradient.dtype)
 
 
 def pointwise(
@@ -33,11 +150,11 @@ def pointwise(
     weight: Tensor | None = None,
     options: tuple[Hashable, ...] = (),
     tensors: Mapping[str, Tensor | None] = EMPTY,
-    reductions: tuple[str, ...] = ("mean", "sum"),
+    reductions: tuple[str, ...] = REDUCTIONS,
     check: Callable[[Tensor, Tensor], None] | None = None,
     name: str | None = None,
 ) -> Loss:
-    """A loss that is the mean or the sum of a function of each element.
+    """A loss that is a function of each element of a prediction and of a target of its shape.
 
     Args:
         function: ``(prediction, target) -> elements``, all of one shape.
@@ -48,8 +165,8 @@ def pointwise(
         options: passed to both functions after the target, such as a margin.
         tensors: passed to both functions by name, in the prediction's dtype; they broadcast to
             its shape. Those that are None are left out.
-        reductions: what ``reduction`` may be: "mean" and "sum", "batchmean", the sum divided by
-            the size of the first dimension, or "half_mean", half of that.
+        reductions: what ``reduction`` may be: "none", "mean" and "sum", "batchmean", the sum
+            divided by the size of the first dimension, or "half_mean", half of that.
         check: ``(prediction, target)`` raises where it refuses their values.
         name: what errors call the loss; by default the function's name.
 
@@ -66,34 +183,21 @@ def pointwise(
     (tensor(0.2169), tensor([0.0000, 0.3808]))
     >>> fn.testing.check_loss(loss, torch.tensor([1.0, 2.0]), torch.tensor([0.5, 1.0]))
     """
-    name = name or function_name(function)
-    check_reduction(name, reduction, reductions)
-    present = {option: value for option, value in tensors.items() if value is not None}
-    static = (derivative, reduction, *options)
 
-    def vjp(prediction: Tensor, target: Tensor) -> tuple[Tensor, LossPullback]:
+    def check_both(name: str, prediction: Tensor, target: Tensor) -> Tensor:
         check_pair(name, prediction, target)
-        given = {
-            option: broadcastable(name, option, value, prediction)
-            for option, value in present.items()
-        }
-        residuals: dict[str, Any] = {"prediction": prediction, "target": target, "tensors": given}
-        if weight is not None:
-            residuals["weight"] = broadcastable(name, "weight", weight, prediction)
         if check is not None:
             check(prediction, target)
-        elements = function(prediction, target, *options, **given)
-        if weight is not None:
-            elements = elements * residuals["weight"]
-        return reduced(elements, reduction), LossPullback(pointwise_rule, residuals, static)
+        return target
 
-    return loss_of(vjp)
-
-
-def loss_of(vjp: Callable[[Tensor, Tensor], tuple[Tensor, LossPullback]]) -> Loss:
-    """The loss with this ``vjp``, whose ``apply`` is its value, so that the two agree."""
-
-    def apply(prediction: Tensor, target: Tensor) -> Tensor:
-        return vjp(prediction, target)[0]
-
-    return Loss(apply, vjp)
+    return from_formulas(
+        function,
+        derivative,
+        reduction,
+        check=check_both,
+        weight=weight,
+        options=options,
+        tensors=tensors,
+        reductions=reductions,
+        name=name,
+    )

@@ -1,33 +1,50 @@
-"""How the values of elements become the value of a loss, and what their gradients are scaled by."""
+"""How the losses of the elements become the value of a loss, and what gradients are scaled by."""
 
 import torch
 from torch import Tensor
 
+REDUCTIONS = ("none", "mean", "sum")
 
-def check_reduction(name: str, reduction: str, allowed: tuple[str, ...] = ("mean", "sum")) -> None:
+
+def check_reduction(name: str, reduction: str, allowed: tuple[str, ...] = REDUCTIONS) -> None:
     """Raise ValueError unless the reduction is one of those that the loss has."""
     if reduction not in allowed:
         raise ValueError(f"{name}: reduction must be one of {allowed}, got {reduction!r}")
 
 
-def divisor(elements: Tensor, reduction: str) -> float:
-    """What the sum over the elements is divided by."""
-    if reduction == "mean":
-        return elements.numel()
+def reduced(
+    elements: Tensor, reduction: str, total: Tensor | float | None = None
+) -> tuple[Tensor, Tensor | float]:
+    """The value of a loss, and n, what the sum over the elements was divided by.
+
+    Args:
+        elements: their losses.
+        reduction: "none" leaves them as they are, "sum" adds them up. "mean" divides their sum by
+            their number, "batchmean" by the size of the first dimension, and "half_mean" by twice
+            that.
+        total: what "mean" divides by, where that is not the number of elements.
+    """
+    if reduction == "none":
+        return elements, 1
+    if reduction == "sum":
+        return elements.sum(), 1
+    if reduction == "mean" and total is None:
+        return elements.mean(), elements.numel()
     batch = elements.shape[0] if elements.dim() else 1
-    return {"sum": 1, "batchmean": batch, "half_mean": 2 * batch}[reduction]
+    n = {"mean": total, "batchmean": batch, "half_mean": 2 * batch}[reduction]
+    assert n is not None
+    return (wide_sum(elements) / n).to(elements.dtype), n
 
 
-def reduced(elements: Tensor, reduction: str) -> Tensor:
-    """``elements.sum() / divisor(elements, reduction)``."""
-    if reduction == "mean":
-        return elements.mean()
-    total = elements.sum()
-    return total if reduction == "sum" else total / divisor(elements, reduction)
+def wide_sum(values: Tensor) -> Tensor:
+    """The sum in float32 at least: half precision cannot count far."""
+    return values.sum(dtype=torch.promote_types(values.dtype, torch.float32))
 
 
 def divided(dvalue: Tensor | float, n: Tensor | float) -> Tensor | float:
     """``dvalue / n``, and 0 where n is 0: a sum over nothing has no gradient."""
     if isinstance(n, Tensor):
         return torch.where(n == 0, 0.0, dvalue / n)
+    if n == 1:
+        return dvalue
     return dvalue / n if n else 0.0

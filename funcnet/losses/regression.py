@@ -7,24 +7,23 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from funcnet.core import Loss, LossPullback
+from funcnet.core import Loss, Tree
 from funcnet.losses.checks import check_pair
-from funcnet.losses.lift import loss_of, pointwise
-from funcnet.losses.reductions import check_reduction, divided, divisor, reduced
+from funcnet.losses.lift import Elements, loss_of, pointwise, times
+from funcnet.losses.reductions import REDUCTIONS
 
 
-def mse_rule(residuals: dict[str, Tensor], dvalue: Tensor | float, reduction: str) -> Tensor:
-    """``dprediction = 2 d (prediction - target) / n``."""
-    error = residuals["error"]
-    return error * divided(2 * dvalue, divisor(error, reduction))
+def mse_backward(d: Tensor | float, *, error: Tensor) -> Tree:
+    """``2 d (prediction - target)``."""
+    return times(2 * d, error)
 
 
 def mse(reduction: str = "mean") -> Loss:
     """``(prediction - target)^2``; ``dprediction = 2 d (prediction - target) / n``.
 
     Args:
-        reduction: "mean", "sum", or "half_mean": the sum over all divided by twice the batch's
-            size, so that the gradient of an example is plainly ``prediction - target``.
+        reduction: "none", "mean", "sum", or "half_mean": the sum over all divided by twice the
+            batch's size, so that the gradient of an example is plainly ``prediction - target``.
 
     Source: ``torch.nn.MSELoss``.
 
@@ -32,15 +31,14 @@ def mse(reduction: str = "mean") -> Loss:
     >>> value, pullback()
     (tensor(2.5000), tensor([1., 2.]))
     """
-    check_reduction("mse", reduction, ("mean", "sum", "half_mean"))
 
-    def vjp(prediction: Tensor, target: Tensor) -> tuple[Tensor, LossPullback]:
+    def forward(prediction: Tensor, target: Tensor) -> Elements:
         check_pair("mse", prediction, target)
         error = prediction - target
-        value = reduced(error.square(), reduction)
-        return value, LossPullback(mse_rule, {"error": error}, (reduction,))
+        return Elements(error.square(), {"error": error})
 
-    return loss_of(vjp)
+    reductions = (*REDUCTIONS, "half_mean")
+    return loss_of(forward, mse_backward, reduction, reductions=reductions, name="mse")
 
 
 def _absolute_error(prediction: Tensor, target: Tensor) -> Tensor:

@@ -66,6 +66,7 @@ def _with_zeros(inputs: Tree, cotangents: Tree) -> Tree:
     filled = [
         torch.zeros_like(leaf) if found.get(path) is None else found[path]
         for path, leaf in by_path(inputs).items()
+        if leaf is not None
     ]
     return optree.tree_unflatten(optree.tree_structure(inputs), filled)
 

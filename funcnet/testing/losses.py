@@ -18,8 +18,8 @@ from funcnet.testing.assertions import (
     named,
     require,
 )
-from funcnet.testing.derivatives import autograd
-from funcnet.testing.samples import cast, perturbed, scaled, stack
+from funcnet.testing.derivatives import autograd, require_finite_differences
+from funcnet.testing.samples import cast, cotangent, non_contiguous, perturbed, scaled, stack
 from funcnet.transforms import vmap as mapping
 
 
@@ -32,12 +32,24 @@ class Case:
         self.value, self.pullback = loss.vjp(prediction, target)
         self.residuals = Unchanged(residuals=self.pullback)
         self.gradient = self.pullback()
+        self.dvalue = cotangent(random.key(0), self.value)
 
 
 def check_value(case: Case) -> None:
-    """The value is a scalar."""
-    scalar = isinstance(case.value, Tensor) and case.value.dim() == 0
-    require(scalar, "the value is a scalar")
+    """The value is a floating-point tensor; dvalue has its shape, and no other."""
+    floating = isinstance(case.value, Tensor) and case.value.is_floating_point()
+    require(floating, "the value is a floating-point tensor")
+    require(_takes(case, case.dvalue), "the pullback takes a dvalue of the value's shape")
+    other = _takes(case, torch.ones_like(case.value)[None])
+    require(not other, "the pullback refuses a dvalue of another shape with ValueError")
+
+
+def _takes(case: Case, dvalue: Tensor) -> bool:
+    try:
+        case.pullback(dvalue)
+    except ValueError:
+        return False
+    return True
 
 
 def check_pure(case: Case) -> None:
@@ -46,6 +58,8 @@ def check_pure(case: Case) -> None:
     case.arguments.check()
     case.residuals.check()
     equal("pullback() is pullback(1.0)", case.gradient, case.pullback(1.0))
+    ones = case.pullback(torch.ones_like(case.value))
+    close("pullback() is that of a dvalue of ones", case.gradient, ones)
     equal("the same pullback gives the same gradient", case.gradient, case.pullback())
     value, pullback = case.loss.vjp(case.prediction, case.target)
     equal("the same arguments, the same value", case.value, value)
@@ -76,8 +90,12 @@ def check_linear(case: Case) -> None:
     """The pullback is linear in dvalue, a number or a tensor."""
     expected = scaled(case.gradient, -2.5)
     close("the pullback is linear", expected, case.pullback(-2.5), case.rtol)
-    dvalue = torch.tensor(-2.5, dtype=torch.float64)
-    close("dvalue may be a tensor", expected, case.pullback(dvalue), case.rtol)
+    other = cotangent(random.key(1), case.value)
+    expected = tree.map(
+        lambda a, b: 2.0 * a - 3.0 * b, case.pullback(case.dvalue), case.pullback(other)
+    )
+    mixed = case.pullback(2.0 * case.dvalue - 3.0 * other)
+    close("the pullback is linear in a tensor", expected, mixed, case.rtol)
     case.residuals.check()
     case.arguments.check()
 
@@ -92,13 +110,24 @@ def check_no_autograd(case: Case) -> None:
 
 
 def check_derivative(case: Case) -> None:
-    """The pullback agrees with torch's autograd through apply."""
-    expected = autograd(
-        lambda prediction: case.loss.apply(prediction, case.target),
-        case.prediction,
-        torch.ones_like(case.value),
-    )
-    close("the pullback agrees with autograd", expected, case.gradient, case.rtol)
+    """The pullback agrees with torch's autograd through apply, and with finite differences."""
+
+    def value(prediction: Tree) -> Tensor:
+        return case.loss.apply(prediction, case.target)
+
+    gradient = case.pullback(case.dvalue)
+    expected = autograd(value, case.prediction, case.dvalue)
+    close("the pullback agrees with autograd", expected, gradient, case.rtol)
+    key = random.key(2)
+    require_finite_differences(key, value, case.prediction, case.dvalue, gradient)
+
+
+def check_memory_layout(case: Case) -> None:
+    """A prediction or a dvalue that is not contiguous gives the same result."""
+    value, pullback = case.loss.vjp(tree.map(non_contiguous, case.prediction), case.target)
+    close("a non-contiguous prediction gives the same value", case.value, value)
+    expected, got = case.pullback(case.dvalue), pullback(non_contiguous(case.dvalue))
+    close("a non-contiguous dvalue gives the same gradient", expected, got)
 
 
 def check_float32(case: Case) -> None:
@@ -106,6 +135,7 @@ def check_float32(case: Case) -> None:
     prediction, target = cast(case.prediction, torch.float32), cast(case.target, torch.float32)
     value, pullback = case.loss.vjp(prediction, target)
     alike("dprediction is like the prediction", prediction, pullback())
+    alike("whatever the dtype of dvalue", prediction, pullback(case.dvalue))
     require(value.dtype == torch.float32, "the value has the prediction's dtype")
 
 
@@ -115,7 +145,7 @@ def check_vmap(case: Case) -> None:
 
     def run(prediction: Tree) -> Tree:
         value, pullback = case.loss.vjp(prediction, case.target)
-        return value, pullback()
+        return value, pullback(), pullback(case.dvalue)
 
     together = mapping.vmap(run)(stack(members))
     alone = stack([run(member) for member in members])
@@ -130,6 +160,7 @@ LAWS: dict[str, Callable[[Case], None]] = {
     "linear": check_linear,
     "no autograd": check_no_autograd,
     "derivative": check_derivative,
+    "memory layout": check_memory_layout,
     "float32": check_float32,
     "vmap": check_vmap,
 }
@@ -149,7 +180,7 @@ def check_loss(
 
     Args:
         loss: the loss.
-        prediction, target: examples, away from kinks.
+        prediction, target: examples, away from kinks. Either may be a tree.
         derivative: False for a rule that is meant not to be the derivative.
         vmap: False for a loss that cannot.
         rtol: the greatest relative error of the derivative.

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from funcnet import tree
-from funcnet.core import EMPTY, Forward, Grads, Key, Layer, Params, Pullback, Tree, pull
+from funcnet.core import Forward, Grads, Key, Layer, Params, Pullback, Tree, pull
 from funcnet.errors import locate, require
 from funcnet.lift import stateful
 from funcnet.random import fold_in
@@ -79,12 +79,17 @@ def repeat(layer: Layer, n: int) -> Layer:
         return loop(params, x, state, key, one)
 
     def forward(params: Params, x: Tree, state: Params, key: Key, train: bool) -> Forward:
-        def one(params: Params, x: Tree, state: Params, key: Key) -> Any:
-            y, pullback, state = layer.forward(params, x, state, key, train)
-            return y, (pullback, state)
+        form: Any = None
 
-        y, (pullbacks, new_state) = loop(params, x, state, key, one)
-        return y, Pullback(repeat_rule, {"": pullbacks}, (n,)), new_state or {**EMPTY}
+        def one(params: Params, x: Tree, state: Params, key: Key) -> Any:
+            nonlocal form
+            y, pullback, state = layer.forward(params, x, state, key, train)
+            saved, form = _without(tree.leaves(params), pullback)
+            return y, (saved, state)
+
+        y, (saved, new_state) = loop(params, x, state, key, one)
+        residuals = {"saved": saved, "params": params or {}}
+        return y, Pullback(repeat_rule, residuals, (n, *form)), new_state or {}
 
     return stateful(
         init,
@@ -97,12 +102,28 @@ def repeat(layer: Layer, n: int) -> Layer:
     )
 
 
-def repeat_rule(residuals: Any, dy: Tree, n: int, *, params: bool, x: bool) -> Grads:
+def _without(own: list[Tensor], pullback: Pullback) -> tuple[list[Tensor], Any]:
+    """A pullback's residuals that are not parameters, so that these are not stacked once more.
+
+    Beside them its structure, and for each residual the parameter that it is, or None.
+    """
+    leaves, treedef = tree.flatten(pullback)
+    which = {id(leaf): place for place, leaf in enumerate(own)}
+    places = tuple([which.get(id(leaf)) for leaf in leaves])
+    saved = [leaf for leaf, place in zip(leaves, places, strict=True) if place is None]
+    return saved, (treedef, places)
+
+
+def repeat_rule(
+    residuals: Any, dy: Tree, n: int, treedef: Any, places: Any, *, params: bool, x: bool
+) -> Grads:
     """The pullbacks of the copies, from the last to the first."""
 
-    def body(dy: Tree, pullback: Pullback) -> tuple[Tree, Any]:
-        dparams, dx = pull({"": pullback}, "", dy, params=params, x=True)
+    def body(dy: Tree, residuals: Any) -> tuple[Tree, Any]:
+        saved, own = iter(residuals["saved"]), tree.leaves(residuals["params"])
+        leaves = [next(saved) if place is None else own[place] for place in places]
+        dparams, dx = pull({"": treedef.unflatten(leaves)}, "", dy, params=params, x=True)
         return dx, dparams
 
-    dx, dparams = scan(body, dy, residuals[""], length=n, reverse=True)
+    dx, dparams = scan(body, dy, residuals, length=n, reverse=True)
     return (dparams or {}) if params else None, dx if x else None

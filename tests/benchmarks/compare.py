@@ -56,7 +56,13 @@ WORKLOADS = [
     ],
     *[
         Workload(
-            f"{net}, batch {batch}", net, batch=batch, threads=2, memory=True, repeat_first=True
+            f"{net}, batch {batch}",
+            net,
+            batch=batch,
+            optimizer="adamw",
+            threads=2,
+            memory=True,
+            repeat_first=True,
         )
         for net, batch in (
             ("cnn", 64),
@@ -65,6 +71,8 @@ WORKLOADS = [
             ("blocks", 4),
             ("mixer", 64),
             ("tabular", 256),
+            ("resnet18", 32),
+            ("unet", 8),
         )
     ],
     Workload("a million uniform draws", draws=10**6),
@@ -72,6 +80,7 @@ WORKLOADS = [
     Workload("population of 100, disk net, batch 5", batch=5, threads=2, members=100),
     Workload("population of 100, disk net, batch 100", threads=2, members=100),
     Workload("population of 1000, disk net, batch 100", threads=2, members=1000),
+    Workload("population of 100, digits CNN, batch 32", "digits", batch=32, threads=2, members=100),
 ]
 # Each peer's program and mode.
 PEERS = {
@@ -92,11 +101,11 @@ NOTES = f"""\
 A time is the median over the rounds, of a step: in a scan one of {STEPS}, in a population that of
 all members. The last columns are {OURS} over the peer. The disk net is 2-25-25-25-2; nets given
 by their sizes have ReLU and the loss MSE, those with a name are in peers/*_nets.py and train with
-cross entropy and AdamW (fused where PyTorch is eager; JAX has the images' channels last). States
-are donated where a peer can. torch.compile is the compiled model and loss, and the compiled
-optimizer step. Torch loops over the steps of a scan, and trains
-a population by torch.func.vmap, or one by one: its models in turn. Remat is in blocks of two
-layers. Memory is data, state and all else"""
+cross entropy and AdamW, fused where PyTorch is eager; a population of them with SGD. JAX has the
+images' channels last. States are donated where a peer can. torch.compile is the compiled model and
+loss, and the compiled optimizer step. Torch loops over the steps of a scan, and trains a population
+by torch.func.vmap, or one by one: its models in turn. Remat is in blocks of two layers. Memory is
+data, state and all else"""
 ON_CPU_NOTE = """\
 , twice: with glibc's default malloc, in whose heap freed
 blocks leave gaps, and with blocks of 1 MiB and more mapped, which is what is in use."""

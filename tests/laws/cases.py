@@ -1,7 +1,11 @@
 """Every layer, combinator, loss and optimizer of the library, with arguments to check them on."""
 
+import cases_activations
+import cases_noise
+import cases_norms
 import cases_spatial
 import torch
+from cases_losses import LOSSES as LOSSES, WEIGHT as WEIGHT, losses as losses
 
 import funcnet as fn
 
@@ -65,9 +69,6 @@ LAYERS = {
     "fan_out": (fn.fan_out(3), ROWS),
     "add": (fn.add(), (*PAIR, ROWS)),
     "multiply": (fn.multiply(), (*PAIR, ROWS)),
-    "dropout": (fn.dropout(0.3), ROWS),
-    "dropout of all": (fn.dropout(1.0), ROWS),
-    "dropout of none": (fn.dropout(0.0), ROWS),
     "layer_norm": (fn.layer_norm(), ROWS),
     "layer_norm of images": (fn.layer_norm((6, 6), bias=False), IMAGES),
     "layer_norm without params": (fn.layer_norm(6, elementwise_affine=False), ROWS),
@@ -87,6 +88,9 @@ LAYERS = {
     "max_pool2d with indices": (fn.max_pool2d(2, return_indices=True), IMAGES[0]),
     "embedding": (fn.embedding(5, 3), TOKENS),
     **cases_spatial.LAYERS,
+    **cases_noise.LAYERS,
+    **cases_norms.LAYERS,
+    **cases_activations.LAYERS,
 }
 
 COMBINATORS = {
@@ -208,54 +212,6 @@ CONSTANTS_WITHIN = {
     "spectral_norm of a convolution",
     "spectral_norm within",
 }
-
-PROBABILITIES = torch.sigmoid(draw(5, 5, 6))
-CLASSES = torch.tensor([0, 5, 2, 2, 1])
-WEIGHT = torch.linspace(0.5, 1.5, 6, dtype=DOUBLE)
-
-
-def losses(weight):
-    """The cases of losses; some weigh their elements or classes."""
-    return {
-        f"{name} {reduction}": (make(reduction), prediction, target)
-        for name, make, prediction, target in [
-            ("mse", fn.mse, *PAIR),
-            ("mae", fn.mae, *PAIR),
-            ("huber", lambda r: fn.huber(r, delta=0.7), *PAIR),
-            ("smooth_l1", lambda r: fn.smooth_l1(r, beta=0.7), *PAIR),
-            ("smooth_l1 of beta 0", lambda r: fn.smooth_l1(r, beta=0.0), *PAIR),
-            ("bce", fn.bce, PROBABILITIES, PROBABILITIES.flip(0)),
-            ("bce weighted", lambda r: fn.bce(r, weight), PROBABILITIES, PROBABILITIES.flip(0)),
-            ("bce_with_logits", fn.bce_with_logits, ROWS, PROBABILITIES),
-            (
-                "bce_with_logits weighted",
-                lambda r: fn.bce_with_logits(r, weight, 2 * weight),
-                ROWS,
-                PROBABILITIES,
-            ),
-            ("cross_entropy", fn.cross_entropy, ROWS, CLASSES),
-            (
-                "cross_entropy weighted",
-                lambda r: fn.cross_entropy(r, weight, ignore_index=2, label_smoothing=0.1),
-                ROWS,
-                CLASSES,
-            ),
-            ("cross_entropy of probabilities", fn.cross_entropy, ROWS, PROBABILITIES),
-            ("cross_entropy of images", fn.cross_entropy, IMAGES, IMAGES.argmax(1).flip(0)),
-            ("cross_entropy of one", fn.cross_entropy, ROWS[0], CLASSES[0]),
-            ("nll", lambda r: fn.nll(r, weight), ROWS, CLASSES),
-            ("kl_div", fn.kl_div, ROWS, PROBABILITIES),
-            ("kl_div of logs", lambda r: fn.kl_div(r, log_target=True), *PAIR),
-            ("hinge", fn.hinge, ROWS, PAIR[1].sign()),
-        ]
-        for reduction in ("mean", "sum")
-    } | {
-        "mse half_mean": (fn.mse("half_mean"), *PAIR),
-        "kl_div batchmean": (fn.kl_div("batchmean"), ROWS, PROBABILITIES),
-    }
-
-
-LOSSES = losses(WEIGHT)
 
 PARAMS = {
     "0": {"weight": draw(6, 4, 3), "bias": draw(7, 4)},

@@ -9,9 +9,11 @@ from funcnet import lift, runtime
 from funcnet.testing import check_layer
 
 LAYERS_WITH_KERNELS = {
-    "celu", "convolution", "elu", "embedding", "gelu", "glu", "hardsigmoid", "hardswish",
-    "hardtanh", "layer_norm", "leaky_relu", "log_softmax", "batch_norm", "relu", "relu6", "selu",
-    "sigmoid", "silu", "softmax", "softplus", "tanh", "norm", "max_pool2d",
+    "batch_norm", "celu", "convolution", "elu", "embedding", "embedding_bag", "gelu", "glu",
+    "group_norm", "hardshrink", "hardsigmoid", "hardswish", "hardtanh", "layer_norm",
+    "leaky_relu", "log_softmax", "logsigmoid", "max_pool2d", "mish", "norm", "prelu", "relu",
+    "relu6", "rms_norm", "running_norm", "selu", "sigmoid", "silu", "softmax", "softmin",
+    "softplus", "softshrink", "tanh", "threshold",
 }  # fmt: skip
 
 
@@ -48,6 +50,7 @@ def test_each_kernel_is_used_by_a_layer_of_the_table(used):
     for name, (layer, x) in LAYERS.items():
         if name != "max_pool2d with indices":  # whose dy is a tuple
             results(layer, x, train=True)
+            results(layer, x, train=False)
     assert used == set(lift.KERNELS)
     assert {formula.__name__.rpartition("_")[0] for formula in used} == LAYERS_WITH_KERNELS
 

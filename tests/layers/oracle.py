@@ -1,6 +1,7 @@
 """Holding a layer to a torch module or function: values, gradients, layout, state."""
 
 import copy
+import inspect
 import itertools
 
 import optree
@@ -151,9 +152,11 @@ def check_against(
 def check_module(layer, module, x, *, train=True, tolerance=None, dy=None):
     """Hold a layer to a torch module: the layout of its params and state, then `check_against`.
 
-    The module's numbers are copied in, so they must lie where the layer looks for them.
+    The module's numbers are copied in, so they must lie where the layer looks for them. A tuple
+    x is the arguments of the module's forward.
     """
-    module = randomize(module.to(x.dtype) if x.is_floating_point() else module.double())
+    floating = [leaf.dtype for leaf in fn.tree.leaves(x) if leaf.is_floating_point()]
+    module = randomize(module.to(floating[0] if floating else torch.float64))
     module.train(train)
     params, state = params_of(module), state_of(module)
 
@@ -164,7 +167,7 @@ def check_module(layer, module, x, *, train=True, tolerance=None, dy=None):
         assert {path: leaf.shape for path, leaf in own.items()} == {
             path: leaf.shape for path, leaf in theirs.items()
         }
-        if x.is_floating_point():
+        if floating:
             assert {path: leaf.dtype for path, leaf in own.items()} == {
                 path: leaf.dtype for path, leaf in theirs.items()
             }
@@ -173,10 +176,30 @@ def check_module(layer, module, x, *, train=True, tolerance=None, dy=None):
     working = copy.deepcopy(module)
 
     def function(params, x):
-        return torch.func.functional_call(working, fn.tree.to_dotted(params), (x,))
+        return torch.func.functional_call(working, fn.tree.to_dotted(params), x)
 
     new_state = check_against(
         function, layer, params, x, state, train=train, tolerance=tolerance, dy=dy
     )
     assert_near(new_state, state_of(working), tolerance)
     return new_state
+
+
+def samples_of(name, dtype=torch.float64):
+    """PyTorch's own sample inputs of a module: ``(constructor's arguments by name, inputs)``."""
+    # Here, since it forbids setting torch's global flags when it is imported.
+    from torch.testing._internal.common_modules import module_db
+
+    (info,) = [info for info in module_db if info.module_cls.__name__ == name]
+    names = [*inspect.signature(info.module_cls).parameters]
+    found = info.module_inputs_func(
+        info, device="cpu", dtype=dtype, requires_grad=False, training=True
+    )
+    return [
+        (
+            dict(zip(names, one.constructor_input.args, strict=False))
+            | one.constructor_input.kwargs,
+            one.forward_input.args,
+        )
+        for one in found
+    ]

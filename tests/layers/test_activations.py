@@ -13,6 +13,7 @@ from layers.oracle import (
 from torch import nn
 
 import funcnet as fn
+from funcnet import lift
 
 # name: (layer, module), with every option of the module at its default and away from it
 PAIRS = {
@@ -56,7 +57,20 @@ PAIRS = {
     "glu": (fn.glu(), nn.GLU()),
     "glu 0": (fn.glu(dim=0), nn.GLU(dim=0)),
     "prelu": (fn.prelu(), nn.PReLU()),
+    "threshold": (fn.threshold(0.5, 20.0), nn.Threshold(0.5, 20.0)),
+    "threshold int": (fn.threshold(-1, value=-3), nn.Threshold(-1, value=-3)),
+    "hardshrink": (fn.hardshrink(), nn.Hardshrink()),
+    "hardshrink 0": (fn.hardshrink(0.0), nn.Hardshrink(0.0)),
+    "hardshrink 2": (fn.hardshrink(lambd=2), nn.Hardshrink(lambd=2)),
+    "hardshrink -1": (fn.hardshrink(-1.0), nn.Hardshrink(-1.0)),
+    "softshrink": (fn.softshrink(), nn.Softshrink()),
+    "softshrink 0": (fn.softshrink(0.0), nn.Softshrink(0.0)),
+    "softshrink 2": (fn.softshrink(lambd=2), nn.Softshrink(lambd=2)),
+    "tanhshrink": (fn.tanhshrink(), nn.Tanhshrink()),
+    "softmin": (fn.softmin(), nn.Softmin(-1)),
+    "softmin 0": (fn.softmin(dim=0), nn.Softmin(dim=0)),
 }
+ELEMENTWISE = [name for name in PAIRS if not name.startswith(("softmax", "log_", "softmin", "glu"))]
 
 # The bends of all rows, both zeros, and numbers where exp and squares leave double's comfort.
 EDGES = torch.tensor(
@@ -74,6 +88,66 @@ def test_activation_is_torchs(name):
 @pytest.mark.parametrize("name", PAIRS)
 def test_activation_is_torchs_at_its_bends_and_far_out(name):
     check_module(*PAIRS[name], EDGES)
+
+
+EXTREMES = torch.tensor(
+    [float("inf"), -float("inf"), float("nan"), 1e30, -1e30, 1e300, -1e300]
+    + [88.0, -88.0, 100.0, -104.0, 710.0, -710.0, -745.0, 20.0, -20.0],
+    dtype=torch.float64,
+)
+
+
+def by_torch(module, x, dy):
+    """``(y, dx)`` by autograd."""
+    x = x.clone().requires_grad_()
+    y = module(x)
+    return y.detach(), torch.autograd.grad(y, x, dy)[0]
+
+
+def assert_each_near(actual, expected, dtype):
+    """Each number for itself, however small it is beside the others."""
+    rtol = {torch.float64: 1e-10, torch.float32: 1e-5, torch.float16: 1e-2, torch.bfloat16: 3e-2}
+    # Autograd of tanhshrink and softsign subtracts numbers that are near each other.
+    atol = {torch.float64: 1e-16, torch.float32: 1e-7, torch.float16: 1e-3, torch.bfloat16: 5e-3}
+    torch.testing.assert_close(actual, expected, rtol=rtol[dtype], atol=atol[dtype], equal_nan=True)
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("name", ELEMENTWISE)
+def test_activation_is_torchs_at_every_number_by_itself(name, dtype):
+    layer, module = PAIRS[name]
+    module = module.to(dtype)
+    params = {name: leaf.detach() for name, leaf in module.named_parameters()}
+    x = torch.cat([EDGES, EXTREMES, -EDGES / 3]).to(dtype)
+    if name == "softsign":
+        x = x[x.isfinite()]
+    dy = torch.linspace(0.5, 1.5, len(x), dtype=dtype)
+    y, pullback, _ = layer.vjp(params, x)
+    expected_y, expected_dx = by_torch(module, x, dy)
+    assert_each_near(y, expected_y, dtype)
+    assert_each_near(pullback(dy)[1], expected_dx, dtype)
+    module.double()
+
+
+def test_softsign_has_slope_0_at_infinity_where_autograd_has_none():
+    x = torch.tensor([float("inf"), -float("inf")])
+    _, pullback, _ = fn.softsign().vjp({}, x)
+    assert pullback(torch.ones(2))[1].tolist() == [0.0, 0.0]
+    assert by_torch(nn.Softsign(), x, torch.ones(2))[1].isnan().all()
+
+
+@pytest.mark.parametrize("name", [name for name in ELEMENTWISE if name != "softsign"])
+def test_the_formula_of_an_activation_is_torchs_at_every_number_too(name, monkeypatch):
+    monkeypatch.setattr(lift, "KERNELS", {})
+    layer, module = PAIRS[name]
+    params = {name: leaf.detach() for name, leaf in module.double().named_parameters()}
+    x = torch.cat([EDGES, EXTREMES, -EDGES / 3])
+    dy = torch.linspace(0.5, 1.5, len(x), dtype=torch.float64)
+    got = layer.vjp(params, x)[1](dy)[1]
+    # Formulas of the form 1 - y^2 cancel, and aten's hardsigmoid has 1/6 in float32.
+    torch.testing.assert_close(
+        got, by_torch(module, x, dy)[1], rtol=1e-7, atol=1e-14, equal_nan=True
+    )
 
 
 @pytest.mark.parametrize("name", PAIRS)
@@ -146,6 +220,11 @@ FORMULAS = {
     "softmax": (fn.softmax(1), lambda x: x.exp() / x.exp().sum(1, keepdim=True)),
     "log_softmax": (fn.log_softmax(1), lambda x: x - x.exp().sum(1, keepdim=True).log()),
     "glu": (fn.glu(1), lambda x: x[:, :3] / (1 + (-x[:, 3:]).exp())),
+    "threshold": (fn.threshold(0.5, 20.0), lambda x: torch.where(x > 0.5, x, 20.0)),
+    "hardshrink": (fn.hardshrink(0.7), lambda x: x * (x.abs() > 0.7)),
+    "softshrink": (fn.softshrink(0.7), lambda x: x.sign() * (x.abs() - 0.7).clamp(min=0)),
+    "tanhshrink": (fn.tanhshrink(), lambda x: x - x.tanh()),
+    "softmin": (fn.softmin(1), lambda x: (-x).exp() / (-x).exp().sum(1, keepdim=True)),
 }
 
 
@@ -233,7 +312,9 @@ def test_activation_refuses_a_cotangent_that_would_broadcast(name):
 
 
 @pytest.mark.parametrize(
-    "layer", [fn.softmax(2), fn.softmax(-3), fn.log_softmax(2), fn.glu(2), fn.glu(-3)], ids=repr
+    "layer",
+    [fn.softmax(2), fn.softmax(-3), fn.log_softmax(2), fn.softmin(2), fn.glu(2), fn.glu(-3)],
+    ids=repr,
 )
 def test_activation_refuses_a_dimension_that_x_has_not(layer):
     with pytest.raises(ValueError, match=rf"^{layer!r}".replace("()", ": ")):
@@ -247,6 +328,8 @@ def test_activation_refuses_a_dimension_that_x_has_not(layer):
         (lambda: fn.celu(0), "celu: alpha must not be 0"),
         (lambda: fn.hardtanh(1, -1), "hardtanh: expects min_val < max_val, got 1 and -1"),
         (lambda: fn.hardtanh(1, 1), "hardtanh: expects min_val < max_val, got 1 and 1"),
+        (lambda: fn.softshrink(-0.1), "softshrink: lambd must be >= 0, got -0.1"),
+        (lambda: fn.rrelu(0.3, 0.1), "rrelu: expects lower <= upper, got 0.3 and 0.1"),
     ],
 )
 def test_activation_refuses_wrong_options(make, message):
@@ -265,3 +348,79 @@ def test_prelu_refuses_to_have_no_slopes(slopes):
 def test_glu_refuses_what_has_no_halves(shape):
     with pytest.raises(ValueError, match=r"^glu: expects an even size along dim -1, got \("):
         fn.glu().apply({}, randn(*shape))
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("shape", [(2, 3, 4, 5), (3, 4, 5), (0, 3, 4, 5), (3, 0, 5)])
+def test_softmax2d_is_torchs(shape, dtype):
+    x = randn(*shape, dtype=dtype)
+    check_module(fn.softmax2d(), nn.Softmax2d(), x)
+    check_module(fn.softmax2d(), nn.Softmax2d(), transposed(x), dy=strided(x))
+
+
+@pytest.mark.parametrize("shape", [(3, 4), (1, 2, 3, 4, 5), ()])
+def test_softmax2d_refuses_what_is_not_images(shape):
+    with pytest.raises(
+        ValueError, match=r"^softmax2d: expects \(batch, channels, H, W\) or .*, got"
+    ):
+        fn.softmax2d().apply({}, randn(*shape))
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("bounds", [(), (0.1, 0.5), (-0.3, 0.2), (0.25, 0.25)])
+def test_rrelu_is_torchs_in_eval(bounds, dtype):
+    x = randn(4, 5, dtype=dtype)
+    check_module(fn.rrelu(*bounds), nn.RReLU(*bounds), x, train=False)
+    check_module(fn.rrelu(*bounds), nn.RReLU(*bounds), EDGES.to(dtype), train=False)
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
+def test_rrelu_in_training_multiplies_negative_values_and_their_cotangents_by_a_slope(dtype):
+    x = torch.cat([EDGES, randn(2000)]).to(dtype)
+    layer = fn.rrelu(0.1, 0.6)
+    y, pullback, _ = layer.vjp({}, x, key=fn.key(0), train=True)
+    dy = torch.ones_like(x)
+    slopes = pullback(dy)[1]
+    assert_near(y, x * slopes, 0.0)
+    # As aten's backward pass of the same noise.
+    backward = torch.ops.aten.rrelu_with_noise_backward
+    assert_near(slopes, backward(dy, x, slopes, 0.1, 0.6, True, False))
+    assert (slopes[x > 0] == 1).all()
+    drawn = slopes[x <= 0].double()
+    assert drawn.min() >= 0.1 - 2e-3
+    assert drawn.max() <= 0.6 + 2e-3
+    assert abs(drawn.mean() - 0.35) < 0.02
+    assert abs(drawn.std() - 0.5 / 12**0.5) < 0.01
+    assert y.dtype == slopes.dtype == dtype
+
+
+def test_rrelu_passes_nan_on_and_takes_empty_inputs_and_scalars():
+    layer, key = fn.rrelu(), fn.key(0)
+    y, pullback, _ = layer.vjp({}, torch.tensor([float("nan"), 1.0]), key=key)
+    assert y.isnan().tolist() == [True, False]
+    assert pullback(torch.ones(2))[1].tolist() == [1.0, 1.0]
+    assert layer.apply({}, torch.ones(0, 3), key=key, train=True)[0].shape == (0, 3)
+    assert layer.apply({}, torch.tensor(2.0), key=key, train=True)[0].item() == 2.0
+
+
+def test_rrelu_draws_from_its_key_alone():
+    x, layer = -torch.ones(100), fn.rrelu()
+    first, again, other = (
+        layer.apply({}, x, key=fn.key(seed), train=True)[0] for seed in (0, 0, 1)
+    )
+    assert torch.equal(first, again)
+    assert not torch.equal(first, other)
+    with pytest.raises(ValueError, match=r"^rrelu: needs a key when train=True, got None"):
+        layer.apply({}, x, train=True)
+
+
+def test_every_activation_of_torch_is_there():
+    missing = {
+        name
+        for name in nn.modules.activation.__all__
+        if not hasattr(fn, SNAKE_CASE.get(name, name.lower()))
+    }
+    assert missing == {"MultiheadAttention"}
+
+
+SNAKE_CASE = {"LeakyReLU": "leaky_relu", "LogSoftmax": "log_softmax"}

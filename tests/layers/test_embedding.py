@@ -1,6 +1,6 @@
 import pytest
 import torch
-from layers.oracle import assert_near, check_module, randn, transposed
+from layers.oracle import assert_near, check_module, randn, samples_of, transposed
 from torch import nn
 
 import funcnet as fn
@@ -12,6 +12,10 @@ OPTIONS = {
     "last padding_idx": {"padding_idx": -1},
     "scale_grad_by_freq": {"scale_grad_by_freq": True},
     "both": {"padding_idx": -3, "scale_grad_by_freq": True},
+    "max_norm": {"max_norm": 1.0},
+    "max_norm of p 1": {"max_norm": 2.0, "norm_type": 1.0},
+    "max_norm of p inf": {"max_norm": 0.5, "norm_type": torch.inf},
+    "all": {"padding_idx": 2, "max_norm": 1.5, "scale_grad_by_freq": True},
 }
 
 
@@ -47,6 +51,9 @@ def test_embedding_is_its_formula(name):
     weight = randn(7, 3)
     y, pullback, _ = layer.vjp({"weight": weight}, x)
     one_hot = (x[..., None] == torch.arange(7)).double()
+    if options.get("max_norm"):
+        norm = torch.linalg.vector_norm(weight, options.get("norm_type", 2.0), 1, keepdim=True)
+        weight = weight * (options["max_norm"] / (norm + 1e-7)).clamp(max=1.0)
     assert_near(y, one_hot @ weight)
     dy = randn(6, 4, 3, seed=5)
     expected = torch.einsum("abi,abd->id", one_hot, dy)
@@ -145,6 +152,32 @@ def test_embedding_refuses_other_params():
 def test_embedding_refuses_a_padding_row_that_it_has_not(padding_idx):
     with pytest.raises(ValueError, match=r"^embedding: padding_idx must be within 7 rows, got "):
         fn.embedding(7, 3, padding_idx)
+
+
+def test_embedding_leaves_a_weight_that_is_too_long_as_it_is():
+    weight = randn(7, 3)
+    before = weight.clone()
+    y, _ = fn.embedding(7, 3, max_norm=0.5).apply({"weight": weight}, indices(4))
+    assert torch.equal(weight, before)
+    assert float(torch.linalg.vector_norm(y, dim=-1).max()) <= 0.5
+
+
+def test_embedding_takes_its_options_in_torchs_order():
+    options = (2, 1.0, 1.0, True, False)
+    check_module(fn.embedding(7, 3, *options), nn.Embedding(7, 3, *options), indices(9))
+
+
+def test_embedding_passes_pytorchs_own_samples():
+    samples = samples_of("Embedding")
+    assert len(samples) == 2
+    for options, (x,) in samples:
+        check_module(fn.embedding(**options), nn.Embedding(**options), x)
+
+
+def test_embedding_refuses_sparse_gradients():
+    message = r"^embedding: sparse must be False, got True; gradients have the structure of the par"
+    with pytest.raises(ValueError, match=message):
+        fn.embedding(7, 3, sparse=True)
 
 
 @pytest.mark.parametrize(

@@ -173,6 +173,8 @@ OPTIONS = {
     "not tracked": {"track_running_stats": False},
     "not tracked, not affine": {"track_running_stats": False, "affine": False},
     "cumulative, not affine": {"momentum": None, "affine": False, "eps": 1e-3},
+    "no bias": {"bias": False},
+    "no bias, not tracked": {"bias": False, "track_running_stats": False},
 }
 
 
@@ -413,6 +415,128 @@ def test_batch_norm_refuses_a_cotangent_of_another_shape_than_y(dy, train):
         pullback(randn(*dy))
 
 
-def test_batch_norm_called_as_torchs_is_refused():
-    with pytest.raises(TypeError, match="positional"):
-        fn.batch_norm(16)
+def test_batch_norm_takes_its_options_by_position_in_torchs_order():
+    x = randn(6, 3, 4)
+    for options in [(1e-3,), (1e-3, None), (1e-3, 0.3, False), (1e-3, 0.3, True, False)]:
+        check_module(fn.batch_norm(*options), nn.BatchNorm1d(3, *options), x)
+        check_module(fn.batch_norm(*options), nn.BatchNorm1d(3, *options), x, train=False)
+
+
+HINT = "the size of the input is found by init, there is no argument for it"
+
+
+@pytest.mark.parametrize(
+    ("make", "name"),
+    [
+        (lambda: fn.batch_norm(16), "batch_norm"),
+        (lambda: fn.group_norm(2, 16), "group_norm"),
+        (lambda: fn.instance_norm(16), "instance_norm"),
+        (lambda: fn.instance_norm2d(16), "instance_norm2d"),
+        (lambda: fn.layer_norm(6, 16), "layer_norm"),
+        (lambda: fn.rms_norm(6, 16), "rms_norm"),
+    ],
+)
+def test_a_norm_called_with_the_number_of_channels_as_torchs_is_refused(make, name):
+    with pytest.raises(TypeError) as raised:
+        make()
+    assert str(raised.value) == f"{name}: eps must be a float, got 16; {HINT}"
+
+
+@pytest.mark.parametrize(
+    "make", [fn.batch_norm, fn.instance_norm, lambda eps: fn.group_norm(2, eps)]
+)
+def test_a_norm_refuses_a_negative_eps(make):
+    with pytest.raises(ValueError, match=r"_norm: eps must be >= 0, got -0.1$"):
+        make(-0.1)
+
+
+HALF, WIDE = torch.bfloat16, torch.float32
+
+
+@pytest.mark.parametrize("train", [True, False], ids=["train", "eval"])
+@pytest.mark.parametrize("of_state", [HALF, WIDE])
+@pytest.mark.parametrize("of_params", [None, HALF, WIDE])
+@pytest.mark.parametrize("make", [fn.batch_norm, fn.instance_norm])
+def test_params_and_state_may_each_be_of_half_precision_or_wide(make, of_params, of_state, train):
+    layer = make(affine=of_params is not None, track_running_stats=True)
+    x = randn(4, 3, 8, dtype=HALF)
+    wide_params, wide_state = layer.init(fn.key(0), x.float())
+    params = {name: leaf.to(of_params) for name, leaf in wide_params.items()}
+    state = {
+        name: leaf.to(of_state) if leaf.is_floating_point() else leaf
+        for name, leaf in wide_state.items()
+    }
+    y, pullback, after = layer.vjp(params, x, state, train=train)
+    dparams, dx = pullback(cotangent(y))
+    expected_y, pullback, expected = layer.vjp(wide_params, x.float(), wide_state, train=train)
+    expected_dparams, expected_dx = pullback(cotangent(y).float())
+    assert y.dtype == dx.dtype == HALF
+    assert all(leaf.dtype == of_params for leaf in dparams.values())
+    assert [leaf.dtype for leaf in after.values()] == [leaf.dtype for leaf in state.values()]
+    widened = fn.tree.map(
+        lambda leaf: leaf.float() if leaf.is_floating_point() else leaf, (y, dparams, dx, after)
+    )
+    assert_near(widened, (expected_y, expected_dparams, expected_dx, expected), 3e-2)
+
+
+RMS_NORMS = {
+    "last": ((), 6, (), (5, 6)),
+    "int": ((6,), 6, (), (5, 6)),
+    "two dimensions": (([5, 6],), [5, 6], (), (4, 5, 6)),
+    "one vector": ((), 6, (), (6,)),
+    "eps": ((6, 0.5), 6, (0.5,), (5, 6)),
+    "no eps": ((6, 0.0), 6, (0.0,), (5, 6)),
+    "not affine": ((6, None, False), 6, (None, False), (5, 6)),
+    "not affine, eps": (((5, 6), 0.1, False), (5, 6), (0.1, False), (2, 5, 6)),
+    "empty batch": ((), 6, (), (0, 6)),
+    "one feature": ((1, 0.1), 1, (0.1,), (5, 1)),
+}
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("name", RMS_NORMS)
+def test_rms_norm_is_torchs(name, dtype):
+    arguments, shape, options, x = RMS_NORMS[name]
+    x = randn(*x, dtype=dtype)
+    check_module(fn.rms_norm(*arguments), nn.RMSNorm(shape, *options), x)
+    if x.dim() > 1:
+        x, dy = transposed(x), strided(x.flip(0))
+        check_module(fn.rms_norm(*arguments), nn.RMSNorm(shape, *options), x, dy=dy)
+
+
+@pytest.mark.filterwarnings("ignore:Mismatch dtype between input and weight")
+@pytest.mark.parametrize("half", [torch.bfloat16, torch.float16])
+def test_rms_norm_takes_a_float32_weight_for_half_precision_as_torch_does(half):
+    module = randomize(nn.RMSNorm(6))
+    check_against(
+        lambda params, x: torch.func.functional_call(module, params, (x,)),
+        fn.rms_norm(dtype=torch.float32), params_of(module), randn(5, 6).to(half), tolerance=3e-2,
+    )  # fmt: skip
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.float16])
+def test_rms_norms_eps_is_by_default_the_machines_as_torchs(dtype):
+    x = torch.full((1, 2), 1e-7, dtype=torch.float64).to(dtype)
+    check_module(fn.rms_norm(), nn.RMSNorm(2), x, tolerance=1e-3 if dtype.itemsize == 2 else None)
+
+
+@pytest.mark.parametrize(
+    ("layer", "params", "x", "kind", "message"),
+    [
+        (fn.rms_norm(6), {"weight": randn(6)}, randn(5, 7), ValueError,
+         "rms_norm: expects last dimensions (6,), got (5, 7)"),
+        (fn.rms_norm(), {"weight": randn(6)}, randn(5, 7), ValueError,
+         "rms_norm: weight expects last dimensions (6,), got (5, 7)"),
+        (fn.rms_norm(), {"weight": randn(6)}, randn(), ValueError,
+         "rms_norm: expects last dimensions (n,), got ()"),
+        (fn.rms_norm(), {"weight": randn(6)}, torch.ones(5, 6, dtype=torch.int32), TypeError,
+         "rms_norm: expects a floating-point tensor, got int32 (5, 6)"),
+        (fn.rms_norm(), NORM6, randn(5, 6), ValueError,
+         "rms_norm: expects params ['weight'], got ['bias', 'weight']"),
+    ],
+)  # fmt: skip
+def test_rms_norm_refuses(layer, params, x, kind, message):
+    for call in (layer.apply, layer.vjp):
+        with pytest.raises(kind) as raised:
+            call(params, x)
+        assert str(raised.value) == message

@@ -2,6 +2,9 @@
 
 from collections.abc import Callable
 from itertools import cycle
+from typing import Any
+
+from torch import Tensor
 
 import funcnet as fn
 
@@ -73,6 +76,95 @@ def tabular() -> fn.Layer:
     return fn.serial(*layer * 4, fn.linear(10))
 
 
+BODY = ("conv1", "bn1", "relu1", "conv2", "bn2")
+
+
+def block_forward(run: Any, x: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
+    """The body beside the shortcut, then ReLU."""
+    y = x
+    for child in BODY:
+        y = run(child, y)
+    return run("relu2", y + run("downsample", x)), {}
+
+
+def block_backward(pull: Any, dy: Tensor, residuals: Any) -> Tensor | None:
+    """Through ReLU, then through both."""
+    dsum = dx = pull("relu2", dy)
+    for child in reversed(BODY):
+        dx = pull(child, dx, needed=pull.x or child != "conv1")
+    return fn.sum_cotangents(dx, pull("downsample", dsum, needed=pull.x))
+
+
+def basic_block(channels: int, stride: int, projects: bool) -> fn.Layer:
+    """Two convolutions beside a shortcut, which projects where the shape changes."""
+    projection = fn.conv2d(channels, 1, stride, bias=False), fn.batch_norm()
+    children = {
+        "conv1": fn.conv2d(channels, 3, stride, padding=1, bias=False),
+        "bn1": fn.batch_norm(),
+        "relu1": fn.relu(),
+        "conv2": fn.conv2d(channels, 3, padding=1, bias=False),
+        "bn2": fn.batch_norm(),
+        "downsample": fn.serial(*projection) if projects else fn.identity(),
+        "relu2": fn.relu(),
+    }
+    return fn.combine("basic_block", children, block_forward, block_backward)
+
+
+def resnet18(width: int = 64) -> fn.Layer:
+    """ResNet-18 with the stem for small images; the names are torchvision's."""
+    stem = {"conv1": fn.conv2d(width, 3, padding=1, bias=False), "bn1": fn.batch_norm()}
+    stages = {}
+    for stage in range(4):
+        channels, stride = width * 2**stage, 1 if stage == 0 else 2
+        blocks = basic_block(channels, stride, stage > 0), basic_block(channels, 1, False)
+        stages[f"layer{stage + 1}"] = fn.serial(*blocks)
+    head = {"avgpool": global_avg_pool2d(), "flatten": fn.flatten(), "fc": fn.linear(10)}
+    return fn.serial(**stem, relu=fn.relu(), **stages, **head)
+
+
+def average_backward(dy: Tensor, shape: tuple[int, ...]) -> Tensor:
+    """Each pixel gets its share."""
+    return (dy / (shape[-2] * shape[-1])).expand(shape)
+
+
+def global_avg_pool2d() -> fn.Layer:
+    """The mean of each channel."""
+
+    def forward(x: Tensor) -> Any:
+        return x.mean((-2, -1), keepdim=True), {}, (tuple(x.shape),)
+
+    return fn.parameterless(forward, average_backward)
+
+
+def double_conv(channels: int) -> fn.Layer:
+    """Twice a convolution with batch norm and ReLU."""
+    layer = [fn.conv2d(channels, 3, padding=1), fn.batch_norm(), fn.relu()]
+    return fn.serial(*layer * 2)
+
+
+def level(channels: int, below: fn.Layer) -> fn.Layer:
+    """A level of a U-Net: what is below it sees the image at half the size."""
+    up = fn.conv_transpose2d(channels, 2, stride=2)
+    inner = fn.serial(pool=fn.max_pool2d(2), level=below, up=up)
+    skip = fn.branch(fn.identity(), inner)
+    convolve = double_conv(channels)
+    return fn.serial(encode=convolve, skip=skip, concat=fn.concat(1), decode=convolve)
+
+
+def unet(width: int = 32) -> fn.Layer:
+    """A U-Net of three levels, with a class for each pixel."""
+    body = level(width, level(2 * width, double_conv(4 * width)))
+    return fn.serial(body=body, head=fn.conv2d(10, 1))
+
+
+def digits() -> fn.Layer:
+    """Two convolutions with a pooling between, for images of 8 x 8."""
+    first = [fn.conv2d(8, 3, padding=1), fn.relu(), fn.max_pool2d(2)]
+    second = [fn.conv2d(16, 3, padding=1), fn.relu()]
+    return fn.serial(*first, *second, fn.flatten(), fn.linear(10))
+
+
 NETS: dict[str, Callable[[], fn.Layer]] = {
-    each.__name__: each for each in (cnn, vgg, resnet, blocks, mixer, tabular)
+    each.__name__: each
+    for each in (cnn, vgg, resnet, blocks, mixer, tabular, resnet18, unet, digits)
 }

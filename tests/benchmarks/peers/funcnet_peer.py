@@ -9,7 +9,12 @@ import funcnet as fn
 
 
 def make_net(workload: Workload) -> fn.Layer:
-    """Linear layers with ReLU between; with remat, two by two in rematerialised blocks."""
+    """One of `NETS`, or linear layers with ReLU between.
+
+    With remat these are two by two in rematerialised blocks.
+    """
+    if workload.net:
+        return MAKE[workload.net]()
     layers = [layer for size in workload.sizes[1:] for layer in (fn.linear(size), fn.relu())][:-1]
     if not workload.remat:
         return fn.serial(*layers)
@@ -17,22 +22,17 @@ def make_net(workload: Workload) -> fn.Layer:
     return fn.serial(*[fn.remat(block) for block in blocks])
 
 
-def net_job(mode: str, workload: Workload) -> Job:
-    """One of `NETS`, with cross entropy and AdamW."""
-    (example, classes, vocabulary), device = NETS[workload.net], workload.device
-    key, shape = fn.key(1, device=device), (workload.batch, *example)
-    numbers = fn.random.normal(key, shape)
-    x = fn.random.randint(key, shape, 0, vocabulary) if vocabulary else numbers
-    labels = shape if vocabulary else shape[:1]
-    target = fn.random.randint(fn.key(2, device=device), labels, 0, classes).flatten()
-    net, optimizer = MAKE[workload.net](), fn.adamw(LEARNING_RATE)
-    step = fn.train_step(net, fn.cross_entropy(), optimizer)
-    call = fn.jit(step, donate=0) if mode == "jit" else step
-    return Job(
-        lambda: fn.init_train_state(net, optimizer, fn.key(0, device=device), x),
-        lambda state: call(state, (x, target))[0],
-        waiting(device),
-    )
+def make_data(workload: Workload) -> tuple[torch.Tensor, torch.Tensor]:
+    """Inputs and targets of a call."""
+    x_key, target_key = [fn.key(seed, device=workload.device) for seed in (1, 2)]
+    if not workload.net:
+        shapes = [workload.shape(features) for features in (workload.sizes[0], workload.sizes[-1])]
+        return fn.random.normal(x_key, shapes[0]), fn.random.normal(target_key, shapes[1])
+    example, classes, vocabulary, _ = NETS[workload.net]
+    shape = workload.shape(*example)
+    numbers = fn.random.normal(x_key, shape)
+    x = fn.random.randint(x_key, shape, 0, vocabulary) if vocabulary else numbers
+    return x, fn.random.randint(target_key, workload.labels, 0, classes)
 
 
 def build(mode: str, workload: Workload) -> Job:
@@ -44,14 +44,12 @@ def build(mode: str, workload: Workload) -> Job:
         draw = lambda key: fn.random.uniform(key, (workload.draws,))  # noqa: E731
         draw = fn.jit(draw) if mode == "jit" else draw
         return Job(lambda: None, lambda _: draw(key), wait)
-    if workload.net:
-        return net_job(mode, workload)
-    x = fn.random.normal(fn.key(1, device=device), workload.shape(workload.sizes[0]))
-    target = fn.random.normal(fn.key(2, device=device), workload.shape(workload.sizes[-1]))
-    example = torch.empty(workload.batch, workload.sizes[0], device=device)
+    x, target = make_data(workload)
+    example = x[(0,) * sum(map(bool, (workload.scan, workload.members)))]
     net = make_net(workload)
-    optimizer = {"sgd": fn.sgd, "adam": fn.adam}[workload.optimizer](LEARNING_RATE)
-    call = step = fn.train_step(net, fn.mse(), optimizer)
+    make = {"sgd": fn.sgd, "adam": fn.adam, "adamw": fn.adamw}[workload.optimizer]
+    loss, optimizer = fn.cross_entropy() if workload.net else fn.mse(), make(LEARNING_RATE)
+    call = step = fn.train_step(net, loss, optimizer)
 
     def start_one(key: torch.Tensor) -> fn.TrainState:
         return fn.init_train_state(net, optimizer, key, example)

@@ -38,22 +38,41 @@ def linear(features: int) -> Layer:
     return init, lambda params, x, key: x @ params["weight"] + params["bias"]
 
 
-def convolution(channels: int, stride: int = 1, bias: bool = True) -> Layer:
-    """Of 3 x 3."""
+def convolution(channels: int, stride: int = 1, bias: bool = True, size: int = 3) -> Layer:
+    """Of 3 x 3, or another odd size, padded so that the stride alone makes the image smaller."""
+    around = ((size // 2, size // 2),) * 2
 
     def init(key: jax.Array, shape: Shape) -> Any:
         height, width, inputs = shape
-        params = {"weight": uniform(key, (3, 3, inputs, channels), 9 * inputs)}
+        fan_in = size * size * inputs
+        params = {"weight": uniform(key, (size, size, inputs, channels), fan_in)}
         if bias:
             params["bias"] = jnp.zeros(channels)
         return params, (height // stride, width // stride, channels)
 
     def apply(params: Any, x: jax.Array, key: jax.Array) -> jax.Array:
         y = lax.conv_general_dilated(
-            x, params["weight"], (stride, stride), ((1, 1), (1, 1)),
+            x, params["weight"], (stride, stride), around,
             dimension_numbers=("NHWC", "HWIO", "NHWC"),
         )  # fmt: skip
         return y + params["bias"] if bias else y
+
+    return init, apply
+
+
+def transposed(channels: int) -> Layer:
+    """The transposed convolution of 2 x 2 with stride 2."""
+
+    def init(key: jax.Array, shape: Shape) -> Any:
+        height, width, inputs = shape
+        weight = uniform(key, (2, 2, inputs, channels), 4 * channels)
+        params = {"weight": weight, "bias": jnp.zeros(channels)}
+        return params, (2 * height, 2 * width, channels)
+
+    def apply(params: Any, x: jax.Array, key: jax.Array) -> jax.Array:
+        names = ("NHWC", "HWIO", "NHWC")
+        y = lax.conv_transpose(x, params["weight"], (2, 2), "VALID", dimension_numbers=names)
+        return y + params["bias"]
 
     return init, apply
 
@@ -113,9 +132,35 @@ def residual(*layers: Layer) -> Layer:
     return init, lambda params, x, key: x + apply(params, x, key)
 
 
+def combined(join: Callable[..., jax.Array], join_shapes: Any, *ways: Layer) -> Layer:
+    """Layers side by side, of one input each, whose outputs are joined."""
+
+    def init(key: jax.Array, shape: Shape) -> Any:
+        keys = jax.random.split(key, len(ways))
+        made = [start(each, shape) for each, (start, _) in zip(keys, ways, strict=True)]
+        return [params for params, _ in made], join_shapes(*[shape for _, shape in made])
+
+    def apply(params: Any, x: jax.Array, key: jax.Array) -> jax.Array:
+        keys = [jax.random.fold_in(key, index) for index in range(len(ways))]
+        calls = zip(params, ways, keys, strict=True)
+        return join(*[call(own, x, each) for own, (_, call), each in calls])
+
+    return init, apply
+
+
 def pool(x: jax.Array) -> jax.Array:
     """The maximum of 2 x 2."""
     return lax.reduce_window(x, -jnp.inf, lax.max, (1, 2, 2, 1), (1, 2, 2, 1), "VALID")
+
+
+def concatenate(*ways: jax.Array) -> jax.Array:
+    """The channels of all."""
+    return jnp.concatenate(ways, -1)
+
+
+def concatenated(*shapes: Shape) -> Shape:
+    """The shape of `concatenate`."""
+    return (*shapes[0][:-1], sum(shape[-1] for shape in shapes))
 
 
 def same(shape: Shape) -> Shape:
@@ -128,6 +173,7 @@ RELU, GELU, SILU = (
     for function in (nn.relu, lambda x: nn.gelu(x, approximate=False), nn.silu)
 )
 POOL = plain(pool, lambda shape: (shape[0] // 2, shape[1] // 2, shape[2]))
+AVERAGE = plain(lambda x: x.mean((1, 2)), lambda shape: shape[-1:])
 FLATTEN = plain(lambda x: x.reshape(x.shape[0], -1), lambda shape: (prod(shape),))
 ROWS = plain(lambda x: x.reshape(-1, x.shape[-1]), lambda shape: shape[-1:])
 PERMUTE = plain(lambda x: x.transpose(0, 2, 1), lambda shape: shape[::-1])
@@ -180,6 +226,42 @@ def tabular() -> Layer:
     return serial(*[linear(512), norm(LAYER), SILU, dropout(0.1)] * 4, linear(10))
 
 
+def resnet18() -> Layer:
+    """ResNet-18 with the stem for small images."""
+
+    def block(channels: int, stride: int, projects: bool) -> list[Layer]:
+        first, second = convolution(channels, stride, False), convolution(channels, bias=False)
+        body = serial(first, norm(BATCH), RELU, second, norm(BATCH))
+        projection = [convolution(channels, stride, False, 1), norm(BATCH)] if projects else []
+        return [combined(jnp.add, lambda shape, _: shape, body, serial(*projection)), RELU]
+
+    layers = [convolution(64, bias=False), norm(BATCH), RELU]
+    for stage, channels in enumerate((64, 128, 256, 512)):
+        layers += block(channels, 1 if stage == 0 else 2, stage > 0) + block(channels, 1, False)
+    return serial(*layers, AVERAGE, linear(10))
+
+
+def unet() -> Layer:
+    """A U-Net of three levels, with a class for each pixel."""
+
+    def double(channels: int) -> Layer:
+        return serial(*[convolution(channels), norm(BATCH), RELU] * 2)
+
+    def level(channels: int, below: Layer) -> Layer:
+        inner = serial(POOL, below, transposed(channels))
+        skip = combined(concatenate, concatenated, serial(), inner)
+        return serial(double(channels), skip, double(channels))
+
+    return serial(level(32, level(64, double(128))), convolution(10, size=1))
+
+
+def digits() -> Layer:
+    """Two convolutions with a pooling between, for images of 8 x 8."""
+    layers = [convolution(8), RELU, POOL, convolution(16), RELU]
+    return serial(*layers, FLATTEN, linear(10))
+
+
 NETS: dict[str, Callable[[], Layer]] = {
-    each.__name__: each for each in (cnn, vgg, resnet, blocks, mixer, tabular)
+    each.__name__: each
+    for each in (cnn, vgg, resnet, blocks, mixer, tabular, resnet18, unet, digits)
 }

@@ -64,21 +64,23 @@ def device_memory() -> Callable[[], float]:
 
 
 def net_job(workload: Workload) -> Job:
-    """One of `NETS`, with cross entropy and optax's AdamW; images have their channels last."""
+    """One of `NETS`, with cross entropy and optax's optimizer; images have their channels last."""
     import optax
 
-    example, classes, vocabulary = NETS[workload.net]
+    example, classes, vocabulary, _ = NETS[workload.net]
     example = (*example[1:], example[0]) if len(example) == 3 else example
-    shape, keys = (workload.batch, *example), jax.random.split(jax.random.key(1), 2)
+    shape, keys = workload.shape(*example), jax.random.split(jax.random.key(1), 2)
     numbers = jax.random.normal(keys[0], shape)
     x = jax.random.randint(keys[0], shape, 0, vocabulary) if vocabulary else numbers
-    labels = shape if vocabulary else shape[:1]
-    target = jax.random.randint(keys[1], labels, 0, classes).reshape(-1)
+    target = jax.random.randint(keys[1], workload.labels, 0, classes)
     init, apply = MAKE[workload.net]()
-    optimizer = optax.adamw(LEARNING_RATE, weight_decay=1e-2)
+    optimizer = {
+        "sgd": optax.sgd(LEARNING_RATE),
+        "adamw": optax.adamw(LEARNING_RATE, weight_decay=1e-2),
+    }[workload.optimizer]
 
-    def start() -> Any:
-        params, _ = init(jax.random.key(0), example)
+    def start(key: jax.Array) -> Any:
+        params, _ = init(key, example)
         return params, optimizer.init(params), 0
 
     def step(state: Any, x: jax.Array, target: jax.Array) -> Any:
@@ -92,8 +94,12 @@ def net_job(workload: Workload) -> Job:
         updates, opt_state = optimizer.update(grads, opt_state, params)
         return (optax.apply_updates(params, updates), opt_state, count + 1), value
 
-    call = jax.jit(step, donate_argnums=0)
-    return Job(jax.jit(start), lambda state: call(state, x, target)[0], jax.block_until_ready)
+    key = jax.random.key(0)
+    if workload.members:
+        key, start, step = jax.random.split(key, workload.members), jax.vmap(start), jax.vmap(step)
+    begin, call = jax.jit(start), jax.jit(step, donate_argnums=0)
+    advance = lambda state: call(state, x, target)[0]  # noqa: E731
+    return Job(lambda: begin(key), advance, jax.block_until_ready)
 
 
 def build(mode: str, workload: Workload) -> Job:

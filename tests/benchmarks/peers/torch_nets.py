@@ -1,8 +1,10 @@
 """The networks of `worker.NETS` as PyTorch's users write them."""
 
+from collections import OrderedDict
 from collections.abc import Callable
 from itertools import cycle, pairwise
 
+import torch
 from torch import Tensor, nn
 
 
@@ -85,6 +87,83 @@ def tabular() -> nn.Module:
     return nn.Sequential(*layers, nn.Linear(512, 10))
 
 
+class BasicBlock(nn.Module):
+    """Two convolutions beside a shortcut, which projects where the shape changes."""
+
+    def __init__(self, before: int, channels: int, stride: int) -> None:
+        super().__init__()
+        self.conv1 = nn.Conv2d(before, channels, 3, stride, padding=1, bias=False)
+        self.bn1 = nn.BatchNorm2d(channels)
+        self.conv2 = nn.Conv2d(channels, channels, 3, padding=1, bias=False)
+        self.bn2 = nn.BatchNorm2d(channels)
+        self.relu = nn.ReLU(inplace=True)
+        self.downsample = nn.Sequential()
+        if stride != 1 or before != channels:
+            projection = nn.Conv2d(before, channels, 1, stride, bias=False)
+            self.downsample = nn.Sequential(projection, nn.BatchNorm2d(channels))
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = self.relu(self.bn1(self.conv1(x)))
+        return self.relu(self.bn2(self.conv2(y)) + self.downsample(x))
+
+
+def resnet18(width: int = 64) -> nn.Module:
+    """ResNet-18 with the stem for small images; modules have torchvision's names."""
+    layers: dict[str, nn.Module] = {
+        "conv1": nn.Conv2d(3, width, 3, padding=1, bias=False),
+        "bn1": nn.BatchNorm2d(width),
+        "relu": nn.ReLU(inplace=True),
+    }
+    before = width
+    for stage in range(4):
+        channels, stride = width * 2**stage, 1 if stage == 0 else 2
+        blocks = BasicBlock(before, channels, stride), BasicBlock(channels, channels, 1)
+        layers[f"layer{stage + 1}"], before = nn.Sequential(*blocks), channels
+    layers |= {"avgpool": nn.AdaptiveAvgPool2d(1), "flatten": nn.Flatten()}
+    return nn.Sequential(OrderedDict(layers | {"fc": nn.Linear(before, 10)}))
+
+
+def double_conv(before: int, channels: int) -> nn.Module:
+    """Twice a convolution with batch norm and ReLU."""
+    layers: list[nn.Module] = []
+    for inputs in (before, channels):
+        layers += [nn.Conv2d(inputs, channels, 3, padding=1), nn.BatchNorm2d(channels)]
+        layers += [nn.ReLU(inplace=True)]
+    return nn.Sequential(*layers)
+
+
+class Level(nn.Module):
+    """A level of a U-Net: what is below it sees the image at half the size."""
+
+    def __init__(self, before: int, channels: int, below: nn.Module) -> None:
+        super().__init__()
+        up = nn.ConvTranspose2d(2 * channels, channels, 2, stride=2)
+        inner = nn.Sequential(OrderedDict(pool=nn.MaxPool2d(2), level=below, up=up))
+        self.encode = double_conv(before, channels)
+        self.skip = nn.ModuleList([nn.Identity(), inner])
+        self.decode = double_conv(2 * channels, channels)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.encode(x)
+        return self.decode(torch.cat([way(x) for way in self.skip], 1))
+
+
+def unet(width: int = 32) -> nn.Module:
+    """A U-Net of three levels, with a class for each pixel."""
+    net = double_conv(2 * width, 4 * width)
+    for before, channels in ((width, 2 * width), (3, width)):
+        net = Level(before, channels, net)
+    return nn.Sequential(OrderedDict(body=net, head=nn.Conv2d(width, 10, 1)))
+
+
+def digits() -> nn.Module:
+    """Two convolutions with a pooling between, for images of 8 x 8."""
+    first = [nn.Conv2d(1, 8, 3, padding=1), nn.ReLU(), nn.MaxPool2d(2)]
+    second = [nn.Conv2d(8, 16, 3, padding=1), nn.ReLU()]
+    return nn.Sequential(*first, *second, nn.Flatten(), nn.Linear(16 * 4 * 4, 10))
+
+
 NETS: dict[str, Callable[[], nn.Module]] = {
-    each.__name__: each for each in (cnn, vgg, resnet, blocks, mixer, tabular)
+    each.__name__: each
+    for each in (cnn, vgg, resnet, blocks, mixer, tabular, resnet18, unet, digits)
 }

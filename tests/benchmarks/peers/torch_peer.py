@@ -24,13 +24,36 @@ class Checkpointed(nn.Sequential):
         return checkpoint(super().forward, x, use_reentrant=False)
 
 
-def make_net(workload: Workload) -> nn.Sequential:
-    """Linear layers with ReLU between; with remat, two by two in checkpointed blocks."""
+def make_net(workload: Workload) -> nn.Module:
+    """One of `NETS`, or linear layers with ReLU between.
+
+    With remat these are two by two in checkpointed blocks.
+    """
+    if workload.net:
+        return MAKE[workload.net]().to(workload.device)
     pairs = pairwise(workload.sizes)
     layers = [layer for pair in pairs for layer in (nn.Linear(*pair), nn.ReLU())][:-1]
     if workload.remat:
         layers = [Checkpointed(*layers[place : place + 4]) for place in range(0, len(layers), 4)]
     return nn.Sequential(*layers).to(workload.device)
+
+
+def make_data(workload: Workload) -> tuple[Tensor, Tensor]:
+    """Inputs and targets of a call."""
+    device = workload.device
+    if not workload.net:
+        shapes = [workload.shape(features) for features in (workload.sizes[0], workload.sizes[-1])]
+        return torch.randn(shapes[0], device=device), torch.randn(shapes[1], device=device)
+    example, classes, vocabulary, _ = NETS[workload.net]
+    shape = workload.shape(*example)
+    numbers = torch.randn(shape, device=device)
+    x = torch.randint(vocabulary, shape, device=device) if vocabulary else numbers
+    return x, torch.randint(classes, workload.labels, device=device)
+
+
+def loss_of(workload: Workload) -> Callable[[Tensor, Tensor], Tensor]:
+    """Cross entropy for one of `NETS`, else the mean square."""
+    return F.cross_entropy if workload.net else F.mse_loss
 
 
 def compiled(mode: str, f: Callable[..., Any]) -> Callable[..., Any]:
@@ -48,12 +71,17 @@ def begin(mode: str) -> None:
 
 def trainer(mode: str, workload: Workload) -> tuple[Callable[[], None], Callable[..., None]]:
     """A model's ``reset()``, in place, and ``step(x, target)``: torch.nn, autograd, torch.optim."""
-    net = make_net(workload)
-    make = {"sgd": torch.optim.SGD, "adam": torch.optim.Adam}[workload.optimizer]
+    net, value = make_net(workload), loss_of(workload)
     # Adam counts its steps on the CPU unless it is told that a graph shall hold them.
-    options = {"capturable": True} if mode == "graphs" and workload.optimizer == "adam" else {}
+    capturable = {"capturable": True} if mode == "graphs" else {}
+    make, options = {
+        "sgd": (torch.optim.SGD, {}),
+        "adam": (torch.optim.Adam, capturable),
+        # Eager, the fused one is the fastest.
+        "adamw": (torch.optim.AdamW, {"fused": mode == "eager", **capturable}),
+    }[workload.optimizer]
     optimizer = make(net.parameters(), lr=LEARNING_RATE, **options)
-    loss = compiled(mode, lambda x, target: F.mse_loss(net(x), target))
+    loss = compiled(mode, lambda x, target: value(net(x), target))
     update = compiled(mode, optimizer.step)
 
     def step(x: Tensor, target: Tensor) -> None:
@@ -64,7 +92,7 @@ def trainer(mode: str, workload: Workload) -> tuple[Callable[[], None], Callable
 
     def reset() -> None:
         for module in net.modules():
-            if isinstance(module, nn.Linear):
+            if hasattr(module, "reset_parameters"):
                 module.reset_parameters()
         for state in optimizer.state.values():
             for each in state.values():
@@ -76,10 +104,10 @@ def trainer(mode: str, workload: Workload) -> tuple[Callable[[], None], Callable
 
 def population(mode: str, workload: Workload, x: Tensor, target: Tensor) -> Job:
     """SGD of all members at once, by torch.func."""
-    net = make_net(workload)
+    net, value_of = make_net(workload), loss_of(workload)
 
     def loss(params: dict[str, Tensor], x: Tensor, target: Tensor) -> tuple[Tensor, Tensor]:
-        value = F.mse_loss(functional_call(net, params, (x,)), target)
+        value = value_of(functional_call(net, params, (x,)), target)
         return value, value
 
     def step(params: dict[str, Tensor], x: Tensor, target: Tensor) -> tuple[Any, Tensor]:
@@ -99,28 +127,6 @@ def population(mode: str, workload: Workload, x: Tensor, target: Tensor) -> Job:
     return Job(lambda: initial, advance, waiting(workload.device))
 
 
-def net_job(mode: str, workload: Workload) -> Job:
-    """One of `NETS`, with cross entropy and AdamW; the fused one, which is the fastest."""
-    (example, classes, vocabulary), device = NETS[workload.net], workload.device
-    shape = (workload.batch, *example)
-    numbers = torch.randn(shape, device=device)
-    x = torch.randint(vocabulary, shape, device=device) if vocabulary else numbers
-    labels = shape if vocabulary else shape[:1]
-    target = torch.randint(classes, labels, device=device).flatten()
-    net = MAKE[workload.net]().to(device)
-    optimizer = torch.optim.AdamW(net.parameters(), lr=LEARNING_RATE, fused=mode == "eager")
-    loss = compiled(mode, lambda: F.cross_entropy(net(x), target))
-    update = compiled(mode, optimizer.step)
-
-    def advance(_: None) -> None:
-        begin(mode)
-        optimizer.zero_grad()
-        loss().backward()
-        update()
-
-    return Job(lambda: None, advance, waiting(device))
-
-
 def build(mode: str, workload: Workload) -> Job:
     """A workload as PyTorch's users write it."""
     torch.set_num_threads(workload.threads)
@@ -129,10 +135,7 @@ def build(mode: str, workload: Workload) -> Job:
     if workload.draws:
         draw = compiled(mode, lambda: torch.rand(workload.draws, device=device))
         return Job(lambda: None, lambda _: begin(mode) or draw(), wait)
-    if workload.net:
-        return net_job(mode, workload)
-    x = torch.randn(workload.shape(workload.sizes[0]), device=device)
-    target = torch.randn(workload.shape(workload.sizes[-1]), device=device)
+    x, target = make_data(workload)
     if workload.members and mode != "one by one":
         return population(mode, workload, x, target)
     members = [trainer(mode, workload) for _ in range(workload.members or 1)]

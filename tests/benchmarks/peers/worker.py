@@ -12,6 +12,7 @@ import sys
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, replace
+from math import prod
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -21,12 +22,14 @@ LEARNING_RATE = 1e-3
 class Net(NamedTuple):
     """What a network takes and gives: the shape of an example, and how many classes.
 
-    With a ``vocabulary``, an example is that of tokens, and each has a class.
+    With a ``vocabulary``, an example is that of tokens, and each has a class. With ``places``,
+    each of them has a class, such as each pixel of an image.
     """
 
     example: tuple[int, ...]
     classes: int = 10
     vocabulary: int = 0
+    places: tuple[int, ...] = ()
 
 
 NETS = {
@@ -36,6 +39,9 @@ NETS = {
     "blocks": Net((128,), 4096, 4096),
     "mixer": Net((64, 48)),
     "tabular": Net((64,)),
+    "resnet18": Net((3, 32, 32)),
+    "unet": Net((3, 64, 64), places=(64, 64)),
+    "digits": Net((1, 8, 8)),
 }
 """Networks of the sizes that people train; each library has them in a module of its own."""
 
@@ -44,7 +50,7 @@ NETS = {
 class Workload:
     """What to train, all in float32; the activation is ReLU and the loss MSE.
 
-    With a ``net`` of `NETS`, that is trained instead, with cross entropy and AdamW.
+    With a ``net`` of `NETS`, that is trained instead, with cross entropy.
 
     ``scan`` steps are one call, of ``members`` models at once; 0 means a single step or model.
     With ``draws``, that many uniform draws are all that a call does. ``device`` is as torch
@@ -65,9 +71,16 @@ class Workload:
     memory: bool = False
     device: str = "cpu"
 
-    def shape(self, features: int) -> tuple[int, ...]:
-        """The shape of a call's batches with so many features."""
-        return (*[each for each in (self.scan, self.members) if each], self.batch, features)
+    def shape(self, *example: int) -> tuple[int, ...]:
+        """The shape of a call's batches of such examples."""
+        return (*[each for each in (self.scan, self.members) if each], self.batch, *example)
+
+    @property
+    def labels(self) -> tuple[int, ...]:
+        """The shape of the classes of a call's batches, for its ``net``."""
+        example, _, vocabulary, places = NETS[self.net]
+        # The networks give the logits of all tokens as rows.
+        return (self.batch * prod(example),) if vocabulary else self.shape(*places)
 
 
 class Job(NamedTuple):
