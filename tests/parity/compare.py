@@ -18,6 +18,7 @@ from tests.parity.exceptions import (
     NOT_DERIVATIVES,
     WRONG_GRADIENTS,
     reason_for,
+    reason_for_refusal,
     torch_has_no,
 )
 from tests.parity.names import Unsupported
@@ -52,9 +53,10 @@ def check(sample: Sample, jit: bool = False) -> None:
         try:
             held(sample, made(*args, **kwargs), module, expected, jit)
         except ValueError as error:
-            if _finite(expected):
+            why = reason_for_refusal(sample.cls.__name__, error)
+            if why is None and _finite(expected):
                 raise
-            raise Unsupported(f"where torch gives NaN or infinity: {error}") from None
+            raise Unsupported(why or f"where torch gives NaN or infinity: {error}") from None
 
 
 @contextmanager

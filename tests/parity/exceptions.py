@@ -78,6 +78,14 @@ _UNBATCHED = (
 UNBATCHED = {f"InstanceNorm{dims}d": (dims + 2, _UNBATCHED) for dims in (1, 2, 3)}
 """Classes whose layer wants a batch: the number of dimensions then, and why."""
 
+REFUSED_VALUES = {
+    "KLDivLoss": (
+        "expects probabilities as target",
+        "a target is a distribution: numbers out of [0, 1] are an error, where torch computes on",
+    ),
+}
+"""Values that are an error by design: what the error says, and why."""
+
 NOT_DERIVATIVES = {
     ("Embedding", "padding_idx"),
     ("Embedding", "scale_grad_by_freq"),
@@ -100,6 +108,12 @@ def reason_for(name: str, inputs: tuple[Any, ...]) -> str | None:
     if inputs and inputs[0].dim() < dims:
         return why
     return CLASSES.get(name)
+
+
+def reason_for_refusal(name: str, error: Exception) -> str | None:
+    """Why an error is as it should be, though torch takes the values."""
+    told, why = REFUSED_VALUES.get(name, ("", ""))
+    return why if told and told in str(error) else None
 
 
 def computes(name: str) -> bool:
