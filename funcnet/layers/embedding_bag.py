@@ -64,10 +64,14 @@ def _bag_of_each(bags: Bags) -> Tensor:
     return begins.cumsum(0)[:n] - 1
 
 
+def _kept(bags: Bags, options: Options) -> Tensor:
+    """Which indices are not the padding."""
+    return bags.indices != options.padding
+
+
 def _lengths(bags: Bags, bag: Tensor, options: Options) -> Tensor:
     """How many indices are in each bag, without the padding."""
-    kept = (bags.indices != options.padding).long()
-    return torch.zeros_like(bags.offsets).index_add(0, bag, kept)
+    return torch.zeros_like(bags.offsets).index_add(0, bag, _kept(bags, options).long())
 
 
 def _factors(bags: Bags, bag: Tensor, options: Options, dtype: torch.dtype) -> Tensor:
@@ -75,7 +79,7 @@ def _factors(bags: Bags, bag: Tensor, options: Options, dtype: torch.dtype) -> T
 
     It is 0 for the padding.
     """
-    factors = (bags.indices != options.padding).to(dtype)
+    factors = _kept(bags, options).to(dtype)
     if options.mode == "mean":
         return factors / _lengths(bags, bag, options).clamp(min=1)[bag]
     return factors if bags.weights is None else factors * bags.weights
@@ -96,7 +100,7 @@ def _embedding_bag_kernel(
     )
     if options.mode != "max":
         return y[:count], None
-    return y[:count], torch.where(lengths[:, None] == 0, options.rows, chosen)[:count]
+    return y[:count], torch.where(lengths.unsqueeze(1) == 0, options.rows, chosen)[:count]
 
 
 @with_kernel(_embedding_bag_kernel)
@@ -109,7 +113,7 @@ def embedding_bag_forward(
     """
     bag, number = _bag_of_each(bags), len(bags.offsets)
     rows = renormalized(F.embedding(bags.indices, weight), options.max_norm, options.norm_type)
-    kept = (bags.indices != options.padding)[:, None]
+    kept = _kept(bags, options).unsqueeze(1)
     if options.mode == "max":
         place = _first_greatest(rows, kept, bag, number)[: _number(bags, options)]
         # At the end, for empty bags, a row of zeros, and an index that no row of the weight has.
@@ -117,18 +121,18 @@ def embedding_bag_forward(
         return _with_end(rows).gather(0, place), chosen
     # Sums of many numbers, which half precision would round at each.
     rows = rows.to(torch.promote_types(rows.dtype, torch.float32))
-    terms = torch.where(kept, rows * _factors(bags, bag, options, rows.dtype)[:, None], 0.0)
+    terms = torch.where(kept, rows * _factors(bags, bag, options, rows.dtype).unsqueeze(1), 0.0)
     y = rows.new_zeros(number, rows.shape[1]).index_add(0, bag, terms)
     return y[: _number(bags, options)].to(weight.dtype), None
 
 
 def _first_greatest(rows: Tensor, kept: Tensor, bag: Tensor, number: int) -> Tensor:
     """Where each bag has its greatest value of a column first; ``len(rows)`` in an empty bag."""
-    n, shape, where = len(rows), (number, rows.shape[1]), bag[:, None].expand_as(rows)
+    n, shape, where = len(rows), (number, rows.shape[1]), bag.unsqueeze(1).expand_as(rows)
     values = torch.where(kept, rows, -torch.inf)
     greatest = rows.new_full(shape, -torch.inf).scatter_reduce(0, where, values, "amax")
     is_greatest = kept & ((rows == greatest[bag]) | rows.isnan())
-    place = torch.where(is_greatest, torch.arange(n, device=rows.device)[:, None], n)
+    place = torch.where(is_greatest, torch.arange(n, device=rows.device).unsqueeze(1), n)
     return bag.new_full(shape, n).scatter_reduce(0, where, place, "amin")
 
 
@@ -163,7 +167,7 @@ def embedding_bag_backward(
     bag = _bag_of_each(bags)
     wide = torch.promote_types(dy.dtype, torch.float32)
     # The end is for the indices behind the last bag.
-    drows = (_with_end(dy)[bag] * _factors(bags, bag, options, wide)[:, None]).to(dy.dtype)
+    drows = (_with_end(dy)[bag] * _factors(bags, bag, options, wide).unsqueeze(1)).to(dy.dtype)
     backward = fastest(embedding_backward, drows)
     return backward(drows, bags.indices, options.rows, options.padding, options.scale_grad_by_freq)
 
@@ -172,7 +176,7 @@ def weights_backward(dy: Tensor, weight: Tensor, bags: Bags, options: Options) -
     """``dweights_i = dy[bag of i] . weight[index_i]``, 0 for the padding."""
     rows = renormalized(F.embedding(bags.indices, weight), options.max_norm, options.norm_type)
     products = (_with_end(dy)[_bag_of_each(bags)] * rows).sum(-1)
-    return torch.where(bags.indices != options.padding, products, 0.0)
+    return torch.where(_kept(bags, options), products, 0.0)
 
 
 def embedding_bag_rule(

@@ -27,7 +27,15 @@ def test_a_layer_keeps_the_laws(name):
 
 
 @pytest.mark.parametrize(
-    "layer", [fn.embedding(5, 3, padding_idx=1), fn.embedding(5, 3, scale_grad_by_freq=True)]
+    "layer",
+    [
+        fn.embedding(5, 3, padding_idx=1),
+        fn.embedding(5, 3, scale_grad_by_freq=True),
+        fn.embedding(5, 3, max_norm=1.0),
+        fn.embedding_bag(5, 3, scale_grad_by_freq=True),
+        fn.embedding_bag(5, 3, mode="max", max_norm=1.0),
+        fn.embedding_bag(5, 3, padding_idx=1, max_norm=1.0),
+    ],
 )
 def test_an_embedding_whose_rule_is_not_the_derivative_keeps_the_others(layer):
     check_layer(layer, torch.tensor([[0, 1], [4, 4]]), derivative=False)
