@@ -80,6 +80,14 @@ from funcnet.layers.activations import (
     tanh as tanh,
     tanhshrink as tanhshrink,
 )
+from funcnet.layers.avg_pool import (
+    adaptive_avg_pool1d as adaptive_avg_pool1d,
+    adaptive_avg_pool2d as adaptive_avg_pool2d,
+    adaptive_avg_pool3d as adaptive_avg_pool3d,
+    avg_pool1d as avg_pool1d,
+    avg_pool2d as avg_pool2d,
+    avg_pool3d as avg_pool3d,
+)
 from funcnet.layers.batch_norm import (
     batch_norm as batch_norm,
 )
@@ -117,11 +125,17 @@ from funcnet.layers.fold import (
     fold as fold,
     unfold as unfold,
 )
+from funcnet.layers.fractional_max_pool import (
+    fractional_max_pool2d as fractional_max_pool2d,
+    fractional_max_pool3d as fractional_max_pool3d,
+)
 from funcnet.layers.gated import (
     glu as glu,
 )
 from funcnet.layers.group_norm import (
     group_norm as group_norm,
+)
+from funcnet.layers.instance_norm import (
     instance_norm as instance_norm,
     instance_norm1d as instance_norm1d,
     instance_norm2d as instance_norm2d,
@@ -133,6 +147,22 @@ from funcnet.layers.layer_norm import (
 )
 from funcnet.layers.linear import (
     linear as linear,
+)
+from funcnet.layers.lp_pool import (
+    lp_pool1d as lp_pool1d,
+    lp_pool2d as lp_pool2d,
+    lp_pool3d as lp_pool3d,
+)
+from funcnet.layers.max_pool import (
+    adaptive_max_pool1d as adaptive_max_pool1d,
+    adaptive_max_pool2d as adaptive_max_pool2d,
+    adaptive_max_pool3d as adaptive_max_pool3d,
+    max_pool1d as max_pool1d,
+    max_pool2d as max_pool2d,
+    max_pool3d as max_pool3d,
+    max_unpool1d as max_unpool1d,
+    max_unpool2d as max_unpool2d,
+    max_unpool3d as max_unpool3d,
 )
 from funcnet.layers.noise import (
     gaussian_noise as gaussian_noise,
@@ -165,11 +195,18 @@ from funcnet.layers.piecewise import (
     softshrink as softshrink,
     threshold as threshold,
 )
-from funcnet.layers.pooling import (
-    max_pool2d as max_pool2d,
+from funcnet.layers.pixels import (
+    channel_shuffle as channel_shuffle,
+    pixel_shuffle as pixel_shuffle,
+    pixel_unshuffle as pixel_unshuffle,
 )
 from funcnet.layers.prelu import (
     prelu as prelu,
+)
+from funcnet.layers.resample import (
+    upsample as upsample,
+    upsampling_bilinear2d as upsampling_bilinear2d,
+    upsampling_nearest2d as upsampling_nearest2d,
 )
 from funcnet.layers.response_norm import (
     cross_map_lrn as cross_map_lrn,

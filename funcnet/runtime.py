@@ -85,3 +85,17 @@ prelu_backward = torch.ops.aten._prelu_kernel_backward
 # On CUDA alone the two are kernels.
 rms_norm = torch.ops.aten._fused_rms_norm
 rms_norm_backward = torch.ops.aten._fused_rms_norm_backward
+
+adaptive_avg_pool_backward = {
+    2: torch.ops.aten._adaptive_avg_pool2d_backward,
+    3: torch.ops.aten._adaptive_avg_pool3d_backward,
+}
+"""By the number of spatial dimensions."""
+
+
+def interpolate_backward(mode: str, dims: int, antialias: bool) -> Callable[..., Tensor]:
+    """The backward pass of ``F.interpolate``."""
+    exact = mode == "nearest-exact"
+    name = f"_upsample_nearest_exact{dims}d" if exact else f"upsample_{mode}{dims}d"
+    name = f"_{name}_aa" if antialias else name
+    return getattr(torch.ops.aten, f"{name}_backward")

@@ -168,7 +168,9 @@ def train_step(
     def step(train_state: TrainState, batch: Batch) -> tuple[TrainState, dict[str, Any]]:
         params, state, opt_state, key, count = train_state
         step_key = fold_in(key, count) if takes_key else None
-        _, grads, state, measured = run(params, batch, state, step_key, True)
+        _, gradients, state, measured = run(params, batch, state, step_key, True)
+        grads = [gradients]
+        del gradients
         params, opt_state = step_params(optimizer, grads, opt_state, params)
         new_state = TrainState(params, state, opt_state, key, count + _ONE)
         return new_state, measured

@@ -197,8 +197,8 @@ def mish() -> Layer:
     return elementwise(F.mish, mish_derivative, name="mish")
 
 
-# As the derivative of -softplus(-x); PyTorch's own kernel wants a second residual.
-@with_kernel(lambda dy, x: aten.softplus_backward(dy, -x, 1, 40))
+# logsigmoid is softplus of beta -1; the backward kernel of its own name wants a second residual.
+@with_kernel(lambda dy, x: aten.softplus_backward(dy, x, -1, 40))
 def logsigmoid_derivative(x: Tensor) -> Tensor:
     """``sigmoid(-x)``."""
     return torch.sigmoid(-x)

@@ -56,13 +56,16 @@ def _alike(weight: Any, running: Tensor) -> bool:
 def _batch_norm_in_one(
     x: Tensor, weight: Any, bias: Any, running: Any, rate: Any, eps: float
 ) -> tuple[Tensor, Tensor, Tensor, Any]:
-    plain = x.is_cpu and isinstance(rate, float) and not runtime.is_transformed()
-    if running is None or not plain or not _alike(weight, running[0]):
+    plain = running is not None and x.is_cpu and not runtime.is_transformed()
+    if not plain or not _alike(weight, running[0]):
         return batch_norm_forward(x, weight, bias, running, rate, eps)
-    # The kernel writes to the running statistics.
-    mean, var = [each.clone() for each in running]
-    forward = torch.native_batch_norm(x, weight, bias, mean, var, True, rate, eps)
-    return *forward, (mean, var)
+    # The kernel writes to the running statistics. It wants the rate as a number: where that is
+    # a tensor, it writes those of the batch alone.
+    known = isinstance(rate, float)
+    mean, var = [each.clone() if known else torch.zeros_like(each) for each in running]
+    kernel_rate = rate if known else 1.0
+    forward = torch.native_batch_norm(x, weight, bias, mean, var, True, kernel_rate, eps)
+    return *forward, (mean, var) if known else average(running, (mean, var), rate)
 
 
 @with_kernel(_batch_norm_in_one)
@@ -75,12 +78,16 @@ def batch_norm_forward(
     return y, mean, rstd, running and running_statistics(x, running, rate)
 
 
-def running_statistics(x: Tensor, running: Any, rate: Any) -> tuple[Tensor, ...]:
-    """``(1 - rate) running + rate batch``, of the mean and the unbiased variance by channel."""
-    kind = running[0].dtype
-    var, mean = torch.var_mean(x.to(kind), other_dims(x))
-    pairs = zip(running, (mean, var), strict=True)
-    return tuple([((1 - rate) * old + rate * new).to(kind) for old, new in pairs])
+def running_statistics(x: Tensor, running: Any, rate: Any) -> list[Tensor]:
+    """The `average` of the running and the batch's mean and unbiased variance by channel."""
+    var, mean = torch.var_mean(x.to(running[0].dtype), other_dims(x))
+    return average(running, (mean, var), rate)
+
+
+def average(running: Any, batch: Any, rate: Any) -> list[Tensor]:
+    """``(1 - rate) running + rate batch``, of each two."""
+    pairs = zip(running, batch, strict=True)
+    return [((1 - rate) * old + rate * new).to(old.dtype) for old, new in pairs]
 
 
 def normalize_by_batch(

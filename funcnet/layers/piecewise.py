@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from funcnet import runtime
 from funcnet.core import Layer
 from funcnet.errors import require
 from funcnet.lift import elementwise, with_kernel
@@ -132,9 +133,15 @@ def threshold(threshold: float, value: float) -> Layer:
     return elementwise(F.threshold, threshold_derivative, options=options, name="threshold")
 
 
-# The same function as aten's hardshrink_backward, for which Inductor has no code.
-@with_kernel(aten.softshrink_backward.default)
-def hardshrink_derivative(x: Tensor, lambd: float) -> Tensor:
+def _shrink_kernel(dy: Tensor, x: Tensor, lambd: float) -> Tensor:
+    # Inductor has no code for the operator, neither of this name nor of hardshrink's.
+    if runtime.is_tracing():
+        return dy * shrink_derivative(x, lambd)
+    return aten.softshrink_backward(dy, x, lambd)
+
+
+@with_kernel(_shrink_kernel)
+def shrink_derivative(x: Tensor, lambd: float) -> Tensor:
     """``[|x| > lambd]``."""
     return x.abs() > lambd
 
@@ -145,13 +152,7 @@ def hardshrink(lambd: float = 0.5) -> Layer:
     >>> hardshrink().apply({}, torch.tensor([-0.5, 2.0]))[0]
     tensor([0., 2.])
     """
-    return elementwise(F.hardshrink, hardshrink_derivative, options=(lambd,), name="hardshrink")
-
-
-@with_kernel(aten.softshrink_backward.default)
-def softshrink_derivative(x: Tensor, lambd: float) -> Tensor:
-    """``[|x| > lambd]``."""
-    return hardshrink_derivative(x, lambd)
+    return elementwise(F.hardshrink, shrink_derivative, options=(lambd,), name="hardshrink")
 
 
 def softshrink(lambd: float = 0.5) -> Layer:
@@ -163,4 +164,4 @@ def softshrink(lambd: float = 0.5) -> Layer:
     tensor([0.0000, 1.5000])
     """
     require(lambd >= 0, f"softshrink: lambd must be >= 0, got {lambd}")
-    return elementwise(F.softshrink, softshrink_derivative, options=(lambd,), name="softshrink")
+    return elementwise(F.softshrink, shrink_derivative, options=(lambd,), name="softshrink")

@@ -24,7 +24,7 @@ def sum_around(x: Tensor, before: int, after: int) -> Tensor:
 
 
 def respond(x: Tensor, sums: Tensor, factor: float, beta: float, k: float) -> tuple[Tensor, Any]:
-    """``y = x d^-beta`` with ``d = k + factor sums``, and the residuals of `response_backward`."""
+    """``y = x d^-beta`` with ``d = k + factor sums``, and the residuals of both backward passes."""
     d = sums * factor + k
     scale = d.pow(-beta)
     return x * scale, {"x": x, "d": d, "scale": scale}
@@ -84,7 +84,7 @@ def check_size(name: str, size: Any) -> None:
 def cross_map_window(x: Tensor, size: int) -> Tensor:
     """1 where the square of channel j is in the sum of channel i, else 0, of shape (i, j)."""
     j = torch.arange(x.shape[1], device=x.device)
-    near = (j[:, None] - j).abs() <= (size - 1) // 2
+    near = (j.unsqueeze(1) - j).abs() <= (size - 1) // 2
     return (near | (j == 0)).to(x.dtype)
 
 

@@ -77,6 +77,37 @@ def sizes(name: str, value: Size, dims: int, least: int) -> tuple[int, ...]:
     return each
 
 
+def window_of(
+    name: str, dims: int, kernel: Size, stride: Size | None, padding: Size = 0, dilation: Size = 1
+) -> "Window":
+    """The window of a pooling layer, from its options; its stride is its size by default."""
+    each = sizes(f"{name}: kernel_size", kernel, dims, 1)
+    return Window(
+        each,
+        sizes(f"{name}: dilation", dilation, dims, 1),
+        sizes(f"{name}: padding", padding, dims, 0),
+        each if stride is None else sizes(f"{name}: stride", stride, dims, 1),
+    )
+
+
+def output_sizes(
+    name: str, value: Size | Sequence[int | None] | None, dims: int
+) -> tuple[int | None, ...]:
+    """The output size of an adaptive layer, from one int or one for each; None stands for x's.
+
+    >>> output_sizes("adaptive_avg_pool2d: output_size", (None, 7), 2)
+    (None, 7)
+    """
+    each = (value,) * dims if value is None or isinstance(value, int) else tuple(value)
+    sizes(name, [0 if size is None else size for size in each], dims, 0)
+    return each
+
+
+def filled(wanted: Sequence[int | None], size: Sequence[int]) -> list[int]:
+    """An output size with that of x where it is None."""
+    return [n if each is None else each for each, n in zip(wanted, size, strict=True)]
+
+
 def require_spatial(dims: int) -> Callable[[Tree], Mapping[str, Param]]:
     """The declaration of a layer without parameters, of one example or a batch of them."""
 
@@ -88,6 +119,50 @@ def require_spatial(dims: int) -> Callable[[Tree], Mapping[str, Param]]:
         return EMPTY
 
     return declaration
+
+
+def like_x(dy: Tensor, size: Sequence[int]) -> Tensor:
+    """A tensor of the shape of x, for kernels that read nothing else of it."""
+    return dy.new_empty(()).expand(*dy.shape[: -len(size)], *size)
+
+
+def values_of(dy: Any) -> Tensor:
+    """The cotangent of y, where the layer returns ``(y, indices)`` too."""
+    return dy[0] if isinstance(dy, tuple) else dy
+
+
+def of_images(kernel: Callable[..., Tensor]) -> Callable[..., Tensor]:
+    """A kernel ``(dy, size, ...)`` of images that takes sequences too: as images of height one.
+
+    Options that are a `Window` become one over images, residuals get a height; dy may be empty,
+    and beside None for indices.
+    """
+
+    def run(dy: Any, size: tuple[int, ...], *options: Any, **residuals: Tensor) -> Tensor:
+        dy = values_of(dy)
+        if dy.numel() == 0:  # which kernels refuse
+            return dy.new_zeros(like_x(dy, size).shape)
+        if len(size) > 1:
+            return kernel(dy, size, *options, **residuals)
+        options = tuple([o.over_images() if isinstance(o, Window) else o for o in options])
+        residuals = {name: each.unsqueeze(-2) for name, each in residuals.items()}
+        return kernel(dy.unsqueeze(-2), (1, *size), *options, **residuals).squeeze(-2)
+
+    return run
+
+
+def apply_each(x: Tensor, matrices: Sequence[Tensor]) -> Tensor:
+    """A linear map that is separable: each matrix applied along its own of the last dimensions.
+
+    Half precision is computed in float32.
+
+    >>> apply_each(torch.ones(2, 3), [torch.ones(1, 2), torch.eye(3)])
+    tensor([[2., 2., 2.]])
+    """
+    y = x.to(torch.promote_types(x.dtype, torch.float32))
+    for dim, matrix in enumerate(matrices, -len(matrices)):
+        y = (y.transpose(dim, -1) @ matrix.mT.to(y.dtype)).transpose(dim, -1)
+    return y.to(x.dtype)
 
 
 class Window(NamedTuple):
@@ -104,6 +179,10 @@ class Window(NamedTuple):
     dilation: tuple[int, ...]
     padding: tuple[int, ...]
     stride: tuple[int, ...]
+
+    def over_images(self) -> "Window":
+        """The window of a sequence as one of an image of height one."""
+        return Window((1, *self.kernel), (1, *self.dilation), (0, *self.padding), (1, *self.stride))
 
     def padded(self, size: Sequence[int]) -> list[int]:
         """The size of x with its padding."""

@@ -1,11 +1,13 @@
 """Losses of yes or no: `bce`, `bce_with_logits`, `focal`; of many: `multilabel_soft_margin`."""
 
+from functools import partial
+
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
 from funcnet.core import Loss
-from funcnet.losses.checks import check_prediction, check_range, labels
+from funcnet.losses.checks import check_prediction, check_range, labels, refuse_reduction
 from funcnet.losses.lift import from_formulas, pointwise
 
 
@@ -59,8 +61,8 @@ def _bce_with_logits_derivative(
     return (1 - target) * torch.sigmoid(prediction) - positive * torch.sigmoid(-prediction)
 
 
-def _check_bce_with_logits(prediction: Tensor, target: Tensor) -> None:
-    check_range("bce_with_logits", "targets", target, 0, 1)
+def _check_targets(name: str, prediction: Tensor, target: Tensor) -> None:
+    check_range(name, "targets", target, 0, 1)
 
 
 def bce_with_logits(
@@ -86,7 +88,7 @@ def bce_with_logits(
         reduction,
         weight=weight,
         tensors={"pos_weight": pos_weight},
-        check=_check_bce_with_logits,
+        check=partial(_check_targets, "bce_with_logits"),
         name="bce_with_logits",
     )
 
@@ -116,10 +118,6 @@ def _focal_derivative(prediction: Tensor, target: Tensor, alpha: float, gamma: f
     )
 
 
-def _check_focal(prediction: Tensor, target: Tensor) -> None:
-    check_range("focal", "targets", target, 0, 1)
-
-
 def focal(alpha: float = 0.25, gamma: float = 2.0, reduction: str = "mean") -> Loss:
     """``alpha_t (1 - p_t)^gamma bce``: `bce_with_logits` that easy examples count little in.
 
@@ -139,6 +137,7 @@ def focal(alpha: float = 0.25, gamma: float = 2.0, reduction: str = "mean") -> L
     >>> focal().apply(torch.tensor([0.0, 3.0]), torch.tensor([1.0, 1.0]))
     tensor(0.0217)
     """
+    refuse_reduction("focal", alpha)
     if not (0.0 <= alpha <= 1.0 or alpha == -1):
         raise ValueError(f"focal: alpha must be in [0, 1] or -1, got {alpha}")
     if not gamma >= 0:
@@ -148,7 +147,7 @@ def focal(alpha: float = 0.25, gamma: float = 2.0, reduction: str = "mean") -> L
         _focal_derivative,
         reduction,
         options=(alpha, gamma),
-        check=_check_focal,
+        check=partial(_check_targets, "focal"),
         name="focal",
     )
 
@@ -174,7 +173,7 @@ def _check_multilabel(name: str, prediction: Tensor, target: Tensor) -> Tensor:
     if prediction.dim() == 0:
         raise ValueError(f"{name}: expects (*, classes), got ()")
     target = labels(name, target, prediction, tuple(prediction.shape))
-    check_range(name, "targets", target, 0, 1)
+    _check_targets(name, prediction, target)
     return target
 
 

@@ -9,16 +9,19 @@ from torch import Tensor
 from funcnet import tree
 from funcnet.core import Layer, Loss
 from funcnet.lift import Step, parameterless
-from funcnet.losses.checks import check_several, check_signs, labels
+from funcnet.losses.checks import check_several, check_signs, labels, refuse_reduction
 from funcnet.losses.lift import Elements, from_formulas, loss_of, times
 
 Pair = tuple[Tensor, Tensor]
+
+EPSILON = 9.999999960041972e-13
+"""What PyTorch adds to a squared length: 1e-12 in float32, whatever the dtype."""
 
 
 def _cosine(prediction: Pair) -> tuple[Tensor, Tensor, Tensor]:
     """The cosine of each two vectors, and their squared lengths, kept from 0."""
     x1, x2 = prediction
-    first, second = x1.square().sum(-1) + 1e-12, x2.square().sum(-1) + 1e-12
+    first, second = x1.square().sum(-1) + EPSILON, x2.square().sum(-1) + EPSILON
     return (x1 * x2).sum(-1) / (first * second).sqrt(), first, second
 
 
@@ -70,6 +73,7 @@ def cosine_embedding(margin: float = 0.0, reduction: str = "mean") -> Loss:
     >>> cosine_embedding(reduction="none").apply(x, torch.tensor([1, -1]))
     tensor([1., 1.])
     """
+    refuse_reduction("cosine_embedding", margin)
     return from_formulas(
         _cosine_embedding,
         _cosine_embedding_derivative,
@@ -125,6 +129,7 @@ def triplet_backward(
 
 
 def _triplet(name: str, distance: Layer, margin: float, swap: bool, reduction: str) -> Loss:
+    refuse_reduction(name, margin)
     if not margin > 0:
         raise ValueError(f"{name}: margin must be positive, got {margin}")
 

@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 from torch import Tensor
 
 from funcnet.core import EMPTY, Loss, LossPullback, Tree, function_name
-from funcnet.losses.checks import broadcastable, check_pair, check_tensor, refuse_reduction
+from funcnet.losses.checks import broadcastable, check_pair, check_tensor
 from funcnet.losses.reductions import REDUCTIONS, check_reduction, divided, reduced
 
 
@@ -52,6 +52,16 @@ def loss_of(
             cotangent of the elements: a tensor of their shape, or a scalar for all of them.
         reduction: one of ``reductions``; see `reduced`.
         name: what errors call the loss.
+
+    >>> def total_backward(d, *, error):
+    ...     return 2 * d * error
+    >>> def forward(prediction, target):
+    ...     error = prediction - target
+    ...     return Elements(error.square().sum(), {"error": error})
+    >>> total = loss_of(forward, total_backward, "mean", name="total")
+    >>> value, pullback = total.vjp(torch.ones(3), torch.zeros(3))
+    >>> value, pullback()
+    (tensor(3.), tensor([2., 2., 2.]))
     """
     check_reduction(name, reduction, reductions)
 
@@ -92,12 +102,20 @@ def from_formulas(
         weight, options, tensors, reductions, name: see `pointwise`.
 
     VJP: ``dprediction = d weight derivative(prediction, target) / n``.
+
+    >>> def gap(prediction, target):
+    ...     return (prediction[0] - prediction[1] - target).square()
+    >>> def gap_derivative(prediction, target):
+    ...     twice = 2 * (prediction[0] - prediction[1] - target)
+    ...     return twice, -twice
+    >>> loss = from_formulas(gap, gap_derivative, "mean", check=lambda name, y, target: target)
+    >>> value, pullback = loss.vjp((torch.tensor([3.0]), torch.tensor([1.0])), torch.tensor([1.0]))
+    >>> value, pullback()
+    (tensor(1.), (tensor([2.]), tensor([-2.])))
     """
     name = name or function_name(function)
     for option, value in {"weight": weight, **tensors}.items():
         check_tensor(name, option, value)
-    for option_value in options:
-        refuse_reduction(name, option_value)
     present = {option: value for option, value in tensors.items() if value is not None}
 
     def forward(prediction: Any, target: Any) -> Elements:

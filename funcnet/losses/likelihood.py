@@ -7,7 +7,7 @@ from torch import Tensor
 
 from funcnet import tree
 from funcnet.core import Loss
-from funcnet.losses.checks import check_prediction, check_range, labels
+from funcnet.losses.checks import check_prediction, check_range, labels, refuse_reduction
 from funcnet.losses.lift import Elements, from_formulas, loss_of, times
 
 
@@ -58,6 +58,7 @@ def poisson_nll(
     >>> poisson_nll(log_input=False, full=True).apply(torch.tensor([2.0]), torch.tensor([2.0]))
     tensor(1.2655)
     """
+    refuse_reduction("poisson_nll", log_input)
     return from_formulas(
         _poisson_nll,
         _poisson_nll_derivative,

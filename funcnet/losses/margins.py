@@ -14,6 +14,7 @@ from funcnet.losses.checks import (
     check_several,
     check_signs,
     labels,
+    refuse_reduction,
 )
 from funcnet.losses.lift import from_formulas
 
@@ -90,6 +91,7 @@ def hinge_embedding(margin: float = 1.0, reduction: str = "mean") -> Loss:
     >>> hinge_embedding().apply(torch.tensor([0.5, 0.25]), torch.tensor([1.0, -1.0]))
     tensor(0.6250)
     """
+    refuse_reduction("hinge_embedding", margin)
     return from_formulas(
         _hinge_embedding,
         _hinge_embedding_derivative,
@@ -135,6 +137,7 @@ def margin_ranking(margin: float = 0.0, reduction: str = "mean") -> Loss:
     >>> value, pullback()
     (tensor(1.), (tensor([-0.5000, -0.0000]), tensor([0.5000, 0.0000])))
     """
+    refuse_reduction("margin_ranking", margin)
     return from_formulas(
         _margin_ranking,
         _margin_ranking_derivative,
@@ -195,6 +198,7 @@ def multi_margin(
     >>> multi_margin().apply(torch.tensor([[0.1, 0.2, 0.4, 0.8]]), torch.tensor([3]))
     tensor(0.3250)
     """
+    refuse_reduction("multi_margin", margin)
     if p not in (1, 2):
         raise ValueError(f"multi_margin: p must be 1 or 2, got {p!r}")
 

@@ -176,15 +176,17 @@ def apply_updates(params: Params, updates: Tree) -> Any:
 
 
 def step_params(
-    optimizer: Optimizer, grads: Tree, opt_state: Tree, params: Params
+    optimizer: Optimizer, grads: list[Tree], opt_state: Tree, params: Params
 ) -> tuple[Any, Tree]:
     """``optimizer.update`` and then `apply_updates`, with the params flattened once.
 
-    With two flattenings an eager step of SGD on a small net takes 5 % longer.
+    With two flattenings an eager step of SGD on a small net takes 5 % longer. ``grads`` is a list
+    of one tree, which is taken out of it, so that the gradients go when they are read: they are an
+    eighth of the memory of an eager step of Adam.
     """
     trees = Trees(params)
-    g = trees.split(grads, f"{optimizer.name}: grads")
-    updates, opt_state = leaves_update(optimizer)(g, opt_state, trees)
+    left = [trees.split(grads.pop(), f"{optimizer.name}: grads")]
+    updates, opt_state = leaves_update(optimizer)(left.pop(), opt_state, trees)
     if [*map(_shape, updates)] != trees.shapes:
         trees.split(trees.join(updates), f"{optimizer.name}: updates")
     return trees.join(_added(trees.params, updates)), opt_state

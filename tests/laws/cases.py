@@ -3,6 +3,7 @@
 import cases_activations
 import cases_noise
 import cases_norms
+import cases_pooling
 import cases_spatial
 import torch
 from cases_losses import LOSSES as LOSSES, WEIGHT as WEIGHT, losses as losses
@@ -91,6 +92,7 @@ LAYERS = {
     **cases_noise.LAYERS,
     **cases_norms.LAYERS,
     **cases_activations.LAYERS,
+    **cases_pooling.LAYERS,
 }
 
 COMBINATORS = {

@@ -321,6 +321,41 @@ def test_a_fault_in_a_loss_is_caught(fault, law):
         check_loss(squares(fault), *[part.clone() for part in PAIR])
 
 
+def each_rule(residuals, dvalue, fault):
+    if fault == "one dvalue for all" and isinstance(dvalue, torch.Tensor):
+        dvalue = dvalue.mean()
+    if fault == "the first dvalue of a row" and isinstance(dvalue, torch.Tensor):
+        dvalue = dvalue[:, :1]
+    return 2 * residuals["error"] * dvalue
+
+
+def each_square(fault=None):
+    def vjp(prediction, target):
+        error = prediction - target
+        value = None if fault == "tells no value" else error.square()
+        pullback = fn.LossPullback(each_rule, {"error": error}, (fault,), value)
+        return error.square(), pullback
+
+    return fn.Loss(lambda prediction, target: vjp(prediction, target)[0], vjp)
+
+
+def test_the_loss_of_elements_without_a_fault_passes():
+    check_loss(each_square(), *PAIR)
+
+
+@pytest.mark.parametrize(
+    ("fault", "law"),
+    [
+        ("one dvalue for all", "derivative"),
+        ("the first dvalue of a row", "derivative"),
+        ("tells no value", "value"),
+    ],
+)
+def test_a_fault_in_a_loss_of_elements_is_caught(fault, law):
+    with pytest.raises(AssertionError, match=f"loss: {law}: "):
+        check_loss(each_square(fault), *PAIR)
+
+
 MEMORY = {}
 
 

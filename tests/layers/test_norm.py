@@ -15,8 +15,11 @@ from layers.oracle import (
     transposed,
 )
 from torch import nn
+from torch._decomp import decomposition_table
 
 import funcnet as fn
+from funcnet import runtime
+from funcnet.layers import layer_norm
 
 # name: (funcnet's arguments, torch's normalized_shape, the other options, input shape)
 LAYER_NORMS = {
@@ -512,6 +515,16 @@ def test_rms_norm_takes_a_float32_weight_for_half_precision_as_torch_does(half):
         lambda params, x: torch.func.functional_call(module, params, (x,)),
         fn.rms_norm(dtype=torch.float32), params_of(module), randn(5, 6).to(half), tolerance=3e-2,
     )  # fmt: skip
+
+
+@pytest.mark.parametrize("name", ["last", "two dimensions", "not affine"])
+def test_rms_norm_calls_the_kernels_of_cuda_as_torch_defines_them(name, monkeypatch):
+    aten = torch.ops.aten
+    monkeypatch.setattr(layer_norm, "_is_fused", lambda x, weight: True)
+    backward = decomposition_table[aten._fused_rms_norm_backward.default]
+    monkeypatch.setattr(runtime, "rms_norm_backward", backward)
+    arguments, shape, options, x = RMS_NORMS[name]
+    check_module(fn.rms_norm(*arguments), nn.RMSNorm(shape, *options), randn(*x))
 
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.float16])

@@ -19,7 +19,6 @@ from losses.cases import (
     WEIGHT,
     randn,
 )
-from torch.nn import functional as F
 
 import funcnet as fn
 
@@ -31,7 +30,11 @@ BAD_TARGETS = {
     "focal": (ROWS, SIGNS, r"targets in \[0, 1\], got -1 to 1"),
     "multilabel_soft_margin": (ROWS, LISTED.clamp(min=0), r"targets in \[0, 1\], got 0 to 3"),
     "kl_div": (LOGS, SIGNS, r"probabilities as target in \[0, 1\], got -1 to 1"),
-    "cross_entropy of probabilities": (ROWS, 2 * P.round(), r"as target in \[0, 1\], got 0 to 2"),
+    "cross_entropy of probabilities": (
+        ROWS,
+        2 * P.round(),
+        r"probabilities as target in \[0, 1\], got 0 to 2",
+    ),
     "cross_entropy": (ROWS, CLASSES + 1, r"classes in \[0, 4\), got \d to 4"),
     "nll": (ROWS, CLASSES - 1, r"classes in \[0, 4\), got -1 to \d"),
     "multi_margin": (ROWS, CLASSES + 1, r"classes in \[0, 4\), got \d to 4"),
@@ -44,6 +47,7 @@ BAD_TARGETS = {
     "margin_ranking": ((ROWS, ROWS), 2 * SIGNS, r"targets in \[-1, 1\], got -2 to 2"),
     "poisson_nll": (ROWS, SIGNS, "targets >= 0, got -1 to 1"),
     "gaussian_nll": ((ROWS, SIGNS), OTHERS, "variances >= 0, got -1 to 1"),
+    "gaussian_nll of a number": ((ROWS, -1.0), OTHERS, "variances >= 0, got -1 to -1"),
 }
 
 
@@ -187,13 +191,6 @@ BAD = {
         ValueError,
         "target of the mean's shape",
     ),
-    "gaussian_nll's negative number": (
-        fn.gaussian_nll(),
-        (ROWS, -1.0),
-        OTHERS,
-        ValueError,
-        "variances >= 0",
-    ),
     "multi_margin of images": (
         fn.multi_margin(),
         randn(2, 4, 3),
@@ -299,7 +296,7 @@ def test_a_reduction_in_the_place_of_another_option_is_refused(case):
             "triplet_margin_with_distance: margin must be positive, got -1",
         ),
         (
-            lambda: fn.triplet_margin_with_distance(F.pairwise_distance),
+            lambda: fn.triplet_margin_with_distance(fn.mse),
             TypeError,
             "expects a Layer as distance, got function; call its constructor",
         ),

@@ -23,9 +23,11 @@ def main() -> int:
     parser.add_argument("--dtype", dest="dtypes", action="append", choices=DTYPES)
     parser.add_argument(
         "--jit",
+        nargs="?",
         choices=["none", "few", "all"],
-        default="few",
-        help=f"compile no case, {FEW} of each class (the default), or all of float64",
+        const="few",
+        default="none",
+        help=f"compile cases of float64, seconds each: {FEW} of each class, or all of them",
     )
     parser.add_argument("--verbose", action="store_true", help="tell of each case that is no pass")
     options = parser.parse_args()

@@ -13,7 +13,14 @@ import funcnet as fn
 from funcnet.testing.assertions import alike, by_path, close, magnitude
 from tests.layers import oracle
 from tests.parity import names, reference
-from tests.parity.exceptions import INEXACT, NOT_DERIVATIVES, reason_for_class, torch_has_no
+from tests.parity.exceptions import (
+    INEXACT,
+    NOT_DERIVATIVES,
+    WRONG_GRADIENTS,
+    reason_for,
+    reason_for_refusal,
+    torch_has_no,
+)
 from tests.parity.names import Unsupported
 from tests.parity.samples import REFUSED, Sample
 
@@ -27,7 +34,7 @@ Run = Callable[[Any], Any]
 
 def check(sample: Sample, jit: bool = False) -> None:
     """Raise unless funcnet gives what torch gives; `Unsupported` if there is nothing to compare."""
-    reason = reason_for_class(sample.cls)
+    reason = reason_for(sample.cls.__name__, sample.inputs)
     if reason is not None:
         raise Unsupported(reason)
     made, args, kwargs = names.translate(sample.cls, sample.args, sample.kwargs, sample.options)
@@ -46,9 +53,10 @@ def check(sample: Sample, jit: bool = False) -> None:
         try:
             held(sample, made(*args, **kwargs), module, expected, jit)
         except ValueError as error:
-            if _finite(expected):
+            why = reason_for_refusal(sample.cls.__name__, error)
+            if why is None and _finite(expected):
                 raise
-            raise Unsupported(f"where torch gives NaN or infinity: {error}") from None
+            raise Unsupported(why or f"where torch gives NaN or infinity: {error}") from None
 
 
 @contextmanager
@@ -120,11 +128,13 @@ def _check_layer(
         single = len(sample.inputs) == 1
         by_input = (dx,) if single else dx or (None,) * len(sample.inputs)
         own = {"y": y, "dparams": dparams, "dx": by_input, "state": new_state}
+        if _has(sample, WRONG_GRADIENTS):
+            del own["dx"], own["dparams"]
         _check_numbers(sample, module, dy, own)
     if jit:
         _check_jit(run, (params, x, state, key, dy), _tolerance(sample))
     elif sample.dtype == torch.float64 and sample.contiguous and _finite((y, dparams, dx)):
-        derivative = _is_derivative(sample)
+        derivative = not _has(sample, NOT_DERIVATIVES)
         rtol = _tolerance(sample)
         fn.testing.check_layer(layer, x, modes=(sample.train,), derivative=derivative, rtol=rtol)
 
@@ -146,7 +156,8 @@ def _check_loss(sample: Sample, loss: fn.Loss, module: nn.Module, expected: Any,
     if jit:
         _check_jit(run, (prediction, target, dvalue), _tolerance(sample))
     elif sample.dtype == torch.float64 and sample.contiguous and _finite((value, gradient)):
-        fn.testing.check_loss(loss, prediction, target, derivative=_is_derivative(sample))
+        derivative = not _has(sample, NOT_DERIVATIVES)
+        fn.testing.check_loss(loss, prediction, target, derivative=derivative)
 
 
 def _is_noise(sample: Sample) -> bool:
@@ -156,10 +167,10 @@ def _is_noise(sample: Sample) -> bool:
     return name in NOISE and sample.train
 
 
-def _is_derivative(sample: Sample) -> bool:
-    """Whether the options leave torch's gradient the derivative of the output."""
-    given = names.options(sample.cls, sample.args, sample.kwargs)
-    return not NOT_DERIVATIVES & {(sample.cls.__name__, name) for name in given}
+def _has(sample: Sample, table: set[tuple[str, str]]) -> bool:
+    """Whether the class, or one of its options that is given, is in a table of exceptions."""
+    given = ["", *names.options(sample.cls, sample.args, sample.kwargs)]
+    return not table.isdisjoint((sample.cls.__name__, name) for name in given)
 
 
 def _finite(node: Any) -> bool:

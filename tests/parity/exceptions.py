@@ -1,5 +1,7 @@
 """What of torch.nn has no counterpart, and why: the only place where a case may be left out."""
 
+from typing import Any
+
 import torch
 from torch import nn
 
@@ -63,6 +65,29 @@ INEXACT = {
 }
 """The relative error of torch's own numbers in float64, where it is above the tolerance."""
 
+WRONG_GRADIENTS = {
+    # `torch.autograd.gradcheck` refuses it: its backward pass sums over a window that is shifted.
+    ("CrossMapLRN2d", ""),
+    # Of the bag [4, 4, 3], [], [0, 3, 4], [2] torch divides row 4 by 2, which occurs 3 times.
+    ("EmbeddingBag", "scale_grad_by_freq"),
+}
+"""Classes, and options, whose gradient in torch is wrong: ours is held to the laws alone."""
+
+_UNBATCHED = (
+    "instance_norm takes any number of dimensions, so that one example without a batch cannot be "
+    "told from a batch: give x[None]"
+)
+UNBATCHED = {f"InstanceNorm{dims}d": (dims + 2, _UNBATCHED) for dims in (1, 2, 3)}
+"""Classes whose layer wants a batch: the number of dimensions then, and why."""
+
+REFUSED_VALUES = {
+    "KLDivLoss": (
+        "expects probabilities as target",
+        "a target is a distribution: numbers out of [0, 1] are an error, where torch computes on",
+    ),
+}
+"""Values that are an error by design: what the error says, and why."""
+
 NOT_DERIVATIVES = {
     ("Embedding", "padding_idx"),
     ("Embedding", "scale_grad_by_freq"),
@@ -70,6 +95,8 @@ NOT_DERIVATIVES = {
     ("EmbeddingBag", "padding_idx"),
     ("EmbeddingBag", "scale_grad_by_freq"),
     ("EmbeddingBag", "max_norm"),
+    # Where windows overlap, an output has the gradient of each of the inputs that it was given.
+    *[(f"MaxUnpool{dims}d", "stride") for dims in (1, 2, 3)],
     # Where a norm or a variance is below it, it has the gradient of what it replaces.
     ("CosineSimilarity", "eps"),
     ("GaussianNLLLoss", "eps"),
@@ -77,8 +104,18 @@ NOT_DERIVATIVES = {
 """Options with which torch's gradient is by definition not the derivative of the output."""
 
 
-def reason_for_class(cls: type) -> str | None:
-    return CLASSES.get(cls.__name__)
+def reason_for(name: str, inputs: tuple[Any, ...]) -> str | None:
+    """Why a class, or a class with such inputs, has no counterpart."""
+    dims, why = UNBATCHED.get(name, (0, ""))
+    if inputs and inputs[0].dim() < dims:
+        return why
+    return CLASSES.get(name)
+
+
+def reason_for_refusal(name: str, error: Exception) -> str | None:
+    """Why an error is as it should be, though torch takes the values."""
+    told, why = REFUSED_VALUES.get(name, ("", ""))
+    return why if told and told in str(error) else None
 
 
 def computes(name: str) -> bool:

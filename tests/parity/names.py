@@ -21,10 +21,16 @@ NAMES = {
     "UpsamplingBilinear2d": "upsample",
     "UpsamplingNearest2d": "upsample",
 }
-# What those classes fix, whose funcnet name has more options.
+# Options of torch that are private there.
+RENAMED = {"_random_samples": "random_samples"}
+# What those classes fix, whose funcnet name has more options, or has other defaults.
 FIXED: dict[str, dict[str, Any]] = {
     "UpsamplingBilinear2d": {"mode": "bilinear", "align_corners": True},
     "UpsamplingNearest2d": {"mode": "nearest"},
+    **{
+        f"LazyInstanceNorm{dims}d": {"affine": True, "track_running_stats": True}
+        for dims in (1, 2, 3)
+    },
 }
 # Init finds these sizes; there is no argument for them.
 INPUT_SIZES = {
@@ -99,7 +105,8 @@ def translate(
         if name in OPTIONS or name in DEPRECATED:
             raise Unsupported(f"{name}: {OPTIONS.get(name) or DEPRECATED[name]}")
     given = dict(zip(parameters(cls), args, strict=False))
-    named = kwargs | FIXED.get(cls.__name__, {}) | forward
+    fixed = {k: v for k, v in FIXED.get(cls.__name__, {}).items() if k not in given}
+    named = fixed | {RENAMED.get(name, name): value for name, value in kwargs.items()} | forward
     by_position = [_ours(value) for name, value in given.items() if name not in NOT_OPTIONS]
     by_name = {name: _ours(value) for name, value in named.items() if name not in NOT_OPTIONS}
     return made, tuple(by_position), by_name
@@ -122,7 +129,7 @@ def check_signature(cls: type) -> None:
     ours = inspect.signature(made).parameters
     missing = [name for name in theirs if name not in ours]
     assert not missing, f"no option {', '.join(missing)}"
-    order = [name for name in _by_position(theirs) if name not in fixed]
+    order = _by_position(theirs)
     positions = _by_position(ours)[: len(order)]
     assert positions == order, f"options by position are {positions}, torch's {order}"
     for name, each in theirs.items():

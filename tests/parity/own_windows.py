@@ -119,7 +119,7 @@ def unpooled(dims: int) -> list[Case]:
 def adaptive(dims: int, indices: bool) -> list[Case]:
     x = images(dims)
     sizes = [1, 3, 9, odd(dims, 2, 5, 3)]
-    sizes += [odd(dims, None, 3, 2), None] if dims > 1 else []
+    sizes += [odd(dims, None, 3, 2), (5, *[None] * (dims - 1))] if dims > 1 else []
     found = [case(size, x=x) for size in sizes] + [case(3, x=x[1:])]
     return found + ([case(3, True, x=x), case(2, return_indices=True, x=x[1:])] if indices else [])
 

@@ -47,10 +47,15 @@ def module_of(sample: Sample) -> nn.Module:
     return module.train(sample.train)
 
 
+def inputs_of(sample: Sample) -> list[Any]:
+    """The inputs, contiguous: some of torch's kernels refuse others."""
+    return [each.contiguous() if isinstance(each, Tensor) else each for each in sample.inputs]
+
+
 def forward(module: nn.Module, sample: Sample) -> Any:
     """What the module gives. It may write its running statistics."""
     with torch.no_grad():
-        return module(*sample.inputs, **sample.options)
+        return module(*inputs_of(sample), **sample.options)
 
 
 def state_of(module: nn.Module) -> dict[str, Any]:
@@ -60,13 +65,10 @@ def state_of(module: nn.Module) -> dict[str, Any]:
 
 
 def results(module: nn.Module, sample: Sample, dy: Any) -> dict[str, Any]:
-    """``y``, ``dparams``, ``dx``, a tuple, and the new ``state``.
-
-    The inputs are made contiguous: some of torch's backward kernels refuse others.
-    """
+    """``y``, ``dparams``, ``dx``, a tuple, and the new ``state``."""
     working = copy.deepcopy(module)
     places = differentiated(sample)
-    inputs = [each.contiguous() if isinstance(each, Tensor) else each for each in sample.inputs]
+    inputs = inputs_of(sample)
 
     def function(params: Any, chosen: Any) -> Any:
         given = list(inputs)

@@ -118,22 +118,8 @@ def resnet18(width: int = 64) -> fn.Layer:
         channels, stride = width * 2**stage, 1 if stage == 0 else 2
         blocks = basic_block(channels, stride, stage > 0), basic_block(channels, 1, False)
         stages[f"layer{stage + 1}"] = fn.serial(*blocks)
-    head = {"avgpool": global_avg_pool2d(), "flatten": fn.flatten(), "fc": fn.linear(10)}
+    head = {"avgpool": fn.adaptive_avg_pool2d(1), "flatten": fn.flatten(), "fc": fn.linear(10)}
     return fn.serial(**stem, relu=fn.relu(), **stages, **head)
-
-
-def average_backward(dy: Tensor, shape: tuple[int, ...]) -> Tensor:
-    """Each pixel gets its share."""
-    return (dy / (shape[-2] * shape[-1])).expand(shape)
-
-
-def global_avg_pool2d() -> fn.Layer:
-    """The mean of each channel."""
-
-    def forward(x: Tensor) -> Any:
-        return x.mean((-2, -1), keepdim=True), {}, (tuple(x.shape),)
-
-    return fn.parameterless(forward, average_backward)
 
 
 def double_conv(channels: int) -> fn.Layer:
