@@ -6,7 +6,12 @@ The ResNet and the U-Net are those of the benchmarks.
 from typing import Any
 
 import torch
-from benchmarks.peers.funcnet_nets import resnet18 as resnet18, unet as unet
+from benchmarks.peers.funcnet_nets import (
+    basic_block as basic_block,
+    level as level,
+    resnet18 as resnet18,
+    unet as unet,
+)
 from torch import Tensor
 
 import funcnet as fn
