@@ -49,6 +49,8 @@ def _avg_pool_kernel(
     count_include_pad: bool,
     divisor: int | None,
 ) -> Tensor:
+    if ceil_mode and runtime.is_tracing():  # Inductor counts points beyond the padding
+        return avg_pool_backward(dy, size, window, ceil_mode, count_include_pad, divisor)
     backward = aten.avg_pool2d_backward if len(size) == 2 else aten.avg_pool3d_backward
     options = (window.kernel, window.stride, window.padding, ceil_mode, count_include_pad, divisor)
     return backward(dy, like_x(dy, size), *options)
@@ -126,6 +128,16 @@ def _avg_pool(
     return parameterless(forward, avg_pool_backward, declaration=require_spatial(dims), name=name)
 
 
+def adaptive_averages(size: Sequence[int], windows: Sequence[int], device: Any) -> list[Tensor]:
+    """The matrices of windows that make so many of a size."""
+    matrices = []
+    for n, m in zip(size, windows, strict=True):
+        window = torch.arange(m, device=device)
+        start, end = window * n // m, ((window + 1) * n + m - 1) // m
+        matrices.append(averages(n, start, end, end - start))
+    return matrices
+
+
 @of_images
 def _adaptive_avg_pool_kernel(dy: Tensor, size: tuple[int, ...]) -> Tensor:
     windows = dy.shape[-len(size) :]
@@ -143,13 +155,9 @@ def _adaptive_avg_pool_kernel(dy: Tensor, size: tuple[int, ...]) -> Tensor:
 
 @with_kernel(_adaptive_avg_pool_kernel)
 def adaptive_avg_pool_backward(dy: Tensor, size: tuple[int, ...]) -> Tensor:
-    """``dx[i] = sum of dy / points over the windows that x[i] is in``: `averages` transposed."""
-    matrices = []
-    for n, windows in zip(size, dy.shape[-len(size) :], strict=True):
-        window = torch.arange(windows, device=dy.device)
-        start, end = window * n // windows, ((window + 1) * n + windows - 1) // windows
-        matrices.append(averages(n, start, end, end - start).mT)
-    return apply_each(dy, matrices)
+    """``dx[i] = sum of dy / points over the windows that x[i] is in``: its matrices transposed."""
+    matrices = adaptive_averages(size, dy.shape[-len(size) :], dy.device)
+    return apply_each(dy, [matrix.mT for matrix in matrices])
 
 
 def _adaptive_avg_pool(dims: int, output_size: Size | Sequence[int | None] | None) -> Layer:
@@ -174,7 +182,10 @@ def _adaptive_avg_pool(dims: int, output_size: Size | Sequence[int | None] | Non
 
     def forward(x: Tensor) -> Step:
         size = tuple(x.shape[-dims:])
-        return pool(x, filled(wanted, size)), {}, (size,)
+        windows = filled(wanted, size)
+        if dims == 3 and runtime.is_tracing():  # jit has no program for torch's
+            return apply_each(x, adaptive_averages(size, windows, x.device)), {}, (size,)
+        return pool(x, windows), {}, (size,)
 
     check = require_spatial(dims)
     return parameterless(forward, adaptive_avg_pool_backward, declaration=check, name=name)

@@ -186,7 +186,7 @@ def batch_norm(
     unbiased one. With ``train=False`` they are the running ones, if they are tracked.
 
     Args:
-        eps: added to the variance.
+        eps: added to the variance; positive in training.
         momentum: None averages over all batches so far.
         affine: whether weight and bias are learned.
         track_running_stats: False always uses the batch's statistics and keeps no state.
@@ -229,6 +229,7 @@ def batch_norm(
         several, got = x.numel() != x.shape[1] or x.numel() == 0, tuple(x.shape)
         what = "batch_norm: needs more than one value per channel when train=True"
         require(several, f"{what}, got {got}")
+        require(eps > 0, "batch_norm: eps must be positive when train=True, got 0")
         if not track_running_stats:
             return normalize_by_batch(params, x, None, 0.0, eps)[:2]
         running, rate = (state["running_mean"], state["running_var"]), momentum

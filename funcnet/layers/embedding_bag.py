@@ -144,7 +144,8 @@ def _with_end(rows: Tensor) -> Tensor:
 def _embedding_bag_backward_kernel(
     dy: Tensor, bags: Bags, chosen: Tensor | None, options: Options
 ) -> Tensor:
-    if runtime.is_transformed():
+    # It divides by wrong frequencies, and has no rule for vmap.
+    if options.scale_grad_by_freq or runtime.is_transformed():
         return embedding_bag_backward(dy, bags, chosen, options)
     indices, offsets, weights = bags
     bag, mode = _bag_of_each(bags), _MODES.index(options.mode)

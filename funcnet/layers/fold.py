@@ -7,7 +7,7 @@ from torch import Tensor
 
 from funcnet.core import EMPTY, Layer
 from funcnet.errors import require
-from funcnet.layers.spatial import Size, Window, require_spatial, sizes
+from funcnet.layers.spatial import Size, Window, require_spatial, sizes, window_of
 from funcnet.lift import Step, parameterless, require_floating
 from funcnet.params import Param
 
@@ -40,7 +40,7 @@ def unfold(kernel_size: Size, dilation: Size = 1, padding: Size = 0, stride: Siz
              [3., 4., 6., 7.],
              [4., 5., 7., 8.]]])
     """
-    window = _window("unfold", kernel_size, dilation, padding, stride)
+    window = window_of("unfold", 2, kernel_size, stride, padding, dilation)
 
     def forward(x: Tensor) -> Step:
         size = tuple(x.shape[-2:])
@@ -80,7 +80,7 @@ def fold(
     tensor([[[[1., 2., 1.]]]])
     """
     size = sizes("fold: output_size", output_size, 2, 1)
-    window = _window("fold", kernel_size, dilation, padding, stride)
+    window = window_of("fold", 2, kernel_size, stride, padding, dilation)
     points, windows = math.prod(window.kernel), math.prod(window.windows(size))
 
     def declaration(x: Tensor) -> Mapping[str, Param]:
@@ -97,12 +97,3 @@ def fold(
         return unfold_backward(x, size, window), {}, (window,)
 
     return parameterless(forward, fold_backward, declaration=declaration)
-
-
-def _window(name: str, kernel: Size, dilation: Size, padding: Size, stride: Size) -> Window:
-    return Window(
-        sizes(f"{name}: kernel_size", kernel, 2, 1),
-        sizes(f"{name}: dilation", dilation, 2, 1),
-        sizes(f"{name}: padding", padding, 2, 0),
-        sizes(f"{name}: stride", stride, 2, 1),
-    )

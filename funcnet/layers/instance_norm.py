@@ -15,6 +15,7 @@ from funcnet.layers.batch_norm import (
     running_norm_backward,
 )
 from funcnet.layers.norm import affine_names, channel_params, check_eps, norm_rule
+from funcnet.layers.spatial import NAMES, spatial
 from funcnet.lift import require_floating, stateful
 from funcnet.params import Param, declare
 
@@ -84,10 +85,10 @@ def instance_norm(
              [ 0.0000,  0.0000]]])
     """
     options = (eps, momentum, affine, track_running_stats, bias, dtype)
-    return _instance_norm("instance_norm", None, *options)
+    return _of_rank("instance_norm", None, *options)
 
 
-def _instance_norm(
+def _of_rank(
     name: str,
     rank: int | None,
     eps: float,
@@ -103,8 +104,7 @@ def _instance_norm(
     if rank is None:
         expected = "(batch, channels, *) of at least 3 dimensions"
     else:
-        sizes = ", ".join("DHW"[-rank:])
-        expected = f"(batch, channels, {sizes}) or (channels, {sizes})"
+        expected = f"(batch, channels, {NAMES[rank]}) or (channels, {NAMES[rank]})"
 
     @declare
     def init(x: Tensor) -> dict[str, Param]:
@@ -146,7 +146,8 @@ def _instance_norm(
     return stateful(init, forward, name=name)
 
 
-def instance_norm1d(
+def _instance_norm(
+    dims: int,
     eps: float = 1e-5,
     momentum: float | None = 0.1,
     affine: bool = False,
@@ -155,58 +156,18 @@ def instance_norm1d(
     bias: bool = True,
     dtype: torch.dtype | None = None,
 ) -> Layer:
-    """`instance_norm` of x of shape (batch, channels, W) or (channels, W).
-
-    Source: ``torch.nn.InstanceNorm1d``.
-
-    >>> import funcnet as fn
-    >>> fn.instance_norm1d().apply({}, torch.tensor([[1.0, 3.0], [4.0, 4.0]]))[0]
-    tensor([[-1.0000,  1.0000],
-            [ 0.0000,  0.0000]])
-    """
-    options = (eps, momentum, affine, track_running_stats, bias, dtype)
-    return _instance_norm("instance_norm1d", 1, *options)
-
-
-def instance_norm2d(
-    eps: float = 1e-5,
-    momentum: float | None = 0.1,
-    affine: bool = False,
-    track_running_stats: bool = False,
-    *,
-    bias: bool = True,
-    dtype: torch.dtype | None = None,
-) -> Layer:
-    """`instance_norm` of x of shape (batch, channels, H, W) or (channels, H, W).
+    """`instance_norm` of x of shape (batch, channels, height, width) or without a batch.
 
     Source: ``torch.nn.InstanceNorm2d``.
 
-    >>> import funcnet as fn
-    >>> fn.instance_norm2d().apply({}, torch.tensor([[[1.0], [3.0]]]))[0]
-    tensor([[[-1.0000],
-             [ 1.0000]]])
+    >>> fn.instance_norm2d().apply({}, torch.tensor([[[1.0, 3.0], [1.0, 3.0]]]))[0]
+    tensor([[[-1.0000,  1.0000],
+             [-1.0000,  1.0000]]])
     """
     options = (eps, momentum, affine, track_running_stats, bias, dtype)
-    return _instance_norm("instance_norm2d", 2, *options)
+    return _of_rank(f"instance_norm{dims}d", dims, *options)
 
 
-def instance_norm3d(
-    eps: float = 1e-5,
-    momentum: float | None = 0.1,
-    affine: bool = False,
-    track_running_stats: bool = False,
-    *,
-    bias: bool = True,
-    dtype: torch.dtype | None = None,
-) -> Layer:
-    """`instance_norm` of x of shape (batch, channels, D, H, W) or (channels, D, H, W).
-
-    Source: ``torch.nn.InstanceNorm3d``.
-
-    >>> import funcnet as fn
-    >>> fn.instance_norm3d().apply({}, torch.tensor([[[[1.0], [3.0]]]]))[0]
-    tensor([[[[-1.0000],
-              [ 1.0000]]]])
-    """
-    options = (eps, momentum, affine, track_running_stats, bias, dtype)
-    return _instance_norm("instance_norm3d", 3, *options)
+instance_norm1d, instance_norm2d, instance_norm3d = (
+    spatial(_instance_norm, dims) for dims in (1, 2, 3)
+)

@@ -171,13 +171,13 @@ def resample_backward(dy: Tensor, size: tuple[int, ...], how: Resampling) -> Ten
 
 
 def _is_formula(size: Sequence[int], wanted: Sequence[int], how: Resampling) -> bool:
-    """Whether PyTorch's forward pass is not used.
-
-    Most modes have no program under jit, and some no rule for vmap.
-    """
+    """Whether the formula is used in the place of PyTorch's operators."""
     if how.mode in _NEAREST and not how.has_kernel(size, wanted):
         return True
-    return how.mode != "nearest" and runtime.is_transformed()
+    if runtime.is_tracing():  # jit has a program for this one alone
+        return how.mode != "nearest"
+    # The others have rules for vmap.
+    return how.mode in ("nearest-exact", "lanczos") and runtime.is_transformed()
 
 
 def upsample(

@@ -80,7 +80,7 @@ def sizes(name: str, value: Size, dims: int, least: int) -> tuple[int, ...]:
 def window_of(
     name: str, dims: int, kernel: Size, stride: Size | None, padding: Size = 0, dilation: Size = 1
 ) -> "Window":
-    """The window of a pooling layer, from its options; its stride is its size by default."""
+    """The window of a layer, from its options; its stride is its size by default."""
     each = sizes(f"{name}: kernel_size", kernel, dims, 1)
     return Window(
         each,

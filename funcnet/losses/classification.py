@@ -111,6 +111,9 @@ def _class_loss(
         if takes_probabilities and isinstance(target, Tensor) and target.is_floating_point():
             check_pair(name, prediction, target)
             check_range(name, "probabilities as target", target, 0, 1)
+            if options.ignore_index >= 0:
+                hint = f"ignores no class of probabilities, got ignore_index={options.ignore_index}"
+                raise ValueError(f"{name}: {hint}")
         else:
             check_classes(name, prediction, target, options.ignore_index)
         log_p = log_probabilities(prediction)

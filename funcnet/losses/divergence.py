@@ -4,7 +4,6 @@ import torch
 from torch import Tensor
 
 from funcnet.core import Loss
-from funcnet.losses.checks import check_range
 from funcnet.losses.lift import pointwise
 from funcnet.losses.reductions import REDUCTIONS
 
@@ -19,10 +18,6 @@ def _kl_div_derivative(prediction: Tensor, target: Tensor, log_target: bool) -> 
     return -target.exp() if log_target else -target
 
 
-def _check_probabilities(prediction: Tensor, target: Tensor) -> None:
-    check_range("kl_div", "probabilities as target", target, 0, 1)
-
-
 def kl_div(reduction: str = "mean", log_target: bool = False) -> Loss:
     """Kullback-Leibler divergence ``t (log t - y)`` of log-probabilities y from probabilities t.
 
@@ -32,7 +27,6 @@ def kl_div(reduction: str = "mean", log_target: bool = False) -> Loss:
         log_target: whether the target holds log-probabilities too.
 
     VJP: ``dprediction = -d t / n``.
-    Raises: ValueError for a target that is not a probability.
     Source: ``torch.nn.KLDivLoss``.
 
     >>> kl_div("sum").apply(torch.tensor([0.5, 0.5]).log(), torch.tensor([1.0, 0.0]))
@@ -44,7 +38,5 @@ def kl_div(reduction: str = "mean", log_target: bool = False) -> Loss:
         reduction,
         options=(log_target,),
         reductions=(*REDUCTIONS, "batchmean"),
-        # A log-probability may be above 0 by rounding.
-        check=None if log_target else _check_probabilities,
         name="kl_div",
     )

@@ -1,6 +1,5 @@
 """Losses of how near embeddings are: `cosine_embedding`, `triplet_margin` and of any distance."""
 
-import math
 from typing import Any
 
 import torch
@@ -8,7 +7,7 @@ from torch import Tensor
 
 from funcnet import tree
 from funcnet.core import Layer, Loss
-from funcnet.lift import Step, parameterless
+from funcnet.layers.distances import pairwise_distance
 from funcnet.losses.checks import check_several, check_signs, labels, refuse_reduction
 from funcnet.losses.lift import Elements, from_formulas, loss_of, times
 
@@ -84,36 +83,6 @@ def cosine_embedding(margin: float = 0.0, reduction: str = "mean") -> Loss:
     )
 
 
-def _norm_derivative(u: Tensor, norm: Tensor, p: float) -> Tensor:
-    """The derivative of ``(sum |u|^p)^(1 / p)`` over the last dimension."""
-    size = u.abs()
-    if p == 0:
-        return torch.zeros_like(u)
-    if math.isinf(p):
-        largest = (size == norm).to(u.dtype)
-        return u.sign() * largest / largest.sum(-1, keepdim=True)
-    return torch.where((u == 0) | (norm == 0), 0.0, u.sign() * (size / norm) ** (p - 1))
-
-
-def _distance_backward(dy: Tensor, p: float, *, gap: Tensor, norm: Tensor) -> Pair:
-    dx = dy.unsqueeze(-1) * _norm_derivative(gap, norm, p)
-    return dx, -dx
-
-
-def _pairwise_distance(p: float, eps: float) -> Layer:
-    def forward(x: Any) -> Step:
-        gap = x[0] - x[1] + eps
-        norm = torch.linalg.vector_norm(gap, p, -1, keepdim=True)
-        return norm.squeeze(-1), {"gap": gap, "norm": norm}, (p,)
-
-    def any_pair(x: Any) -> dict[str, Any]:
-        return {}
-
-    return parameterless(
-        forward, _distance_backward, declaration=any_pair, name="pairwise_distance"
-    )
-
-
 def triplet_backward(
     d: Tensor | float, *, active: Tensor, pullbacks: dict[str, Any], share: Tensor | None = None
 ) -> tuple[Tensor, Tensor, Tensor]:
@@ -179,11 +148,11 @@ def triplet_margin(
     >>> triplet_margin().apply((a, p, n), None)
     tensor(4.0000)
     """
-    return _triplet("triplet_margin", _pairwise_distance(p, eps), margin, swap, reduction)
+    return _triplet("triplet_margin", pairwise_distance(p, eps), margin, swap, reduction)
 
 
 def triplet_margin_with_distance(
-    distance: Layer | None = None,
+    distance_function: Layer | None = None,
     *,
     margin: float = 1.0,
     swap: bool = False,
@@ -192,7 +161,8 @@ def triplet_margin_with_distance(
     """`triplet_margin` of any distance.
 
     Args:
-        distance: a layer of a pair (x1, x2), without params; default the 2-norm of x1 - x2.
+        distance_function: a layer of a pair (x1, x2), without params; default the 2-norm of
+            x1 - x2.
         margin, swap, reduction: see `triplet_margin`.
 
     Source: ``torch.nn.TripletMarginWithDistanceLoss``.
@@ -202,9 +172,9 @@ def triplet_margin_with_distance(
     tensor(4.0000)
     """
     name = "triplet_margin_with_distance"
-    if distance is None:
-        distance = _pairwise_distance(2.0, 1e-6)
+    distance = pairwise_distance() if distance_function is None else distance_function
     if not isinstance(distance, Layer):
         hint = "; call its constructor" if callable(distance) else ""
-        raise TypeError(f"{name}: expects a Layer as distance, got {type(distance).__name__}{hint}")
+        got = f"{type(distance).__name__}{hint}"
+        raise TypeError(f"{name}: expects a Layer as distance_function, got {got}")
     return _triplet(name, distance, margin, swap, reduction)

@@ -35,9 +35,7 @@ def _poisson_nll_derivative(
 
 def _check_counts(name: str, prediction: Tensor, target: Tensor) -> Tensor:
     check_prediction(name, prediction)
-    target = labels(name, target, prediction, tuple(prediction.shape))
-    check_range(name, "targets", target, 0)
-    return target
+    return labels(name, target, prediction, tuple(prediction.shape))
 
 
 def poisson_nll(
@@ -52,7 +50,6 @@ def poisson_nll(
         reduction: "none", "mean" or "sum".
 
     VJP: ``d (exp(y) - t) / n``, or ``d (1 - t / (y + eps)) / n`` of a rate.
-    Raises: ValueError for a negative target.
     Source: ``torch.nn.PoissonNLLLoss``.
 
     >>> poisson_nll(log_input=False, full=True).apply(torch.tensor([2.0]), torch.tensor([2.0]))

@@ -152,7 +152,7 @@ def losses(weight):
         ),
         "triplet_margin_with_distance": (
             fn.triplet_margin_with_distance,
-            {"distance": manhattan(), "swap": True},
+            {"distance_function": manhattan(), "swap": True},
             TRIPLET,
             None,
         ),

@@ -52,8 +52,26 @@ def make(**options):
     return fn.embedding_bag(ROWS, COLUMNS, **options)
 
 
+class ByFrequency(nn.EmbeddingBag):
+    """What ``scale_grad_by_freq`` is documented to do.
+
+    On the CPU torch divides by the frequency of another row, where a row occurs several times.
+    """
+
+    def forward(self, x, offsets=None, per_sample_weights=None):
+        counts = torch.bincount(x.flatten(), minlength=ROWS).clamp(min=1)[:, None]
+        constant = self.weight.detach()
+        if self.max_norm is not None:
+            constant = torch.renorm(constant, self.norm_type, 0, self.max_norm)
+        weight = constant + (self.weight - self.weight.detach()) / counts
+        rest = {"mode": self.mode, "padding_idx": self.padding_idx}
+        rest |= {"include_last_offset": self.include_last_offset}
+        return F.embedding_bag(x, weight, offsets, per_sample_weights=per_sample_weights, **rest)
+
+
 def module(**options):
-    return nn.EmbeddingBag(ROWS, COLUMNS, **options)
+    kind = ByFrequency if options.get("scale_grad_by_freq") else nn.EmbeddingBag
+    return kind(ROWS, COLUMNS, **options)
 
 
 @pytest.mark.parametrize("options", CASES)
@@ -156,7 +174,7 @@ def test_embedding_bag_leaves_its_weight_as_it_is(options):
 
 def test_embedding_bag_takes_its_options_in_torchs_order():
     layer = fn.embedding_bag(ROWS, COLUMNS, 1.0, 1.0, True, "sum", False, True, 2)
-    theirs = nn.EmbeddingBag(ROWS, COLUMNS, 1.0, 1.0, True, "sum", False, None, True, 2)
+    theirs = ByFrequency(ROWS, COLUMNS, 1.0, 1.0, True, "sum", False, None, True, 2)
     check_module(layer, theirs, (INDICES, torch.tensor([0, 3, 3, 10])))
 
 

@@ -7,7 +7,9 @@ from torch import nn
 from torch.nn import functional as F
 
 import funcnet as fn
+from funcnet.layers.avg_pool import adaptive_averages
 from funcnet.layers.resample import Resampling, resample
+from funcnet.layers.spatial import apply_each
 
 BATCHES = {1: (2, 3, 7), 2: (2, 3, 6, 5), 3: (2, 3, 4, 3, 5)}
 MODES = {1: ("linear",), 2: ("bilinear", "bicubic"), 3: ("trilinear",)}
@@ -52,11 +54,17 @@ def test_upsample_computes_in_the_dtype_of_its_input(dims, mode, name, aligned, 
 
 
 @pytest.mark.parametrize(("dims", "mode", "name", "aligned"), ROWS)
-def test_the_matrices_of_upsample_give_what_torch_gives(dims, mode, name, aligned):
+def test_the_formula_of_upsample_gives_what_torch_gives(dims, mode, name, aligned):
     layer, module = pair(dims, mode, name, aligned)
     x = randn(*BATCHES[dims])
-    under_vmap = torch.vmap(lambda x: layer.apply({}, x)[0])(x[None])[0]
-    assert_near(under_vmap, module(x))
+    expected = module(x)
+    how = layer.vjp({}, x)[1].static[-1]
+    if mode == "area":
+        given = adaptive_averages(x.shape[2:], expected.shape[2:], None)
+        assert_near(apply_each(x, given), expected)
+    else:
+        assert_near(resample(x, expected.shape[2:], how), expected)
+    assert_near(torch.vmap(lambda x: layer.apply({}, x)[0])(x[None])[0], expected)
 
 
 @pytest.mark.parametrize("mode", ["bilinear", "bicubic", "lanczos"])
@@ -68,6 +76,7 @@ def test_antialias_is_that_of_interpolate(mode, size, dtype, aligned):
     options |= {} if mode == "lanczos" else {"align_corners": aligned}
     layer, x = fn.upsample(size, **options), randn(*BATCHES[2], dtype=dtype)
     check_against(lambda params, x: F.interpolate(x, size, **options), layer, {}, x)
+    assert_near(resample(x, size, layer.vjp({}, x)[1].static[-1]), layer.apply({}, x)[0])
     assert_near(torch.vmap(lambda x: layer.apply({}, x)[0])(x[None])[0], layer.apply({}, x)[0])
 
 
@@ -246,3 +255,20 @@ def test_resampling_in_half_precision_computes_in_float32():
     how = Resampling("linear", False, False, (None,))
     x = randn(1, 1, 9, dtype=torch.bfloat16)
     assert_near(resample(x, [13], how), resample(x.float(), [13], how).bfloat16(), 0.0)
+
+
+def test_what_networks_use_daily_is_one_program_under_jit():
+    layers = [
+        *(fn.max_pool2d(2), fn.avg_pool2d(2), fn.adaptive_avg_pool2d(1), fn.pixel_shuffle(2)),
+        *(fn.adaptive_avg_pool2d(3), fn.upsample(scale_factor=2)),
+        fn.upsample(scale_factor=2, mode="bilinear"),
+    ]
+
+    def run(x):
+        ys = []
+        for layer in layers:
+            y, pullback, _ = layer.vjp({}, x)
+            ys += [y, pullback(y)[1]]
+        return ys
+
+    assert fn.jit(run).lower(torch.ones(2, 4, 6, 6)).why_not_one is None

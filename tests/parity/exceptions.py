@@ -1,7 +1,5 @@
 """What of torch.nn has no counterpart, and why: the only place where a case may be left out."""
 
-from typing import Any
-
 import torch
 from torch import nn
 
@@ -73,21 +71,6 @@ WRONG_GRADIENTS = {
 }
 """Classes, and options, whose gradient in torch is wrong: ours is held to the laws alone."""
 
-_UNBATCHED = (
-    "instance_norm takes any number of dimensions, so that one example without a batch cannot be "
-    "told from a batch: give x[None]"
-)
-UNBATCHED = {f"InstanceNorm{dims}d": (dims + 2, _UNBATCHED) for dims in (1, 2, 3)}
-"""Classes whose layer wants a batch: the number of dimensions then, and why."""
-
-REFUSED_VALUES = {
-    "KLDivLoss": (
-        "expects probabilities as target",
-        "a target is a distribution: numbers out of [0, 1] are an error, where torch computes on",
-    ),
-}
-"""Values that are an error by design: what the error says, and why."""
-
 NOT_DERIVATIVES = {
     ("Embedding", "padding_idx"),
     ("Embedding", "scale_grad_by_freq"),
@@ -102,20 +85,6 @@ NOT_DERIVATIVES = {
     ("GaussianNLLLoss", "eps"),
 }
 """Options with which torch's gradient is by definition not the derivative of the output."""
-
-
-def reason_for(name: str, inputs: tuple[Any, ...]) -> str | None:
-    """Why a class, or a class with such inputs, has no counterpart."""
-    dims, why = UNBATCHED.get(name, (0, ""))
-    if inputs and inputs[0].dim() < dims:
-        return why
-    return CLASSES.get(name)
-
-
-def reason_for_refusal(name: str, error: Exception) -> str | None:
-    """Why an error is as it should be, though torch takes the values."""
-    told, why = REFUSED_VALUES.get(name, ("", ""))
-    return why if told and told in str(error) else None
 
 
 def computes(name: str) -> bool:

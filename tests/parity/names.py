@@ -60,7 +60,7 @@ def snake_case(name: str) -> str:
     """
     if name in NAMES:
         return NAMES[name]
-    name = re.sub(r"^Lazy|Loss$|(?<=Norm)[123]d$", "", name)
+    name = re.sub(r"^Lazy|Loss$|(?<=BatchNorm)[123]d$", "", name)
     for acronym in ("LeakyReLU", "ReLU", "SiLU", "MultiLabel"):
         name = name.replace(acronym, acronym.capitalize().replace("kyr", "kyR"))
     name = re.sub(r"^(P|R)Relu", r"\1relu", name)
