@@ -26,12 +26,14 @@ from typing import Any, NamedTuple
 from torch import Tensor
 
 from funcnet.pullbacks import (
+    Box as Box,
     LossPullback as LossPullback,
     Pullback as Pullback,
     Tree as Tree,
     kinds_of as kinds_of,
     pull as pull,
     sum_cotangents as sum_cotangents,
+    takes_box as takes_box,
 )
 
 Params = Mapping[str, Any]

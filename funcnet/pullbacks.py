@@ -176,8 +176,25 @@ _register(Pullback)
 _register(LossPullback)
 
 
+class Box(list[Tree]):
+    """A cotangent that goes when it is read: the calls on the way hold the box, not what was in it.
+
+    A call holds its arguments to its end. So in a net of nets there would be a cotangent for each
+    level: 2 to 6 % of the memory of an eager step of a ResNet or a U-Net (compare.py).
+    """
+
+
+def takes_box(rule: Callable[..., Any]) -> Callable[..., Any]:
+    """Decorates a rule that wants its dy in a `Box` where the caller has it in one."""
+    _TAKE_BOXES.add(rule)
+    return rule
+
+
+_TAKE_BOXES: set[Callable[..., Any]] = set()
+
+
 def pull(
-    pullbacks: dict[str, Any], name: str, dy: Tree, *, params: bool, x: bool
+    pullbacks: dict[str, Any], name: str, dy: Tree | Box, *, params: bool, x: bool
 ) -> tuple[Tree, Tree]:
     """Take a child's pullback out of a rule's own dict and call it.
 
@@ -187,6 +204,8 @@ def pull(
     pullback = pullbacks.pop(name)
     rule, residuals, static = pullback.rule, dict(pullback.residuals), pullback.static
     del pullback
+    if isinstance(dy, Box) and rule not in _TAKE_BOXES:
+        dy = dy.pop()
     return rule(residuals, dy, *static, params=params, x=x)
 
 

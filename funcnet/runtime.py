@@ -28,6 +28,9 @@ FOREACH: dict[str, Callable[..., Any]] = {
 }
 """Operators on lists of tensors, by the name of the function that they apply to each."""
 
+foreach_add_: Callable[..., None] = torch._foreach_add_
+"""Adds a list of tensors to another one, in place."""
+
 fused_adam_: Callable[..., None] = partial(torch._fused_adam_, weight_decay=0.0, maximize=False)
 """Adam's update in place, of lists of tensors, in one call."""
 

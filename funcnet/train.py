@@ -9,6 +9,7 @@ from torch import Tensor
 from funcnet import tree
 from funcnet.core import (
     EMPTY,
+    Box,
     Layer,
     Loss,
     Optimizer,
@@ -89,7 +90,9 @@ def _forward_backward(
         del loss_pullback
         if check_finite:
             require_finite("loss", "dprediction", dprediction)
-        grads, _ = pull(pullbacks, "model", dprediction, params=True, x=False)
+        box = Box([dprediction])
+        del dprediction
+        grads, _ = pull(pullbacks, "model", box, params=True, x=False)
         return value, grads, state, measured
 
     return run

@@ -19,6 +19,7 @@ from funcnet import core, tree
 from funcnet.core import (
     EMPTY,
     Applied,
+    Box,
     Forward,
     Grads,
     Key,
@@ -27,6 +28,7 @@ from funcnet.core import (
     Pullback,
     Tree,
     sum_cotangents,
+    takes_box,
 )
 from funcnet.errors import locate
 from funcnet.lift import stateful
@@ -125,9 +127,10 @@ def combine(
     )
 
 
+@takes_box
 def combine_rule(
     residuals: Any,
-    dy: Tree,
+    dy: Tree | Box,
     backward: Any,
     name: str,
     names: tuple[Name, ...],
@@ -139,7 +142,9 @@ def combine_rule(
     """The combinator's ``backward``, with the children's pullbacks among the residuals."""
     own = residuals.pop(_OWN, EMPTY)
     pull = Pull(name, names, residuals, learned if params else (), x)
-    dx = backward(pull, dy, own, *static)
+    box = dy if isinstance(dy, Box) else Box([dy])
+    # A call without a star hands its arguments over.
+    dx = backward(pull, box.pop(), own, *static) if static else backward(pull, box.pop(), own)
     if left := [call for call in residuals if call.partition(".")[0] in pull.learned]:
         raise ValueError(f"{name}: backward pulls no cotangent through {left}")
     return _whole(pull.learned) if params else None, dx if x else None
@@ -236,8 +241,13 @@ class Pull:
         self.parent, self.names, self.pullbacks, self.x = parent, names, pullbacks, x
         self.learned: dict[Any, Any] = dict.fromkeys(learned)  # the gradients, in this order
 
-    def __call__(self, child: Name, dy: Tree, use: int | None = None, needed: bool = True) -> Tree:
-        """The child's dx, None where it is not ``needed``; its dparams are kept."""
+    def __call__(
+        self, child: Name, dy: Tree | Box, use: int | None = None, needed: bool = True
+    ) -> Tree:
+        """The child's dx, None where it is not ``needed``; its dparams are kept.
+
+        A dy in a `Box` is freed when the child has read it.
+        """
         call = child if use is None and type(child) is str else _call(child, use)
         if call not in self.pullbacks:
             raise _unknown(self.parent, child, self.names)

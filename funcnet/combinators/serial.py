@@ -4,7 +4,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from funcnet.combinators.combine import Pull, Run, combine
-from funcnet.core import Layer, Tree
+from funcnet.core import Box, Layer, Tree
 
 
 def serial_forward(run: Run, x: Tree) -> tuple[Tree, Mapping[str, Tree]]:
@@ -16,14 +16,15 @@ def serial_forward(run: Run, x: Tree) -> tuple[Tree, Mapping[str, Tree]]:
 
 def serial_backward(pull: Pull, dy: Tree, residuals: Mapping[str, Tree]) -> Tree:
     """The pullbacks from the last child to the first that is needed."""
-    names, x = pull.names, pull.x
+    names, x, box = pull.names, pull.x, Box([dy])
+    del dy
     first = next((i for i, child in enumerate(names) if child in pull.learned), len(names))
     for index in range(len(names) - 1, -1 if x else first - 1, -1):
-        dy = pull(names[index], dy, needed=x or index > first)
-        if dy is None and index > first:
+        box.append(pull(names[index], box, needed=x or index > first))
+        if box[0] is None and index > first:
             what = "passes no cotangent to the layers before it, which have params"
             raise TypeError(f"serial[{names[index]!r}] {what}")
-    return dy
+    return box.pop()
 
 
 def serial(*layers: Layer, **named: Layer) -> Layer:

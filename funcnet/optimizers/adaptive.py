@@ -136,13 +136,23 @@ def scaled_adam(betas: tuple[float, float], eps: float, amsgrad: bool, factor: f
 
     def by_kernel(g: Any, state: AdamState) -> tuple[Any, AdamState]:
         before: Any = state[1 : 4 if amsgrad else 3]
-        means = [Leaves(FOREACH["clone"](mean.tensors)) for mean in before]
-        direction = Leaves([torch.zeros_like(leaf) for leaf in g])
-        lists = [leaves.tensors for leaves in (direction, g, *means)] + [[]] * (not amsgrad)
-        steps = [state.step.float()] * len(lists[0])
-        # From params of 0 and with a learning rate of -factor the kernel steps to the direction.
-        fused_adam_(*lists, steps, lr=-factor, beta1=b1, beta2=b2, eps=eps, amsgrad=amsgrad)
-        return direction, AdamState(state.step, *means)
+        means: list[list[Tensor]] = [[] for _ in before]
+        direction: list[Tensor] = []
+        step = state.step.float()
+        # The gradients are read here for the last time, and go part by part.
+        left, g.tensors = [*g.tensors], []
+        for part in _parts(left):
+            grads = [left.pop(0) for _ in part]
+            copies = [FOREACH["clone"](mean.tensors[part.start : part.stop]) for mean in before]
+            zeros = [torch.zeros_like(leaf) for leaf in grads]
+            lists = [zeros, grads, *copies] + [[]] * (not amsgrad)
+            steps = [step] * len(part)
+            # From params of 0 and a learning rate of -factor the kernel steps to the direction.
+            fused_adam_(*lists, steps, lr=-factor, beta1=b1, beta2=b2, eps=eps, amsgrad=amsgrad)
+            direction += zeros
+            for mean, copy in zip(means, copies, strict=True):
+                mean += copy
+        return Leaves(direction, fresh=True), AdamState(state.step, *map(Leaves, means))
 
     return stateful(init, update, name="scale_by_adam")
 
@@ -152,6 +162,17 @@ def _at_least_float32(leaves: Any) -> Any:
     if not isinstance(leaves, Leaves):
         return leaves
     return Leaves([leaf.float() if leaf.dtype in half else leaf for leaf in leaves])
+
+
+def _parts(leaves: list[Tensor]) -> list[range]:
+    """The leaves in runs of 8 MiB or more, so that not much beside them is there at a time."""
+    parts, begin, size = [], 0, 0
+    for index, leaf in enumerate(leaves):
+        size += leaf.nbytes
+        if size >= 2**23 or index == len(leaves) - 1:
+            parts.append(range(begin, index + 1))
+            begin, size = index + 1, 0
+    return parts
 
 
 def _kernel_takes(*trees: Any) -> bool:

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from funcnet.runtime import FOREACH, is_transformed
+from funcnet.runtime import FOREACH, foreach_add_, is_transformed
 
 _dtype = attrgetter("dtype")
 _WIDE = ({torch.float32}, {torch.float64})
@@ -28,11 +28,12 @@ class Leaves:
     ([tensor([-1., -1.]), tensor([-1.])], [tensor(1.4142), tensor(1.)])
     """
 
-    __slots__ = ("tensors",)
+    __slots__ = ("fresh", "tensors")
     __hash__ = object.__hash__
 
-    def __init__(self, tensors: list[Tensor]) -> None:
+    def __init__(self, tensors: list[Tensor], fresh: bool = False) -> None:
         self.tensors = tensors
+        self.fresh = fresh  # whether nothing else has their memory
 
     def __iter__(self) -> Iterator[Tensor]:
         return iter(self.tensors)
@@ -87,6 +88,7 @@ def leafwise(function: Callable[..., Any], *args: Any, **options: Any) -> Leaves
     [tensor([1., 2.])]
     """
     found = _by_foreach(function, args, options)
+    fresh = found is not None
     if found is None:
         values, count = (*args, *options.values()), len(args)
         first = next(value.tensors for value in values if isinstance(value, Leaves))
@@ -94,7 +96,23 @@ def leafwise(function: Callable[..., Any], *args: Any, **options: Any) -> Leaves
         found = [
             function(*row[:count], **dict(zip(options, row[count:], strict=True))) for row in rows
         ]
-    return Leaves(found)
+    return Leaves(found, fresh)
+
+
+def sum_into(g: Any, p: Any, factor: float = 1.0) -> Any:
+    """``g + factor p``, for the last use of g: in its memory, where nothing else has that.
+
+    In an eager step of Adam each result of its own would be an eighth of the memory.
+
+    >>> fresh = 2.0 * Leaves([torch.ones(2)])
+    >>> sum_into(fresh, Leaves([torch.ones(2)]), 0.5) is fresh, list(fresh)
+    (True, [tensor([2.5000, 2.5000])])
+    """
+    new, old = g.tensors, p.tensors
+    if g.fresh and not is_transformed(*new, *old) and [*map(_dtype, new)] == [*map(_dtype, old)]:
+        foreach_add_(new, old, alpha=factor)
+        return g
+    return torch.add(g, p, alpha=factor) if factor != 1.0 else torch.add(g, p)
 
 
 def _by_foreach(

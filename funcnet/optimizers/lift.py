@@ -11,7 +11,7 @@ from torch import Tensor
 from funcnet import tree
 from funcnet.core import Optimizer, Params, Tree, function_name
 from funcnet.errors import refuse_state
-from funcnet.optimizers.leaves import Leaves, leafwise
+from funcnet.optimizers.leaves import Leaves, sum_into
 
 _flatten = tree.Flattener()
 _shape = attrgetter("shape")
@@ -111,7 +111,7 @@ def stateful(
         if len(rest) != 1 or not isinstance(rest[0], kind):
             raise TypeError(f"{name}: the formula must give (updates, {kind.__name__})")
         new = [
-            trees.join(entry.to_dtypes(before)) if isinstance(before, Leaves) else entry
+            trees.join(_kept(entry.to_dtypes(before))) if isinstance(before, Leaves) else entry
             for entry, before in zip(rest[0], old, strict=True)
         ]
         return updates.to_dtypes(trees.params), kind(*new)
@@ -193,7 +193,13 @@ def step_params(
 
 
 def _added(params: Leaves, updates: Leaves) -> Leaves:
-    return leafwise(torch.add, params, updates).to_dtypes(params)
+    return sum_into(updates, params).to_dtypes(params)
+
+
+def _kept(leaves: Leaves) -> Leaves:
+    """Leaves that the state keeps, and which may be the updates as well."""
+    leaves.fresh = False
+    return leaves
 
 
 def zero_step(p: Tensor) -> Tensor:

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from funcnet.core import Optimizer, Tree
 from funcnet.optimizers.checks import check_options, check_rate
+from funcnet.optimizers.leaves import sum_into
 from funcnet.optimizers.lift import stateful, stateless, zero_step
 
 LearningRate = float | Tensor | Callable[[Tensor], float | Tensor]
@@ -67,7 +68,7 @@ def add_decayed_weights(weight_decay: float) -> Optimizer:
 
 def decayed(factor: float) -> Optimizer:
     """`add_decayed_weights` for any factor, in one pass over the leaves."""
-    return stateless(lambda g, p: torch.add(g, p, alpha=factor), name="add_decayed_weights")
+    return stateless(lambda g, p: sum_into(g, p, factor), name="add_decayed_weights")
 
 
 class ScheduleState(NamedTuple):

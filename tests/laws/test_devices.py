@@ -14,8 +14,9 @@ from torch.utils._python_dispatch import TorchDispatchMode
 import funcnet as fn
 
 THERE = torch.device("cuda:0")
-# detect_nonfinite is there to read values.
-NETS = {name: case for name, case in (LAYERS | COMBINATORS).items() if name != "detect_nonfinite"}
+# detect_nonfinite is there to read values; the kernel of fractional_max_pool3d takes no fakes.
+APART = ("detect_nonfinite", "fractional_max_pool3d")
+NETS = {name: case for name, case in (LAYERS | COMBINATORS).items() if not name.startswith(APART)}
 
 
 class Crossings(TorchDispatchMode):
@@ -62,13 +63,21 @@ def zeros_for(fake):
 
 def subscript(fake, index):
     """``fake[index]`` by operators: Python's own asks for CUDA's driver, which may be missing."""
-    if index is None:
-        return fake.unsqueeze(0)
-    if isinstance(index, slice):
-        return torch.ops.aten.slice.Tensor(fake, 0, index.start, index.stop)
-    if isinstance(index, int):
-        return fake.select(0, index)
-    return torch.ops.aten.index.Tensor(fake, [index])
+    dim = 0
+    for part in index if isinstance(index, tuple) else (index,):
+        if isinstance(part, int):
+            fake = fake.select(dim, part)
+        elif part is Ellipsis:
+            dim = fake.dim() - (len(index) - 1 - index.count(None))
+        elif part is None:
+            fake, dim = fake.unsqueeze(dim), dim + 1
+        elif isinstance(part, slice):
+            fake = torch.ops.aten.slice.Tensor(fake, dim, part.start, part.stop)
+            dim += 1
+        else:
+            fake = torch.ops.aten.index.Tensor(fake, [None] * dim + [part])
+            dim += part.dim()
+    return fake
 
 
 def there(tree):

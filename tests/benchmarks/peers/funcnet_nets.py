@@ -89,10 +89,10 @@ def block_forward(run: Any, x: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
 
 def block_backward(pull: Any, dy: Tensor, residuals: Any) -> Tensor | None:
     """Through ReLU, then through both."""
-    dsum = dx = pull("relu2", dy)
+    dy = dx = pull("relu2", dy)
     for child in reversed(BODY):
         dx = pull(child, dx, needed=pull.x or child != "conv1")
-    return fn.sum_cotangents(dx, pull("downsample", dsum, needed=pull.x))
+    return fn.sum_cotangents(dx, pull("downsample", dy, needed=pull.x))
 
 
 def basic_block(channels: int, stride: int, projects: bool) -> fn.Layer:
