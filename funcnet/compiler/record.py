@@ -31,6 +31,7 @@ from funcnet.compiler.nodes import (
 from funcnet.compiler.numbers import Arithmetic
 from funcnet.compiler.promotion import numbers_meet_tensors
 from funcnet.compiler.signature import check_tensor
+from funcnet.compiler.small_convolutions import make_products
 from funcnet.compiler.specs import InputSpec, spec_of
 
 aten = torch.ops.aten
@@ -133,6 +134,8 @@ def record(
             captured = _captured_to_inputs(module, mode)
             _numbers_to_inputs(module.graph, len(arithmetic.inputs))
             _make_shapes_constant(module.graph)
+            if make_products(module.graph, loops):
+                module = _recorded_again(module)
             if not layout.asked and channels_last(module.graph):
                 module = _recorded_again(module)
             # Any of these makes the recorded values wrong: the graph is recorded anew.
