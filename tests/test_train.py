@@ -631,3 +631,53 @@ def test_a_train_state_does_not_follow_the_default_device():
             fn.linear(2), fn.sgd(0.1), fn.key(0, device="cpu"), torch.ones(1, 2, device="cpu")
         )
     assert {leaf.device.type for leaf in fn.tree.leaves(state)} == {"cpu"}
+
+
+@pytest.mark.parametrize("optimizer", ["adamw", "adam", "sgd", "rmsprop"])
+def test_a_donating_step_gives_what_the_plain_one_gives(optimizer):
+    make = {
+        "adamw": lambda: fn.adamw(0.1),
+        "adam": lambda: fn.adam(0.1, weight_decay=0.1, amsgrad=True),
+        "sgd": lambda: fn.sgd(0.1, 0.9, nesterov=True, weight_decay=0.1),
+        "rmsprop": lambda: fn.rmsprop(0.1, momentum=0.9, centered=True),
+    }[optimizer]()
+    net = fn.serial(fn.linear(4), fn.batch_norm(), fn.tanh(), fn.linear(2))
+    x, target = torch.randn(8, 3), torch.randn(8, 2)
+    plain, donated = [fn.init_train_state(net, make, fn.key(0), x) for _ in range(2)]
+    for _ in range(4):
+        plain, _ = fn.train_step(net, fn.mse(), make)(plain, (x, target))
+        donated, _ = fn.train_step(net, fn.mse(), make, donate=True)(donated, (x, target))
+    for one, other in zip(fn.tree.leaves(donated), fn.tree.leaves(plain), strict=True):
+        assert torch.equal(one, other)
+
+
+def test_a_donating_step_writes_to_the_state_that_it_is_given():
+    net, x = fn.linear(2), torch.randn(8, 3)
+    state = fn.init_train_state(net, fn.adamw(0.1), fn.key(0), x)
+    kept = state.params["weight"].clone()
+    step = fn.train_step(net, fn.mse(), fn.adamw(0.1), donate=True)
+    after, _ = step(state, (x, torch.randn(8, 2)))
+    assert after.params["weight"].data_ptr() == state.params["weight"].data_ptr()
+    assert not torch.equal(state.params["weight"], kept)
+
+
+def test_a_plain_step_changes_nothing_that_it_is_given():
+    net, x = fn.linear(2), torch.randn(8, 3)
+    for optimizer in (fn.adamw(0.1), fn.sgd(0.1, 0.9, weight_decay=0.1)):
+        state = fn.init_train_state(net, optimizer, fn.key(0), x)
+        before = [leaf._version for leaf in fn.tree.leaves(state)]
+        fn.train_step(net, fn.mse(), optimizer)(state, (x, torch.randn(8, 2)))
+        assert [leaf._version for leaf in fn.tree.leaves(state)] == before
+
+
+def test_a_parameter_that_is_two_leaves_is_not_written_to():
+    net = fn.serial(fn.linear(3, bias=False), fn.linear(3, bias=False))
+    x, target = torch.randn(8, 3), torch.randn(8, 3)
+    results = []
+    for donate in (False, True):
+        state = fn.init_train_state(net, fn.sgd(0.1), fn.key(0), x)
+        state.params["1"]["weight"] = state.params["0"]["weight"]
+        step = fn.train_step(net, fn.mse(), fn.sgd(0.1), donate=donate)
+        results.append(step(state, (x, target))[0].params)
+    for one, other in zip(*map(fn.tree.leaves, results), strict=True):
+        assert torch.equal(one, other)

@@ -143,7 +143,7 @@ def scaled_adam(betas: tuple[float, float], eps: float, amsgrad: bool, factor: f
         left, g.tensors = [*g.tensors], []
         for part in _parts(left):
             grads = [left.pop(0) for _ in part]
-            copies = [FOREACH["clone"](mean.tensors[part.start : part.stop]) for mean in before]
+            copies = [_writable(mean, slice(part.start, part.stop)) for mean in before]
             zeros = [torch.zeros_like(leaf) for leaf in grads]
             lists = [zeros, grads, *copies] + [[]] * (not amsgrad)
             steps = [step] * len(part)
@@ -162,6 +162,12 @@ def _at_least_float32(leaves: Any) -> Any:
     if not isinstance(leaves, Leaves):
         return leaves
     return Leaves([leaf.float() if leaf.dtype in half else leaf for leaf in leaves])
+
+
+def _writable(leaves: Leaves, part: slice) -> list[Tensor]:
+    """Some of the leaves, or copies of them where others have their memory too."""
+    chosen = leaves.tensors[part]
+    return chosen if leaves.fresh else FOREACH["clone"](chosen)
 
 
 def _parts(leaves: list[Tensor]) -> list[range]:

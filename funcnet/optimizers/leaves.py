@@ -109,7 +109,8 @@ def sum_into(g: Any, p: Any, factor: float = 1.0) -> Any:
     (True, [tensor([2.5000, 2.5000])])
     """
     new, old = g.tensors, p.tensors
-    if g.fresh and not is_transformed(*new, *old) and [*map(_dtype, new)] == [*map(_dtype, old)]:
+    alike = g.fresh and new and [*map(_dtype, new)] == [*map(_dtype, old)]
+    if alike and not is_transformed(*new, *old):
         foreach_add_(new, old, alpha=factor)
         return g
     return torch.add(g, p, alpha=factor) if factor != 1.0 else torch.add(g, p)

@@ -104,7 +104,7 @@ def stateful(
                 f"got {tree.describe(opt_state)}"
             )
         old = [
-            trees.split(entry, f"{name}: state.{field}") if is_tree else entry
+            trees.split(entry, f"{name}: state.{field}", trees.donated) if is_tree else entry
             for field, entry, is_tree in zip(kind._fields, opt_state, like_params, strict=True)
         ]
         updates, *rest = formula(g, kind(*old), trees.params)
@@ -120,16 +120,22 @@ def stateful(
 
 
 class Trees:
-    """The params of an update, flattened; takes trees like them apart and puts them together."""
+    """The params of an update, flattened; takes trees like them apart and puts them together.
 
-    def __init__(self, params: Params) -> None:
+    Where params and state are ``donated``, their leaves count as fresh: their memory may be
+    written to.
+    """
+
+    def __init__(self, params: Params, donated: bool = False) -> None:
         leaves, self.treedef = _flatten(params)
-        self.params = Leaves(leaves)
+        # Two leaves that are one tensor would be written to twice.
+        self.donated = donated and len({*map(id, leaves)}) == len(leaves)
+        self.params = Leaves(leaves, self.donated)
         self.shapes = [*map(_shape, leaves)]
 
-    def split(self, found: Tree, what: str) -> Leaves:
+    def split(self, found: Tree, what: str, fresh: bool = False) -> Leaves:
         """The leaves of a tree; ValueError with ``what`` unless it is like the params."""
-        return Leaves(tree.leaves_like(self.shapes, self.treedef, found, what))
+        return Leaves(tree.leaves_like(self.shapes, self.treedef, found, what), fresh)
 
     def join(self, leaves: Leaves) -> Any:
         """The tree of these leaves."""
@@ -176,15 +182,16 @@ def apply_updates(params: Params, updates: Tree) -> Any:
 
 
 def step_params(
-    optimizer: Optimizer, grads: list[Tree], opt_state: Tree, params: Params
+    optimizer: Optimizer, grads: list[Tree], opt_state: Tree, params: Params, donated: bool = False
 ) -> tuple[Any, Tree]:
     """``optimizer.update`` and then `apply_updates`, with the params flattened once.
 
     With two flattenings an eager step of SGD on a small net takes 5 % longer. ``grads`` is a list
     of one tree, which is taken out of it, so that the gradients go when they are read: they are an
-    eighth of the memory of an eager step of Adam.
+    eighth of the memory of an eager step of Adam. ``donated`` says that the memory of params and
+    opt_state may be written to.
     """
-    trees = Trees(params)
+    trees = Trees(params, donated)
     left = [trees.split(grads.pop(), f"{optimizer.name}: grads")]
     updates, opt_state = leaves_update(optimizer)(left.pop(), opt_state, trees)
     if [*map(_shape, updates)] != trees.shapes:
@@ -193,7 +200,8 @@ def step_params(
 
 
 def _added(params: Leaves, updates: Leaves) -> Leaves:
-    return sum_into(updates, params).to_dtypes(params)
+    added = sum_into(params, updates) if params.fresh else sum_into(updates, params)
+    return added.to_dtypes(params)
 
 
 def _kept(leaves: Leaves) -> Leaves:

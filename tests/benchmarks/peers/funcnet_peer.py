@@ -49,7 +49,7 @@ def build(mode: str, workload: Workload) -> Job:
     net = make_net(workload)
     make = {"sgd": fn.sgd, "adam": fn.adam, "adamw": fn.adamw}[workload.optimizer]
     loss, optimizer = fn.cross_entropy() if workload.net else fn.mse(), make(LEARNING_RATE)
-    call = step = fn.train_step(net, loss, optimizer)
+    call = step = fn.train_step(net, loss, optimizer, donate=True)
 
     def start_one(key: torch.Tensor) -> fn.TrainState:
         return fn.init_train_state(net, optimizer, key, example)
