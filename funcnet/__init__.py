@@ -204,6 +204,7 @@ from funcnet.layers.prelu import (
     prelu as prelu,
 )
 from funcnet.layers.resample import (
+    interpolate as interpolate,
     upsample as upsample,
     upsampling_bilinear2d as upsampling_bilinear2d,
     upsampling_nearest2d as upsampling_nearest2d,

@@ -224,6 +224,25 @@ def upsample(
     return _upsample("upsample", (1, 2, 3), size, scale_factor, *options)
 
 
+def interpolate(
+    size: Size | None = None,
+    scale_factor: float | Sequence[float] | None = None,
+    mode: str = "nearest",
+    align_corners: bool | None = None,
+    recompute_scale_factor: bool | None = None,
+    antialias: bool = False,
+) -> Layer:
+    """`upsample`, under the name and with the options of the function in torch.
+
+    Source: ``torch.nn.functional.interpolate``.
+
+    >>> interpolate(scale_factor=0.5, mode="area").apply({}, torch.tensor([[[1.0, 3.0]]]))[0]
+    tensor([[[2.]]])
+    """
+    options = (mode, align_corners, recompute_scale_factor, antialias)
+    return _upsample("interpolate", (1, 2, 3), size, scale_factor, *options)
+
+
 def upsampling_nearest2d(
     size: Size | None = None, scale_factor: float | Sequence[float] | None = None
 ) -> Layer:

@@ -106,7 +106,7 @@ LAYERS = {
         for mode in (*MODES[dims], "nearest", "nearest-exact")
     },
     **{
-        f"upsample{dims} {mode} down to a size": (fn.upsample(3, mode=mode), BATCH[dims])
+        f"interpolate{dims} {mode} down to a size": (fn.interpolate(3, mode=mode), BATCH[dims])
         for dims in DIMS
         for mode in (*MODES[dims], "nearest", "nearest-exact", "area")
     },
