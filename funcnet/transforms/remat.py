@@ -100,7 +100,7 @@ def _in_groups(layer: Layer, path: str, keeps: Callable[[str, Layer], bool]) -> 
         groups[(name,)] = serial(**{name: _partly(child, child_path, keeps)})
     if run:
         groups[tuple(run)] = _whole(serial(**run))
-    return _grouped(groups, layer, lambda layer: _partly(layer, path, keeps))
+    return _grouped("remat", groups, layer, lambda layer: _partly(layer, path, keeps))
 
 
 def checkpointed(layer: Layer, segments: int) -> Layer:
@@ -129,16 +129,19 @@ def checkpointed(layer: Layer, segments: int) -> Layer:
     edges = [len(names) * index // segments for index in range(segments + 1)]
     runs = [tuple(names[start:stop]) for start, stop in pairwise(edges)]
     groups = {run: _whole(serial(**{name: layer.children[name] for name in run})) for run in runs}
-    return _grouped(groups, layer, lambda layer: checkpointed(layer, segments))
+    return _grouped("checkpointed", groups, layer, lambda layer: checkpointed(layer, segments))
 
 
 def _grouped(
-    groups: dict[tuple[str, ...], Layer], layer: Layer, rebuild: Callable[[Layer], Layer]
+    name: str,
+    groups: dict[tuple[str, ...], Layer],
+    layer: Layer,
+    rebuild: Callable[[Layer], Layer],
 ) -> Layer:
-    """The groups of a serial's children, one after the other, under the name of remat."""
+    """The groups of a serial's children, one after the other; its child is the serial."""
     return Layer(
-        *combine("remat", groups, serial_forward, serial_backward),
-        name="remat",
+        *combine(name, groups, serial_forward, serial_backward),
+        name=name,
         children={"": layer},
         rebuild=lambda children: rebuild(children[""]),
         takes_key=layer.takes_key,
