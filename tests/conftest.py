@@ -23,6 +23,11 @@ def pytest_addoption(parser):
         help="torch's default device for the tests, such as cuda; those marked cpu_only, "
         "and the doctests, are left out on another device than the CPU",
     )
+    parser.addoption(
+        "--whole",
+        action="store_true",
+        help="compile all cases of the laws' tables, not the first of each constructor: an hour",
+    )
 
 
 def pytest_configure(config):

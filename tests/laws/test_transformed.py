@@ -1,6 +1,11 @@
-"""Law 6 and 7 under jit: a compiled function equals the eager one, alone and for a population."""
+"""Law 6 and 7 under jit: a compiled function equals the eager one, alone and for a population.
 
-import pytest
+A layer's first case is compiled, and all of them by ``pytest tests/laws/test_transformed.py
+--whole``.
+"""
+
+import re
+
 import torch
 from cases import COMBINATORS, EAGER_ONLY, LAYERS, LOSSES, OPTIMIZERS, PARAMS
 
@@ -11,9 +16,32 @@ TOGETHER = 12
 NETS = {name: case for name, case in (LAYERS | COMBINATORS).items() if name not in EAGER_ONLY}
 
 
-def groups(names):
-    names = list(names)
-    return [names[start : start + TOGETHER] for start in range(0, len(names), TOGETHER)]
+# A sum is a mean but for a factor.
+REDUCED = [name for name in LOSSES if not name.endswith(" sum")]
+
+
+def first_of_each(table, kind):
+    """The first name in a table of each kind of its cases."""
+    first = {}
+    for name in table:
+        first.setdefault(kind(name), name)
+    return [*first.values()]
+
+
+def constructor(name):
+    """The name of a layer's constructor, whatever the number of dimensions; a combinator's own."""
+    return name if name in COMBINATORS else re.sub(r"\d", "", LAYERS[name][0].name)
+
+
+def pytest_generate_tests(metafunc):
+    if "names" not in metafunc.fixturenames:
+        return
+    table = REDUCED if "loss" in metafunc.function.__name__ else list(NETS)
+    if not metafunc.config.getoption("whole"):
+        kind = constructor if table is not REDUCED else (lambda name: name.split()[0])
+        table = first_of_each(table, kind)
+    groups = [table[start : start + TOGETHER] for start in range(0, len(table), TOGETHER)]
+    metafunc.parametrize("names", groups, ids=[names[0] for names in groups])
 
 
 def cotangent(y):
@@ -42,7 +70,6 @@ def assert_same(found, expected):
             assert (one - other).abs().median() < 1e-8 if one.numel() else True
 
 
-@pytest.mark.parametrize("names", groups(NETS), ids=lambda names: names[0])
 def test_a_jitted_layer_equals_the_eager_one(names):
     def run(key, xs):
         return {name: everything(NETS[name][0], key, xs[name]) for name in names}
@@ -51,7 +78,6 @@ def test_a_jitted_layer_equals_the_eager_one(names):
     assert_same(fn.jit(run)(fn.key(0), xs), run(fn.key(0), xs))
 
 
-@pytest.mark.parametrize("names", groups(NETS), ids=lambda names: names[0])
 def test_a_member_of_a_jitted_population_equals_its_solo_run(names):
     def run(key, xs):
         return {name: everything(NETS[name][0], key, xs[name]) for name in names}
@@ -63,11 +89,6 @@ def test_a_member_of_a_jitted_population_equals_its_solo_run(names):
     assert_same(together, fn.tree.map(lambda *leaves: torch.stack(leaves), *alone))
 
 
-# A sum is a mean but for a factor.
-REDUCED = [name for name in LOSSES if not name.endswith(" sum")]
-
-
-@pytest.mark.parametrize("names", groups(REDUCED), ids=lambda names: names[0])
 def test_a_jitted_loss_equals_the_eager_one(names):
     def run(predictions):
         results = {}
