@@ -34,14 +34,14 @@ def constructor(name):
 
 
 def pytest_generate_tests(metafunc):
-    if "names" not in metafunc.fixturenames:
+    if "group" not in metafunc.fixturenames:
         return
     table = REDUCED if "loss" in metafunc.function.__name__ else list(NETS)
     if not metafunc.config.getoption("whole"):
         kind = constructor if table is not REDUCED else (lambda name: name.split()[0])
         table = first_of_each(table, kind)
     groups = [table[start : start + TOGETHER] for start in range(0, len(table), TOGETHER)]
-    metafunc.parametrize("names", groups, ids=[names[0] for names in groups])
+    metafunc.parametrize("group", groups, ids=[group[0] for group in groups])
 
 
 def cotangent(y):
@@ -70,26 +70,26 @@ def assert_same(found, expected):
             assert (one - other).abs().median() < 1e-8 if one.numel() else True
 
 
-def test_a_jitted_layer_equals_the_eager_one(names):
+def test_a_jitted_layer_equals_the_eager_one(group):
     def run(key, xs):
-        return {name: everything(NETS[name][0], key, xs[name]) for name in names}
+        return {name: everything(NETS[name][0], key, xs[name]) for name in group}
 
-    xs = {name: NETS[name][1] for name in names}
+    xs = {name: NETS[name][1] for name in group}
     assert_same(fn.jit(run)(fn.key(0), xs), run(fn.key(0), xs))
 
 
-def test_a_member_of_a_jitted_population_equals_its_solo_run(names):
+def test_a_member_of_a_jitted_population_equals_its_solo_run(group):
     def run(key, xs):
-        return {name: everything(NETS[name][0], key, xs[name]) for name in names}
+        return {name: everything(NETS[name][0], key, xs[name]) for name in group}
 
-    xs = {name: NETS[name][1] for name in names}
+    xs = {name: NETS[name][1] for name in group}
     keys = fn.random.split(fn.key(1), 3)
     together = fn.jit(fn.vmap(run, in_axes=(0, None)))(keys, xs)
     alone = [run(key, xs) for key in keys]
     assert_same(together, fn.tree.map(lambda *leaves: torch.stack(leaves), *alone))
 
 
-def test_a_jitted_loss_equals_the_eager_one(names):
+def test_a_jitted_loss_equals_the_eager_one(group):
     def run(predictions):
         results = {}
         for name, prediction in predictions.items():
@@ -98,7 +98,7 @@ def test_a_jitted_loss_equals_the_eager_one(names):
             results[name] = value, pullback(), loss.apply(prediction, target)
         return results
 
-    predictions = {name: LOSSES[name][1] for name in names}
+    predictions = {name: LOSSES[name][1] for name in group}
     assert_same(fn.jit(run)(predictions), run(predictions))
 
 
