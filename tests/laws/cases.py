@@ -163,7 +163,7 @@ COMBINATORS = {
     ),
     "tie": (
         fn.tie(
-            fn.serial(embed=fn.embedding(5, 3), act=fn.tanh(), head=fn.linear(5)),
+            fn.serial(embed=fn.embedding(5, 3, dtype=DOUBLE), act=fn.tanh(), head=fn.linear(5)),
             {"head.weight": "embed.weight"},
         ),
         TOKENS,
