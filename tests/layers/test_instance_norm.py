@@ -122,9 +122,11 @@ def test_instance_norm_refuses_one_value_a_channel_where_torch_does(shape, track
         (fn.instance_norm1d(), randn(5),
          "instance_norm1d: expects (batch, channels, length) or (channels, length), got (5,)"),
         (fn.instance_norm2d(), randn(3, 5),
-         "instance_norm2d: expects (batch, channels, height, width) or (channels, height, width), got (3, 5)"),
+         "instance_norm2d: expects (batch, channels, height, width) or (channels, height, width), "
+         "got (3, 5)"),
         (fn.instance_norm3d(), randn(3, 5, 2),
-         "instance_norm3d: expects (batch, channels, depth, height, width) or (channels, depth, height, width), "
+         "instance_norm3d: expects (batch, channels, depth, height, width) or "
+         "(channels, depth, height, width), "
          "got (3, 5, 2)"),
     ],
 )  # fmt: skip
