@@ -128,10 +128,11 @@ class LossPullback(Pullback):
     __slots__ = ()
 
     def __call__(self, dvalue: Tensor | float = 1.0) -> Tree:  # type: ignore[override]
-        self._check(dvalue)
-        if isinstance(dvalue, Tensor) and dvalue.dim() and self.expected is not None:
-            # A scalar leaves the gradient's dtype as it is; so does what has dimensions.
-            dvalue = dvalue.to(self.expected[2][0][1])
+        if type(dvalue) is not float:  # as it is in a training step
+            self._check(dvalue)
+            if isinstance(dvalue, Tensor) and dvalue.dim() and self.expected is not None:
+                # A scalar leaves the gradient's dtype as it is; so does what has dimensions.
+                dvalue = dvalue.to(self.expected[2][0][1])
         return self.rule(dict(self.residuals), dvalue, *self.static)
 
     def _check(self, dvalue: Tensor | float) -> None:

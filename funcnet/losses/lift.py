@@ -69,7 +69,7 @@ def loss_of(
         elements, residuals, static, total = forward(prediction, target)
         value, n = reduced(elements, reduction, total)
         kept: dict[str, Any] = {"elements": residuals}
-        if isinstance(n, Tensor):
+        if not isinstance(n, (int, float)):
             kept["n"], n = n, 1
         return value, LossPullback(loss_rule, kept, (backward, n, *static), value, name)
 
@@ -155,7 +155,9 @@ def times(d: Tensor | float, gradient: Tree) -> Tree:
     """Gradients of elements, each times that element's d, in their own dtype."""
     if isinstance(gradient, tuple):
         return tuple([times(d, part) for part in gradient])
-    if isinstance(d, Tensor) and 0 < d.dim() < gradient.dim():
+    if isinstance(d, (int, float)):
+        return gradient * d
+    if 0 < d.dim() < gradient.dim():
         d = d.reshape(d.shape + (1,) * (gradient.dim() - d.dim()))
     return (gradient * d).to(gradient.dtype)
 

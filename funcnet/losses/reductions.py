@@ -43,8 +43,6 @@ def wide_sum(values: Tensor) -> Tensor:
 
 def divided(dvalue: Tensor | float, n: Tensor | float) -> Tensor | float:
     """``dvalue / n``, and 0 where n is 0: a sum over nothing has no gradient."""
-    if isinstance(n, Tensor):
-        return torch.where(n == 0, 0.0, dvalue / n)
-    if n == 1:
-        return dvalue
-    return dvalue / n if n else 0.0
+    if isinstance(n, (int, float)):
+        return dvalue if n == 1 else dvalue / n if n else 0.0
+    return torch.where(n == 0, 0.0, dvalue / n)
