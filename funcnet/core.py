@@ -245,6 +245,21 @@ def wrap(layer: Layer, functions: Callable[[Layer], Layer]) -> Layer:
     )
 
 
+def around(layer: Layer, rebuild: Callable[[Layer], Layer]) -> dict[str, Any]:
+    """The metadata of a layer around another one; ``rebuild`` makes the same of another layer.
+
+    >>> import funcnet as fn
+    >>> made = Layer(*fn.tanh(), name="twice", **around(fn.tanh(), lambda layer: layer))
+    >>> made, made.takes_key
+    (twice(tanh()), False)
+    """
+    return {
+        "children": {"": layer},
+        "rebuild": lambda children: rebuild(children[""]),
+        "takes_key": layer.takes_key,
+    }
+
+
 def function_name(function: Callable[..., Any]) -> str:
     """``linear`` for the function ``linear.<locals>.apply``."""
     return getattr(function, "__qualname__", type(function).__name__).split(".")[0]

@@ -178,7 +178,7 @@ _register(LossPullback)
 
 
 class Box(list[Tree]):
-    """A cotangent that goes when it is read: the calls on the way hold the box, not what was in it.
+    """Cotangents, or gradients, that go when they are read: the calls on the way hold the box alone.
 
     A call holds its arguments to its end. So in a net of nets there would be a cotangent for each
     level: 2 to 6 % of the memory of an eager step of a ResNet or a U-Net (compare.py).

@@ -176,7 +176,7 @@ def train_step(
         params, state, opt_state, key, count = train_state
         step_key = fold_in(key, count) if takes_key else None
         _, gradients, state, measured = run(params, batch, state, step_key, True)
-        grads = [gradients]
+        grads = Box([gradients])
         del gradients
         params, opt_state = step_params(optimizer, grads, opt_state, params, donate)
         new_state = TrainState(params, state, opt_state, key, count + _ONE)

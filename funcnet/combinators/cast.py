@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from funcnet import tree
-from funcnet.core import Forward, Grads, Key, Layer, Params, Pullback, Tree, pull
+from funcnet.core import Forward, Grads, Key, Layer, Params, Pullback, Tree, around, pull
 from funcnet.errors import require
 from funcnet.lift import stateful
 
@@ -54,9 +54,7 @@ def cast(layer: Layer, dtype: torch.dtype) -> Layer:
         forward,
         apply=apply,
         name="cast",
-        children={"": layer},
-        rebuild=lambda children: cast(children[""], dtype),
-        takes_key=layer.takes_key,
+        **around(layer, lambda layer: cast(layer, dtype)),
     )
 
 

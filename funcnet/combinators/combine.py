@@ -220,12 +220,19 @@ class _Init:
                 params, state = layer.init(_key(self.key, child), example)
                 self.params.update({child: params} if params else {})
                 self.state.update({child: state} if state else {})
-            own = tree.to_meta((self.params.get(child, {}), self.state.get(child, {})))
-            noise = torch.empty(2, dtype=torch.int64, device="meta") if layer.takes_key else None
-            return layer.apply(own[0], x, own[1], key=noise)[0]
+            return output_on_meta(
+                layer, x, self.params.get(child, EMPTY), self.state.get(child, EMPTY)
+            )
         except Exception as error:
             locate(error, _path(self.parent, child, use))
             raise
+
+
+def output_on_meta(layer: Layer, x: Tree, params: Params, state: Params) -> Tree:
+    """The output of a layer for an x on the meta device, wherever params and state are."""
+    params, state = tree.to_meta((params, state))
+    noise = torch.empty(2, dtype=torch.int64, device="meta") if layer.takes_key else None
+    return layer.apply(params, x, state, key=noise)[0]
 
 
 class Pull:

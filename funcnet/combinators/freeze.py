@@ -47,23 +47,32 @@ def freeze(layer: Layer, predicate: Where) -> Layer:
     is_frozen = selector(predicate)
 
     def start(key: Tensor, params: Params, state: Params) -> tuple[Params, Params]:
-        require("frozen" not in state, "the layer has state of its own called 'frozen'")
         paths = frozenset(chosen_leaves(predicate, params))
         frozen, learned = tree.partition(paths.__contains__, params)
-        return learned, {**state, "frozen": frozen}
+        return learned, with_frozen(state, frozen)
 
     def inside(params: Params, state: Params, train: bool) -> Any:
-        frozen = state["frozen"]
+        frozen, rest = split_frozen(state)
         wrong = [path for path in tree.to_dotted(params) if is_frozen(path)]
         hint = "frozen leaves belong into state['frozen']; see fn.tree.partition"
         require(not wrong, f"params has {wrong}, which do not learn: {hint}")
-        rest = {name: child for name, child in state.items() if name != "frozen"}
         return tree.merge(params, frozen), rest, {}, {"frozen": frozen}
 
     inner = learn_only(layer, lambda path: not is_frozen(path))
     return reparametrize(
         "freeze", inner, start, inside, sparse, rebuild=lambda layer: freeze(layer, predicate)
     )
+
+
+def with_frozen(state: Params, frozen: Params) -> Params:
+    """The state of a layer, and beside it the params that are not learned."""
+    require("frozen" not in state, "the layer has state of its own called 'frozen'")
+    return {**state, "frozen": frozen}
+
+
+def split_frozen(state: Params) -> tuple[Params, Params]:
+    """The params that are not learned, and the layer's own state."""
+    return state["frozen"], {name: child for name, child in state.items() if name != "frozen"}
 
 
 def sparse(dparams: Params, residuals: Any) -> Params:

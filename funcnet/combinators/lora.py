@@ -5,10 +5,12 @@ from typing import Any
 from torch import Tensor
 
 from funcnet import random, tree
+from funcnet.combinators.freeze import split_frozen, with_frozen
 from funcnet.combinators.reparametrize import (
     Where,
     chosen_leaves,
     learn_only,
+    named_paths,
     reparametrize,
     selector,
 )
@@ -48,7 +50,6 @@ def lora(layer: Layer, rank: int = 8, alpha: float = 16.0, where: Where | None =
     scale = alpha / rank
 
     def start(key: Tensor, params: Params, state: Params) -> tuple[Params, Params]:
-        require("frozen" not in state, "the layer has state of its own called 'frozen'")
         flat, own = tree.to_dotted(params), {}
         for path in _matrices(chosen, params):
             weight = flat[path]
@@ -57,15 +58,15 @@ def lora(layer: Layer, rank: int = 8, alpha: float = 16.0, where: Where | None =
             kind = (weight.dtype, weight.device)
             own[f"{path}.lora_A"] = torch_default(width)(draw, (rank, width), *kind)
             own[f"{path}.lora_B"] = weight.new_zeros(out, rank)
-        return tree.from_dotted(own), {**state, "frozen": params}
+        return tree.from_dotted(own), with_frozen(state, params)
 
     def inside(params: Params, state: Params, train: bool) -> Any:
-        weights, own = tree.to_dotted(state["frozen"]), tree.to_dotted(params)
+        frozen, rest = split_frozen(state)
+        weights, own = tree.to_dotted(frozen), tree.to_dotted(params)
         for path in _adapted(own):
             change = own[f"{path}.lora_B"] @ own[f"{path}.lora_A"]
             weights[path] = weights[path] + scale * change.reshape(weights[path].shape)
-        rest = {name: child for name, child in state.items() if name != "frozen"}
-        return tree.from_dotted(weights), rest, {"own": params}, {"frozen": state["frozen"]}
+        return tree.from_dotted(weights), rest, {"own": params}, {"frozen": frozen}
 
     def again(layer: Layer) -> Layer:
         return lora(layer, rank, alpha, where)
@@ -100,8 +101,7 @@ def _linear_weights(path: str, layer: Layer) -> list[str]:
 def _matrices(where: Where, params: Params) -> list[str]:
     """The chosen leaves that are matrices, or more; there must be some."""
     flat = tree.to_dotted(params)
-    named = [] if callable(where) else [where] if isinstance(where, str) else where
-    for path in named:
+    for path in named_paths(where):
         fits = path not in flat or flat[path].dim() >= 2
         require(fits, f"{path!r} is not a matrix, but {tree.describe(flat.get(path))}")
     paths = [path for path in chosen_leaves(where, params) if flat[path].dim() >= 2]

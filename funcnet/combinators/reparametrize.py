@@ -1,6 +1,6 @@
 """`reparametrize`: a layer whose params are a function of others; and which leaves are meant.
 
-`tie`, `freeze`, `cast`, `lora`, `weight_norm` and `spectral_norm` are made with it.
+`tie`, `freeze`, `lora`, `weight_norm` and `spectral_norm` are made with it.
 """
 
 from collections.abc import Callable, Collection, Hashable, Mapping
@@ -10,7 +10,7 @@ from torch import Tensor
 
 from funcnet import tree
 from funcnet.core import (
-    EMPTY,
+    Applied,
     Forward,
     Grads,
     Key,
@@ -18,6 +18,7 @@ from funcnet.core import (
     Params,
     Pullback,
     Tree,
+    around,
     join_paths,
     map_layers,
     pull,
@@ -103,9 +104,7 @@ def reparametrize(
         forward,
         apply=apply,
         name=name,
-        children={"": layer},
-        rebuild=lambda children: rebuild(children[""]),
-        takes_key=layer.takes_key,
+        **around(layer, rebuild),
     )
 
 
@@ -127,20 +126,31 @@ def selector(where: Where) -> Callable[[str], bool]:
     """
     if callable(where):
         return where
-    paths = (where,) if isinstance(where, str) else tuple(where)
-    return lambda path: any([path == each or path.startswith(f"{each}.") for each in paths])
+    named = named_paths(where)
+    return lambda path: any([path == each or path.startswith(f"{each}.") for each in named])
+
+
+def named_paths(where: Where) -> tuple[str, ...]:
+    """The paths that are meant by name."""
+    return () if callable(where) else (where,) if isinstance(where, str) else tuple(where)
 
 
 def chosen_leaves(where: Where, params: Params) -> list[str]:
     """The dotted paths of the leaves that are meant; ValueError for a path that no leaf has."""
     paths, chosen = list(tree.to_dotted(params)), selector(where)
-    if not callable(where):
-        for each in (where,) if isinstance(where, str) else where:
-            known = any([selector(each)(path) for path in paths])
-            require(known, f"no leaf has the path {each!r}, only {paths}")
+    for each in named_paths(where):
+        known = any([selector(each)(path) for path in paths])
+        require(known, f"no leaf has the path {each!r}, only {paths}")
     found = [path for path in paths if chosen(path)]
     require(found, f"no leaf is chosen of {paths}")
     return found
+
+
+def leaf_at(path: str, params: Params) -> Tensor:
+    """The leaf with a dotted path; ValueError where there is none, or a layer."""
+    found = chosen_leaves(path, params)
+    require(found == [path], f"expects the path of a leaf, and {path!r} has {found} in it")
+    return tree.to_dotted(params)[path]
 
 
 def learn_only(layer: Layer, learns: Callable[[str], bool]) -> Layer:
@@ -162,15 +172,11 @@ def learn_only(layer: Layer, learns: Callable[[str], bool]) -> Layer:
                 pullback = Pullback(learn_only_rule, {"": pullback}, (learned,))
             return y, pullback, state
 
-        return Layer(
-            layer.init,
-            layer.apply,
-            lambda params, x, state=EMPTY, *, key=None, train=True: forward(
-                params, x, state, key, train
-            ),
-            forward=forward,
-            name=layer.name,
-            takes_key=layer.takes_key,
+        def apply(params: Params, x: Tree, state: Params, key: Key, train: bool) -> Applied:
+            return layer.apply(params, x, state, key=key, train=train)
+
+        return stateful(
+            layer.init, forward, apply=apply, name=layer.name, takes_key=layer.takes_key
         )
 
     return map_layers(only, layer)

@@ -6,7 +6,7 @@ from typing import Any
 from torch import Tensor
 
 from funcnet import tree
-from funcnet.combinators.reparametrize import chosen_leaves, reparametrize
+from funcnet.combinators.reparametrize import leaf_at, reparametrize
 from funcnet.core import Layer, Params
 from funcnet.errors import require
 
@@ -35,12 +35,10 @@ def tie(layer: Layer, paths: Mapping[str, str]) -> Layer:
     require(not chained, f"tie: {chained} are tied to others themselves")
 
     def start(key: Tensor, params: Params, state: Params) -> tuple[Params, Params]:
-        flat = tree.to_dotted(params)
         for target, source in pairs:
-            ends = [flat[leaf] for path in (target, source) for leaf in _leaf(path, params)]
-            same = ends[0].shape == ends[1].shape and ends[0].dtype == ends[1].dtype
-            found = f"{target!r} is {tree.describe(ends[0])}, {source!r} {tree.describe(ends[1])}"
-            require(same, f"expects leaves of one shape and dtype, {found}")
+            one, other = [leaf_at(path, params) for path in (target, source)]
+            found = f"{target!r} is {tree.describe(one)}, {source!r} {tree.describe(other)}"
+            require(tree.alike(one, other), f"expects leaves of one shape and dtype, {found}")
         return tree.partition(paths.__contains__, params)[1], state
 
     def inside(params: Params, state: Params, train: bool) -> Any:
@@ -51,12 +49,6 @@ def tie(layer: Layer, paths: Mapping[str, str]) -> Layer:
     return reparametrize(
         "tie", layer, start, inside, tie_backward, pairs, rebuild=lambda layer: tie(layer, paths)
     )
-
-
-def _leaf(path: str, params: Params) -> list[str]:
-    found = chosen_leaves(path, params)
-    require(found == [path], f"expects the path of a leaf, and {path!r} has {found} in it")
-    return found
 
 
 def tie_backward(dparams: Params, residuals: Any, pairs: tuple[tuple[str, str], ...]) -> Params:

@@ -3,6 +3,7 @@
 The names of params and state are those of ``torch.nn.utils.parametrizations``.
 """
 
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -10,8 +11,8 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from funcnet import random, tree
-from funcnet.combinators.reparametrize import chosen_leaves, reparametrize
-from funcnet.core import Layer, Params
+from funcnet.combinators.reparametrize import leaf_at, reparametrize
+from funcnet.core import EMPTY, Layer, Params
 from funcnet.errors import require
 
 
@@ -21,12 +22,12 @@ def _inside(path: str) -> str:
     return ".".join([*parents, "parametrizations", leaf])
 
 
-def _replaced(params: Params, path: str, *changes: dict[str, Tensor]) -> Params:
+def _replaced(params: Params, path: str, others: Mapping[str, Tensor] = EMPTY) -> Params:
     """The params without the leaves that the path is about, and with others."""
     flat = tree.to_dotted(params)
     own = (path, f"{_inside(path)}.")
     kept = {name: leaf for name, leaf in flat.items() if not name.startswith(own)}
-    return tree.from_dotted({**kept, **{k: v for change in changes for k, v in change.items()}})
+    return tree.from_dotted({**kept, **others})
 
 
 def weight_norm(layer: Layer, name: str = "weight", dim: int | None = 0) -> Layer:
@@ -53,7 +54,7 @@ def weight_norm(layer: Layer, name: str = "weight", dim: int | None = 0) -> Laye
     g_path, v_path = f"{_inside(name)}.original0", f"{_inside(name)}.original1"
 
     def start(key: Tensor, params: Params, state: Params) -> tuple[Params, Params]:
-        weight = _leaf(params, name)
+        weight = leaf_at(name, params)
         fits = dim is None or -1 <= dim < weight.dim()
         require(fits, f"dim must be a dimension of the weight {tuple(weight.shape)}, got {dim}")
         return _replaced(params, name, {g_path: _norm(weight, dim), v_path: weight}), state
@@ -134,7 +135,7 @@ def spectral_norm(
     path, kept = f"{_inside(name)}.original", f"{_inside(name)}.0"
 
     def start(key: Tensor, params: Params, state: Params) -> tuple[Params, Params]:
-        weight = _leaf(params, name)
+        weight = leaf_at(name, params)
         vectors: dict[str, Tensor] = {}
         if weight.dim() > 1:
             fits = -weight.dim() <= rows < weight.dim()
@@ -181,11 +182,6 @@ def spectral_norm_backward(dparams: Params, residuals: Any, name: str, path: str
     dweight = tree.to_dotted(dparams)[name]
     along = (dweight * residuals["weight"]).sum() * residuals["outer"]
     return _replaced(dparams, name, {path: (dweight - along) / residuals["scale"]})
-
-
-def _leaf(params: Params, name: str) -> Tensor:
-    require(chosen_leaves(name, params) == [name], f"{name!r} is not the path of a leaf")
-    return tree.to_dotted(params)[name]
 
 
 def _as_matrix(weight: Tensor, rows: int) -> Tensor:

@@ -102,7 +102,7 @@ class Arena:
         return start
 
     def packed(self) -> list[int] | None:
-        """Offsets with which the buffers take less memory, as tnew lives are known now, if any.
+        """Offsets with which the buffers take less memory, as their lives are known now, if any.
 
         The large ones are placed first, each in the first gap among those that live when it does.
         """
@@ -151,7 +151,7 @@ class Frame:
         loop: the loop of which it is the body, as text; empty for the program itself.
         threads: how many threads may run each statement.
         last_use: the index of the last step that reads a value.
-        owned: the values that can be overwritten after tnew last use, and the offsets of tnew
+        owned: the values that can be overwritten after their last use, and the offsets of their
             buffers; None for those whose memory is not in this workspace.
         targets: where outputs must end up.
         arena: its workspace.
@@ -245,7 +245,7 @@ class Values:
         if offset is not None:
             frame.arena.at(offset).values.append(str(new))
         frame.last_use.setdefault(new, step)
-        # Targets are free when tnew owners are dead: no earlier value in this memory counts as
+        # Targets are free when their owners are dead: no earlier value in this memory counts as
         # dead while the new one is alive.
         frame.had_before[new] = [root, *frame.had_before.get(root, [])]
         for each in frame.had_before[new]:

@@ -175,13 +175,10 @@ def _conv(
     edges = None if within or not any(around) else (tuple(around), mode)
     inner = tuple(before) if within else (0,) * dims
     geometry = (stride, inner, dilation, False, (0,) * dims, groups)
-    check = require_spatial(dims)
 
     @declare
     def init(x: Tensor) -> Mapping[str, Param]:
-        check(x)
-        channels = x.shape[-1 - dims]
-        require(channels % groups == 0, f"groups must divide channels, got {groups}, {channels}")
+        channels = _channels(x, dims, groups)
         seen = (1, "{} channels" if groups == 1 else f"{{}} channels for each of {groups} groups")
         shape = (out_channels, channels // groups, *kernel)
         return weight_and_bias(shape, seen, bias, weight_init, bias_init, dtype)
@@ -249,7 +246,6 @@ def _conv_transpose(
     _check_channels(name, out_channels, groups)
     known = f"{name}: padding_mode must be zeros, got {padding_mode!r}"
     require(padding_mode == "zeros", known)
-    check = require_spatial(dims)
 
     def geometry_of(x: Tensor) -> tuple[Any, ...]:
         end = added if output_size is None else missing(x.shape[-dims:], output_size)
@@ -268,15 +264,21 @@ def _conv_transpose(
 
     @declare
     def init(x: Tensor) -> Mapping[str, Param]:
-        check(x)
-        channels = x.shape[-1 - dims]
-        require(channels % groups == 0, f"groups must divide channels, got {groups}, {channels}")
+        channels = _channels(x, dims, groups)
         geometry_of(x)
         shape = (channels, out_channels // groups, *kernel)
         options = (bias, weight_init, bias_init, dtype)
         return weight_and_bias(shape, (0, "{} channels"), *options, out=out_channels)
 
     return _convolution(name, init, bias, geometry_of)
+
+
+def _channels(x: Tensor, dims: int, groups: int) -> int:
+    """The number of channels of x, which must be such that the groups divide it."""
+    require_spatial(dims)(x)
+    channels = x.shape[-1 - dims]
+    require(channels % groups == 0, f"groups must divide channels, got {groups}, {channels}")
+    return channels
 
 
 def _check_channels(name: str, out_channels: int, groups: int) -> None:

@@ -214,10 +214,10 @@ class Window(NamedTuple):
             where = where + (points.unsqueeze(1) + starts).reshape(shape) * offset
         return where.reshape(math.prod(self.kernel), math.prod(count))
 
-    def take(self, x: Tensor, count: Sequence[int], value: float = 0.0) -> Tensor:
-        """The windows of x, its padding filled with a value: (*, points of the window, windows)."""
+    def take(self, x: Tensor, count: Sequence[int]) -> Tensor:
+        """The windows of x with its padding: (*, points of the window, windows)."""
         size = x.shape[-len(count) :]
-        padded = torch.constant_pad_nd(x, self._around(), value)
+        padded = torch.constant_pad_nd(x, self._around())
         where = self.where(size, count, x.device)
         taken = padded.flatten(-len(size)).index_select(-1, where.flatten())
         return taken.unflatten(-1, where.shape)

@@ -8,7 +8,18 @@ from funcnet import tree
 from funcnet.combinators.combine import combine
 from funcnet.combinators.serial import serial, serial_backward, serial_forward
 from funcnet.compiler.loops import barrier
-from funcnet.core import Applied, Forward, Key, Layer, Params, Pullback, Tree, join_paths, pull
+from funcnet.core import (
+    Applied,
+    Forward,
+    Key,
+    Layer,
+    Params,
+    Pullback,
+    Tree,
+    around,
+    join_paths,
+    pull,
+)
 from funcnet.lift import stateful
 
 Policy = Collection[str] | Callable[[str, Layer], bool]
@@ -142,9 +153,7 @@ def _grouped(
     return Layer(
         *combine(name, groups, serial_forward, serial_backward),
         name=name,
-        children={"": layer},
-        rebuild=lambda children: rebuild(children[""]),
-        takes_key=layer.takes_key,
+        **around(layer, rebuild),
     )
 
 
@@ -164,9 +173,7 @@ def _whole(layer: Layer) -> Layer:
         forward,
         apply=apply,
         name="remat",
-        children={"": layer},
-        rebuild=lambda children: _whole(children[""]),
-        takes_key=layer.takes_key,
+        **around(layer, _whole),
     )
 
 

@@ -6,7 +6,8 @@ import torch
 from torch import Tensor
 
 from funcnet import tree
-from funcnet.core import Forward, Grads, Key, Layer, Params, Pullback, Tree, pull
+from funcnet.combinators.combine import output_on_meta
+from funcnet.core import Forward, Grads, Key, Layer, Params, Pullback, Tree, around, pull
 from funcnet.errors import locate, require
 from funcnet.lift import stateful
 from funcnet.random import fold_in
@@ -43,9 +44,7 @@ def repeat(layer: Layer, n: int) -> Layer:
     def init(key: Tensor, x: Tree) -> tuple[Params, Params]:
         try:
             made = [layer.init(each, x) for each in keys_of(key)]
-            own = tree.to_meta((made[0][0], tree.to_meta(x), made[0][1]))
-            noise = torch.empty(2, dtype=torch.int64, device="meta") if layer.takes_key else None
-            y, _ = layer.apply(*own, key=noise)
+            y = output_on_meta(layer, tree.to_meta(x), *made[0])
             found = f"x is {tree.describe(x)}, y {tree.describe(y)}"
             require(tree.alike(x, y), f"expects a y like x, {found}")
         except Exception as error:
@@ -96,9 +95,7 @@ def repeat(layer: Layer, n: int) -> Layer:
         forward,
         apply=apply,
         name="repeat",
-        children={"": layer},
-        rebuild=lambda children: repeat(children[""], n),
-        takes_key=layer.takes_key,
+        **around(layer, lambda layer: repeat(layer, n)),
     )
 
 
