@@ -178,7 +178,7 @@ _register(LossPullback)
 
 
 class Box(list[Tree]):
-    """Cotangents, or gradients, that go when they are read: the calls on the way hold the box alone.
+    """Cotangents, or gradients, that go when they are read: calls on the way hold the box alone.
 
     A call holds its arguments to its end. So in a net of nets there would be a cotangent for each
     level: 2 to 6 % of the memory of an eager step of a ResNet or a U-Net (compare.py).

@@ -186,8 +186,8 @@ def step_params(
 ) -> tuple[Any, Tree]:
     """``optimizer.update`` and then `apply_updates`, with the params flattened once.
 
-    With two flattenings an eager step of SGD on a small net takes 5 % longer. ``grads`` are in a box,
-    so that they go when they are read: they are an eighth of the memory of an eager step of Adam.
+    With two flattenings an eager step of SGD on a small net takes 5 % longer. ``grads`` are in a
+    box, so that they go when they are read: an eighth of the memory of an eager step of Adam.
     ``donated`` says that the memory of params and opt_state may be written to.
     """
     trees = Trees(params, donated)
