@@ -31,6 +31,9 @@ from funcnet.combinators.parallel import (
 from funcnet.combinators.reparametrize import (
     reparametrize as reparametrize,
 )
+from funcnet.combinators.repeat import (
+    repeat as repeat,
+)
 from funcnet.combinators.residual import (
     residual as residual,
 )
@@ -46,6 +49,10 @@ from funcnet.combinators.tie import (
 from funcnet.combinators.weight_norm import (
     spectral_norm as spectral_norm,
     weight_norm as weight_norm,
+)
+from funcnet.control_flow import (
+    fori as fori,
+    scan as scan,
 )
 from funcnet.core import (
     Layer as Layer,
@@ -299,13 +306,6 @@ from funcnet.transforms.jit import (
 from funcnet.transforms.remat import (
     checkpointed as checkpointed,
     remat as remat,
-)
-from funcnet.transforms.repeat import (
-    repeat as repeat,
-)
-from funcnet.transforms.scan import (
-    fori as fori,
-    scan as scan,
 )
 from funcnet.transforms.vmap import (
     vmap as vmap,

@@ -15,7 +15,7 @@ ORDER = [
     {"errors", "runtime", "tree", "random", "threefry"},
     {"compiler"},
     {"pullbacks"},
-    {"core"},
+    {"core", "control_flow"},
     {"initializers", "params", "lift"},
     {"layers"},
     {"combinators"},

@@ -1,1 +1,1 @@
-"""Transformations of pure functions: jit, vmap, scan and remat."""
+"""Transformations of pure functions: jit, vmap and remat."""

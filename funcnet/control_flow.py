@@ -1,4 +1,4 @@
-"""`scan`: a loop that hands a carry from each iteration to the next."""
+"""Control flow that is compiled as such: `scan`, a loop that hands a carry from each iteration on."""
 
 from collections.abc import Callable
 from typing import Any

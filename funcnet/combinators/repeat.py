@@ -7,11 +7,11 @@ from torch import Tensor
 
 from funcnet import tree
 from funcnet.combinators.combine import output_on_meta
+from funcnet.control_flow import scan
 from funcnet.core import Forward, Grads, Key, Layer, Params, Pullback, Tree, around, pull
 from funcnet.errors import locate, require
 from funcnet.lift import stateful
 from funcnet.random import fold_in
-from funcnet.transforms.scan import scan
 
 
 def repeat(layer: Layer, n: int) -> Layer:
