@@ -1,4 +1,4 @@
-"""Control flow that is compiled as such: `scan`, a loop that hands a carry from each iteration on."""
+"""Control flow that is compiled as such: `scan`, a loop with a carry, and `fori`."""
 
 from collections.abc import Callable
 from typing import Any
