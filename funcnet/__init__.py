@@ -87,6 +87,9 @@ from funcnet.layers.activations import (
     tanh as tanh,
     tanhshrink as tanhshrink,
 )
+from funcnet.layers.attention import (
+    scaled_dot_product_attention as scaled_dot_product_attention,
+)
 from funcnet.layers.avg_pool import (
     adaptive_avg_pool1d as adaptive_avg_pool1d,
     adaptive_avg_pool2d as adaptive_avg_pool2d,

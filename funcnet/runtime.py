@@ -50,6 +50,11 @@ def is_transformed(*tensors: Tensor) -> bool:
     return any(map(_requires_grad, tensors))
 
 
+def is_batched() -> bool:
+    """Whether ``torch.vmap`` or another transformation of torch.func is at work."""
+    return _interpreter() is not None
+
+
 def is_differentiated(*tensors: Tensor) -> bool:
     """Whether a derivative is taken of what is computed with these tensors.
 
@@ -84,6 +89,10 @@ softmax_backward = torch.ops.aten._softmax_backward_data
 log_softmax_backward = torch.ops.aten._log_softmax_backward_data
 embedding_bag_backward = torch.ops.aten._embedding_bag_dense_backward
 prelu_backward = torch.ops.aten._prelu_kernel_backward
+
+# Flash attention on the CPU, Dao et al. 2022: no matrix of scores is ever in memory.
+flash_attention = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
+flash_attention_backward = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward
 
 # On CUDA alone the two are kernels.
 rms_norm = torch.ops.aten._fused_rms_norm

@@ -131,7 +131,7 @@ def _cut(block: Block, operators: dict[Block, list[Any]], for_one: bool) -> None
             pieces.append(run)
             run = []
         elif (primitive := primitive_of(entry)) is not None and (
-            for_one or not primitive.is_product
+            for_one or not primitive.is_inductors
         ):
             pieces += [run, _primitive_step(primitive, entry)]
             run = []

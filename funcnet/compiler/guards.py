@@ -81,7 +81,7 @@ class PurityGuard(TorchDispatchMode):
     def __torch_dispatch__(
         self, operator: Any, types: Any, args: Any = (), kwargs: Any = None
     ) -> Any:
-        if torch.Tag.nondeterministic_seeded in operator.tags and operator.namespace != "funcnet":
+        if _draws(operator, args, kwargs or {}):
             raise ValueError(
                 f"jit: the function draws from torch's generator ({operator}), whose state is "
                 "hidden; draw from a key with funcnet.random"
@@ -95,6 +95,16 @@ class PurityGuard(TorchDispatchMode):
             raise DataDependentOutputException(operator)
         _check_as_kernels_do(operator, args)
         return operator(*args, **(kwargs or {}))
+
+
+def _draws(operator: Any, args: Any, kwargs: Any) -> bool:
+    """Whether an operator reads torch's generator; without dropout, attention does not."""
+    if torch.Tag.nondeterministic_seeded not in operator.tags or operator.namespace == "funcnet":
+        return False
+    expected = operator._schema.arguments
+    given = {each.name: each.default_value for each in expected}
+    given |= dict(zip(given, args, strict=False)) | kwargs
+    return given.get("dropout_p") != 0.0
 
 
 def _is_real(operand: Any) -> bool:

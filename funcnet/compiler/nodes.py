@@ -66,11 +66,7 @@ def unread(node: Node) -> list[Node]:
 def takes_order(user: Node, value: Tensor) -> bool:
     """Whether a graph break, or the output, takes a value as it lies in memory, with no copy."""
     primitive = primitive_of(user)
-    if primitive is not None and primitive.is_product:
-        return True
-    if primitive is not None and primitive.channels_last and value.dim() == 4:
-        return value.is_contiguous() or value.is_contiguous(memory_format=torch.channels_last)
-    return value.is_contiguous()
+    return value.is_contiguous() if primitive is None else primitive.takes(value)
 
 
 def break_before(node: Node) -> str | None:

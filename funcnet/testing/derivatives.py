@@ -52,7 +52,10 @@ def require_finite_differences(
     numeric = (moved(step) - moved(-step)) / (2 * step)
     grads = _with_zeros(inputs, grads)
     analytic = _inner(grads, direction)
-    size = _inner(tree.map(torch.abs, grads), tree.map(torch.abs, direction))
+    size = _inner(
+        tree.map(lambda leaf: leaf.double().abs(), grads),
+        tree.map(lambda leaf: leaf.double().abs(), direction),
+    )
     scale = max(abs(analytic), 1e-3 * size, 1e-6)
     require(
         abs(numeric - analytic) <= 1e-5 * scale,

@@ -25,6 +25,13 @@ class Operand(NamedTuple):
         return self.value.numel()
 
 
+def channels_last(images: Tensor) -> bool:
+    """Whether images are contiguous, or have their channels last."""
+    return images.is_contiguous() or (
+        images.dim() == 4 and images.is_contiguous(memory_format=torch.channels_last)
+    )
+
+
 class Primitive(NamedTuple):
     """An operator, what it computes, and how a C++ program calls it.
 
@@ -34,17 +41,16 @@ class Primitive(NamedTuple):
     Attributes:
         operator: its name with its namespace, such as ``aten::sort``.
         formula: ``formula(*tensors, **options) -> results``, in operators that Inductor knows.
-        call: ``call(operands, results, options)`` is the C++ statement, or nothing. Its operands,
-            the tensors among the arguments, are contiguous; its results are keyed by their index,
-            and those that nothing reads are missing. In the statement the constant ``threads`` says
+        call: ``call(operands, results, options)`` is the C++ statement, or nothing. Its operands
+            are the tensors among the arguments; its results are keyed by their index, and those
+            that nothing reads are missing. In the statement the constant ``threads`` says
             how many may run it.
         header: the file in this folder with the C++ function.
         has_threads: whether it starts threads of its own, which it cannot do in a parallel loop.
         only_shape: the arguments of which it reads no values. They are options, not operands: the
             shape in place of the tensor.
-        channels_last: whether operands and results may be images with their channels last.
-        is_product: whether it takes operands with any strides, and stays in the segments of the
-            staged path, as Inductor knows it.
+        takes: whether it takes an operand as it lies in memory; else it gets a contiguous copy.
+        is_inductors: whether it stays in the segments of the staged path, as Inductor knows it.
     """
 
     operator: str
@@ -53,8 +59,8 @@ class Primitive(NamedTuple):
     header: str
     has_threads: bool = False
     only_shape: tuple[str, ...] = ()
-    channels_last: bool = False
-    is_product: bool = False
+    takes: Callable[[Tensor], bool] = Tensor.is_contiguous
+    is_inductors: bool = False
 
 
 C_TYPES = {

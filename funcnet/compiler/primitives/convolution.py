@@ -6,7 +6,7 @@ from typing import Any
 import torch
 
 from funcnet.compiler.errors import UnsupportedError
-from funcnet.compiler.primitives import Operand, Primitive
+from funcnet.compiler.primitives import Operand, Primitive, channels_last
 
 aten = torch.ops.aten
 
@@ -14,20 +14,20 @@ aten = torch.ops.aten
 def _forward(
     operands: Sequence[Operand], results: dict[int, Operand], options: dict[str, Any]
 ) -> str:
-    bias = _borrowed(operands[2]) if len(operands) == 3 else "{}"
-    inputs = ", ".join([_borrowed(operands[0]), _borrowed(operands[1]), bias])
-    return f"funcnet::convolution({inputs}, {_borrowed(results[0])}, {_window(options)});"
+    bias = borrowed(operands[2]) if len(operands) == 3 else "{}"
+    inputs = ", ".join([borrowed(operands[0]), borrowed(operands[1]), bias])
+    return f"funcnet::convolution({inputs}, {borrowed(results[0])}, {_window(options)});"
 
 
 def _backward(
     operands: Sequence[Operand], results: dict[int, Operand], options: dict[str, Any]
 ) -> str:
-    inputs = ", ".join([_borrowed(operand) for operand in operands])
-    out = ", ".join([_borrowed(results[each]) if each in results else "{}" for each in range(3)])
+    inputs = ", ".join([borrowed(operand) for operand in operands])
+    out = ", ".join([borrowed(results[each]) if each in results else "{}" for each in range(3)])
     return f"funcnet::convolution_backward({inputs}, {out}, {_window(options)});"
 
 
-def _borrowed(operand: Operand) -> str:
+def borrowed(operand: Operand) -> str:
     """A ``Borrowed`` of the header: a tensor of PyTorch's in the program's memory."""
     dtype = str(operand.value.dtype).removeprefix("torch.")
     if dtype not in ("float32", "float64", "bfloat16", "float16"):
@@ -53,7 +53,7 @@ PRIMITIVES = [
         _forward,
         "convolution.h",
         has_threads=True,
-        channels_last=True,
+        takes=channels_last,
     ),
     Primitive(
         "aten::convolution_backward",
@@ -61,6 +61,6 @@ PRIMITIVES = [
         _backward,
         "convolution.h",
         has_threads=True,
-        channels_last=True,
+        takes=channels_last,
     ),
 ]

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from funcnet.compiler.errors import UnsupportedError
-from funcnet.compiler.primitives import C_TYPES, Operand, Primitive
+from funcnet.compiler.primitives import C_TYPES, Operand, Primitive, channels_last
 
 aten = torch.ops.aten
 
@@ -73,7 +73,7 @@ PRIMITIVES = [
         aten.max_pool2d_with_indices,
         _forward,
         "pooling.h",
-        channels_last=True,
+        takes=channels_last,
     ),
     Primitive(
         "aten::max_pool2d_with_indices_backward",
@@ -81,6 +81,6 @@ PRIMITIVES = [
         _backward,
         "pooling.h",
         only_shape=("self",),
-        channels_last=True,
+        takes=channels_last,
     ),
 ]

@@ -43,6 +43,13 @@ def _strides(value: torch.Tensor) -> tuple[int, ...]:
 
 
 PRIMITIVES = [
-    Primitive(f"aten::{name}", getattr(aten, name).default, _call, "product.h", is_product=True)
+    Primitive(
+        f"aten::{name}",
+        getattr(aten, name).default,
+        _call,
+        "product.h",
+        takes=lambda operand: True,
+        is_inductors=True,
+    )
     for name in ("mm", "addmm", "bmm", "baddbmm")
 ]

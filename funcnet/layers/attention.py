@@ -1,0 +1,341 @@
+"""Attention: for each query the mean of the values, weighted by how well their keys fit it."""
+
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from funcnet import random, runtime, tree
+from funcnet.core import EMPTY, Forward, Grads, Key, Layer, Params, Pullback, Tree
+from funcnet.errors import require
+from funcnet.layers.arguments import Form, in_form, parts_of
+from funcnet.lift import fastest, stateful, with_kernel
+from funcnet.params import Param, declare
+
+NAMES = ("query", "key", "value", "attn_mask")
+
+
+class Attention(NamedTuple):
+    """What attention is told beside its tensors.
+
+    Attributes:
+        scale: of the scores.
+        is_causal: whether query i sees the keys 0 to i only.
+        dropped: by what a weight that dropout keeps is multiplied.
+    """
+
+    scale: float
+    is_causal: bool = False
+    dropped: float = 1.0
+
+
+def visible(queries: Tensor, keys: Tensor, window: int | None, is_causal: bool) -> Tensor:
+    """Which keys a query sees, by the positions of both: bool, of shape (queries, keys).
+
+    Causal: those that do not come after it. With a window: those less than ``window`` away.
+
+    >>> visible(torch.arange(3), torch.arange(3), 2, True).int()
+    tensor([[1, 0, 0],
+            [1, 1, 0],
+            [0, 1, 1]], dtype=torch.int32)
+    """
+    distance = queries[..., :, None] - keys[..., None, :]
+    seen = torch.ones_like(distance, dtype=torch.bool)
+    if is_causal:
+        seen = distance >= 0
+    if window is not None:
+        seen = seen & (distance.abs() < window)
+    return seen
+
+
+def causal_mask(scores: Tensor) -> Tensor:
+    """Which keys each query sees: those up to its own index."""
+    queries, keys = (torch.arange(size, device=scores.device) for size in scores.shape[-2:])
+    return visible(queries, keys, None, True)
+
+
+def attention_weights(
+    query: Tensor, key: Tensor, mask: Tensor | None, told: Attention, logsumexp: Any = None
+) -> tuple[Tensor, Tensor]:
+    """``p = exp(s - l)`` with the scores ``s = scale q k^T + mask`` and ``l = log sum exp s``.
+
+    In float32 for half precision. Where the mask hides all keys from a query, p and l are 0.
+    """
+    scores = (query * told.scale) @ key.mT
+    scores = scores.to(torch.promote_types(scores.dtype, torch.float32))
+    hidden = [] if mask is None or mask.dtype != torch.bool else [~mask]
+    if mask is not None and not hidden:
+        scores = scores + mask
+    for each in [*hidden, *([~causal_mask(scores)] if told.is_causal else [])]:
+        scores = scores.masked_fill(each, -torch.inf)
+    if logsumexp is None:
+        logsumexp = (
+            scores.logsumexp(-1) if scores.shape[-1] else scores.new_zeros(scores.shape[:-1])
+        )
+        logsumexp = logsumexp.masked_fill(logsumexp == -torch.inf, 0.0)
+    return (scores - logsumexp[..., None]).exp(), logsumexp
+
+
+def _fits_kernel(query: Tensor, key: Tensor, value: Tensor, mask: Any, kept: Any) -> bool:
+    """Whether PyTorch's kernel takes them: it has no dropout of ours and no rule for vmap."""
+    plain = kept is None and query.device.type in ("cpu", "meta") and not runtime.is_batched()
+    sizes = query.dim() == 4 and query.shape[-1] == value.shape[-1]
+    return plain and sizes and query.numel() > 0 and key.numel() > 0
+
+
+def _additive(mask: Tensor | None, query: Tensor) -> Tensor | None:
+    """A mask as the kernel wants it: added to the scores, of two or four dimensions."""
+    if mask is None:
+        return None
+    if mask.dtype == torch.bool:
+        mask = query.new_zeros(()).where(mask, -torch.inf)
+    if mask.dim() not in (2, 4):
+        mask = mask[(None,) * (4 - mask.dim())]
+    return mask.to(query.dtype)
+
+
+def _dense_rows(heads: Tensor) -> Tensor:
+    """A tensor whose last dimension is contiguous, as the kernel reads it.
+
+    A program sees to that by itself.
+    """
+    return heads if runtime.is_tracing() or heads.stride(-1) == 1 else heads.contiguous()
+
+
+def _flash_forward(
+    query: Tensor, key: Tensor, value: Tensor, mask: Any, kept: Any, told: Attention
+) -> tuple[Tensor, Tensor]:
+    if not _fits_kernel(query, key, value, mask, kept):
+        return attention_forward(query, key, value, mask, kept, told)
+    mask, inputs = _additive(mask, query), map(_dense_rows, (query, key, value))
+    return runtime.flash_attention(*inputs, 0.0, told.is_causal, attn_mask=mask, scale=told.scale)
+
+
+@with_kernel(_flash_forward)
+def attention_forward(
+    query: Tensor, key: Tensor, value: Tensor, mask: Any, kept: Any, told: Attention
+) -> tuple[Tensor, Tensor]:
+    """``y = p v``, with ``p [kept] / (1 - dropout_p)`` for p under dropout, and the logsumexp."""
+    weights, logsumexp = attention_weights(query, key, mask, told)
+    return dropped(weights, kept, told).to(value.dtype) @ value, logsumexp
+
+
+def dropped(weights: Tensor, kept: Any, told: Attention) -> Tensor:
+    """Weights after dropout."""
+    return weights if kept is None else torch.where(kept, weights * told.dropped, 0.0)
+
+
+def _flash_backward(dy: Tensor, told: Attention, *, wanted: Any, **saved: Any) -> Any:
+    (query, key, value), mask = (saved[name] for name in NAMES[:3]), saved.get("attn_mask")
+    fits = _fits_kernel(query, key, value, mask, saved.get("kept"))
+    if not fits or "attn_mask" in wanted or saved.get("dweights") is not None:
+        return attention_backward(dy, told, wanted=wanted, **saved)
+    rows = [_dense_rows(each) for each in (dy, query, key, value, saved["y"])]
+    mask = _additive(mask, query)
+    grads = runtime.flash_attention_backward(
+        *rows, saved["logsumexp"], 0.0, told.is_causal, attn_mask=mask, scale=told.scale
+    )
+    return dict(zip(NAMES, grads, strict=False))
+
+
+@with_kernel(_flash_backward)
+def attention_backward(
+    dy: Tensor,
+    told: Attention,
+    *,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    y: Tensor,
+    logsumexp: Tensor,
+    attn_mask: Any = None,
+    kept: Any = None,
+    dweights: Any = None,
+    wanted: tuple[str, ...],
+) -> dict[str, Tensor]:
+    """The cotangents, from the inputs, y and the logsumexp: the weights are computed again.
+
+    With ``dp = dy v^T``, the cotangent of the weights after dropout:
+    ``ds = p (dp [kept] / (1 - dropout_p) - sum_keys p dp)``, ``dq = scale ds k``,
+    ``dk = scale ds^T q``, ``dv = p^T dy``, ``dmask = ds``; the sum over the keys is ``sum dy y``.
+    """
+    weights, _ = attention_weights(query, key, attn_mask, told, logsumexp)
+    through = dropped(weights, kept, told)
+    dthrough = (dy @ value.mT).to(weights.dtype)
+    total = (dy.to(weights.dtype) * y).sum(-1, keepdim=True)
+    if dweights is not None:
+        dthrough = dthrough + dweights
+        total = total + (dweights * through).sum(-1, keepdim=True)
+    dscores = weights * (dropped(dthrough, kept, told) - total)
+    narrow = dscores.to(query.dtype)
+    cotangents = {
+        "query": narrow @ key * told.scale,
+        "key": narrow.mT @ query * told.scale,
+        "value": through.to(dy.dtype).mT @ dy,
+    }
+    if "attn_mask" in wanted:
+        cotangents["attn_mask"] = dscores.sum_to_size(attn_mask.shape).to(attn_mask.dtype)
+    return cotangents
+
+
+def repeat_heads(heads: Tensor, groups: int) -> Tensor:
+    """Each head, of dimension -3, for ``groups`` heads of the queries."""
+    if groups == 1:
+        return heads
+    shape = (*heads.shape[:-2], groups, *heads.shape[-2:])
+    return heads.unsqueeze(-3).expand(shape).flatten(-4, -3)
+
+
+def sum_heads(dheads: Tensor, groups: int) -> Tensor:
+    """The pullback of `repeat_heads`."""
+    return dheads if groups == 1 else dheads.unflatten(-3, (-1, groups)).sum(-3)
+
+
+def attention_rule(
+    residuals: dict[str, Any],
+    dy: Tree,
+    told: Attention,
+    groups: int,
+    form: Form,
+    wanted: tuple[str, ...],
+    *,
+    params: bool,
+    x: bool,
+) -> Grads:
+    """`attention_backward`, of heads that several queries may share."""
+    dparams: Params | None = {} if params else None
+    if not x:
+        return dparams, None
+    if isinstance(dy, tuple):
+        dy, residuals["dweights"] = dy
+    for name in ("key", "value"):
+        residuals[name] = repeat_heads(residuals[name], groups)
+    backward = fastest(attention_backward, *tree.leaves((dy, residuals)))
+    cotangents = backward(dy, told, wanted=wanted, **residuals)
+    for name in ("key", "value"):
+        cotangents[name] = sum_heads(cotangents[name], groups)
+    return dparams, in_form(cotangents, NAMES, form)
+
+
+def require_heads(query: Tensor, key: Tensor, value: Tensor, enable_gqa: bool) -> int:
+    """How many heads of the queries share one of the keys; ValueError where shapes do not fit."""
+    shapes = f"got {tuple(query.shape)}, {tuple(key.shape)} and {tuple(value.shape)}"
+    forms = "query (*, L, features), key (*, S, features) and value (*, S, values)"
+    alike = min(query.dim(), key.dim()) >= 2 and query.shape[-1] == key.shape[-1]
+    require(alike and key.shape[:-1] == value.shape[:-1], f"expects {forms}, {shapes}")
+    if query.shape[:-2] == key.shape[:-2]:
+        return 1
+    shared = enable_gqa and query.dim() >= 3 and key.dim() == query.dim()
+    shared = shared and query.shape[:-3] == key.shape[:-3] and key.shape[-3] > 0
+    hint = "" if enable_gqa else "; enable_gqa lets queries share heads of keys"
+    fits = shared and query.shape[-3] % key.shape[-3] == 0
+    require(fits, f"expects {forms}, {shapes}{hint}")
+    return query.shape[-3] // key.shape[-3]
+
+
+def require_mask(name: str, mask: Tensor, shape: tuple[int, ...], dtype: torch.dtype) -> None:
+    """Raise ValueError or TypeError unless a mask is of a right dtype and broadcasts to a shape."""
+    right = mask.dtype == torch.bool or mask.dtype == dtype
+    wrong = f"expects {name} of bool, or of {dtype} to add to the scores, got {mask.dtype}"
+    require(right, wrong, TypeError)
+    pairs = zip(reversed(mask.shape), reversed(shape), strict=False)
+    fits = mask.dim() <= len(shape) and all([size in (1, full) for size, full in pairs])
+    require(fits, f"expects {name} that broadcasts to {shape}, got {tuple(mask.shape)}")
+
+
+def scaled_dot_product_attention(
+    dropout_p: float = 0.0,
+    is_causal: bool = False,
+    scale: float | None = None,
+    enable_gqa: bool = False,
+    *,
+    window: int | None = None,
+    need_weights: bool = False,
+) -> Layer:
+    """``y = softmax(scale query key^T + attn_mask) value``.
+
+    Args:
+        dropout_p: the probability that dropout, in training, drops a weight.
+        is_causal: whether query i sees the keys 0 to i only.
+        scale: default ``1 / sqrt(features)``.
+        enable_gqa: whether the query may have a multiple of the heads of key and value,
+            dimension -3, which groups of its heads then share.
+        window: query i sees only the keys that are less than this away from i.
+        need_weights: whether the weights, after dropout, are an output too.
+
+    Inputs: x, a tuple ``(query, key, value)`` or ``(query, key, value, attn_mask)``, or a dict with
+    these names: query (*, L, features), key (*, S, features), value (*, S, values), floating;
+    attn_mask, which broadcasts to (*, L, S), is bool, True where a query sees a key, or is of
+    query's dtype and is added. A key when ``train=True`` and dropout_p > 0.
+    Returns: y of shape (*, L, values), or (y, weights), weights of shape (*, L, S). A query that
+    sees no key has zeros.
+    VJP: with ``dp = dy value^T`` and ``ds = p (dp - sum dp p)`` for the weights p: ``dquery =
+    scale ds key``, ``dkey = scale ds^T query``, ``dvalue = p^T dy``, ``dattn_mask = ds``, None for
+    bool.
+    Raises: ValueError for shapes that do not fit; TypeError for a mask of another dtype.
+    Source: ``torch.nn.functional.scaled_dot_product_attention``; Vaswani et al. 2017. PyTorch's
+    flash kernels (Dao et al. 2022) are used for x of four dimensions without dropout and weights.
+
+    >>> import funcnet as fn
+    >>> layer = fn.scaled_dot_product_attention(is_causal=True)
+    >>> value = torch.tensor([[1.0], [3.0]])
+    >>> layer.apply({}, (torch.zeros(2, 1), torch.zeros(2, 1), value))[0]
+    tensor([[1.],
+            [2.]])
+    """
+    name = "scaled_dot_product_attention"
+    require(0.0 <= dropout_p <= 1.0, f"{name}: dropout_p must be in [0, 1], got {dropout_p}")
+    wide = window is None or window >= 1
+    require(wide, f"{name}: window must be at least 1, got {window}")
+
+    def declaration(x: Tree) -> dict[str, Param]:
+        parts, _ = parts_of(x, NAMES, 3)
+        query, key, value = (parts[each] for each in NAMES[:3])
+        dtypes = [each.dtype for each in (query, key, value)]
+        right = query.is_floating_point() and len({*dtypes}) == 1
+        wrong = f"expects query, key and value of one floating dtype, got {dtypes}"
+        require(right, wrong, TypeError)
+        require_heads(query, key, value, enable_gqa)
+        if "attn_mask" in parts:
+            shape = (*query.shape[:-1], key.shape[-2])
+            require_mask("attn_mask", parts["attn_mask"], shape, query.dtype)
+        return {}
+
+    def forward(params: Params, x: Tree, state: Params, rng: Key, train: bool) -> Forward:
+        parts, form = parts_of(x, NAMES, 3)
+        (query, key, value), mask = (parts[each] for each in NAMES[:3]), parts.get("attn_mask")
+        groups = require_heads(query, key, value, enable_gqa)
+        factor = 1.0 / query.shape[-1] ** 0.5 if scale is None else scale
+        wanted = ("attn_mask",) if mask is not None and mask.is_floating_point() else ()
+        told, kept = Attention(factor, is_causal), None
+        if window is not None:
+            mask = _windowed(mask, query, key, window)
+        if train and rng is not None and dropout_p > 0.0:
+            told = told._replace(dropped=1.0 / (1.0 - dropout_p) if dropout_p < 1.0 else 0.0)
+            shape = (*query.shape[:-1], key.shape[-2])
+            kept = random.bernoulli(rng, 1.0 - dropout_p, shape, device=query.device)
+        keys, values = repeat_heads(key, groups), repeat_heads(value, groups)
+        leaves = [each for each in (query, key, value, mask) if each is not None]
+        attend = fastest(attention_forward, *leaves)
+        y, logsumexp = attend(query, keys, values, mask, kept, told)
+        saved = {"query": query, "key": key, "value": value, "y": y, "logsumexp": logsumexp}
+        saved |= {} if mask is None else {"attn_mask": mask}
+        saved |= {} if kept is None else {"kept": kept}
+        pullback = Pullback(attention_rule, saved, (told, groups, form, wanted))
+        if not need_weights:
+            return y, pullback, EMPTY
+        weights, _ = attention_weights(query, keys, mask, told, logsumexp)
+        return (y, dropped(weights, kept, told).to(y.dtype)), pullback, EMPTY
+
+    return stateful(declare(declaration), forward, keyed=dropout_p > 0.0, name=name)
+
+
+def _windowed(mask: Tensor | None, query: Tensor, key: Tensor, window: int) -> Tensor:
+    """A mask that hides the keys beyond the window too."""
+    queries, keys = (torch.arange(each.shape[-2], device=each.device) for each in (query, key))
+    near = visible(queries, keys, window, False)
+    if mask is None:
+        return near
+    if mask.dtype == torch.bool:
+        return mask & near
+    return torch.where(near, mask, -torch.inf)
