@@ -174,6 +174,9 @@ from funcnet.layers.max_pool import (
     max_unpool2d as max_unpool2d,
     max_unpool3d as max_unpool3d,
 )
+from funcnet.layers.multihead_attention import (
+    multihead_attention as multihead_attention,
+)
 from funcnet.layers.noise import (
     gaussian_noise as gaussian_noise,
 )

@@ -9,10 +9,11 @@ from funcnet import random, runtime, tree
 from funcnet.core import EMPTY, Forward, Grads, Key, Layer, Params, Pullback, Tree
 from funcnet.errors import require
 from funcnet.layers.arguments import Form, in_form, parts_of
+from funcnet.layers.masks import Shape, additive, both, require_broadcast, visible
 from funcnet.lift import fastest, stateful, with_kernel
 from funcnet.params import Param, declare
 
-NAMES = ("query", "key", "value", "attn_mask")
+NAMES = ("query", "key", "value", "attn_mask", "query_positions", "key_positions")
 
 
 class Attention(NamedTuple):
@@ -27,25 +28,6 @@ class Attention(NamedTuple):
     scale: float
     is_causal: bool = False
     dropped: float = 1.0
-
-
-def visible(queries: Tensor, keys: Tensor, window: int | None, is_causal: bool) -> Tensor:
-    """Which keys a query sees, by the positions of both: bool, of shape (queries, keys).
-
-    Causal: those that do not come after it. With a window: those less than ``window`` away.
-
-    >>> visible(torch.arange(3), torch.arange(3), 2, True).int()
-    tensor([[1, 0, 0],
-            [1, 1, 0],
-            [0, 1, 1]], dtype=torch.int32)
-    """
-    distance = queries[..., :, None] - keys[..., None, :]
-    seen = torch.ones_like(distance, dtype=torch.bool)
-    if is_causal:
-        seen = distance >= 0
-    if window is not None:
-        seen = seen & (distance.abs() < window)
-    return seen
 
 
 def causal_mask(scores: Tensor) -> Tensor:
@@ -83,15 +65,12 @@ def _fits_kernel(query: Tensor, key: Tensor, value: Tensor, mask: Any, kept: Any
     return plain and sizes and query.numel() > 0 and key.numel() > 0
 
 
-def _additive(mask: Tensor | None, query: Tensor) -> Tensor | None:
+def _for_kernel(mask: Tensor | None, query: Tensor) -> Tensor | None:
     """A mask as the kernel wants it: added to the scores, of two or four dimensions."""
     if mask is None:
         return None
-    if mask.dtype == torch.bool:
-        mask = query.new_zeros(()).where(mask, -torch.inf)
-    if mask.dim() not in (2, 4):
-        mask = mask[(None,) * (4 - mask.dim())]
-    return mask.to(query.dtype)
+    mask = mask if mask.dim() in (2, 4) else mask[(None,) * (4 - mask.dim())]
+    return additive(mask, query.dtype)
 
 
 def _dense_rows(heads: Tensor) -> Tensor:
@@ -107,7 +86,7 @@ def _flash_forward(
 ) -> tuple[Tensor, Tensor]:
     if not _fits_kernel(query, key, value, mask, kept):
         return attention_forward(query, key, value, mask, kept, told)
-    mask, inputs = _additive(mask, query), map(_dense_rows, (query, key, value))
+    mask, inputs = _for_kernel(mask, query), map(_dense_rows, (query, key, value))
     return runtime.flash_attention(*inputs, 0.0, told.is_causal, attn_mask=mask, scale=told.scale)
 
 
@@ -125,13 +104,13 @@ def dropped(weights: Tensor, kept: Any, told: Attention) -> Tensor:
     return weights if kept is None else torch.where(kept, weights * told.dropped, 0.0)
 
 
-def _flash_backward(dy: Tensor, told: Attention, *, wanted: Any, **saved: Any) -> Any:
+def _flash_backward(dy: Tensor, told: Attention, *, of_mask: Any, **saved: Any) -> Any:
     (query, key, value), mask = (saved[name] for name in NAMES[:3]), saved.get("attn_mask")
     fits = _fits_kernel(query, key, value, mask, saved.get("kept"))
-    if not fits or "attn_mask" in wanted or saved.get("dweights") is not None:
-        return attention_backward(dy, told, wanted=wanted, **saved)
+    if not fits or of_mask is not None or saved.get("dweights") is not None:
+        return attention_backward(dy, told, of_mask=of_mask, **saved)
     rows = [_dense_rows(each) for each in (dy, query, key, value, saved["y"])]
-    mask = _additive(mask, query)
+    mask = _for_kernel(mask, query)
     grads = runtime.flash_attention_backward(
         *rows, saved["logsumexp"], 0.0, told.is_causal, attn_mask=mask, scale=told.scale
     )
@@ -151,9 +130,11 @@ def attention_backward(
     attn_mask: Any = None,
     kept: Any = None,
     dweights: Any = None,
-    wanted: tuple[str, ...],
+    of_mask: Shape | None = None,
 ) -> dict[str, Tensor]:
     """The cotangents, from the inputs, y and the logsumexp: the weights are computed again.
+
+    That of the mask if it has a shape, ``of_mask``, before others were merged into it.
 
     With ``dp = dy v^T``, the cotangent of the weights after dropout:
     ``ds = p (dp [kept] / (1 - dropout_p) - sum_keys p dp)``, ``dq = scale ds k``,
@@ -173,8 +154,8 @@ def attention_backward(
         "key": narrow.mT @ query * told.scale,
         "value": through.to(dy.dtype).mT @ dy,
     }
-    if "attn_mask" in wanted:
-        cotangents["attn_mask"] = dscores.sum_to_size(attn_mask.shape).to(attn_mask.dtype)
+    if of_mask is not None:
+        cotangents["attn_mask"] = dscores.sum_to_size(of_mask).to(query.dtype)
     return cotangents
 
 
@@ -197,7 +178,7 @@ def attention_rule(
     told: Attention,
     groups: int,
     form: Form,
-    wanted: tuple[str, ...],
+    of_mask: Shape | None,
     *,
     params: bool,
     x: bool,
@@ -211,7 +192,7 @@ def attention_rule(
     for name in ("key", "value"):
         residuals[name] = repeat_heads(residuals[name], groups)
     backward = fastest(attention_backward, *tree.leaves((dy, residuals)))
-    cotangents = backward(dy, told, wanted=wanted, **residuals)
+    cotangents = backward(dy, told, of_mask=of_mask, **residuals)
     for name in ("key", "value"):
         cotangents[name] = sum_heads(cotangents[name], groups)
     return dparams, in_form(cotangents, NAMES, form)
@@ -233,14 +214,12 @@ def require_heads(query: Tensor, key: Tensor, value: Tensor, enable_gqa: bool) -
     return query.shape[-3] // key.shape[-3]
 
 
-def require_mask(name: str, mask: Tensor, shape: tuple[int, ...], dtype: torch.dtype) -> None:
-    """Raise ValueError or TypeError unless a mask is of a right dtype and broadcasts to a shape."""
-    right = mask.dtype == torch.bool or mask.dtype == dtype
-    wrong = f"expects {name} of bool, or of {dtype} to add to the scores, got {mask.dtype}"
-    require(right, wrong, TypeError)
-    pairs = zip(reversed(mask.shape), reversed(shape), strict=False)
-    fits = mask.dim() <= len(shape) and all([size in (1, full) for size, full in pairs])
-    require(fits, f"expects {name} that broadcasts to {shape}, got {tuple(mask.shape)}")
+def _positions(parts: dict[str, Any], query: Tensor, key: Tensor) -> list[Tensor]:
+    """Those of the queries and the keys: what is given, or their indices."""
+    return [
+        parts.get(name, torch.arange(each.shape[-2], device=each.device))
+        for name, each in zip(NAMES[4:], (query, key), strict=True)
+    ]
 
 
 def scaled_dot_product_attention(
@@ -256,17 +235,18 @@ def scaled_dot_product_attention(
 
     Args:
         dropout_p: the probability that dropout, in training, drops a weight.
-        is_causal: whether query i sees the keys 0 to i only.
+        is_causal: whether a query sees only the keys that do not come after it.
         scale: default ``1 / sqrt(features)``.
         enable_gqa: whether the query may have a multiple of the heads of key and value,
             dimension -3, which groups of its heads then share.
-        window: query i sees only the keys that are less than this away from i.
+        window: a query sees only the keys that are less than this away from it.
         need_weights: whether the weights, after dropout, are an output too.
 
     Inputs: x, a tuple ``(query, key, value)`` or ``(query, key, value, attn_mask)``, or a dict with
     these names: query (*, L, features), key (*, S, features), value (*, S, values), floating;
     attn_mask, which broadcasts to (*, L, S), is bool, True where a query sees a key, or is of
-    query's dtype and is added. A key when ``train=True`` and dropout_p > 0.
+    query's dtype and is added. The dict may have query_positions (L,) and key_positions (S,), for
+    is_causal and the window; default the indices. A key when ``train=True`` and dropout_p > 0.
     Returns: y of shape (*, L, values), or (y, weights), weights of shape (*, L, S). A query that
     sees no key has zeros.
     VJP: with ``dp = dy value^T`` and ``ds = p (dp - sum dp p)`` for the weights p: ``dquery =
@@ -298,44 +278,40 @@ def scaled_dot_product_attention(
         require_heads(query, key, value, enable_gqa)
         if "attn_mask" in parts:
             shape = (*query.shape[:-1], key.shape[-2])
-            require_mask("attn_mask", parts["attn_mask"], shape, query.dtype)
+            require_broadcast("attn_mask", parts["attn_mask"], shape, query.dtype)
+        for which, places in zip(NAMES[4:], (query, key), strict=True):
+            positions = parts.get(which)
+            fits = positions is None or positions.shape == places.shape[-2:-1]
+            require(fits, f"expects {which} of shape {tuple(places.shape[-2:-1])}")
         return {}
 
     def forward(params: Params, x: Tree, state: Params, rng: Key, train: bool) -> Forward:
         parts, form = parts_of(x, NAMES, 3)
-        (query, key, value), mask = (parts[each] for each in NAMES[:3]), parts.get("attn_mask")
+        (query, key, value), given = (parts[each] for each in NAMES[:3]), parts.get("attn_mask")
         groups = require_heads(query, key, value, enable_gqa)
-        factor = 1.0 / query.shape[-1] ** 0.5 if scale is None else scale
-        wanted = ("attn_mask",) if mask is not None and mask.is_floating_point() else ()
-        told, kept = Attention(factor, is_causal), None
-        if window is not None:
-            mask = _windowed(mask, query, key, window)
+        factor = 1.0 / max(query.shape[-1], 1) ** 0.5 if scale is None else scale
+        of_mask = given.shape if given is not None and given.is_floating_point() else None
+        by_index = given is None and window is None and len(parts) == 3
+        told, mask, kept = Attention(factor, is_causal and by_index), given, None
+        if not by_index and (is_causal or window is not None):
+            queries, keys = _positions(parts, query, key)
+            mask = both(given, visible(queries, keys, window, is_causal), query.dtype)
         if train and rng is not None and dropout_p > 0.0:
             told = told._replace(dropped=1.0 / (1.0 - dropout_p) if dropout_p < 1.0 else 0.0)
             shape = (*query.shape[:-1], key.shape[-2])
             kept = random.bernoulli(rng, 1.0 - dropout_p, shape, device=query.device)
-        keys, values = repeat_heads(key, groups), repeat_heads(value, groups)
+        shared = repeat_heads(key, groups), repeat_heads(value, groups)
         leaves = [each for each in (query, key, value, mask) if each is not None]
         attend = fastest(attention_forward, *leaves)
-        y, logsumexp = attend(query, keys, values, mask, kept, told)
+        y, logsumexp = attend(query, *shared, mask, kept, told)
         saved = {"query": query, "key": key, "value": value, "y": y, "logsumexp": logsumexp}
         saved |= {} if mask is None else {"attn_mask": mask}
         saved |= {} if kept is None else {"kept": kept}
-        pullback = Pullback(attention_rule, saved, (told, groups, form, wanted))
+        of_mask = None if of_mask is None else tuple(of_mask)
+        pullback = Pullback(attention_rule, saved, (told, groups, form, of_mask))
         if not need_weights:
             return y, pullback, EMPTY
-        weights, _ = attention_weights(query, keys, mask, told, logsumexp)
+        weights, _ = attention_weights(query, shared[0], mask, told, logsumexp)
         return (y, dropped(weights, kept, told).to(y.dtype)), pullback, EMPTY
 
     return stateful(declare(declaration), forward, keyed=dropout_p > 0.0, name=name)
-
-
-def _windowed(mask: Tensor | None, query: Tensor, key: Tensor, window: int) -> Tensor:
-    """A mask that hides the keys beyond the window too."""
-    queries, keys = (torch.arange(each.shape[-2], device=each.device) for each in (query, key))
-    near = visible(queries, keys, window, False)
-    if mask is None:
-        return near
-    if mask.dtype == torch.bool:
-        return mask & near
-    return torch.where(near, mask, -torch.inf)

@@ -1,6 +1,7 @@
 """The fully connected layer."""
 
 import math
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -11,6 +12,9 @@ from funcnet.errors import require
 from funcnet.initializers import Initializer
 from funcnet.lift import require_floating, stateless
 from funcnet.params import Param, declare, weight_and_bias
+from funcnet.tree import describe
+
+Shape = tuple[int, ...]
 
 
 def linear_rule(
@@ -33,8 +37,16 @@ def linear_rule(
     return dparams, dx
 
 
+def linear_like_rule(
+    residuals: dict[str, Tensor], dy: Tensor, shape: Shape, bias: bool, *, params: bool, x: bool
+) -> Grads:
+    """That of `linear`; of the tensor of which the size alone was read the cotangent is zero."""
+    dparams, dx = linear_rule(residuals, dy, bias, params=params, x=x)
+    return dparams, (dx, dy.new_zeros(()).expand(shape)) if x else None
+
+
 def linear(
-    out_features: int,
+    out_features: int | None,
     bias: bool = True,
     *,
     weight_init: Initializer | None = None,
@@ -44,7 +56,8 @@ def linear(
     """``y = x weight^T + bias``.
 
     Args:
-        out_features: the size of the last dimension of y.
+        out_features: the size of the last dimension of y. None for that of another tensor: x is
+            then a tuple (x, other), of which the other one gives its size alone.
         bias: whether a bias is learned.
         weight_init: default U(-b, b) with ``b = 1 / sqrt(in_features)``, as torch.nn.Linear.
         bias_init: default the same U(-b, b).
@@ -69,22 +82,32 @@ def linear(
     hint = "the size of the input is found by init, give that of the output alone"
     wrong = f"linear: bias must be True or False, got {bias!r}; {hint}"
     require(isinstance(bias, bool), wrong, TypeError)
-    enough = isinstance(out_features, int) and out_features >= 0
+    enough = out_features is None or (isinstance(out_features, int) and out_features >= 0)
     require(enough, f"linear: out_features must be >= 0, got {out_features}")
 
     @declare
-    def init(x: Tensor) -> dict[str, Param]:
+    def init(x: Any) -> dict[str, Param]:
+        size = out_features
+        if size is None:
+            require(isinstance(x, tuple) and len(x) == 2, f"expects a pair, got {describe(x)}")
+            x, other = x
+            size = other.shape[-1]
         require_floating(x)
         require(x.dim() > 0, "expects at least one dimension, got ()")
         features = (1, "{} features in the last dimension")
-        shape = (out_features, x.shape[-1])
+        shape = (size, x.shape[-1])
         return weight_and_bias(shape, features, bias, weight_init, bias_init, dtype)
 
-    def apply(params: Params, x: Tensor) -> Tensor:
+    def apply(params: Params, x: Any) -> Tensor:
+        x = x[0] if out_features is None else x
         return F.linear(x, params["weight"], params.get("bias"))
 
-    def vjp(params: Params, x: Tensor) -> tuple[Tensor, Pullback]:
+    def vjp(params: Params, x: Any) -> tuple[Tensor, Pullback]:
         y = apply(params, x)
+        if out_features is None:
+            x, other = x
+            residuals = {"x": x, "weight": params["weight"]}
+            return y, Pullback(linear_like_rule, residuals, (tuple(other.shape), bias))
         return y, Pullback(linear_rule, {"x": x, "weight": params["weight"]}, (bias,))
 
     return stateless(init, apply, vjp)
