@@ -1,6 +1,7 @@
 """Errors: how they are raised, and how they get the path of the layer they come from."""
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from typing import Any
 
 
@@ -16,6 +17,16 @@ def locate(error: Exception, where: str) -> None:
         error.args = (f"{where} {error.args[0]}",)
     else:
         error.add_note(f"in {where}")
+
+
+@contextmanager
+def located(where: str) -> Iterator[None]:
+    """A block whose errors get a layer's path, or its name, in front."""
+    try:
+        yield
+    except Exception as error:
+        locate(error, where)
+        raise
 
 
 def refuse_state(name: str, state: Mapping[str, Any]) -> None:

@@ -10,7 +10,7 @@ from torch.nn import functional as F
 from funcnet import initializers, tree
 from funcnet.combinators.combine import Pull, Run, combine
 from funcnet.core import Layer, Tree, sum_cotangents
-from funcnet.errors import require
+from funcnet.errors import located, require
 from funcnet.layers.arguments import in_form, parts_of
 from funcnet.layers.attention import scaled_dot_product_attention
 from funcnet.layers.cache import counter, key_value_cache
@@ -121,13 +121,16 @@ def masks_backward(
 
 def multihead_forward(run: Run, x: Tree, told: Told) -> tuple[Tree, Mapping[str, Tree]]:
     """Projections into the heads, attention in each, a projection of all of them."""
-    parts, form = parts_of(x, NAMES, 1)
-    inputs, heads, places = inputs_of(told, parts), told.heads, {}
+    heads, places = told.heads, {}
+    with located("multihead_attention:"):
+        parts, form = parts_of(x, NAMES, 1)
+        inputs = inputs_of(told, parts)
     is_self = not parts.keys() & {"key", "value"}
     projected = run(PROJECTION, inputs[0] if is_self else inputs)
     query, key, value = map(heads.split, projected, (heads.queries, heads.keys, heads.keys))
     masks = {name: parts[name] for name in MASKS if name in parts}
-    spread = spread_out(masks, (*query.shape[:-1], key.shape[-2]), query.dtype)
+    with located("multihead_attention:"):
+        spread = spread_out(masks, (*query.shape[:-1], key.shape[-2]), query.dtype)
     mask = merged(told, spread, query, key)
     if told.cache is not None:
         at = run("positions", query)
@@ -263,6 +266,7 @@ def multihead_attention(
     torch.Size([3, 5, 4])
     """
     name = "multihead_attention"
+    require(0.0 <= dropout <= 1.0, f"{name}: dropout must be in [0, 1], got {dropout}")
     require(num_heads >= 1, f"{name}: num_heads must be at least 1, got {num_heads}")
     keys = num_heads if num_kv_heads is None else num_kv_heads
     divides = keys >= 1 and num_heads % keys == 0
