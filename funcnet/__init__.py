@@ -245,6 +245,15 @@ from funcnet.layers.softmax import (
     softmax2d as softmax2d,
     softmin as softmin,
 )
+from funcnet.layers.transformer import (
+    transformer_decoder_layer as transformer_decoder_layer,
+    transformer_encoder_layer as transformer_encoder_layer,
+)
+from funcnet.layers.transformer_stacks import (
+    transformer as transformer,
+    transformer_decoder as transformer_decoder,
+    transformer_encoder as transformer_encoder,
+)
 from funcnet.layers.tuples import (
     add as add,
     fan_out as fan_out,

@@ -51,12 +51,29 @@ def parts_of(x: Tree, names: tuple[str, ...], required: int) -> tuple[dict[str, 
     return {name: part for name, part in given.items() if part is not None}, form
 
 
-def in_form(parts: Mapping[str, Any], names: tuple[str, ...], form: Form) -> Tree:
+def without_tensors(
+    parts: Mapping[str, Any], names: tuple[str, ...], form: Form
+) -> dict[str, Tree]:
+    """The residuals of which `in_form` takes the form, for a layer that keeps nothing else of x.
+
+    >>> without_tensors({"input": 1}, ("input", "target"), 2)
+    {'x': ((), None)}
+    """
+    return {} if form is None else {"x": in_form(dict.fromkeys(parts, ()), names, form)}
+
+
+def in_form(
+    parts: Mapping[str, Any], names: tuple[str, ...], form: Form | Mapping[str, Tree]
+) -> Tree:
     """What `parts_of` took apart, with these parts; None for those that are missing.
+
+    The form is that of `parts_of`, or residuals of `without_tensors`.
 
     >>> in_form({"input": 1}, ("input", "target"), 2)
     (1, None)
     """
+    if isinstance(form, Mapping):
+        form = parts_of(form["x"], names, 1)[1] if form else None
     if form is None:
         return parts[names[0]]
     if isinstance(form, int):

@@ -11,6 +11,7 @@ from funcnet import initializers, tree
 from funcnet.combinators.combine import Pull, Run, combine
 from funcnet.core import Layer, Tree, sum_cotangents
 from funcnet.errors import located, require
+from funcnet.initializers import Initializer
 from funcnet.layers.arguments import in_form, parts_of
 from funcnet.layers.attention import scaled_dot_product_attention
 from funcnet.layers.cache import counter, key_value_cache
@@ -212,6 +213,7 @@ def multihead_attention(
     average_attn_weights: bool = True,
     rotary: Layer | None = None,
     cache: int | None = None,
+    weight_init: Initializer | None = None,
     dtype: torch.dtype | None = None,
 ) -> Layer:
     """``y = concat_h(softmax(q_h k_h^T / sqrt(features / heads)) v_h) out_proj^T``.
@@ -235,6 +237,8 @@ def multihead_attention(
         rotary: a `rotary` layer that turns queries and keys by their positions.
         cache: the number of tokens that are remembered. A call then attends to all tokens of the
             calls before it as well, whose keys and values are state; for decoding token by token.
+        weight_init: of all weights; by default ``in_proj_weight`` is `glorot_uniform`, and
+            ``out_proj.weight`` as in `linear`, as in torch.
         dtype: of the parameters; default that of x.
 
     Inputs: x, a tensor, which is query, key and value; or a tuple (query, key, value,
@@ -289,7 +293,7 @@ def multihead_attention(
         kdim,
         vdim,
     )
-    children: dict[Any, Layer] = {PROJECTION: in_projection(heads, bias, dtype)}
+    children: dict[Any, Layer] = {PROJECTION: in_projection(heads, bias, weight_init, dtype)}
     if add_bias_kv:
         children[TOKEN] = learned_token(heads, dtype)
     if cache is not None:
@@ -304,5 +308,6 @@ def multihead_attention(
         need_weights=need_weights,
     )
     start = initializers.zeros()
-    children["out_proj"] = linear(None, bias, bias_init=start, dtype=dtype)
+    out = linear(None, bias, weight_init=weight_init, bias_init=start, dtype=dtype)
+    children["out_proj"] = out
     return combine(name, children, multihead_forward, multihead_backward, told)

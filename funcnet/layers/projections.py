@@ -8,6 +8,7 @@ from torch.nn import functional as F
 
 from funcnet import initializers
 from funcnet.core import Grads, Layer, Params, Pullback, Tree
+from funcnet.initializers import Initializer
 from funcnet.layers.linear import linear_rule
 from funcnet.lift import stateless
 from funcnet.params import Param, declare
@@ -48,7 +49,9 @@ class Heads(NamedTuple):
         return features, shared, shared
 
 
-def in_projection(heads: Heads, bias: bool, dtype: torch.dtype | None) -> Layer:
+def in_projection(
+    heads: Heads, bias: bool, weight_init: Initializer | None, dtype: torch.dtype | None
+) -> Layer:
     """Queries, keys and values, each a linear function of its input.
 
     Inputs: x, a tensor for all three, or a tuple (query, key, value).
@@ -62,7 +65,7 @@ def in_projection(heads: Heads, bias: bool, dtype: torch.dtype | None) -> Layer:
         inputs = x if isinstance(x, tuple) else (x, x, x)
         features = inputs[0].shape[-1]
         sizes, ins = heads.sizes(features), [each.shape[-1] for each in inputs]
-        start = initializers.glorot_uniform()
+        start = weight_init or initializers.glorot_uniform()
         if len({*ins}) == 1:
             of_x = (1, "{} features in the last dimension")
             declared = {"in_proj_weight": Param((sum(sizes), features), start, dtype, of_x=of_x)}
