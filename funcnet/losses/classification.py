@@ -11,7 +11,9 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from funcnet import runtime
 from funcnet.core import Loss
+from funcnet.lift import with_kernel
 from funcnet.losses.checks import (
     check_classes,
     check_pair,
@@ -128,6 +130,17 @@ def _by_example(d: Tensor | float, dim: int) -> Tensor | float:
     return d.unsqueeze(dim) if isinstance(d, Tensor) and d.dim() else d
 
 
+def _cross_entropy_in_place(d: Tensor | float, *, log_p: Tensor, q: Tensor | Picked) -> Tensor:
+    if not isinstance(q, Picked) or runtime.is_transformed(log_p):
+        return cross_entropy_backward(d, log_p=log_p, q=q)
+    # On a tensor of its own, which is a third of the memory traffic: 5 % of the step of a small
+    # GPT (compare.py).
+    dim, p = class_dim(log_p), log_p.exp()
+    scaled = q.weight * _by_example(d, dim)
+    return p.mul_(scaled).scatter_add_(dim, q.class_index, -scaled)
+
+
+@with_kernel(_cross_entropy_in_place)
 def cross_entropy_backward(d: Tensor | float, *, log_p: Tensor, q: Tensor | Picked) -> Tensor:
     """``d (p sum(q) - q)`` with p the softmax and q the weighted target distribution."""
     dim = class_dim(log_p)

@@ -9,7 +9,9 @@ from typing import Any, NamedTuple
 
 from torch import Tensor
 
+from funcnet import tree
 from funcnet.core import EMPTY, Loss, LossPullback, Tree, function_name
+from funcnet.lift import KERNELS, fastest
 from funcnet.losses.checks import broadcastable, check_pair, check_tensor
 from funcnet.losses.reductions import REDUCTIONS, check_reduction, divided, reduced
 
@@ -33,7 +35,11 @@ def loss_rule(
 ) -> Tree:
     """``dprediction = backward(dvalue / n, *static, **residuals)``."""
     d = divided(dvalue, residuals.get("n", n))
-    return backward(d, *static, **residuals["elements"])
+    elements = residuals["elements"]
+    if backward in KERNELS:
+        tensors = [each for each in (d, *tree.leaves(elements)) if isinstance(each, Tensor)]
+        backward = fastest(backward, *tensors)
+    return backward(d, *static, **elements)
 
 
 def loss_of(

@@ -150,7 +150,40 @@ def digits() -> fn.Layer:
     return fn.serial(*first, *second, fn.flatten(), fn.linear(10))
 
 
+def gpt(layers: int = 4, stack: Callable[[fn.Layer, int], fn.Layer] | None = None) -> fn.Layer:
+    """A GPT of 4 layers, 256 wide, with 8 heads."""
+    block = fn.transformer_encoder_layer(
+        8, 1024, 0.0, "gelu", batch_first=True, norm_first=True, is_causal=True
+    )
+    blocks = stack(block, layers) if stack else fn.serial(*[block] * layers)
+    head = {"norm": fn.layer_norm(), "head": fn.linear(4096), "rows": fn.flatten(0, 1)}
+    return fn.serial(embed=fn.embedding(4096, 256), blocks=blocks, **head)
+
+
+def gpt_loop() -> fn.Layer:
+    """`gpt`, as a loop over its layers."""
+    return gpt(stack=fn.repeat)
+
+
+def gpt24() -> fn.Layer:
+    """`gpt` of 24 layers, as a loop."""
+    return gpt(24, fn.repeat)
+
+
 NETS: dict[str, Callable[[], fn.Layer]] = {
     each.__name__: each
-    for each in (cnn, vgg, resnet, blocks, mixer, tabular, resnet18, unet, digits)
+    for each in (
+        cnn,
+        vgg,
+        resnet,
+        blocks,
+        mixer,
+        tabular,
+        resnet18,
+        unet,
+        digits,
+        gpt,
+        gpt_loop,
+        gpt24,
+    )
 }

@@ -261,7 +261,28 @@ def digits() -> Layer:
     return serial(*layers, FLATTEN, linear(10))
 
 
+def attend(x: jax.Array) -> jax.Array:
+    """Causal attention in 8 heads, of queries, keys and values side by side."""
+    heads = [each.reshape(*each.shape[:-1], 8, -1) for each in jnp.split(x, 3, -1)]
+    return nn.dot_product_attention(*heads, is_causal=True).reshape(*x.shape[:-1], -1)
+
+
+def gpt(layers: int = 4) -> Layer:
+    """A GPT of 4 layers, 256 wide, with 8 heads."""
+    attention = plain(attend, lambda shape: (*shape[:-1], shape[-1] // 3))
+    inner: list[Layer] = []
+    for _ in range(layers):
+        inner.append(residual(norm(LAYER), linear(768), attention, linear(256)))
+        inner.append(residual(norm(LAYER), linear(1024), GELU, linear(256)))
+    return serial(embedding(4096, 256), *inner, norm(LAYER), linear(4096), ROWS)
+
+
+def gpt24() -> Layer:
+    """`gpt` of 24 layers."""
+    return gpt(24)
+
+
 NETS: dict[str, Callable[[], Layer]] = {
     each.__name__: each
-    for each in (cnn, vgg, resnet, blocks, mixer, tabular, resnet18, unet, digits)
+    for each in (cnn, vgg, resnet, blocks, mixer, tabular, resnet18, unet, digits, gpt, gpt24)
 }

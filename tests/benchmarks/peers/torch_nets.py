@@ -6,6 +6,7 @@ from itertools import cycle, pairwise
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional as F
 
 
 class Residual(nn.Sequential):
@@ -163,7 +164,39 @@ def digits() -> nn.Module:
     return nn.Sequential(*first, *second, nn.Flatten(), nn.Linear(16 * 4 * 4, 10))
 
 
+class Attention(nn.Module):
+    """Causal attention in 8 heads."""
+
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        self.project, self.out = nn.Linear(width, 3 * width), nn.Linear(width, width)
+
+    def forward(self, x: Tensor) -> Tensor:
+        heads = [
+            each.unflatten(-1, (8, -1)).transpose(1, 2) for each in self.project(x).chunk(3, -1)
+        ]
+        y = F.scaled_dot_product_attention(*heads, is_causal=True)
+        return self.out(y.transpose(1, 2).flatten(-2))
+
+
+def gpt(layers: int = 4) -> nn.Module:
+    """A GPT of 4 layers, 256 wide, with 8 heads."""
+
+    def block() -> list[nn.Module]:
+        net = nn.Linear(256, 1024), nn.GELU(), nn.Linear(1024, 256)
+        return [Residual(nn.LayerNorm(256), Attention(256)), Residual(nn.LayerNorm(256), *net)]
+
+    blocks = [layer for _ in range(layers) for layer in block()]
+    head = [nn.LayerNorm(256), nn.Linear(256, 4096), nn.Flatten(0, 1)]
+    return nn.Sequential(nn.Embedding(4096, 256), *blocks, *head)
+
+
+def gpt24() -> nn.Module:
+    """`gpt` of 24 layers."""
+    return gpt(24)
+
+
 NETS: dict[str, Callable[[], nn.Module]] = {
     each.__name__: each
-    for each in (cnn, vgg, resnet, blocks, mixer, tabular, resnet18, unet, digits)
+    for each in (cnn, vgg, resnet, blocks, mixer, tabular, resnet18, unet, digits, gpt, gpt24)
 }

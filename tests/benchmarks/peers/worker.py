@@ -42,6 +42,9 @@ NETS = {
     "resnet18": Net((3, 32, 32)),
     "unet": Net((3, 64, 64), places=(64, 64)),
     "digits": Net((1, 8, 8)),
+    "gpt": Net((128,), 4096, 4096),
+    "gpt_loop": Net((128,), 4096, 4096),
+    "gpt24": Net((128,), 4096, 4096),
 }
 """Networks of the sizes that people train; each library has them in a module of its own."""
 
