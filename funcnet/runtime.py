@@ -31,8 +31,8 @@ FOREACH: dict[str, Callable[..., Any]] = {
 foreach_add_: Callable[..., None] = torch._foreach_add_
 """Adds a list of tensors to another one, in place."""
 
-fused_adam_: Callable[..., None] = partial(torch._fused_adam_, weight_decay=0.0, maximize=False)
-"""Adam's update in place, of lists of tensors, in one call."""
+fused_adamw_: Callable[..., None] = partial(torch._fused_adamw_, maximize=False)
+"""Adam's update in place, with decoupled weight decay, of lists of tensors, in one call."""
 
 
 def is_tracing() -> bool:

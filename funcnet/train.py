@@ -148,7 +148,8 @@ def train_step(
             is NaN or infinite. Eager mode only.
         donate: whether an eager step may write to the memory of the params and the optimizer's
             state that it is given, which then must not be used again, as with ``jit(step,
-            donate=0)``. It takes less memory, and less time where the optimizer can use it.
+            donate=0)``. It takes less memory, and less time where the optimizer can use it; Adam
+            then rounds otherwise.
 
     The key of the step is ``fold_in(train_state.key, train_state.step)``.
 

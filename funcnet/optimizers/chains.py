@@ -51,13 +51,16 @@ def chained(name: str, children: Mapping[str, Optimizer]) -> Optimizer:
             found = sorted(opt_state) if is_dict else type(opt_state).__name__
             expected = f"a dict of the states of {list(children)}"
             raise ValueError(f"{name}: expects {expected}, got {found}")
-        states = {}
+        states, params = {}, trees.params
+        donated, last = params.fresh, next(reversed(updates), None)
         for child, update in updates.items():
+            params.fresh = donated and child == last
             try:
                 g, states[child] = update(g, opt_state.get(child, EMPTY), trees)
             except Exception as error:
                 locate(error, f"{name}[{child!r}]")
                 raise
+        params.fresh = donated
         return g, _present(states)
 
     return lifted(name, init_state, update_leaves)

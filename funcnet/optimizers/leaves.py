@@ -66,6 +66,12 @@ class Leaves:
         return leafwise(function, *args, **kwargs or {})
 
 
+class Applied(Leaves):
+    """Updates that were added to the params already, in their memory; the leaves are the params."""
+
+    __slots__ = ()
+
+
 def _operator(name: str) -> Callable[..., Leaves]:
     known = {"radd": "add", "rmul": "mul", "truediv": "div"}.get(name, name)
     function: Any = getattr(torch, known, None) or getattr(Tensor, f"__{name}__")

@@ -11,7 +11,7 @@ from torch import Tensor
 from funcnet import tree
 from funcnet.core import Box, Optimizer, Params, Tree, function_name
 from funcnet.errors import refuse_state
-from funcnet.optimizers.leaves import Leaves, sum_into
+from funcnet.optimizers.leaves import Applied, Leaves, sum_into
 
 _flatten = tree.Flattener()
 _shape = attrgetter("shape")
@@ -123,7 +123,7 @@ class Trees:
     """The params of an update, flattened; takes trees like them apart and puts them together.
 
     Where params and state are ``donated``, their leaves count as fresh: their memory may be
-    written to.
+    written to; `Applied` updates are then those of the last transform of a chain alone.
     """
 
     def __init__(self, params: Params, donated: bool = False) -> None:
@@ -199,6 +199,8 @@ def step_params(
 
 
 def _added(params: Leaves, updates: Leaves) -> Leaves:
+    if isinstance(updates, Applied):
+        return updates
     added = sum_into(params, updates) if params.fresh else sum_into(updates, params)
     return added.to_dtypes(params)
 

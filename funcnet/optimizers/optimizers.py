@@ -9,7 +9,6 @@ from funcnet.optimizers.checks import check_options, check_rate
 from funcnet.optimizers.transforms import (
     LearningRate,
     add_decayed_weights,
-    decayed,
     negate,
     scale_by_learning_rate,
     scale_by_sign,
@@ -135,7 +134,7 @@ def _adapted(
 ) -> list[Optimizer | float]:
     """Adam's transforms, with decoupled weight decay; its kernel takes a rate that is a number."""
     if isinstance(lr, (int, float)):
-        return [scaled_adam(betas, eps, amsgrad, -lr), decay and decayed(-lr * decay)]
+        return [scaled_adam(betas, eps, amsgrad, -lr, decay)]
     adam, decayed_too = scale_by_adam(betas, eps, amsgrad), decay and add_decayed_weights(decay)
     return [adam, decayed_too, scale_by_learning_rate(lr)]
 

@@ -63,12 +63,7 @@ def add_decayed_weights(weight_decay: float) -> Optimizer:
     {'w': tensor([0.1000])}
     """
     check_options("add_decayed_weights", weight_decay=weight_decay)
-    return decayed(weight_decay)
-
-
-def decayed(factor: float) -> Optimizer:
-    """`add_decayed_weights` for any factor, in one pass over the leaves."""
-    return stateless(lambda g, p: sum_into(g, p, factor), name="add_decayed_weights")
+    return stateless(lambda g, p: sum_into(g, p, weight_decay), name="add_decayed_weights")
 
 
 class ScheduleState(NamedTuple):
