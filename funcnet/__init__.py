@@ -216,6 +216,16 @@ from funcnet.layers.pixels import (
 from funcnet.layers.prelu import (
     prelu as prelu,
 )
+from funcnet.layers.recurrent import (
+    gru as gru,
+    lstm as lstm,
+    rnn as rnn,
+)
+from funcnet.layers.recurrent_cells import (
+    gru_cell as gru_cell,
+    lstm_cell as lstm_cell,
+    rnn_cell as rnn_cell,
+)
 from funcnet.layers.resample import (
     interpolate as interpolate,
     upsample as upsample,
@@ -257,6 +267,7 @@ from funcnet.layers.transformer_stacks import (
 from funcnet.layers.tuples import (
     add as add,
     fan_out as fan_out,
+    item as item,
     multiply as multiply,
 )
 from funcnet.lift import (

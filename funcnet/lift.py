@@ -294,9 +294,13 @@ def elementwise_rule(
     residuals: Any, dy: Tensor, derivative: Any, *options: Any, params: bool, x: bool
 ) -> Grads:
     """``dx = dy derivative(saved, *options)``."""
-    dx = None
-    if x:
-        (saved,) = residuals.values()
-        kernel = kernel_of(derivative, dy, saved)
-        dx = kernel(dy, saved, *options) if kernel else dy * derivative(saved, *options)
+    dx = times_derivative(dy, derivative, *residuals.values(), *options) if x else None
     return ({} if params else None), dx
+
+
+def times_derivative(
+    dy: Tensor, derivative: Callable[..., Tensor], saved: Tensor, *options: Any
+) -> Tensor:
+    """``dy derivative(saved, *options)``, by the kernel of an `elementwise` layer's derivative."""
+    kernel = kernel_of(derivative, dy, saved)
+    return kernel(dy, saved, *options) if kernel else dy * derivative(saved, *options)

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from funcnet import tree
-from funcnet.core import EMPTY, Layer, Params, Tree, sum_cotangents
+from funcnet.core import EMPTY, Layer, Params, Tree, kinds_of, sum_cotangents
 from funcnet.errors import require
 from funcnet.lift import Step, accept_any, parameterless
 
@@ -49,6 +49,40 @@ def fan_out(n: int) -> Layer:
         return (x,) * n, {}, ()
 
     return parameterless(forward, fan_out_backward, declaration=accept_any)
+
+
+def item_backward(dy: Tree, index: Any, treedef: Any, kinds: tuple[Any, ...]) -> Tree:
+    """dy at the index, and zeros elsewhere; None for integers."""
+    like = next(leaf for leaf in tree.leaves(dy) if leaf is not None)
+    zeros = [
+        like.new_zeros(shape, dtype=dtype) if dtype.is_floating_point else None
+        for shape, dtype in kinds
+    ]
+    dx = treedef.unflatten(zeros)
+    if isinstance(dx, dict):
+        return {name: dy if name == index else each for name, each in dx.items()}
+    return tuple([dy if i == index else each for i, each in enumerate(dx)])
+
+
+def item(index: int | str) -> Layer:
+    """``y = x[index]``, of a tuple by position or of a dict by name; dx is 0 for the others.
+
+    It takes the output of a recurrent layer, say, and leaves the last state.
+
+    >>> item(0).apply({}, (torch.ones(2), torch.zeros(1)))[0]
+    tensor([1., 1.])
+    """
+
+    def declaration(x: Any) -> Params:
+        names = range(len(x)) if type(x) is tuple else x if isinstance(x, dict) else ()
+        form = "a tuple with" if isinstance(index, int) else "a dict with"
+        require(index in names, f"expects {form} {index!r}, got {tree.describe(x)}")
+        return EMPTY
+
+    def forward(x: Any) -> Step:
+        return x[index], {}, (index, *kinds_of(x))
+
+    return parameterless(forward, item_backward, declaration=declaration)
 
 
 def add_backward(dy: Tensor, n: int) -> tuple[Tensor, ...]:

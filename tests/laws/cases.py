@@ -4,6 +4,7 @@ import cases_activations
 import cases_noise
 import cases_norms
 import cases_pooling
+import cases_recurrent
 import cases_spatial
 import torch
 from cases_losses import LOSSES as LOSSES, WEIGHT as WEIGHT, losses as losses
@@ -93,6 +94,7 @@ LAYERS = {
     **cases_norms.LAYERS,
     **cases_activations.LAYERS,
     **cases_pooling.LAYERS,
+    **cases_recurrent.LAYERS,
 }
 
 COMBINATORS = {

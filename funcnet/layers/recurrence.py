@@ -1,0 +1,153 @@
+"""A recurrent cell over a sequence in one direction: the loop forward, and the loop backward.
+
+The product with x is one for all steps, before the loop; the gradients of the weights are products
+over all steps, behind it. A loop has the product with h alone.
+"""
+
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from funcnet.control_flow import scan
+from funcnet.core import Params
+from funcnet.layers.linear import linear_rule
+from funcnet.layers.recurrent_formulas import Cell, State
+
+
+class Direction(NamedTuple):
+    """A cell and the way that it takes through the sequence."""
+
+    cell: Cell
+    reverse: bool = False
+
+
+def _choose(valid: Tensor | None, after: State, before: State) -> State:
+    """The state after a step where the sequence has one, else the one before it."""
+    if valid is None:
+        return after
+    return tuple([torch.where(valid, *pair) for pair in zip(after, before, strict=True)])
+
+
+def recur(
+    way: Direction, weights: Params, x: Tensor, start: State, valid: Tensor | None, keep: bool
+) -> tuple[Tensor, State, dict[str, Any]]:
+    """``after = step(weight_ih x + weight_hh h + biases, before)`` for each x of a sequence.
+
+    Args:
+        way: the cell and the direction.
+        weights: ``weight_ih``, ``weight_hh``, ``bias_ih``, ``bias_hh``, and ``weight_hr`` if
+            h is to be projected.
+        x: of shape (steps, batch, features).
+        start: the first state, tensors of shape (batch, features).
+        valid: (steps, batch, 1), where the sequences have a step; None for all.
+        keep: whether to return the residuals.
+
+    Returns: h after each step, the last state, the residuals.
+    """
+    cell, hidden_weight = way.cell, weights["weight_hh"].t()
+    bias, hidden_bias = weights.get("bias_ih"), weights.get("bias_hh")
+    projection = weights.get("weight_hr")
+    if bias is not None and hidden_bias is not None and not cell.is_split:
+        bias = bias + hidden_bias
+    steps, batch, features = x.shape
+    given = F.linear(x.reshape(steps * batch, features), weights["weight_ih"], bias)
+
+    def step(before: State, inputs: tuple[Tensor, Tensor | None]) -> tuple[State, Any]:
+        given, valid = inputs
+        gates: Any = given
+        if not cell.is_split:
+            gates = torch.addmm(given, before[0], hidden_weight)
+        elif hidden_bias is None:
+            gates = given, before[0].mm(hidden_weight)
+        else:
+            gates = given, torch.addmm(hidden_bias, before[0], hidden_weight)
+        after, saved = cell.step(gates, before)
+        unprojected = None
+        if projection is not None:
+            unprojected = after[0]
+            after = (unprojected.mm(projection.t()), *after[1:])
+        after = _choose(valid, after, before)
+        return after, (after, saved, unprojected) if keep else (after[:1],)
+
+    xs = given.view(steps, batch, -1), valid
+    last, (states, *kept) = scan(step, start, xs, reverse=way.reverse)
+    residuals = {"states": states, "kept": kept, "x": x, "start": start, "valid": valid}
+    residuals["weights"] = {name: weights[name] for name in weights if name.startswith("weight")}
+    return states[0], last, residuals
+
+
+def _before(states: State, start: State, reverse: bool) -> State:
+    """The state before each step, from those after each step."""
+    shifted = []
+    for state, first in zip(states, start, strict=True):
+        one = first.unsqueeze(0)
+        shifted.append(torch.cat([state[1:], one] if reverse else [one, state[:-1]]))
+    return tuple(shifted)
+
+
+def recur_backward(
+    way: Direction,
+    residuals: dict[str, Any],
+    dy: Tensor | None,
+    dlast: State,
+    bias: bool,
+    *,
+    params: bool,
+    x: bool,
+) -> tuple[Params | None, Tensor | None, State]:
+    """The gradients of the weights, and the cotangents of x and of the first state.
+
+    Args:
+        way: the cell and the direction of the forward pass.
+        residuals: what `recur` kept.
+        dy: the cotangent of h after each step, if it has one.
+        dlast: those of the last state.
+        bias: whether there are biases.
+        params, x: whether the gradients, and the cotangent of x, are wanted; else they are None.
+    """
+    cell, weights, valid = way.cell, residuals["weights"], residuals["valid"]
+    states, (saved, unprojected) = residuals["states"], residuals["kept"]
+    before = _before(states, residuals["start"], way.reverse)
+    hidden_weight, projection = weights["weight_hh"], weights.get("weight_hr")
+    if dy is not None and valid is not None:
+        dy = torch.where(valid, dy, 0.0)
+
+    def step(dafter: State, inputs: Any) -> tuple[State, Any]:
+        dy, valid, saved, before, after = inputs
+        if dy is not None:
+            dafter = (dafter[0] + dy, *dafter[1:])
+        dh = dafter[0] if projection is None else dafter[0].mm(projection)
+        dgates, (direct, *others) = cell.derivative(saved, before, after, (dh, *dafter[1:]))
+        if valid is not None:
+            dgates = tuple([torch.where(valid, each, 0.0) for each in dgates])
+        if direct is None:
+            through = dgates[-1].mm(hidden_weight)
+        else:
+            through = torch.addmm(direct, dgates[-1], hidden_weight)
+        dbefore = _choose(valid, (through, *others), dafter)
+        return dbefore, (dgates, None if projection is None else dafter[0])
+
+    xs = dy, valid, saved, before, states
+    dstart, (dgates, dprojected) = scan(step, dlast, xs, reverse=not way.reverse)
+    inputs = {"x": residuals["x"], "weight": weights["weight_ih"]}
+    of_input, dx = linear_rule(inputs, dgates[0], bias, params=params, x=x)
+    if of_input is None:
+        return None, dx, dstart
+    of_hidden = _weight_grads(before[0], hidden_weight, dgates[-1], bias and cell.is_split)
+    grads = {"weight_ih": of_input["weight"], "weight_hh": of_hidden["weight"]}
+    if bias:
+        grads["bias_ih"] = of_input["bias"]
+        # The gradients of two biases that are added are equal, but each has its own memory.
+        grads["bias_hh"] = of_hidden["bias"] if cell.is_split else of_input["bias"].clone()
+    if projection is not None:
+        if valid is not None:
+            dprojected = torch.where(valid, dprojected, 0.0)
+        grads["weight_hr"] = _weight_grads(unprojected, projection, dprojected, False)["weight"]
+    return grads, dx, dstart
+
+
+def _weight_grads(x: Tensor, weight: Tensor, dy: Tensor, bias: bool) -> dict[str, Any]:
+    grads, _ = linear_rule({"x": x, "weight": weight}, dy, bias, params=True, x=False)
+    return {**(grads or {})}
