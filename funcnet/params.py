@@ -196,7 +196,8 @@ def _explain_one(layer: str, name: str, entry: Param, leaf: Any, x: Tree) -> Non
         if leaf.shape == tuple(matched):
             size: Any = leaf.shape[index]
             words = words.format(tuple(size) if isinstance(index, slice) else size)
-            raise ValueError(f"{layer}: {name} expects {words}, got {tuple(x.shape)}")
+            found = tuple(x.shape) if isinstance(x, Tensor) else tree.describe(x)
+            raise ValueError(f"{layer}: {name} expects {words}, got {found}")
     raise ValueError(
         f"{layer}: expects a {name} of shape {tuple(entry.shape)}, got {tuple(leaf.shape)}"
     )

@@ -71,7 +71,7 @@ def recur(
         after = _choose(valid, after, before)
         return after, (after, saved, unprojected) if keep else (after[:1],)
 
-    xs = given.view(steps, batch, -1), valid
+    xs = given.view(steps, batch, given.shape[-1]), valid
     last, (states, *kept) = scan(step, start, xs, reverse=way.reverse)
     residuals = {"states": states, "kept": kept, "x": x, "start": start, "valid": valid}
     residuals["weights"] = {name: weights[name] for name in weights if name.startswith("weight")}

@@ -17,6 +17,7 @@ from tests.parity.exceptions import (
     CLASSES,
     INEXACT,
     NOT_DERIVATIVES,
+    ROUNDING,
     WRONG_GRADIENTS,
     torch_has_no,
 )
@@ -39,11 +40,12 @@ def check(sample: Sample, jit: bool = False) -> None:
     if names.takes(made, "dtype") and not names.floating(sample.inputs):
         kwargs["dtype"] = sample.dtype
     with _quiet():
+        module = None
         try:
             module = reference.module_of(sample)
             expected = reference.forward(copy.deepcopy(module), sample)
         except Exception as error:
-            _check_refusal(sample, error, lambda: _call(sample, made(*args, **kwargs)))
+            _check_refusal(sample, error, lambda: _call(sample, made(*args, **kwargs), module))
             return
         if sample.source == REFUSED:
             raise Unsupported(f"torch takes it: {sample.what}")
@@ -77,12 +79,14 @@ def _check_refusal(sample: Sample, error: Exception, call: Callable[[], Any]) ->
     raise AssertionError(f"torch refuses it, funcnet does not: {told}")
 
 
-def _call(sample: Sample, subject: Any) -> None:
+def _call(sample: Sample, subject: Any, module: nn.Module | None) -> None:
     if isinstance(subject, fn.Loss):
         subject.apply(*_prediction_and_target(sample))
     else:
         x = _tree(sample.inputs)
         params, state = subject.init(fn.key(0), x)
+        if module is not None:
+            params = oracle.params_of(module)
         subject.apply(params, x, state, key=fn.key(0), train=sample.train)
 
 
@@ -177,7 +181,9 @@ def _finite(node: Any) -> bool:
 
 def _tolerance(sample: Sample) -> float:
     """The relative error that rounding may explain."""
-    return max(oracle.TOLERANCE[sample.dtype], INEXACT.get(sample.cls.__name__, 0.0))
+    name = sample.cls.__name__
+    explained = INEXACT.get(name, 0.0), ROUNDING.get((name, sample.dtype), 0.0)
+    return max(oracle.TOLERANCE[sample.dtype], *explained)
 
 
 def _check_numbers(sample: Sample, module: nn.Module, dy: Any, own: dict[str, Any]) -> None:

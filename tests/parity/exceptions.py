@@ -3,7 +3,7 @@
 import torch
 from torch import nn
 
-_SECOND_HALF = "attention and recurrence are the second half of the layer library"
+_SECOND_HALF = "attention is of the second half of the layer library"
 _CONTAINER = "a container computes nothing: serial, parallel and dicts of params are its place"
 
 CLASSES = {
@@ -15,12 +15,6 @@ CLASSES = {
             "TransformerDecoderLayer",
             "TransformerEncoder",
             "TransformerEncoderLayer",
-            "RNN",
-            "RNNCell",
-            "LSTM",
-            "LSTMCell",
-            "GRU",
-            "GRUCell",
             "CTCLoss",
             "AdaptiveLogSoftmaxWithLoss",
         ],
@@ -63,6 +57,15 @@ INEXACT = {
     "Hardsigmoid": 1e-6,  # its eager backward rounds 1 / 6 to float32, its compiled one does not
 }
 """The relative error of torch's own numbers in float64, where it is above the tolerance."""
+
+ROUNDING = {
+    # Errors grow from step to step, in torch's loop as much as in ours.
+    ("RNN", torch.bfloat16): 0.2,
+    ("GRU", torch.bfloat16): 0.15,
+    ("LSTM", torch.bfloat16): 0.15,
+    ("LSTM", torch.float32): 5e-5,
+}
+"""The relative error that rounding may explain, where that is above the tolerance of the dtype."""
 
 WRONG_GRADIENTS = {
     # `torch.autograd.gradcheck` refuses it: its backward pass sums over a window that is shifted.

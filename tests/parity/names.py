@@ -2,6 +2,7 @@
 
 import inspect
 import re
+import typing
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -20,6 +21,9 @@ NAMES = {
     "NLLLoss2d": "nll",
     "UpsamplingBilinear2d": "upsample",
     "UpsamplingNearest2d": "upsample",
+    "RNNCell": "rnn_cell",
+    "LSTMCell": "lstm_cell",
+    "GRUCell": "gru_cell",
 }
 # Options of torch that are private there.
 RENAMED = {"_random_samples": "random_samples"}
@@ -35,6 +39,7 @@ FIXED: dict[str, dict[str, Any]] = {
 # Init finds these sizes; there is no argument for them.
 INPUT_SIZES = {
     "in_features",
+    "input_size",
     "in1_features",
     "in2_features",
     "in_channels",
@@ -77,7 +82,9 @@ def constructor(cls: type) -> Callable[..., Any]:
 
 def parameters(cls: type) -> dict[str, inspect.Parameter]:
     """The arguments of a class by name, but for ``*args`` and ``**kwargs``."""
-    found = inspect.signature(cls.__init__).parameters
+    # A class whose arguments are hidden in *args names them in an overload.
+    made = next(iter(typing.get_overloads(cls.__init__)), cls.__init__)
+    found = inspect.signature(made).parameters
     kinds = (inspect.Parameter.VAR_POSITIONAL, inspect.Parameter.VAR_KEYWORD)
     return {name: each for name, each in found.items() if each.kind not in kinds and name != "self"}
 

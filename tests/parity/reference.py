@@ -49,7 +49,9 @@ def module_of(sample: Sample) -> nn.Module:
 
 def inputs_of(sample: Sample) -> list[Any]:
     """The inputs, contiguous: some of torch's kernels refuse others."""
-    return [each.contiguous() if isinstance(each, Tensor) else each for each in sample.inputs]
+    return fn.tree.map(
+        lambda each: each.contiguous() if isinstance(each, Tensor) else each, [*sample.inputs]
+    )
 
 
 def forward(module: nn.Module, sample: Sample) -> Any:
@@ -87,7 +89,8 @@ def exact(module: nn.Module, sample: Sample, dy: Any) -> Callable[[], dict[str, 
 
     def compute() -> dict[str, Any]:
         def double(node: Any) -> Any:
-            return cast(node, torch.float64) if isinstance(node, Tensor) else node
+            whole = all(isinstance(leaf, Tensor) for leaf in fn.tree.leaves(node))
+            return cast(node, torch.float64) if whole else node
 
         inputs = tuple(map(double, sample.inputs))
         return results(copy.deepcopy(module).double(), sample._replace(inputs=inputs), double(dy))

@@ -42,6 +42,8 @@ class Sample(NamedTuple):
 
 
 def _shown(value: Any) -> str:
+    if type(value) is tuple:
+        return f"({', '.join(map(_shown, value))})"
     if isinstance(value, torch.Tensor):
         return f"{str(value.dtype).removeprefix('torch.')}{list(value.shape)}"
     return type(value).__name__ if isinstance(value, nn.Module) else repr(value)
@@ -101,6 +103,8 @@ def of_own(cls: type, case: Case, dtype: torch.dtype, train: bool, contiguous: b
 
 def other_layout(value: Any) -> Any:
     """The same numbers, not contiguous."""
+    if type(value) is tuple:
+        return tuple(map(other_layout, value))
     if not isinstance(value, torch.Tensor) or value.dim() == 0:
         return value
     if value.dim() > 1:
