@@ -13,6 +13,7 @@ from torch.nn import functional as F
 from funcnet.control_flow import scan
 from funcnet.core import Params
 from funcnet.layers.linear import linear_rule
+from funcnet.layers.loop_products import product_with
 from funcnet.layers.recurrent_formulas import Cell, State
 
 
@@ -46,28 +47,26 @@ def recur(
 
     Returns: h after each step, the last state, the residuals.
     """
-    cell, hidden_weight = way.cell, weights["weight_hh"].t()
+    cell, steps, batch, features = way.cell, *x.shape
     bias, hidden_bias = weights.get("bias_ih"), weights.get("bias_hh")
-    projection = weights.get("weight_hr")
+    of_hidden = product_with(weights["weight_hh"].t(), batch)
+    project = product_with(weights["weight_hr"].t(), batch) if "weight_hr" in weights else None
     if bias is not None and hidden_bias is not None and not cell.is_split:
         bias = bias + hidden_bias
-    steps, batch, features = x.shape
     given = F.linear(x.reshape(steps * batch, features), weights["weight_ih"], bias)
 
     def step(before: State, inputs: tuple[Tensor, Tensor | None]) -> tuple[State, Any]:
         given, valid = inputs
         gates: Any = given
-        if not cell.is_split:
-            gates = torch.addmm(given, before[0], hidden_weight)
-        elif hidden_bias is None:
-            gates = given, before[0].mm(hidden_weight)
+        if cell.is_split:
+            gates = given, of_hidden(before[0], hidden_bias)
         else:
-            gates = given, torch.addmm(hidden_bias, before[0], hidden_weight)
+            gates = of_hidden(before[0], given)
         after, saved = cell.step(gates, before)
         unprojected = None
-        if projection is not None:
+        if project is not None:
             unprojected = after[0]
-            after = (unprojected.mm(projection.t()), *after[1:])
+            after = (project(unprojected), *after[1:])
         after = _choose(valid, after, before)
         return after, (after, saved, unprojected) if keep else (after[:1],)
 
@@ -111,6 +110,9 @@ def recur_backward(
     states, (saved, unprojected) = residuals["states"], residuals["kept"]
     before = _before(states, residuals["start"], way.reverse)
     hidden_weight, projection = weights["weight_hh"], weights.get("weight_hr")
+    batch = len(dlast[0])
+    through = product_with(hidden_weight, batch)
+    through_projection = None if projection is None else product_with(projection, batch)
     if dy is not None and valid is not None:
         dy = torch.where(valid, dy, 0.0)
 
@@ -118,15 +120,11 @@ def recur_backward(
         dy, valid, saved, before, after = inputs
         if dy is not None:
             dafter = (dafter[0] + dy, *dafter[1:])
-        dh = dafter[0] if projection is None else dafter[0].mm(projection)
+        dh = dafter[0] if through_projection is None else through_projection(dafter[0])
         dgates, (direct, *others) = cell.derivative(saved, before, after, (dh, *dafter[1:]))
         if valid is not None:
             dgates = tuple([torch.where(valid, each, 0.0) for each in dgates])
-        if direct is None:
-            through = dgates[-1].mm(hidden_weight)
-        else:
-            through = torch.addmm(direct, dgates[-1], hidden_weight)
-        dbefore = _choose(valid, (through, *others), dafter)
+        dbefore = _choose(valid, (through(dgates[-1], direct), *others), dafter)
         return dbefore, (dgates, None if projection is None else dafter[0])
 
     xs = dy, valid, saved, before, states
