@@ -75,6 +75,13 @@ WORKLOADS = [
             ("unet", 8),
         )
     ],
+    Workload(
+        "LSTM step, 2 layers of 256, batch 32 x 64 steps, Adam",
+        "lstm",
+        batch=32,
+        optimizer="adam",
+        threads=2,
+    ),
     Workload("a million uniform draws", draws=10**6),
     Workload("population of 10, disk net, batch 100", threads=2, members=10),
     Workload("population of 100, disk net, batch 5", batch=5, threads=2, members=100),

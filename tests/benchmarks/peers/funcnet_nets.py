@@ -170,6 +170,12 @@ def gpt24() -> fn.Layer:
     return gpt(24, fn.repeat)
 
 
+def lstm() -> fn.Layer:
+    """Two layers of an LSTM of 256 features, and a class for the sequence from the last step."""
+    recurrent = fn.lstm(256, 2, batch_first=True)
+    return fn.serial(recurrent, fn.item(0), fn.select(-1), fn.linear(10))
+
+
 NETS: dict[str, Callable[[], fn.Layer]] = {
     each.__name__: each
     for each in (
@@ -185,5 +191,6 @@ NETS: dict[str, Callable[[], fn.Layer]] = {
         gpt,
         gpt_loop,
         gpt24,
+        lstm,
     )
 }

@@ -282,7 +282,43 @@ def gpt24() -> Layer:
     return gpt(24)
 
 
+def recurrence(features: int) -> Layer:
+    """An LSTM over the steps, which are the first dimension of an example, with one bias.
+
+    The product with x is one for all steps.
+    """
+
+    def init(key: jax.Array, shape: Shape) -> Any:
+        keys = jax.random.split(key)
+        params = {
+            "weight_ih": uniform(keys[0], (shape[-1], 4 * features), features),
+            "weight_hh": uniform(keys[1], (features, 4 * features), features),
+            "bias": jnp.zeros(4 * features),
+        }
+        return params, (*shape[:-1], features)
+
+    def apply(params: Any, x: jax.Array, key: jax.Array) -> jax.Array:
+        def step(carry: Any, given: jax.Array) -> Any:
+            h, c = carry
+            i, f, g, o = jnp.split(given + h @ params["weight_hh"], 4, -1)
+            c = nn.sigmoid(f) * c + nn.sigmoid(i) * jnp.tanh(g)
+            h = nn.sigmoid(o) * jnp.tanh(c)
+            return (h, c), h
+
+        given = x.swapaxes(0, 1) @ params["weight_ih"] + params["bias"]
+        zeros = jnp.zeros((len(x), features))
+        return lax.scan(step, (zeros, zeros), given)[1].swapaxes(0, 1)
+
+    return init, apply
+
+
+def lstm() -> Layer:
+    """Two layers of an LSTM of 256 features, and a class for the sequence from the last step."""
+    last = plain(lambda x: x[:, -1], lambda shape: shape[1:])
+    return serial(recurrence(256), recurrence(256), last, linear(10))
+
+
 NETS: dict[str, Callable[[], Layer]] = {
     each.__name__: each
-    for each in (cnn, vgg, resnet, blocks, mixer, tabular, resnet18, unet, digits, gpt, gpt24)
+    for each in (cnn, vgg, resnet, blocks, mixer, tabular, resnet18, unet, digits, gpt, gpt24, lstm)
 }

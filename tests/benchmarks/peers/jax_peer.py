@@ -76,6 +76,7 @@ def net_job(workload: Workload) -> Job:
     init, apply = MAKE[workload.net]()
     optimizer = {
         "sgd": optax.sgd(LEARNING_RATE),
+        "adam": optax.adam(LEARNING_RATE),
         "adamw": optax.adamw(LEARNING_RATE, weight_decay=1e-2),
     }[workload.optimizer]
 

@@ -196,7 +196,19 @@ def gpt24() -> nn.Module:
     return gpt(24)
 
 
+class LSTM(nn.LSTM):
+    """An LSTM that gives the output of its last step."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return super().forward(x)[0][:, -1]
+
+
+def lstm() -> nn.Module:
+    """Two layers of an LSTM of 256 features, and a class for the sequence from the last step."""
+    return nn.Sequential(LSTM(256, 256, 2, batch_first=True), nn.Linear(256, 10))
+
+
 NETS: dict[str, Callable[[], nn.Module]] = {
     each.__name__: each
-    for each in (cnn, vgg, resnet, blocks, mixer, tabular, resnet18, unet, digits, gpt, gpt24)
+    for each in (cnn, vgg, resnet, blocks, mixer, tabular, resnet18, unet, digits, gpt, gpt24, lstm)
 }

@@ -45,6 +45,7 @@ NETS = {
     "gpt": Net((128,), 4096, 4096),
     "gpt_loop": Net((128,), 4096, 4096),
     "gpt24": Net((128,), 4096, 4096),
+    "lstm": Net((64, 256)),
 }
 """Networks of the sizes that people train; each library has them in a module of its own."""
 
