@@ -51,6 +51,20 @@ def mobilenet(width: int = 32) -> fn.Layer:
     )
 
 
+def tagger(words: int = 1000, width: int = 64) -> fn.Layer:
+    """A class for each word of sentences of several lengths: a bidirectional LSTM of two layers.
+
+    Its input is a dict with the words, ``input``, and ``lengths``.
+    """
+    return fn.serial(
+        embed=fn.parallel(input=fn.embedding(words, width), lengths=fn.identity()),
+        recurrent=fn.lstm(width, 2, batch_first=True, bidirectional=True),
+        output=fn.item(0),
+        head=fn.linear(10),
+        classes=fn.permute(0, 2, 1),
+    )
+
+
 def sample_rule(residuals: Any, dy: Tensor, *, params: bool, x: bool) -> Any:
     """``dmean = dy``, ``dlog_variance = dy noise exp(log_variance / 2) / 2``."""
     dx = (dy, dy * residuals["half_offset"]) if x else None

@@ -31,6 +31,8 @@ class Case(NamedTuple):
     """How many of the last dimensions of an example have a class each."""
     batch: int = 6
     autoencodes: bool = False
+    of_words: bool = False
+    """Whether an example is a sentence: the words, and how many there are."""
 
 
 def sgd() -> fn.Optimizer:
@@ -65,6 +67,16 @@ CASES = {
         {"pixels": 30, "width": 20, "latent": 4},
         autoencodes=True,
     ),
+    "tagger": Case(
+        nets.tagger,
+        twins.Tagger,
+        *ADAMW,
+        (7,),
+        (50,),
+        {"words": 30, "width": 5},
+        places=1,
+        of_words=True,
+    ),
 }
 
 
@@ -77,8 +89,8 @@ class Trained(NamedTuple):
     state: dict[str, Tensor]
 
 
-def start_of(case: Case, full: bool) -> tuple[fn.Layer, nn.Module, Tensor, Tensor]:
-    """The network, its twin, and the inputs and targets of all steps, float64."""
+def start_of(case: Case, full: bool) -> tuple[fn.Layer, nn.Module, Any, Tensor]:
+    """The network, its twin, and the inputs and targets of all steps, float64 or words."""
     options = {} if full else case.options
     generator = torch.Generator("cpu").manual_seed(3)
     with torch.random.fork_rng(devices=[]):
@@ -88,9 +100,21 @@ def start_of(case: Case, full: bool) -> tuple[fn.Layer, nn.Module, Tensor, Tenso
     if case.autoencodes:
         x = torch.rand(shape, generator=generator, dtype=torch.float64, device="cpu")
         return case.net(**options), twin, x, x
-    x = torch.randn(shape, generator=generator, dtype=torch.float64, device="cpu")
+    x: Any = torch.randn(shape, generator=generator, dtype=torch.float64, device="cpu")
     labels = (STEPS, case.batch, *shape[len(shape) - case.places :])
-    return case.net(**options), twin, x, torch.randint(10, labels, generator=generator)
+    target = torch.randint(10, labels, generator=generator)
+    if case.of_words:
+        lengths = torch.randint(1, shape[-1] + 1, shape[:2], generator=generator)
+        words = torch.randint(twin.embed["input"].num_embeddings, shape, generator=generator)
+        x = {"input": words, "lengths": lengths}
+        # What is behind a sentence has no class.
+        target[torch.arange(shape[-1]) >= lengths[..., None]] = -100
+    return case.net(**options), twin, x, target
+
+
+def at(step: int, batches: Any) -> Any:
+    """The batch of a step."""
+    return fn.tree.map(lambda leaf: leaf[step], batches)
 
 
 def train(case: Case, full: bool, transform: Callable[..., Any] = lambda step: step) -> Trained:
@@ -102,7 +126,7 @@ def train(case: Case, full: bool, transform: Callable[..., Any] = lambda step: s
         for leaves in (parameters, buffers)
     ]
     optimizer, loss = case.optimizer(), nets.elbo() if case.autoencodes else fn.cross_entropy()
-    train_state = fn.init_train_state(net, optimizer, KEY, x[0])
+    train_state = fn.init_train_state(net, optimizer, KEY, at(0, x))
     fn.tree.check_same_structure(train_state.params, params, "params of the twin")
     fn.tree.check_same_structure(train_state.state, state, "state of the twin")
     train_state = train_state._replace(
@@ -110,8 +134,8 @@ def train(case: Case, full: bool, transform: Callable[..., Any] = lambda step: s
     )
     step = transform(fn.train_step(net, loss, optimizer))
     losses = []
-    for batch in zip(x, target, strict=True):
-        train_state, metrics = step(train_state, batch)
+    for number in range(STEPS):
+        train_state, metrics = step(train_state, at(number, (x, target)))
         losses.append(metrics["loss"])
     trained = (fn.tree.to_dotted(part) for part in (train_state.params, train_state.state))
     return Trained(torch.stack(losses), *trained)
@@ -126,7 +150,7 @@ def train_twin(case: Case, full: bool) -> Trained:
     for step in range(STEPS):
         optimizer.zero_grad()
         given = (noise_of(twin, step, len(x[step])),) if case.autoencodes else ()
-        loss = loss_of(twin(x[step], *given), target[step])
+        loss = loss_of(twin(at(step, x), *given), target[step])
         loss.backward()
         optimizer.step()
         losses.append(loss.detach())

@@ -6,6 +6,7 @@ import torch
 from benchmarks.peers.torch_nets import resnet18 as resnet18, unet as unet
 from torch import Tensor, nn
 from torch.nn import functional as F
+from torch.nn.utils.rnn import pack_padded_sequence, pad_packed_sequence
 
 
 def lenet() -> nn.Module:
@@ -46,6 +47,23 @@ def mobilenet(width: int = 32) -> nn.Module:
             classifier=nn.Linear(before, 10),
         )
     )
+
+
+class Tagger(nn.Module):
+    """A bidirectional LSTM of two layers over packed sentences, with a class for each word."""
+
+    def __init__(self, words: int = 1000, width: int = 64) -> None:
+        super().__init__()
+        self.embed = nn.ModuleDict({"input": nn.Embedding(words, width)})
+        self.recurrent = nn.LSTM(width, width, 2, batch_first=True, bidirectional=True)
+        self.head = nn.Linear(2 * width, 10)
+
+    def forward(self, x: dict[str, Tensor]) -> Tensor:
+        words, lengths = self.embed["input"](x["input"]), x["lengths"].cpu()
+        packed = pack_padded_sequence(words, lengths, batch_first=True, enforce_sorted=False)
+        steps = words.shape[1]
+        output, _ = pad_packed_sequence(self.recurrent(packed)[0], True, total_length=steps)
+        return self.head(output).transpose(1, 2)
 
 
 class VAE(nn.Module):
