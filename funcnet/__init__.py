@@ -281,6 +281,7 @@ from funcnet.losses import (
     bce_with_logits as bce_with_logits,
     cosine_embedding as cosine_embedding,
     cross_entropy as cross_entropy,
+    ctc as ctc,
     focal as focal,
     gaussian_nll as gaussian_nll,
     hinge as hinge,

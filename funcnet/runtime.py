@@ -93,6 +93,8 @@ prelu_backward = torch.ops.aten._prelu_kernel_backward
 # Flash attention on the CPU, Dao et al. 2022: no matrix of scores is ever in memory.
 flash_attention = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
 flash_attention_backward = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward
+ctc_loss = torch.ops.aten._ctc_loss.Tensor
+ctc_loss_backward = torch.ops.aten._ctc_loss_backward.Tensor
 
 # On CUDA alone the two are kernels.
 rms_norm = torch.ops.aten._fused_rms_norm

@@ -16,6 +16,9 @@ from funcnet.losses.classification import (
     cross_entropy as cross_entropy,
     nll as nll,
 )
+from funcnet.losses.ctc import (
+    ctc as ctc,
+)
 from funcnet.losses.divergence import (
     kl_div as kl_div,
 )

@@ -23,6 +23,9 @@ LISTED = torch.tensor(
 COUNTS = torch.tensor([[0, 1, 2, 5, 1, 0]]).expand(5, 6)
 WEIGHT = torch.linspace(0.5, 1.5, 6, dtype=DOUBLE)
 TRIPLET = (ROWS, OTHERS, THIRD)
+FRAMES = draw(6, 6, 3, 5)
+LABELS, LONG = torch.tensor([[1, 1, 2], [3, 4, 1], [2, 3, 3]]), torch.tensor([3, 2, 1])
+FRAME_NUMBERS = torch.tensor([6, 5, 4])
 
 
 def manhattan():
@@ -155,6 +158,21 @@ def losses(weight):
             {"distance_function": manhattan(), "swap": True},
             TRIPLET,
             None,
+        ),
+    }
+    table |= {
+        "ctc": (fn.ctc, {}, FRAMES, (LABELS, FRAME_NUMBERS, LONG)),
+        "ctc of concatenated targets": (
+            fn.ctc,
+            {"blank": 4},
+            FRAMES,
+            (torch.tensor([1, 1, 2, 3, 0, 2]), FRAME_NUMBERS, LONG),
+        ),
+        "ctc of one": (
+            fn.ctc,
+            {"zero_infinity": True},
+            FRAMES[:, 0],
+            {"targets": LABELS[0], "input_lengths": LONG[0] * 2, "target_lengths": LONG[0]},
         ),
     }
     cases = {

@@ -15,7 +15,6 @@ CLASSES = {
             "TransformerDecoderLayer",
             "TransformerEncoder",
             "TransformerEncoderLayer",
-            "CTCLoss",
             "AdaptiveLogSoftmaxWithLoss",
         ],
         _SECOND_HALF,
@@ -68,6 +67,8 @@ ROUNDING = {
 """The relative error that rounding may explain, where that is above the tolerance of the dtype."""
 
 WRONG_GRADIENTS = {
+    # It is that by the input of a log_softmax, which it supposes to be before the loss.
+    ("CTCLoss", ""),
     # `torch.autograd.gradcheck` refuses it: its backward pass sums over a window that is shifted.
     ("CrossMapLRN2d", ""),
     # Of the bag [4, 4, 3], [], [0, 3, 4], [2] torch divides row 4 by 2, which occurs 3 times.

@@ -2,8 +2,11 @@
 
 from typing import Any
 
+import torch
+
 from tests.parity.draws import (
     Case,
+    Draw,
     Nested,
     case,
     counts,
@@ -11,6 +14,7 @@ from tests.parity.draws import (
     fixed,
     integers,
     log_probabilities,
+    normal,
     signs,
     simplex,
     uniform,
@@ -31,6 +35,11 @@ ONE: list[Any] = [(), ()]
 TRIPLET: list[Any] = [ROWS, ROWS, ROWS]
 OF_CLASSES: list[Any] = [ROWS, integers(6, 5)]
 OF_IMAGES: list[Any] = [IMAGES, integers(4, 2, 3, 3)]
+FRAMES: list[Any] = [
+    Draw(lambda rng, dtype: normal(7, 2, 6).make(rng, torch.double).log_softmax(2).to(dtype)),
+    fixed([7, 5]),
+    fixed([3, 2]),
+]
 DISTANCES = [Nested("PairwiseDistance", (1.0,)), Nested("CosineSimilarity")]
 OF_LOGS: list[Any] = [log_probabilities(*ROWS), integers(6, 5)]
 
@@ -69,6 +78,22 @@ LOSSES = {
         *reduced(x=[ROWS, simplex(*ROWS)], weight=CLASS_WEIGHTS, label_smoothing=[0.2]),
         *reduced(x=[(6,), integers(6)], weight=CLASS_WEIGHTS, label_smoothing=[0.2]),
         *reduced(x=[(6,), uniform(6)], weight=CLASS_WEIGHTS, label_smoothing=[0.2]),
+    ],
+    "CTCLoss": [
+        *[
+            found
+            for targets in ([[1, 1, 2], [3, 4, 1]], [2, 2, 1, 4, 3])
+            for found in reduced(
+                x=[FRAMES[0], fixed(targets), *FRAMES[1:]], blank=[5], zero_infinity=[True]
+            )
+        ],
+        # The second input is too short.
+        *reduced(
+            zero_infinity=[True],
+            x=[FRAMES[0], fixed([[1, 2, 1]] * 2), fixed([7, 2]), fixed([2, 3])],
+        ),
+        *reduced(x=[log_probabilities(7, 6), fixed([1, 1, 2]), fixed(6), fixed(3)]),
+        *reduced(x=[log_probabilities(7, 6), fixed([1, 1, 2]), fixed([0]), fixed([0])]),
     ],
     "GaussianNLLLoss": [
         *reduced(x=[ROWS, ROWS, uniform(*ROWS)], full=[True], eps=[0.5]),
