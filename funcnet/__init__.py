@@ -301,6 +301,9 @@ from funcnet.losses import (
     triplet_margin as triplet_margin,
     triplet_margin_with_distance as triplet_margin_with_distance,
 )
+from funcnet.losses.adaptive_log_softmax import (
+    adaptive_log_softmax as adaptive_log_softmax,
+)
 from funcnet.optimizers import (
     adam as adam,
     adamw as adamw,

@@ -1,6 +1,7 @@
 """The fully connected layer."""
 
 import math
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -85,16 +86,29 @@ def linear(
     enough = out_features is None or (isinstance(out_features, int) and out_features >= 0)
     require(enough, f"linear: out_features must be >= 0, got {out_features}")
 
+    size = None if out_features is None else lambda features: out_features
+    return linear_to(size, bias, weight_init, bias_init, dtype)
+
+
+def linear_to(
+    out_features: Callable[[int], int] | None,
+    bias: bool,
+    weight_init: Initializer | None = None,
+    bias_init: Initializer | None = None,
+    dtype: torch.dtype | None = None,
+) -> Layer:
+    """`linear`, where the size of the output is a function of that of the input."""
+
     @declare
     def init(x: Any) -> dict[str, Param]:
-        size = out_features
-        if size is None:
+        other = x
+        if out_features is None:
             require(isinstance(x, tuple) and len(x) == 2, f"expects a pair, got {describe(x)}")
             x, other = x
-            size = other.shape[-1]
         require_floating(x)
         require(x.dim() > 0, "expects at least one dimension, got ()")
         features = (1, "{} features in the last dimension")
+        size = other.shape[-1] if out_features is None else out_features(x.shape[-1])
         shape = (size, x.shape[-1])
         return weight_and_bias(shape, features, bias, weight_init, bias_init, dtype)
 
@@ -110,4 +124,4 @@ def linear(
             return y, Pullback(linear_like_rule, residuals, (tuple(other.shape), bias))
         return y, Pullback(linear_rule, {"x": x, "weight": params["weight"]}, (bias,))
 
-    return stateless(init, apply, vjp)
+    return stateless(init, apply, vjp, name="linear")

@@ -1,6 +1,7 @@
 """Every layer, combinator, loss and optimizer of the library, with arguments to check them on."""
 
 import cases_activations
+import cases_heads
 import cases_noise
 import cases_norms
 import cases_pooling
@@ -89,6 +90,7 @@ LAYERS = {
     "max_pool2d overlapping": (fn.max_pool2d(3, 1, 1, ceil_mode=True), IMAGES),
     "max_pool2d with indices": (fn.max_pool2d(2, return_indices=True), IMAGES[0]),
     "embedding": (fn.embedding(5, 3), TOKENS),
+    **cases_heads.LAYERS,
     **cases_spatial.LAYERS,
     **cases_noise.LAYERS,
     **cases_norms.LAYERS,

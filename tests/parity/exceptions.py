@@ -15,7 +15,6 @@ CLASSES = {
             "TransformerDecoderLayer",
             "TransformerEncoder",
             "TransformerEncoderLayer",
-            "AdaptiveLogSoftmaxWithLoss",
         ],
         _SECOND_HALF,
     ),

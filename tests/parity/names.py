@@ -14,6 +14,7 @@ from tests.parity.exceptions import DEFAULTS, DEPRECATED, OPTIONS
 
 # Where the snake case of the name is not the name.
 NAMES = {
+    "AdaptiveLogSoftmaxWithLoss": "adaptive_log_softmax",
     "CELU": "celu",
     "CrossMapLRN2d": "cross_map_lrn",
     "LogSigmoid": "logsigmoid",

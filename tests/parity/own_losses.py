@@ -43,6 +43,22 @@ FRAMES: list[Any] = [
 DISTANCES = [Nested("PairwiseDistance", (1.0,)), Nested("CosineSimilarity")]
 OF_LOGS: list[Any] = [log_probabilities(*ROWS), integers(6, 5)]
 
+HEADS = {
+    "AdaptiveLogSoftmaxWithLoss": [
+        *each(8, 10, [3, 6], x=[(5, 8), integers(10, 5)], div_value=[2.0], head_bias=[True]),
+        case(8, 10, [2], 1.5, True, x=[(5, 8), integers(10, 5)]),
+        # Of clusters without a target, and of one without features.
+        case(8, 10, [3, 6, 8], x=[(5, 8), fixed([1, 6, 1, 2, 7])]),
+        case(8, 10, [3, 6], x=[(8,), integers(10)]),
+        case(8, 10, [3, 6], x=[(5, 8), fixed([1, 6, 10, 2, 7])]),
+        case(8, 10, [3, 6], x=[(5, 8), fixed([1, 6, -1, 2, 7])]),
+        case(8, 10, [3, 6], x=[(5, 8), integers(10, 4)]),
+        case(8, 10, [6, 3], x=[(5, 8), integers(10, 5)]),
+        case(8, 10, [3, 10], x=[(5, 8), integers(10, 5)]),
+        case(8, 10, [], x=[(5, 8), integers(10, 5)]),
+    ],
+}
+
 LOSSES = {
     "L1Loss": [*reduced(x=PAIR), *reduced(x=ONE)],
     "MSELoss": [*reduced(x=PAIR), *reduced(x=ONE)],

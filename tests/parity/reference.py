@@ -57,7 +57,12 @@ def inputs_of(sample: Sample) -> list[Any]:
 def forward(module: nn.Module, sample: Sample) -> Any:
     """What the module gives. It may write its running statistics."""
     with torch.no_grad():
-        return module(*inputs_of(sample), **sample.options)
+        return _plain(module(*inputs_of(sample), **sample.options))
+
+
+def _plain(y: Any) -> Any:
+    """The output, a plain tuple where torch gives a named one."""
+    return tuple(y) if isinstance(y, tuple) else y
 
 
 def state_of(module: nn.Module) -> dict[str, Any]:
@@ -77,7 +82,7 @@ def results(module: nn.Module, sample: Sample, dy: Any) -> dict[str, Any]:
         for place, each in zip(places, chosen, strict=True):
             given[place] = each
         flat = fn.tree.to_dotted(params)
-        return torch.func.functional_call(working, flat, tuple(given), sample.options)
+        return _plain(torch.func.functional_call(working, flat, tuple(given), sample.options))
 
     chosen = tuple(inputs[place] for place in places)
     y, dparams, dx = oracle.autograd(function, oracle.params_of(module), chosen, dy)
