@@ -304,6 +304,9 @@ from funcnet.losses import (
 from funcnet.losses.adaptive_log_softmax import (
     adaptive_log_softmax as adaptive_log_softmax,
 )
+from funcnet.losses.linear_cross_entropy import (
+    linear_cross_entropy as linear_cross_entropy,
+)
 from funcnet.optimizers import (
     adam as adam,
     adamw as adamw,

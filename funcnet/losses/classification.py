@@ -45,7 +45,7 @@ class Picked(NamedTuple):
     class_index: Tensor
 
 
-def _by_class(weight: Tensor, prediction: Tensor) -> Tensor:
+def by_class(weight: Tensor, prediction: Tensor) -> Tensor:
     """Weights of the classes in a shape that broadcasts against the prediction."""
     shape = [1] * prediction.dim()
     shape[class_dim(prediction)] = -1
@@ -60,8 +60,19 @@ def _picked(log_p: Tensor, target: Tensor, weight: Tensor | None, ignore_index: 
     index = torch.where(kept, target, 0)
     if weight is None:
         return Picked(kept.to(log_p.dtype), index)
-    weights = _by_class(weight, log_p).expand_as(log_p)
+    weights = by_class(weight, log_p).expand_as(log_p)
     return Picked(torch.where(kept, weights.gather(dim, index), 0.0), index)
+
+
+def total_weight(
+    target: Tensor, weight: Tensor | None, ignore_index: int, dtype: torch.dtype
+) -> Tensor:
+    """What "mean" divides by: the sum of the weights of the examples' classes."""
+    kept = target != ignore_index
+    if weight is None:
+        return wide_sum(kept.to(dtype))
+    weights = weight.to(dtype)[torch.where(kept, target, 0)]
+    return wide_sum(torch.where(kept, weights, 0.0))
 
 
 def _distribution(
@@ -74,7 +85,7 @@ def _distribution(
     if target.is_floating_point():
         q = target * (1 - smoothing) + smoothing / classes if smoothing else target
         if weight is not None:
-            q = q * _by_class(weight, log_p)
+            q = q * by_class(weight, log_p)
         examples = log_p.numel() // classes if classes else 0
         return q, examples
     picked = _picked(log_p, target, weight, ignore_index)
@@ -84,7 +95,7 @@ def _distribution(
     kept = (target != ignore_index).unsqueeze(dim)
     q = (kept.to(log_p.dtype) * (smoothing / classes)).expand_as(log_p)
     if weight is not None:
-        q = q * _by_class(weight, log_p)
+        q = q * by_class(weight, log_p)
     return q.scatter_add(dim, picked.class_index, picked.weight * (1 - smoothing)), total
 
 

@@ -28,8 +28,8 @@ def form_of(x: Any) -> Any:
     return dict.fromkeys(x) if isinstance(x, dict) else (None, None)
 
 
-def like_form(form: Any, dinput: Tensor | None) -> Any:
-    """The dx of an input and a target, which has none."""
+def like_form(form: Any, dinput: Tensor | None, dtarget: Tensor | None = None) -> Any:
+    """The dx of an input and a target, which has none unless it is floating."""
     if isinstance(form, dict):
-        return {name: dinput if name == "input" else None for name in form}
-    return dinput, None
+        return {name: dinput if name == "input" else dtarget for name in form}
+    return dinput, dtarget

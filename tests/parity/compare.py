@@ -86,7 +86,8 @@ def _call(sample: Sample, subject: Any, module: nn.Module | None) -> None:
         x = _tree(sample.inputs)
         params, state = subject.init(fn.key(0), x)
         if module is not None:
-            params = oracle.params_of(module)
+            # The parameters have the sizes that torch is told.
+            params, state = oracle.params_of(module), reference.state_of(module)
         subject.apply(params, x, state, key=fn.key(0), train=sample.train)
 
 

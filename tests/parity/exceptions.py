@@ -26,9 +26,7 @@ CLASSES = {
     "RNNBase": "the base class of RNN, LSTM and GRU, not a layer of its own",
     "RNNCellBase": "the base class of the recurrent cells, not a layer of its own",
     "SyncBatchNorm": "batch_norm over the ranks of a process group; it is not defined on a CPU",
-    "LinearCrossEntropyLoss": "a loss has no parameters: a last layer linear(classes) and the loss "
-    "cross_entropy() compute the same",
-    "LinearCrossEntropyOptions": "options of LinearCrossEntropyLoss",
+    "LinearCrossEntropyOptions": "linear_cross_entropy takes torch's own",
 }
 """Classes without a layer or a loss."""
 

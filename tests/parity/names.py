@@ -55,7 +55,8 @@ class Unsupported(Exception):  # noqa: N818
 
 
 def is_loss(cls: type) -> bool:
-    return issubclass(cls, nn.modules.loss._Loss)
+    """Whether the class is a loss here: with parameters it is a layer."""
+    return issubclass(cls, nn.modules.loss._Loss) and cls is not nn.LinearCrossEntropyLoss
 
 
 def snake_case(name: str) -> str:

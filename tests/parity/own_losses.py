@@ -3,6 +3,7 @@
 from typing import Any
 
 import torch
+from torch import nn
 
 from tests.parity.draws import (
     Case,
@@ -43,7 +44,25 @@ FRAMES: list[Any] = [
 DISTANCES = [Nested("PairwiseDistance", (1.0,)), Nested("CosineSimilarity")]
 OF_LOGS: list[Any] = [log_probabilities(*ROWS), integers(6, 5)]
 
+CHUNKED = [nn.LinearCrossEntropyOptions(allow_retain_graph=True, batch_chunk_size=2)]
 HEADS = {
+    "LinearCrossEntropyLoss": [
+        *reduced(6, 4, x=[ROWS, integers(4, 5)], bias=[True], ignore_index=[2], options=CHUNKED),
+        *reduced(
+            *(6, 4),
+            x=[ROWS, integers(4, 5)],
+            weight=[uniform(4)],
+            label_smoothing=[0.2],
+            options=CHUNKED,
+        ),
+        *reduced(6, 4, x=[ROWS, simplex(5, 4)], label_smoothing=[0.2], options=CHUNKED),
+        *reduced(6, 4, x=[(6,), integers(4)], bias=[True], options=CHUNKED),
+        case(6, 4, out_features=(3, 2), bias=True, x=[ROWS, integers(4, 5, 3, 2)]),
+        case(6, 4, out_features=(3,), x=[(6,), integers(4, 3)]),
+        case(6, 4, ignore_index=1, x=[ROWS, simplex(5, 4)]),
+        case(6, 4, x=[ROWS, integers(5, 6)]),
+        case(6, 4, weight=uniform(3), x=[ROWS, integers(4, 5)]),
+    ],
     "AdaptiveLogSoftmaxWithLoss": [
         *each(8, 10, [3, 6], x=[(5, 8), integers(10, 5)], div_value=[2.0], head_bias=[True]),
         case(8, 10, [2], 1.5, True, x=[(5, 8), integers(10, 5)]),

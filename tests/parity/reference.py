@@ -68,6 +68,8 @@ def _plain(y: Any) -> Any:
 def state_of(module: nn.Module) -> dict[str, Any]:
     """The buffers but for private ones, such as the draws that a fractional pooling is given."""
     state = oracle.state_of(module)
+    if isinstance(module, nn.LinearCrossEntropyLoss):
+        state.pop("weight", None)  # an option of ours
     return {name: leaf for name, leaf in state.items() if not name.startswith("_")}
 
 
