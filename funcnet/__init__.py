@@ -213,6 +213,14 @@ from funcnet.layers.pixels import (
     pixel_shuffle as pixel_shuffle,
     pixel_unshuffle as pixel_unshuffle,
 )
+from funcnet.layers.positions import (
+    alibi as alibi,
+    alibi_bias as alibi_bias,
+    learned_positions as learned_positions,
+    rotary as rotary,
+    rotate as rotate,
+    sinusoidal_positions as sinusoidal_positions,
+)
 from funcnet.layers.prelu import (
     prelu as prelu,
 )

@@ -5,6 +5,7 @@ import cases_heads
 import cases_noise
 import cases_norms
 import cases_pooling
+import cases_positions
 import cases_recurrent
 import cases_spatial
 import torch
@@ -91,6 +92,7 @@ LAYERS = {
     "max_pool2d with indices": (fn.max_pool2d(2, return_indices=True), IMAGES[0]),
     "embedding": (fn.embedding(5, 3), TOKENS),
     **cases_heads.LAYERS,
+    **cases_positions.LAYERS,
     **cases_spatial.LAYERS,
     **cases_noise.LAYERS,
     **cases_norms.LAYERS,
