@@ -33,6 +33,7 @@ from funcnet.combinators.reparametrize import (
 )
 from funcnet.combinators.repeat import (
     repeat as repeat,
+    stacked as stacked,
 )
 from funcnet.combinators.residual import (
     residual as residual,

@@ -1,4 +1,4 @@
-"""`repeat`: a layer applied many times, each time with parameters of its own, as one loop."""
+"""`repeat` and `stacked`: copies of a layer, each with parameters of its own, as one loop."""
 
 from typing import Any
 
@@ -34,42 +34,83 @@ def repeat(layer: Layer, n: int) -> Layer:
     >>> params["weight"].shape, net.apply(params, torch.ones(4, 2))[0].shape
     (torch.Size([3, 2, 2]), torch.Size([4, 2]))
     """
-    require(isinstance(layer, Layer), f"repeat: expects a Layer, got {layer!r}", TypeError)
+    return _copies("repeat", layer, n, in_turn=True)
+
+
+def stacked(layer: Layer, n: int) -> Layer:
+    """``n`` copies of a layer side by side, the i-th of the i-th slice of x, over stacked params.
+
+    It is ``parallel`` of the copies, the same first values and noise included, but for the form
+    of its params, its x and its y. Under `jit` it is one loop, whose body is compiled once.
+
+    Args:
+        layer: any layer.
+        n: the number of copies.
+
+    Inputs: x, a tree of tensors with a first dimension of size n.
+    Returns: y, likewise.
+    Params, State: those of the layer, stacked: each leaf has a first dimension of size n.
+    VJP: that of the layer for each copy.
+
+    >>> net = stacked(fn.linear(5), 3)
+    >>> params, _ = net.init(fn.key(0), torch.ones(3, 4, 2))
+    >>> params["weight"].shape, net.apply(params, torch.ones(3, 4, 2))[0].shape
+    (torch.Size([3, 5, 2]), torch.Size([3, 4, 5]))
+    """
+    return _copies("stacked", layer, n, in_turn=False)
+
+
+def _require_stacked(name: str, what: str, found: Tree, n: int) -> None:
+    for path, leaf in tree.to_dotted(found).items():
+        got = f"got {tree.describe(leaf)}"
+        fits = isinstance(leaf, Tensor) and leaf.shape[:1] == (n,)
+        where = f"{what} {path!r}" if path else what
+        require(fits, f"{name}: {where} expects a first dimension of {n}, {got}")
+
+
+def _copies(name: str, layer: Layer, n: int, in_turn: bool) -> Layer:
+    """The copies one after the other, or side by side."""
+    require(isinstance(layer, Layer), f"{name}: expects a Layer, got {layer!r}", TypeError)
     whole = isinstance(n, int) and not isinstance(n, bool) and n >= 1
-    require(whole, f"repeat: n must be an int of at least 1, got {n!r}")
+    require(whole, f"{name}: n must be an int of at least 1, got {n!r}")
 
     def keys_of(key: Tensor) -> list[Tensor]:
         return [fold_in(key, str(index)) for index in range(n)]
 
     def init(key: Tensor, x: Tree) -> tuple[Params, Params]:
+        if not in_turn:
+            _require_stacked(name, "x", {"": x}, n)
+            x = tree.map(lambda leaf: leaf[0], x)
         try:
             made = [layer.init(each, x) for each in keys_of(key)]
-            y = output_on_meta(layer, tree.to_meta(x), *made[0])
-            found = f"x is {tree.describe(x)}, y {tree.describe(y)}"
-            require(tree.alike(x, y), f"expects a y like x, {found}")
+            if in_turn:
+                y = output_on_meta(layer, tree.to_meta(x), *made[0])
+                found = f"x is {tree.describe(x)}, y {tree.describe(y)}"
+                require(tree.alike(x, y), f"expects a y like x, {found}")
         except Exception as error:
-            locate(error, "repeat")
+            locate(error, name)
             raise
         return tree.map(lambda *each: torch.stack(each), *made)
 
     def loop(params: Params, x: Tree, state: Params, key: Key, one: Any) -> tuple[Tree, Any]:
-        """``one(params, x, state, key) -> (x, what is stacked)`` for each copy."""
-        for what, found in (("params", params), ("state", state)):
-            for path, leaf in tree.to_dotted(found).items():
-                got = f"got {tree.describe(leaf)}"
-                fits = isinstance(leaf, Tensor) and leaf.shape[:1] == (n,)
-                require(fits, f"repeat: {what} {path!r} expects a first dimension of {n}, {got}")
+        """``one(params, x, state, key) -> (y, what is stacked)`` for each copy."""
+        stacks = (("params", params), ("state", state), ("x", {} if in_turn else {"": x}))
+        for what, found in stacks:
+            _require_stacked(name, what, found, n)
         keys = torch.stack(keys_of(key)) if key is not None and layer.takes_key else None
 
-        def body(x: Tree, own: Any) -> tuple[Tree, Any]:
-            params, state, key = own
+        def body(x: Tree, each: Any) -> tuple[Tree, Any]:
+            params, state, key, piece = each
             try:
-                return one(params, x, state, key)
+                y, kept = one(params, x if in_turn else piece, state, key)
             except Exception as error:
-                locate(error, "repeat")
+                locate(error, name)
                 raise
+            return (y, (kept, None)) if in_turn else (x, (kept, y))
 
-        return scan(body, x, (params, state, keys), length=n)
+        first, pieces = (x, None) if in_turn else (None, x)
+        last, (kept, y) = scan(body, first, (params, state, keys, pieces), length=n)
+        return last if in_turn else y, kept
 
     def apply(params: Params, x: Tree, state: Params, key: Key, train: bool) -> Any:
         def one(params: Params, x: Tree, state: Params, key: Key) -> Any:
@@ -88,14 +129,14 @@ def repeat(layer: Layer, n: int) -> Layer:
 
         y, (saved, new_state) = loop(params, x, state, key, one)
         residuals = {"saved": saved, "params": params or {}}
-        return y, Pullback(repeat_rule, residuals, (n, *form)), new_state or {}
+        return y, Pullback(copies_rule, residuals, (n, in_turn, *form)), new_state or {}
 
     return stateful(
         init,
         forward,
         apply=apply,
-        name="repeat",
-        **around(layer, lambda layer: repeat(layer, n)),
+        name=name,
+        **around(layer, lambda layer: _copies(name, layer, n, in_turn)),
     )
 
 
@@ -111,16 +152,30 @@ def _without(own: list[Tensor], pullback: Pullback) -> tuple[list[Tensor], Any]:
     return saved, (treedef, places)
 
 
-def repeat_rule(
-    residuals: Any, dy: Tree, n: int, treedef: Any, places: Any, *, params: bool, x: bool
+def copies_rule(
+    residuals: Any,
+    dy: Tree,
+    n: int,
+    in_turn: bool,
+    treedef: Any,
+    places: Any,
+    *,
+    params: bool,
+    x: bool,
 ) -> Grads:
     """The pullbacks of the copies, from the last to the first."""
 
-    def body(dy: Tree, residuals: Any) -> tuple[Tree, Any]:
+    def body(dy: Tree, each: Any) -> tuple[Tree, Any]:
+        residuals, piece = each
         saved, own = iter(residuals["saved"]), tree.leaves(residuals["params"])
         leaves = [next(saved) if place is None else own[place] for place in places]
-        dparams, dx = pull({"": treedef.unflatten(leaves)}, "", dy, params=params, x=True)
-        return dx, dparams
+        pullbacks = {"": treedef.unflatten(leaves)}
+        if in_turn:
+            dparams, dx = pull(pullbacks, "", dy, params=params, x=True)
+            return dx, (dparams, None)
+        return dy, pull(pullbacks, "", piece, params=params, x=x)
 
-    dx, dparams = scan(body, dy, residuals, length=n, reverse=True)
+    first, pieces = (dy, None) if in_turn else (None, dy)
+    last, (dparams, dx) = scan(body, first, (residuals, pieces), length=n, reverse=True)
+    dx = last if in_turn else dx
     return (dparams or {}) if params else None, dx if x else None

@@ -167,6 +167,8 @@ COMBINATORS = {
         fn.repeat(fn.serial(fn.linear(6), fn.batch_norm(), fn.tanh(), fn.dropout(0.2)), 3),
         ROWS,
     ),
+    "stacked": (fn.stacked(fn.serial(fn.linear(3), fn.batch_norm(), fn.dropout(0.2)), 2), IMAGES),
+    "stacked tuples": (fn.stacked(fn.add(), 5), PAIR),
     "tie": (
         fn.tie(
             fn.serial(embed=fn.embedding(5, 3, dtype=DOUBLE), act=fn.tanh(), head=fn.linear(5)),
