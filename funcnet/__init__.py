@@ -18,6 +18,9 @@ from funcnet.combinators.cast import (
 from funcnet.combinators.combine import (
     combine as combine,
 )
+from funcnet.combinators.experts import (
+    experts as experts,
+)
 from funcnet.combinators.freeze import (
     freeze as freeze,
 )

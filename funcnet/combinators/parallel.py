@@ -8,28 +8,30 @@ from funcnet.combinators.serial import children_of
 from funcnet.core import Layer, Tree, sum_cotangents
 
 
-def _by_position(names: tuple[str, ...]) -> bool:
+def by_position(names: tuple[str, ...]) -> bool:
+    """Whether the children were given by position."""
     return names == tuple([str(index) for index in range(len(names))])
 
 
-def _pieces(names: tuple[str, ...], whole: Tree) -> list[Tree]:
+def pieces_of(names: tuple[str, ...], whole: Tree) -> list[Tree]:
     """The tree of each child from a tuple or dict of them."""
     return list(whole) if isinstance(whole, tuple) else [whole[name] for name in names]
 
 
-def _gathered(names: tuple[str, ...], pieces: list[Tree], as_tuple: bool) -> Tree:
+def gathered(names: tuple[str, ...], pieces: list[Tree], as_tuple: bool) -> Tree:
+    """A tuple or dict of the tree of each child."""
     return tuple(pieces) if as_tuple else dict(zip(names, pieces, strict=True))
 
 
 def _check(names: tuple[str, ...], x: Tree) -> None:
     if type(x) is tuple and len(x) == len(names):
         return
-    by_position = _by_position(names)
-    if isinstance(x, Mapping) and not by_position:
+    numbered = by_position(names)
+    if isinstance(x, Mapping) and not numbered:
         if type(x) is dict and x.keys() == set(names):
             return
         raise ValueError(f"parallel: x expects a dict with {list(names)}, got {sorted(x)}")
-    form = f"a tuple of {len(names)}" if by_position else f"a dict with {list(names)}"
+    form = f"a tuple of {len(names)}" if numbered else f"a dict with {list(names)}"
     got = f"a tuple of {len(x)}" if type(x) is tuple else tree.describe(x)
     raise ValueError(f"parallel: x expects {form}, got {got}")
 
@@ -37,16 +39,16 @@ def _check(names: tuple[str, ...], x: Tree) -> None:
 def parallel_forward(run: Run, x: Tree) -> tuple[Tree, Mapping[str, Tree]]:
     """Each child of its own piece of x."""
     _check(run.names, x)
-    pieces = zip(run.names, _pieces(run.names, x), strict=True)
+    pieces = zip(run.names, pieces_of(run.names, x), strict=True)
     y = [run(child, piece) for child, piece in pieces]
-    return _gathered(run.names, y, isinstance(x, tuple)), {}
+    return gathered(run.names, y, isinstance(x, tuple)), {}
 
 
 def parallel_backward(pull: Pull, dy: Tree, residuals: Mapping[str, Tree]) -> Tree:
     """Each child's pullback of its own piece of dy."""
-    pieces = zip(pull.names, _pieces(pull.names, dy), strict=True)
+    pieces = zip(pull.names, pieces_of(pull.names, dy), strict=True)
     dx = [pull(child, piece, needed=pull.x) for child, piece in pieces]
-    return _gathered(pull.names, dx, isinstance(dy, tuple))
+    return gathered(pull.names, dx, isinstance(dy, tuple))
 
 
 def parallel(*layers: Layer, **named: Layer) -> Layer:
@@ -70,12 +72,12 @@ def parallel(*layers: Layer, **named: Layer) -> Layer:
 def branch_forward(run: Run, x: Tree) -> tuple[Tree, Mapping[str, Tree]]:
     """Each child of the same x."""
     y = [run(child, x) for child in run.names]
-    return _gathered(run.names, y, _by_position(run.names)), {}
+    return gathered(run.names, y, by_position(run.names)), {}
 
 
 def branch_backward(pull: Pull, dy: Tree, residuals: Mapping[str, Tree]) -> Tree:
     """The sum of the children's dx."""
-    pieces = zip(pull.names, _pieces(pull.names, dy), strict=True)
+    pieces = zip(pull.names, pieces_of(pull.names, dy), strict=True)
     return sum_cotangents(*[pull(child, piece, needed=pull.x) for child, piece in pieces])
 
 

@@ -6,6 +6,9 @@ prediction, which some losses take as a tuple; ``d`` is the cotangent of an elem
 the sum over the elements is divided by. Nothing broadcasts, unless the docstring says so.
 """
 
+from funcnet.losses.auxiliary import (
+    auxiliary as auxiliary,
+)
 from funcnet.losses.binary import (
     bce as bce,
     bce_with_logits as bce_with_logits,

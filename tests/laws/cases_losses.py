@@ -182,6 +182,11 @@ def losses(weight):
     }
     cases["mse half_mean"] = (fn.mse("half_mean"), ROWS, OTHERS)
     cases["kl_div batchmean"] = (fn.kl_div("batchmean"), ROWS, PROBABILITIES)
+    cases["auxiliary"] = (
+        fn.losses.auxiliary(fn.mse(), {"balance": 0.3}),
+        (ROWS, {"balance": THIRD[0, 0], "other": THIRD[0, 1]}),
+        OTHERS,
+    )
     return cases
 
 
