@@ -10,6 +10,7 @@ from funcnet.core import EMPTY, Forward, Grads, Key, Layer, Params, Pullback, Tr
 from funcnet.errors import require
 from funcnet.layers.arguments import Form, in_form, parts_of
 from funcnet.layers.masks import Shape, additive, both, require_broadcast, visible
+from funcnet.layers.positions import alibi_bias
 from funcnet.lift import fastest, stateful, with_kernel
 from funcnet.params import Param, declare
 
@@ -229,6 +230,7 @@ def scaled_dot_product_attention(
     enable_gqa: bool = False,
     *,
     window: int | None = None,
+    alibi: bool = False,
     need_weights: bool = False,
 ) -> Layer:
     """``y = softmax(scale query key^T + attn_mask) value``.
@@ -240,13 +242,14 @@ def scaled_dot_product_attention(
         enable_gqa: whether the query may have a multiple of the heads of key and value,
             dimension -3, which groups of its heads then share.
         window: a query sees only the keys that are less than this away from it.
+        alibi: whether scores fall with the distance of query and key, see `alibi`.
         need_weights: whether the weights, after dropout, are an output too.
 
     Inputs: x, a tuple ``(query, key, value)`` or ``(query, key, value, attn_mask)``, or a dict with
     these names: query (*, L, features), key (*, S, features), value (*, S, values), floating;
     attn_mask, which broadcasts to (*, L, S), is bool, True where a query sees a key, or is of
     query's dtype and is added. The dict may have query_positions (L,) and key_positions (S,), for
-    is_causal and the window; default the indices. A key when ``train=True`` and dropout_p > 0.
+    is_causal, window and alibi; default the indices. A key when ``train=True`` and dropout_p > 0.
     Returns: y of shape (*, L, values), or (y, weights), weights of shape (*, L, S). A query that
     sees no key has zeros.
     VJP: with ``dp = dy value^T`` and ``ds = p (dp - sum dp p)`` for the weights p: ``dquery =
@@ -279,6 +282,7 @@ def scaled_dot_product_attention(
         if "attn_mask" in parts:
             shape = (*query.shape[:-1], key.shape[-2])
             require_broadcast("attn_mask", parts["attn_mask"], shape, query.dtype)
+        require(not alibi or query.dim() >= 3, f"expects heads, got query {tuple(query.shape)}")
         for which, places in zip(NAMES[4:], (query, key), strict=True):
             positions = parts.get(which)
             fits = positions is None or positions.shape == places.shape[-2:-1]
@@ -291,11 +295,15 @@ def scaled_dot_product_attention(
         groups = require_heads(query, key, value, enable_gqa)
         factor = 1.0 / max(query.shape[-1], 1) ** 0.5 if scale is None else scale
         of_mask = given.shape if given is not None and given.is_floating_point() else None
-        by_index = given is None and window is None and len(parts) == 3
+        by_index = given is None and window is None and not alibi and len(parts) == 3
         told, mask, kept = Attention(factor, is_causal and by_index), given, None
-        if not by_index and (is_causal or window is not None):
+        if not by_index:
             queries, keys = _positions(parts, query, key)
-            mask = both(given, visible(queries, keys, window, is_causal), query.dtype)
+            if is_causal or window is not None:
+                mask = both(given, visible(queries, keys, window, is_causal), query.dtype)
+            if alibi:
+                bias = alibi_bias(query.shape[-3], queries, keys, query.dtype)
+                mask = both(mask, bias, query.dtype)
         if train and rng is not None and dropout_p > 0.0:
             told = told._replace(dropped=1.0 / (1.0 - dropout_p) if dropout_p < 1.0 else 0.0)
             shape = (*query.shape[:-1], key.shape[-2])

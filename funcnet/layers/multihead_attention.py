@@ -212,6 +212,7 @@ def multihead_attention(
     need_weights: bool = False,
     average_attn_weights: bool = True,
     rotary: Layer | None = None,
+    alibi: bool = False,
     cache: int | None = None,
     weight_init: Initializer | None = None,
     dtype: torch.dtype | None = None,
@@ -235,6 +236,7 @@ def multihead_attention(
         need_weights: whether the weights are an output too. In torch they are by default.
         average_attn_weights: whether these are their mean over the heads.
         rotary: a `rotary` layer that turns queries and keys by their positions.
+        alibi: whether scores fall with the distance of query and key, see `alibi`.
         cache: the number of tokens that are remembered. A call then attends to all tokens of the
             calls before it as well, whose keys and values are state; for decoding token by token.
         weight_init: of all weights; by default ``in_proj_weight`` is `glorot_uniform`, and
@@ -278,6 +280,8 @@ def multihead_attention(
     in_order = cache is None or (is_causal and cache >= 1)
     require(in_order, f"{name}: a cache must be at least 1, with is_causal=True, got {cache}")
     alone = cache is None or not (add_bias_kv or add_zero_attn)
+    both_ways = not alibi or not (add_bias_kv or add_zero_attn)
+    require(both_ways, f"{name}: alibi goes with neither add_bias_kv nor add_zero_attn")
     require(alone, f"{name}: a cache goes with neither add_bias_kv nor add_zero_attn")
     heads = Heads(num_heads, keys, batch_first)
     told = Told(
@@ -305,6 +309,7 @@ def multihead_attention(
         is_causal and not told.extra,
         enable_gqa=keys != num_heads,
         window=None if told.extra else window,
+        alibi=alibi,
         need_weights=need_weights,
     )
     start = initializers.zeros()

@@ -168,6 +168,7 @@ def transformer_encoder_layer(
     num_kv_heads: int | None = None,
     window: int | None = None,
     rotary: Layer | None = None,
+    alibi: bool = False,
     cache: int | None = None,
     weight_init: Initializer | None = None,
     dtype: torch.dtype | None = None,
@@ -187,7 +188,7 @@ def transformer_encoder_layer(
         batch_first: whether x is (batch, tokens, features), not (tokens, batch, features).
         norm_first: whether the norms are before attention and the feed-forward net, not after.
         bias: whether linear layers and norms have biases.
-        is_causal, num_kv_heads, window, rotary, cache: of `multihead_attention`.
+        is_causal, num_kv_heads, window, rotary, alibi, cache: of `multihead_attention`.
         weight_init: of all weights; default that of their layers.
         dtype: of the parameters; default that of x.
 
@@ -216,6 +217,7 @@ def transformer_encoder_layer(
         is_causal=is_causal,
         window=window,
         rotary=rotary,
+        alibi=alibi,
         cache=cache,
         weight_init=weight_init,
         dtype=dtype,

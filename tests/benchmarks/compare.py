@@ -82,6 +82,22 @@ WORKLOADS = [
         optimizer="adam",
         threads=2,
     ),
+    *[
+        Workload(
+            f"GPT of {layers}, batch 4 x 128",
+            net,
+            batch=4,
+            optimizer="adamw",
+            threads=2,
+            memory=net == "gpt",
+            repeat_first=True,
+        )
+        for net, layers in (
+            ("gpt", "4 layers"),
+            ("gpt_loop", "4 layers, a loop"),
+            ("gpt24", "24 layers, a loop"),
+        )
+    ],
     Workload("a million uniform draws", draws=10**6),
     Workload("population of 10, disk net, batch 100", threads=2, members=10),
     Workload("population of 100, disk net, batch 5", batch=5, threads=2, members=100),

@@ -157,7 +157,8 @@ def gpt(layers: int = 4, stack: Callable[[fn.Layer, int], fn.Layer] | None = Non
     )
     blocks = stack(block, layers) if stack else fn.serial(*[block] * layers)
     head = {"norm": fn.layer_norm(), "head": fn.linear(4096), "rows": fn.flatten(0, 1)}
-    return fn.serial(embed=fn.embedding(4096, 256), blocks=blocks, **head)
+    tokens = {"embed": fn.embedding(4096, 256), "positions": fn.learned_positions(128)}
+    return fn.serial(**tokens, blocks=blocks, **head)
 
 
 def gpt_loop() -> fn.Layer:

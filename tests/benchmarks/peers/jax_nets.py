@@ -267,6 +267,15 @@ def attend(x: jax.Array) -> jax.Array:
     return nn.dot_product_attention(*heads, is_causal=True).reshape(*x.shape[:-1], -1)
 
 
+def positions() -> Layer:
+    """Learned positions, added."""
+
+    def init(key: jax.Array, shape: Shape) -> Any:
+        return {"weight": 0.02 * jax.random.normal(key, shape)}, shape
+
+    return init, lambda params, x, key: x + params["weight"]
+
+
 def gpt(layers: int = 4) -> Layer:
     """A GPT of 4 layers, 256 wide, with 8 heads."""
     attention = plain(attend, lambda shape: (*shape[:-1], shape[-1] // 3))
@@ -274,7 +283,12 @@ def gpt(layers: int = 4) -> Layer:
     for _ in range(layers):
         inner.append(residual(norm(LAYER), linear(768), attention, linear(256)))
         inner.append(residual(norm(LAYER), linear(1024), GELU, linear(256)))
-    return serial(embedding(4096, 256), *inner, norm(LAYER), linear(4096), ROWS)
+    return serial(embedding(4096, 256), positions(), *inner, norm(LAYER), linear(4096), ROWS)
+
+
+def gpt_loop() -> Layer:
+    """`gpt`; funcnet's is a loop over its layers."""
+    return gpt()
 
 
 def gpt24() -> Layer:
@@ -320,5 +334,19 @@ def lstm() -> Layer:
 
 NETS: dict[str, Callable[[], Layer]] = {
     each.__name__: each
-    for each in (cnn, vgg, resnet, blocks, mixer, tabular, resnet18, unet, digits, gpt, gpt24, lstm)
+    for each in (
+        cnn,
+        vgg,
+        resnet,
+        blocks,
+        mixer,
+        tabular,
+        resnet18,
+        unet,
+        digits,
+        gpt,
+        gpt_loop,
+        gpt24,
+        lstm,
+    )
 }

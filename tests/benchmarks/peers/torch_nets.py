@@ -179,6 +179,13 @@ class Attention(nn.Module):
         return self.out(y.transpose(1, 2).flatten(-2))
 
 
+class Positions(nn.Embedding):
+    """Learned positions, added."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x + self.weight[: x.shape[-2]]
+
+
 def gpt(layers: int = 4) -> nn.Module:
     """A GPT of 4 layers, 256 wide, with 8 heads."""
 
@@ -188,7 +195,12 @@ def gpt(layers: int = 4) -> nn.Module:
 
     blocks = [layer for _ in range(layers) for layer in block()]
     head = [nn.LayerNorm(256), nn.Linear(256, 4096), nn.Flatten(0, 1)]
-    return nn.Sequential(nn.Embedding(4096, 256), *blocks, *head)
+    return nn.Sequential(nn.Embedding(4096, 256), Positions(128, 256), *blocks, *head)
+
+
+def gpt_loop() -> nn.Module:
+    """`gpt`; funcnet's is a loop over its layers."""
+    return gpt()
 
 
 def gpt24() -> nn.Module:
@@ -210,5 +222,19 @@ def lstm() -> nn.Module:
 
 NETS: dict[str, Callable[[], nn.Module]] = {
     each.__name__: each
-    for each in (cnn, vgg, resnet, blocks, mixer, tabular, resnet18, unet, digits, gpt, gpt24, lstm)
+    for each in (
+        cnn,
+        vgg,
+        resnet,
+        blocks,
+        mixer,
+        tabular,
+        resnet18,
+        unet,
+        digits,
+        gpt,
+        gpt_loop,
+        gpt24,
+        lstm,
+    )
 }
