@@ -335,18 +335,7 @@ def lstm() -> Layer:
 NETS: dict[str, Callable[[], Layer]] = {
     each.__name__: each
     for each in (
-        cnn,
-        vgg,
-        resnet,
-        blocks,
-        mixer,
-        tabular,
-        resnet18,
-        unet,
-        digits,
-        gpt,
-        gpt_loop,
-        gpt24,
-        lstm,
+        *(cnn, vgg, resnet, blocks, mixer, tabular),
+        *(resnet18, unet, digits, gpt, gpt_loop, gpt24, lstm),
     )
 }

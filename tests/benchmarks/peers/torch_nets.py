@@ -223,18 +223,7 @@ def lstm() -> nn.Module:
 NETS: dict[str, Callable[[], nn.Module]] = {
     each.__name__: each
     for each in (
-        cnn,
-        vgg,
-        resnet,
-        blocks,
-        mixer,
-        tabular,
-        resnet18,
-        unet,
-        digits,
-        gpt,
-        gpt_loop,
-        gpt24,
-        lstm,
+        *(cnn, vgg, resnet, blocks, mixer, tabular),
+        *(resnet18, unet, digits, gpt, gpt_loop, gpt24, lstm),
     )
 }
