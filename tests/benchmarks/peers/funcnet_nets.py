@@ -152,13 +152,26 @@ def digits() -> fn.Layer:
 
 def gpt(layers: int = 4, stack: Callable[[fn.Layer, int], fn.Layer] | None = None) -> fn.Layer:
     """A GPT of 4 layers, 256 wide, with 8 heads."""
-    block = fn.transformer_encoder_layer(
-        8, 1024, 0.0, "gelu", batch_first=True, norm_first=True, is_causal=True
-    )
+    block = gpt_block()
     blocks = stack(block, layers) if stack else fn.serial(*[block] * layers)
-    head = {"norm": fn.layer_norm(), "head": fn.linear(4096), "rows": fn.flatten(0, 1)}
     tokens = {"embed": fn.embedding(4096, 256), "positions": fn.learned_positions(128)}
+    head = {"norm": fn.layer_norm(), "head": fn.linear(4096), "rows": fn.flatten(0, 1)}
     return fn.serial(**tokens, blocks=blocks, **head)
+
+
+def gpt_block(cache: int | None = None) -> fn.Layer:
+    """A layer of `gpt`."""
+    return fn.transformer_encoder_layer(
+        8, 1024, 0.0, "gelu", batch_first=True, norm_first=True, is_causal=True, cache=cache
+    )
+
+
+def decoder(tokens: int) -> fn.Layer:
+    """`gpt` with a cache of so many tokens."""
+    blocks = fn.serial(*[gpt_block(tokens)] * 4)
+    embed = fn.embedding(4096, 256), fn.learned_positions(tokens, cache=True)
+    head = fn.layer_norm(), fn.linear(4096), fn.flatten(0, 1)
+    return fn.serial(*embed, blocks, *head)
 
 
 def gpt_loop() -> fn.Layer:
