@@ -170,14 +170,6 @@ COMBINATORS = {
     "stacked": (fn.stacked(fn.serial(fn.linear(3), fn.batch_norm(), fn.dropout(0.2)), 2), IMAGES),
     "stacked tuples": (fn.stacked(fn.add(), 5), PAIR),
     "experts": (fn.experts(fn.linear(4), fn.linear(3), n=4), ROWS),
-    "experts of one choice": (
-        fn.experts(
-            fn.linear(3),
-            tuple([fn.serial(fn.linear(4), fn.tanh(), fn.dropout(0.2), fn.linear(2))] * 3),
-            top_k=1,
-        ),
-        ROWS,
-    ),
     "experts with a capacity": (
         fn.experts(fn.linear(2), {"a": fn.linear(6), "b": fn.tanh()}, top_k=2, capacity=0.5),
         IMAGES,
