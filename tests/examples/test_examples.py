@@ -45,6 +45,7 @@ OPTIONS = {
         "--slice",
         "--output",
     ),
+    "sequence_lstm": ("--seed", "--steps", "--places", "--longest", "--hidden"),
     "report_tables": ("--table", "--seeds", "--epochs", "--output"),
 }
 
@@ -127,6 +128,7 @@ def test_disk_classifier_learns(tmp_path: Path) -> None:
         ("report_tables", ("--seeds", 0)),
         ("report_tables", ("--table", "none")),
         ("digits_cnn", ("--epochs", 0)),
+        ("sequence_lstm", ("--places", 0)),
         ("digits_cnn", ("--images", 50)),
         ("digits_cnn", ("--images", 5001)),
     ],
