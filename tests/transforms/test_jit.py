@@ -171,7 +171,11 @@ def test_empty_and_single_batches(size):
     assert_same(fn.jit(step)(w, x), step(w, x))
 
 
-@pytest.mark.parametrize("shape", [(1, 1, 1), (7, 33, 130), (64, 300, 17), (300, 257, 2100)])
+SIZES = [(1, 1, 1), (7, 33, 130), (64, 300, 17), (300, 257, 2100)]
+FEW_ROWS = [(1, 257, 300), (4, 1030, 131), (3, 70, 2100)]
+
+
+@pytest.mark.parametrize("shape", [*SIZES, *FEW_ROWS])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 @pytest.mark.cpu_only
 def test_products_of_all_sizes_and_layouts(shape, dtype):
