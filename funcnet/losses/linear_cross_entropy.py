@@ -11,7 +11,7 @@ from funcnet import tree
 from funcnet.combinators.combine import Pull, Run, combine
 from funcnet.control_flow import scan
 from funcnet.core import Applied, Forward, Grads, Key, Layer, Params, Pullback, Tree, pull
-from funcnet.errors import locate, refuse_state, require
+from funcnet.errors import located, refuse_state, require
 from funcnet.initializers import Initializer
 from funcnet.layers.linear import linear
 from funcnet.lift import stateful
@@ -57,7 +57,8 @@ class Head(NamedTuple):
         """The loss of a linear layer's output, all of it at once."""
 
         def forward(run: Run, x: Tree) -> tuple[Tree, Mapping[str, Tree]]:
-            given, target = located(self.checked)(x)
+            with located(f"{_NAME}:"):
+                given, target = self.checked(x)
             logits = run("linear", given)
             logits = logits.unflatten(-1, self.shape) if len(self.shape) > 1 else logits
             # In half precision the difference of two probabilities would lose most of its digits.
@@ -67,7 +68,8 @@ class Head(NamedTuple):
             weight = self.weight_for(logits)
             options = (weight, self.ignored, reduction, self.label_smoothing)
             loss = cross_entropy(*options)
-            value, pullback = located(lambda x: loss.vjp(*x))((logits, target))
+            with located(f"{_NAME}:"):
+                value, pullback = loss.vjp(logits, target)
             residuals = {"loss": pullback, "form": form_of(x)}
             if target.is_floating_point():
                 # The derivative of each element by the target.
@@ -113,7 +115,8 @@ def chunked(head: Head, child: Layer, options: nn.LinearCrossEntropyOptions) -> 
     whole, elements = head.layer(child, head.reduction), head.layer(child, "none")
 
     def size_of(x: Tree) -> int:
-        given, _ = head.checked(x)
+        with located(f"{_NAME}:"):
+            given, _ = head.checked(x)
         rows, features = given.shape if given.dim() == 2 else (1, *given.shape)
         size = chunk_size(options, rows, features, head.shape[0])
         return size if size < rows else 0
@@ -132,7 +135,7 @@ def chunked(head: Head, child: Layer, options: nn.LinearCrossEntropyOptions) -> 
         return reduced(values, head.reduction, total)
 
     def apply(params: Params, x: Tree, state: Params, key: Key, train: bool) -> Applied:
-        size = located(size_of)(x)
+        size = size_of(x)
         if not size:
             return whole.apply(params, x, state, key=key, train=train)
         if state:
@@ -140,7 +143,7 @@ def chunked(head: Head, child: Layer, options: nn.LinearCrossEntropyOptions) -> 
         return run(params, x, size)[0], {}
 
     def forward(params: Params, x: Tree, state: Params, key: Key, train: bool) -> Forward:
-        size = located(size_of)(x)
+        size = size_of(x)
         if not size:
             return whole.forward(params, x, state, key, train)
         if state:
@@ -160,19 +163,6 @@ def chunked(head: Head, child: Layer, options: nn.LinearCrossEntropyOptions) -> 
         rebuild=lambda children: chunked(head, children["linear"], options),
         takes_key=False,
     )
-
-
-def located(function: Callable[[Tree], Any]) -> Callable[[Tree], Any]:
-    """A function of x whose errors have the layer's name."""
-
-    def call(x: Tree) -> Any:
-        try:
-            return function(x)
-        except (ValueError, TypeError) as error:
-            locate(error, f"{_NAME}:")
-            raise
-
-    return call
 
 
 def chunked_rule(
