@@ -19,8 +19,8 @@ def product_with(weight: Tensor, rows: int) -> Product:
 
     A compiled product of matrices lays its second one out in panels of a few columns, each in one
     piece, each time that it runs: with few rows that takes longer than the product. Here it is
-    done once, before the loop. So a step of an LSTM takes 0.72 of its time (1 thread, 2 layers, 256
-    features, batch 32: ``compare.py --only LSTM``).
+    done once, before the loop: a training step of an LSTM takes 0.79 of its processor time (89 to
+    70 ms on one thread, 2 layers of 256 features, batch 32 x 64 steps).
     """
     features, columns = weight.shape
     if not is_recording() or weight.device.type != "cpu":
