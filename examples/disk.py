@@ -6,9 +6,10 @@ a key.
 
 import argparse
 import math
+import os
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import matplotlib.pyplot as plt
 import torch
@@ -225,3 +226,11 @@ def save(figure: Figure, path: Path) -> None:
     figure.savefig(path, dpi=150)
     plt.close(figure)
     print(f"wrote {path}")
+
+
+def write_whole(path: Path, value: Any) -> None:
+    """`torch.save`; the file is complete, old or new, whenever the program is stopped."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    unfinished = path.with_name(path.name + ".partial")
+    torch.save(value, unfinished)
+    os.replace(unfinished, path)

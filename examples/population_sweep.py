@@ -30,7 +30,6 @@ the points. The report's must be the same: a net whose outputs are the shares of
 """
 
 import argparse
-import os
 import statistics
 import time
 from collections.abc import Callable
@@ -179,11 +178,7 @@ def load(path: Path) -> dict[str, Result]:
 
 
 def store(path: Path, results: dict[str, Result]) -> None:
-    """Write the file so that it is complete, old or new, whenever the program is stopped."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    unfinished = path.with_name(path.name + ".partial")
-    torch.save({name: result._asdict() for name, result in results.items()}, unfinished)
-    os.replace(unfinished, path)
+    disk.write_whole(path, {name: result._asdict() for name, result in results.items()})
 
 
 def sweep(rows: list[Row], path: Path) -> dict[tuple[int, str], Result]:

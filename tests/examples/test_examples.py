@@ -4,8 +4,10 @@ import importlib
 import math
 import os
 import re
+import signal
 import subprocess
 import sys
+import time
 from collections.abc import Iterator
 from pathlib import Path
 from types import ModuleType
@@ -20,6 +22,16 @@ pytestmark = pytest.mark.cpu_only
 EXAMPLES = Path(__file__).parents[2] / "examples"
 
 OPTIONS = {
+    "char_lm": (
+        "--seed",
+        "--steps",
+        "--small",
+        "--prompt",
+        "--temperature",
+        "--checkpoint",
+        "--resume",
+        "--output",
+    ),
     "disk_classifier": (
         "--seed",
         "--seeds",
@@ -131,6 +143,9 @@ def test_disk_classifier_learns(tmp_path: Path) -> None:
         ("sequence_lstm", ("--places", 0)),
         ("digits_cnn", ("--images", 50)),
         ("digits_cnn", ("--images", 5001)),
+        ("char_lm", ("--steps", 30)),
+        ("char_lm", ("--temperature", 0)),
+        ("char_lm", ("--small", "--prompt", 33 * "x")),
     ],
 )
 def test_wrong_options_are_refused(program: str, arguments: tuple[object, ...]) -> None:
@@ -154,6 +169,34 @@ def test_digits_cnn_prints_its_accuracy_and_draws(tmp_path: Path) -> None:
     assert re.fullmatch(line, done.stdout.splitlines()[-1])
     assert "2/2" in done.stderr  # the progress bar
     assert is_png(figure)
+
+
+def char_lm_arguments(folder: Path, name: str) -> list[str]:
+    files = "--checkpoint", folder / f"{name}.pt", "--output", folder / f"{name}.png"
+    return ["--small", "--prompt", "The\n", *map(str, files)]
+
+
+def test_char_lm_that_is_killed_goes_on_bit_for_bit(tmp_path: Path) -> None:
+    whole = output_of("char_lm", *char_lm_arguments(tmp_path, "whole"))
+    line = r"validation bits per character: bigrams \d\.\d+, trigrams \d\.\d+, GPT \d\.\d+; "
+    text, ways = r"\n\nThe\n(.|\n){29}\n\n", r"\d+ by a compiled step for each, \d+ by one scan"
+    assert re.search(ways, whole)
+
+    program = [sys.executable, EXAMPLES / "char_lm.py", *char_lm_arguments(tmp_path, "killed")]
+    saved = {name: tmp_path / f"{name}.pt" for name in ("whole", "killed")}
+    with subprocess.Popen(program, stdout=subprocess.PIPE, stderr=subprocess.PIPE) as killed:
+        while not saved["killed"].exists() and killed.poll() is None:
+            time.sleep(0.01)
+        killed.kill()
+    assert killed.returncode == -signal.SIGKILL
+    resumed = output_of("char_lm", *char_lm_arguments(tmp_path, "killed"), "--resume")
+
+    for pattern in (line, text):
+        assert re.search(pattern, resumed)[0] == re.search(pattern, whole)[0]
+    runs = [torch.load(path, weights_only=False) for path in saved.values()]
+    for one, other in zip(*map(fn.tree.leaves, runs), strict=True):
+        assert torch.equal(one, other) if isinstance(one, torch.Tensor) else one == other
+    assert all(is_png(path.with_suffix(".png")) for path in saved.values())
 
 
 TABLES = {
