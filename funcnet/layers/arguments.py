@@ -3,6 +3,7 @@
 from collections.abc import Mapping
 from typing import Any, cast
 
+import torch
 from torch import Tensor
 
 from funcnet import tree
@@ -48,7 +49,13 @@ def parts_of(x: Tree, names: tuple[str, ...], required: int) -> tuple[dict[str, 
         one = "a tensor, " if required <= 1 else ""
         wrong = f"expects {one}a tuple ({', '.join(names)}) or a dict, got {tree.describe(x)}"
         raise TypeError(wrong)
-    return {name: part for name, part in given.items() if part is not None}, form
+    given = {name: part for name, part in given.items() if part is not None}
+    missing = [name for name in names[:required] if name not in given]
+    require(not missing, f"expects {' and '.join(names[:required])}, got None for {missing}")
+    # Among residuals () stands for a part that the backward pass does not need.
+    others = [name for name, part in given.items() if not isinstance(part, Tensor) and part != ()]
+    require(not others, f"expects tensors, got {tree.describe(given)}", TypeError)
+    return given, form
 
 
 def without_tensors(
@@ -79,3 +86,13 @@ def in_form(
     if isinstance(form, int):
         return tuple([parts.get(name) for name in names[:form]])
     return {name: parts.get(name) for name in form}
+
+
+def zero_cotangent(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> Any:
+    """That of a tensor of which the size alone was read; None where it has integers.
+
+    >>> zero_cotangent((2,), torch.float32, torch.device("cpu"))
+    tensor([0., 0.])
+    """
+    zero = torch.zeros((), dtype=dtype, device=device)
+    return zero.expand(shape) if dtype.is_floating_point else None

@@ -6,9 +6,10 @@ import torch
 from torch import Tensor
 
 from funcnet import random, runtime, tree
-from funcnet.core import EMPTY, Forward, Grads, Key, Layer, Params, Pullback, Tree
+from funcnet.core import Forward, Grads, Key, Layer, Params, Pullback, Tree
 from funcnet.errors import require
 from funcnet.layers.arguments import Form, in_form, parts_of
+from funcnet.layers.embedding import is_index
 from funcnet.layers.masks import Shape, additive, both, require_broadcast, visible
 from funcnet.layers.positions import alibi_bias
 from funcnet.lift import fastest, stateful, with_kernel
@@ -285,8 +286,10 @@ def scaled_dot_product_attention(
         require(not alibi or query.dim() >= 3, f"expects heads, got query {tuple(query.shape)}")
         for which, places in zip(NAMES[4:], (query, key), strict=True):
             positions = parts.get(which)
-            fits = positions is None or positions.shape == places.shape[-2:-1]
-            require(fits, f"expects {which} of shape {tuple(places.shape[-2:-1])}")
+            if positions is not None:
+                shape, wrong = tuple(places.shape[-2:-1]), tree.describe(positions)
+                fits = is_index(positions) and positions.shape == shape
+                require(fits, f"expects {which} of integers, of shape {shape}, got {wrong}")
         return {}
 
     def forward(params: Params, x: Tree, state: Params, rng: Key, train: bool) -> Forward:
@@ -318,8 +321,8 @@ def scaled_dot_product_attention(
         of_mask = None if of_mask is None else tuple(of_mask)
         pullback = Pullback(attention_rule, saved, (told, groups, form, of_mask))
         if not need_weights:
-            return y, pullback, EMPTY
+            return y, pullback, {}
         weights, _ = attention_weights(query, shared[0], mask, told, logsumexp)
-        return (y, dropped(weights, kept, told).to(y.dtype)), pullback, EMPTY
+        return (y, dropped(weights, kept, told).to(y.dtype)), pullback, {}
 
     return stateful(declare(declaration), forward, keyed=dropout_p > 0.0, name=name)

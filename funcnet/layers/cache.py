@@ -5,9 +5,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from funcnet import initializers, runtime
+from funcnet import initializers, runtime, tree
 from funcnet.core import Forward, Grads, Key, Layer, Params, Pullback, Tree
 from funcnet.errors import require
+from funcnet.layers.arguments import zero_cotangent
 from funcnet.lift import accept_any, stateful
 from funcnet.params import Param, State, declare
 
@@ -19,7 +20,7 @@ def counter(max_len: int) -> Layer:
     Returns: int64 positions of shape (tokens,).
     State: ``length``, how many tokens came before.
     VJP: dx is zero.
-    Raises: ValueError for more tokens than max_len. Where values cannot be read, under `jit` and
+    Raises: ValueError for no token, and for more tokens than max_len. Where values cannot be read, under `jit` and
     `vmap`, the positions that are too many are max_len and above.
     """
 
@@ -29,6 +30,7 @@ def counter(max_len: int) -> Layer:
 
     def forward(params: Params, x: Tensor, state: Params, key: Key, train: bool) -> Forward:
         tokens, length = x.shape[-2], state["length"]
+        require(tokens > 0, f"cache: expects at least one token, got {tree.describe(x)}")
         before = runtime.read(length)
         if before is not None:
             full = f"cache: has {before} of at most {max_len} tokens, {tokens} more do not fit"
@@ -44,8 +46,7 @@ def counter_rule(
     residuals: Any, dy: Any, shape: Any, dtype: Any, device: Any, *, params: bool, x: bool
 ) -> Grads:
     """Zero: the number of tokens alone was read."""
-    zero = torch.zeros((), dtype=dtype, device=device)
-    return ({} if params else None), zero.expand(shape) if x else None
+    return ({} if params else None), zero_cotangent(shape, dtype, device) if x else None
 
 
 def key_value_cache(max_len: int) -> Layer:
@@ -73,7 +74,7 @@ def key_value_cache(max_len: int) -> Layer:
         # program to which the state is donated.
         tokens = slots - positions[:1]
         is_new = ((tokens >= 0) & (tokens < len(positions)))[:, None]
-        tokens = tokens.clamp(0, max(len(positions) - 1, 0))
+        tokens = tokens.clamp(0, len(positions) - 1)
         overflow = positions[-1:] >= max_len
         made = []
         for each, old in zip(new, state.values(), strict=True):

@@ -11,11 +11,10 @@ from torch.nn import functional as F
 from funcnet.core import Grads, Layer, Params, Pullback
 from funcnet.errors import require
 from funcnet.initializers import Initializer
+from funcnet.layers.arguments import zero_cotangent
 from funcnet.lift import require_floating, stateless
 from funcnet.params import Param, declare, weight_and_bias
 from funcnet.tree import describe
-
-Shape = tuple[int, ...]
 
 
 def linear_rule(
@@ -39,11 +38,11 @@ def linear_rule(
 
 
 def linear_like_rule(
-    residuals: dict[str, Tensor], dy: Tensor, shape: Shape, bias: bool, *, params: bool, x: bool
+    residuals: dict[str, Tensor], dy: Tensor, other: Any, bias: bool, *, params: bool, x: bool
 ) -> Grads:
     """That of `linear`; of the tensor of which the size alone was read the cotangent is zero."""
     dparams, dx = linear_rule(residuals, dy, bias, params=params, x=x)
-    return dparams, (dx, dy.new_zeros(()).expand(shape)) if x else None
+    return dparams, (dx, zero_cotangent(*other)) if x else None
 
 
 def linear(
@@ -103,8 +102,10 @@ def linear_to(
     def init(x: Any) -> dict[str, Param]:
         other = x
         if out_features is None:
-            require(isinstance(x, tuple) and len(x) == 2, f"expects a pair, got {describe(x)}")
+            pair = isinstance(x, tuple) and len(x) == 2 and isinstance(x[1], Tensor)
+            require(pair, f"expects a tuple (x, other) of tensors, got {describe(x)}", TypeError)
             x, other = x
+            require(other.dim() > 0, "expects at least one dimension of other, got ()")
         require_floating(x)
         require(x.dim() > 0, "expects at least one dimension, got ()")
         features = (1, "{} features in the last dimension")
@@ -121,7 +122,8 @@ def linear_to(
         if out_features is None:
             x, other = x
             residuals = {"x": x, "weight": params["weight"]}
-            return y, Pullback(linear_like_rule, residuals, (tuple(other.shape), bias))
+            told = tuple(other.shape), other.dtype, other.device
+            return y, Pullback(linear_like_rule, residuals, (told, bias))
         return y, Pullback(linear_rule, {"x": x, "weight": params["weight"]}, (bias,))
 
     return stateless(init, apply, vjp, name="linear")

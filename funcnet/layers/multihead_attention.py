@@ -273,7 +273,8 @@ def multihead_attention(
     """
     name = "multihead_attention"
     require(0.0 <= dropout <= 1.0, f"{name}: dropout must be in [0, 1], got {dropout}")
-    require(num_heads >= 1, f"{name}: num_heads must be at least 1, got {num_heads}")
+    whole = isinstance(num_heads, int) and num_heads >= 1
+    require(whole, f"{name}: num_heads must be an integer of at least 1, got {num_heads}")
     keys = num_heads if num_kv_heads is None else num_kv_heads
     divides = keys >= 1 and num_heads % keys == 0
     require(divides, f"{name}: num_kv_heads must divide {num_heads} heads, got {num_kv_heads}")

@@ -1,6 +1,7 @@
 """Every layer, combinator, loss and optimizer of the library, with arguments to check them on."""
 
 import cases_activations
+import cases_attention
 import cases_heads
 import cases_noise
 import cases_norms
@@ -98,6 +99,7 @@ LAYERS = {
     **cases_norms.LAYERS,
     **cases_activations.LAYERS,
     **cases_pooling.LAYERS,
+    **cases_attention.LAYERS,
     **cases_recurrent.LAYERS,
 }
 
