@@ -48,6 +48,8 @@ def tensors(tree):
 def crossings(request, monkeypatch):
     """Where the test runs: on fake tensors, which the library takes for those of a tracer."""
     monkeypatch.setattr(FakeTensor, "__getitem__", subscript)
+    # Python's own operator asks for CUDA's driver too.
+    monkeypatch.setattr(FakeTensor, "__invert__", torch.Tensor.bitwise_not)
     if request.param == "eager":
         monkeypatch.setattr(fn.runtime, "_dispatch_modes", lambda: 0)
         # A CPU tensor can be read, such as a key; which values it has does not matter here.
