@@ -20,8 +20,8 @@ def counter(max_len: int) -> Layer:
     Returns: int64 positions of shape (tokens,).
     State: ``length``, how many tokens came before.
     VJP: dx is zero.
-    Raises: ValueError for no token, and for more tokens than max_len. Where values cannot be read, under `jit` and
-    `vmap`, the positions that are too many are max_len and above.
+    Raises: ValueError for no token, and for more tokens than max_len. Where values cannot be
+    read, under `jit` and `vmap`, the positions that are too many are max_len and above.
     """
 
     def declaration(x: Tensor) -> dict[str, Param]:
