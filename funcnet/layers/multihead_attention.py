@@ -15,7 +15,7 @@ from funcnet.initializers import Initializer
 from funcnet.layers.arguments import in_form, parts_of
 from funcnet.layers.attention import scaled_dot_product_attention
 from funcnet.layers.cache import counter, key_value_cache
-from funcnet.layers.linear import linear
+from funcnet.layers.linear import linear_to
 from funcnet.layers.masks import Shape, both, require_mask, visible
 from funcnet.layers.projections import PROJECTION, TOKEN, Heads, in_projection, learned_token
 
@@ -150,7 +150,7 @@ def multihead_forward(run: Run, x: Tree, told: Told) -> tuple[Tree, Mapping[str,
     masked = {} if mask is None else {"attn_mask": mask}
     y = run("attention", {"query": query, "key": key, "value": value, **masked, **places})
     y, weights = y if told.need_weights else (y, None)
-    y = run("out_proj", (heads.join(y), inputs[0]))
+    y = run("out_proj", heads.join(y))
     # Of x the backward pass reads the masks, and which inputs there were.
     known = {name: () for name in INPUTS if name in parts} | masks
     residuals = {} if form is None else {"x": in_form(known, NAMES, form)}
@@ -164,7 +164,7 @@ def multihead_backward(pull: Pull, dy: Tree, residuals: Mapping[str, Tree], told
     parts, form = parts_of(residuals.get("x", ((),)), NAMES, 1)
     heads = told.heads
     dy, dweights = dy if told.need_weights else (dy, None)
-    dattended = heads.split(pull("out_proj", dy)[0], heads.queries)
+    dattended = heads.split(pull("out_proj", dy), heads.queries)
     if dweights is not None and told.average_attn_weights:
         shape = (*dattended.shape[:-1], dweights.shape[-1])
         dweights = (dweights / heads.queries).unsqueeze(-3).expand(shape)
@@ -314,6 +314,6 @@ def multihead_attention(
         need_weights=need_weights,
     )
     start = initializers.zeros()
-    out = linear(None, bias, weight_init=weight_init, bias_init=start, dtype=dtype)
+    out = linear_to(lambda features: features, bias, weight_init, start, dtype)
     children["out_proj"] = out
     return combine(name, children, multihead_forward, multihead_backward, told)
