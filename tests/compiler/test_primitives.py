@@ -21,6 +21,10 @@ WINDOW = {
 }
 POOL = {"kernel_size": [3, 2], "stride": [2, 1], "padding": [1, 0], "dilation": [1, 2]}
 POOLED, INDICES = torch.nn.functional.max_pool2d(X, *POOL.values(), return_indices=True)
+FLASH = "aten::_scaled_dot_product_flash_attention_for_cpu"
+CAUSAL = {"dropout_p": 0.0, "is_causal": True}
+HEADS = fn.random.normal(fn.key(4), (3, 2, 5, 4, 8)).transpose(2, 3).unbind()
+ATTENDED = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(*HEADS, **CAUSAL)
 # Tensors and options for each operator.
 CASES = {
     "funcnet::threefry": ((KEY,), {"start": 3, "n": 40}),
@@ -36,6 +40,8 @@ CASES = {
         (POOLED, X, INDICES),
         {**POOL, "ceil_mode": False},
     ),
+    FLASH: (HEADS, CAUSAL),
+    f"{FLASH}_backward": ((torch.ones(2, 4, 5, 8), *HEADS, *ATTENDED), CAUSAL),
     "aten::mm": ((X[0, 0], X[1, 1].T), {}),
     "aten::addmm": ((BIAS, X[0, 0], X[1, 1, :, :4]), {}),
     "aten::bmm": ((X[0], X[1].mT), {}),

@@ -38,13 +38,16 @@ def _call(
     made: int,
     options: dict[str, Any],
 ) -> str:
-    if options.get("dropout_p") or options.get("scale") is None:
-        raise UnsupportedError("flash attention with dropout, or without its scale")
+    if options.get("dropout_p"):
+        raise UnsupportedError("flash attention with dropout")
+    scale = options.get("scale")
+    if scale is None:
+        scale = operands[0].value.shape[-1] ** -0.5
     inputs = [borrowed(operand) for operand in operands]
     inputs += ["{}"] * (required + 1 - len(inputs))  # the mask is the last one
     out = [borrowed(results[each]) if each in results else "{}" for each in range(made)]
     is_causal = "true" if options.get("is_causal") else "false"
-    return f"funcnet::{function}({', '.join([*inputs, *out, is_causal])}, {options['scale']!r});"
+    return f"funcnet::{function}({', '.join([*inputs, *out, is_causal])}, {scale!r});"
 
 
 PRIMITIVES = [
