@@ -84,7 +84,7 @@ def test_each_way_of_writing_gives_the_same_text():
     given[:3] = torch.tensor([1, 6, 2])
     keys = fn.random.split(fn.key(1), size.context)
     writers = (*example.with_cache(size, classes), example.without_cache(size, classes))
-    texts = [writer(params, given, keys, 0.8) for writer in writers]
+    texts = [writer(params, given, keys, torch.tensor(0.8)) for writer in writers]
     assert texts[0][:3].tolist() == [1, 6, 2]
     assert texts[0].min() >= 0
     assert all(torch.equal(text, texts[0]) for text in texts[1:])
