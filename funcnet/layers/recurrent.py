@@ -41,7 +41,7 @@ def rnn(
     tuple (input, hx); or a dict with ``input`` and, if wanted, ``hx`` and ``lengths``. ``hx``, the
     first states, is of shape (num_layers directions, batch, hidden_size), zeros by default.
     ``lengths``, int32 or int64 of shape (batch,), in any order, says how many steps each sequence
-    has; what is behind them must be finite. A key when ``train=True``, if there is dropout.
+    has; what is behind them is not read. A key when ``train=True``, if there is dropout.
     Returns: y = (output, h_n), of shapes (steps, batch, directions hidden_size) and that of hx.
     Given lengths, a sequence has the output 0 behind its last step, h_n is of its last step, and
     the other direction starts there. Where the values are not to be had, under jit and vmap, a

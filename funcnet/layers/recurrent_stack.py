@@ -107,7 +107,9 @@ def _sequence(stack: Stack, parts: Parts) -> tuple[Tensor, list[State], Tensor |
         return x, starts, None
     check_values(stack.name, parts.lengths, steps)
     at = torch.arange(steps, device=x.device).unsqueeze(1)
-    return x, starts, (at < parts.lengths).unsqueeze(2)
+    valid = (at < parts.lengths).unsqueeze(2)
+    # Behind a length there may be anything, and 0 times NaN is not 0.
+    return torch.where(valid, x, 0.0), starts, valid
 
 
 def _shaped(stack: Stack, parts: Parts, sequence: Tensor) -> Tensor:
