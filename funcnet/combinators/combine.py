@@ -99,7 +99,12 @@ def combine(
             raise
         run = _Init(name, children, key, device)
         forward(run, tree.to_meta(x), *static)
-        return _whole(run.params), _whole(run.state)
+        # In the order of the children, as in a `state_dict()`, whichever runs first.
+        made = [
+            {child: part[child] for child in names if child in part}
+            for part in (run.params, run.state)
+        ]
+        return _whole(made[0]), _whole(made[1])
 
     def apply(params: Params, x: Tree, state: Params, key: Key, train: bool) -> Applied:
         own = parts("params", params), parts("state", state)

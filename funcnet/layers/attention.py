@@ -45,8 +45,9 @@ def attention_weights(
 
     In float32 for half precision. Where the mask hides all keys from a query, p and l are 0.
     """
-    scores = (query * told.scale) @ key.mT
-    scores = scores.to(torch.promote_types(scores.dtype, torch.float32))
+    # Rounded scores would not fit the logsumexp, which the kernel computes of exact ones.
+    wide = torch.promote_types(query.dtype, torch.float32)
+    scores = (query.to(wide) * told.scale) @ key.to(wide).mT
     hidden = [] if mask is None or mask.dtype != torch.bool else [~mask]
     if mask is not None and not hidden:
         scores = scores + mask
@@ -140,16 +141,16 @@ def attention_backward(
 
     With ``dp = dy v^T``, the cotangent of the weights after dropout:
     ``ds = p (dp [kept] / (1 - dropout_p) - sum_keys p dp)``, ``dq = scale ds k``,
-    ``dk = scale ds^T q``, ``dv = p^T dy``, ``dmask = ds``; the sum over the keys is ``sum dy y``.
+    ``dk = scale ds^T q``, ``dv = p^T dy``, ``dmask = ds``. The kernel alone reads y.
     """
     weights, _ = attention_weights(query, key, attn_mask, told, logsumexp)
     through = dropped(weights, kept, told)
-    dthrough = (dy @ value.mT).to(weights.dtype)
-    total = (dy.to(weights.dtype) * y).sum(-1, keepdim=True)
+    dthrough = dy.to(weights.dtype) @ value.to(weights.dtype).mT
     if dweights is not None:
         dthrough = dthrough + dweights
-        total = total + (dweights * through).sum(-1, keepdim=True)
-    dscores = weights * (dropped(dthrough, kept, told) - total)
+    dweights = dropped(dthrough, kept, told)
+    # The kernel's sum of dy y is the same number, with an error that does not cancel.
+    dscores = weights * (dweights - (weights * dweights).sum(-1, keepdim=True))
     narrow = dscores.to(query.dtype)
     cotangents = {
         "query": narrow @ key * told.scale,

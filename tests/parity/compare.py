@@ -18,6 +18,7 @@ from tests.parity.exceptions import (
     INEXACT,
     NOT_DERIVATIVES,
     ROUNDING,
+    SEES_NOTHING,
     WRONG_GRADIENTS,
     torch_has_no,
 )
@@ -36,10 +37,10 @@ def check(sample: Sample, jit: bool = False) -> None:
     """Raise unless funcnet gives what torch gives; `Unsupported` if there is nothing to compare."""
     if sample.cls.__name__ in CLASSES:
         raise Unsupported(CLASSES[sample.cls.__name__])
-    made, args, kwargs = names.translate(sample.cls, sample.args, sample.kwargs, sample.options)
-    if names.takes(made, "dtype") and not names.floating(sample.inputs):
-        kwargs["dtype"] = sample.dtype
     with _quiet():
+        made, args, kwargs = names.translate(sample.cls, sample.args, sample.kwargs, sample.options)
+        if names.takes(made, "dtype") and not names.floating(sample.inputs):
+            kwargs["dtype"] = sample.dtype
         module = None
         try:
             module = reference.module_of(sample)
@@ -60,11 +61,19 @@ def check(sample: Sample, jit: bool = False) -> None:
 
 @contextmanager
 def _quiet() -> Iterator[None]:
-    """Without warnings, and without a trace in torch's random generator."""
+    """Without warnings, and without a trace in torch's random generator.
+
+    And without torch's fast path of attention, which gives 0 for tokens that are padded.
+    """
+    fast = torch.backends.mha.get_fastpath_enabled()
     with warnings.catch_warnings(), torch.random.fork_rng():
         warnings.simplefilter("ignore")
         torch.manual_seed(0)
-        yield
+        torch.backends.mha.set_fastpath_enabled(False)
+        try:
+            yield
+        finally:
+            torch.backends.mha.set_fastpath_enabled(fast)
 
 
 def _check_refusal(sample: Sample, error: Exception, call: Callable[[], Any]) -> None:
@@ -83,7 +92,7 @@ def _call(sample: Sample, subject: Any, module: nn.Module | None) -> None:
     if isinstance(subject, fn.Loss):
         subject.apply(*_prediction_and_target(sample))
     else:
-        x = _tree(sample.inputs)
+        x = _x_of(sample)
         params, state = subject.init(fn.key(0), x)
         if module is not None:
             # The parameters have the sizes that torch is told.
@@ -96,6 +105,13 @@ def _tree(inputs: Any) -> Any:
     return inputs[0] if len(inputs) == 1 else tuple(inputs)
 
 
+def _x_of(sample: Sample) -> Any:
+    """The x of a layer: the inputs, or a dict of them."""
+    if sample.names:
+        return dict(zip(sample.names, sample.inputs, strict=True))
+    return _tree(sample.inputs)
+
+
 def _prediction_and_target(sample: Sample) -> tuple[Any, Any]:
     places = reference.differentiated(sample)
     target = [each for place, each in enumerate(sample.inputs) if place not in places]
@@ -106,7 +122,7 @@ def _prediction_and_target(sample: Sample) -> tuple[Any, Any]:
 def _check_layer(
     sample: Sample, layer: fn.Layer, module: nn.Module, expected: Any, jit: bool
 ) -> None:
-    x, key = _tree(sample.inputs), fn.key(0)
+    x, key = _x_of(sample), fn.key(0)
     params, state = oracle.params_of(module), reference.state_of(module)
     for what, own, theirs in zip(
         ("params", "state"), layer.init(key, x), (params, state), strict=True
@@ -124,12 +140,18 @@ def _check_layer(
     alike("y", expected, y)
     dy = oracle.cotangent(y)
     dparams, dx = pullback(dy)
-    if _is_noise(sample):
+    if _sees_nothing(sample, expected):
+        within = _tolerance(sample)
+        by_part = zip(fn.tree.leaves(expected), fn.tree.leaves(y), strict=True)
+        for theirs, ours in by_part:
+            agree("y", *[each.where(~theirs.isnan(), 0.0) for each in (theirs, ours)], within)
+        assert _finite((y, dparams, dx)), "a query that sees no key has NaN"
+        raise Unsupported(SEES_NOTHING)
+    if _is_noise(sample, module):
         alike("dparams", params, dparams)
         alike("dx", x, dx, floating_only=True)
     else:
-        single = len(sample.inputs) == 1
-        by_input = (dx,) if single else dx or (None,) * len(sample.inputs)
+        by_input = _by_input(sample, dx)
         own = {"y": y, "dparams": dparams, "dx": by_input, "state": new_state}
         if _has(sample, WRONG_GRADIENTS):
             del own["dx"], own["dparams"]
@@ -166,11 +188,27 @@ def _check_loss(sample: Sample, loss: fn.Loss, module: nn.Module, expected: Any,
         fn.testing.check_loss(loss, prediction, target, derivative=derivative)
 
 
-def _is_noise(sample: Sample) -> bool:
+def _by_input(sample: Sample, dx: Any) -> tuple[Any, ...]:
+    """dx, which is like x, as a tuple like the inputs."""
+    if sample.names:
+        return tuple([dx[name] for name in sample.names])
+    if len(sample.inputs) == 1:
+        return (dx,)
+    return dx or (None,) * len(sample.inputs)
+
+
+def _sees_nothing(sample: Sample, expected: Any) -> bool:
+    """Whether masks hide all keys from a query, by what torch gives."""
+    return bool(sample.names) and any(leaf.isnan().any() for leaf in fn.tree.leaves(expected))
+
+
+def _is_noise(sample: Sample, module: nn.Module) -> bool:
     name = sample.cls.__name__
     if name in ALWAYS_NOISE:
         return "_random_samples" not in sample.kwargs
-    return name in NOISE and sample.train
+    drops = [each.p for each in module.modules() if isinstance(each, nn.Dropout)]
+    drops += [each.dropout for each in module.modules() if isinstance(each, nn.MultiheadAttention)]
+    return sample.train and (name in NOISE or (bool(sample.names) and any(drops)))
 
 
 def _has(sample: Sample, table: set[tuple[str, str]]) -> bool:

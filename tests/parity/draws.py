@@ -78,14 +78,15 @@ class Nested(NamedTuple):
     args: tuple[Any, ...] = ()
 
     def theirs(self) -> nn.Module:
-        return getattr(nn, self.name)(*self.args)
+        args = [each.theirs() if isinstance(each, Nested) else each for each in self.args]
+        return getattr(nn, self.name)(*args)
 
 
 class Case(NamedTuple):
     """Arguments of a class of torch.nn, and the inputs of a call.
 
     An input is a shape, whose numbers are from N(0, 1), or a `Draw`; so may be an argument.
-    ``options`` are keyword arguments of torch's forward.
+    ``options`` are keyword arguments of torch's forward; they may be drawn, too.
     """
 
     args: tuple[Any, ...]
@@ -94,7 +95,7 @@ class Case(NamedTuple):
     options: dict[str, Any]
 
     def drawn(self, dtype: torch.dtype) -> tuple[Any, ...]:
-        """``(args, kwargs, inputs)`` with numbers, the same ones each time."""
+        """``(args, kwargs, inputs, options)`` with numbers, the same ones each time."""
         rng = torch.Generator().manual_seed(0)
 
         def number(value: Any) -> Any:
@@ -105,7 +106,11 @@ class Case(NamedTuple):
             value = number(normal(*each) if type(each) is tuple else each)
             inputs += value if type(value) is tuple else [value]
         args = tuple(map(number, self.args))
-        return args, {name: number(value) for name, value in self.kwargs.items()}, tuple(inputs)
+        kwargs, options = (
+            {name: number(value) for name, value in given.items()}
+            for given in (self.kwargs, self.options)
+        )
+        return args, kwargs, tuple(inputs), options
 
 
 def case(*args: Any, x: Any, forward: dict[str, Any] | None = None, **kwargs: Any) -> Case:

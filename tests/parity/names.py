@@ -7,10 +7,11 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 from torch import Tensor, nn
+from torch.nn import functional as F
 
 import funcnet as fn
 from tests.parity.draws import Nested
-from tests.parity.exceptions import DEFAULTS, DEPRECATED, OPTIONS
+from tests.parity.exceptions import ABSENT, DEFAULTS, OPTIONS
 
 # Where the snake case of the name is not the name.
 NAMES = {
@@ -46,8 +47,29 @@ INPUT_SIZES = {
     "in_channels",
     "num_features",
     "num_channels",
+    "embed_dim",
+    "d_model",
 }
-NOT_OPTIONS = INPUT_SIZES | {"inplace", "device", "dtype"} | set(DEPRECATED)
+NOT_OPTIONS = INPUT_SIZES | {"inplace", "device", "dtype"} | set(ABSENT)
+# The arguments of these classes' forward that are parts of x, by name. The others are options.
+_MASKS = ("src_key_padding_mask", "tgt_key_padding_mask", "memory_key_padding_mask")
+PARTS = {
+    "MultiheadAttention": ("query", "key", "value", "key_padding_mask", "attn_mask"),
+    "TransformerEncoderLayer": ("src", "src_mask", _MASKS[0]),
+    "TransformerEncoder": ("src", "mask", _MASKS[0]),
+    **dict.fromkeys(
+        ["TransformerDecoderLayer", "TransformerDecoder"],
+        ("tgt", "memory", "tgt_mask", "memory_mask", *_MASKS[1:]),
+    ),
+    "Transformer": ("src", "tgt", "src_mask", "tgt_mask", "memory_mask", *_MASKS),
+}
+# Defaults of torch's forward that are not those of the constructor.
+FORWARD = {"MultiheadAttention": {"need_weights": True}}
+# A stack's layers are told, and torch's stack itself has this for a hint about the mask.
+HINTS = {
+    "TransformerEncoder": {"is_causal"},
+    "TransformerDecoder": {"tgt_is_causal", "memory_is_causal"},
+}
 
 
 class Unsupported(Exception):  # noqa: N818
@@ -106,13 +128,15 @@ def translate(
 
     ``forward`` are keyword arguments of torch's forward, which are options of the constructor.
     """
-    made = constructor(cls)
+    made, hints = constructor(cls), HINTS.get(cls.__name__, ())
+    forward = FORWARD.get(cls.__name__, {}) | forward
+    forward = {name: value for name, value in forward.items() if name not in hints}
     if forward.get("output_size") is not None:
         # A layer's option has the sizes of the space alone, whatever the batch.
         forward = forward | {"output_size": forward["output_size"][-int(cls.__name__[-2]) :]}
     for name in options(cls, args, kwargs):
-        if name in OPTIONS or name in DEPRECATED:
-            raise Unsupported(f"{name}: {OPTIONS.get(name) or DEPRECATED[name]}")
+        if name in OPTIONS or name in ABSENT:
+            raise Unsupported(f"{name}: {OPTIONS.get(name) or ABSENT[name]}")
     given = dict(zip(parameters(cls), args, strict=False))
     fixed = {k: v for k, v in FIXED.get(cls.__name__, {}).items() if k not in given}
     named = fixed | {RENAMED.get(name, name): value for name, value in kwargs.items()} | forward
@@ -122,9 +146,36 @@ def translate(
 
 
 def _ours(value: Any) -> Any:
-    if isinstance(value, Nested):
+    """What stands for an argument of torch's class: a layer for a module or a function."""
+    if isinstance(value, Nested) and value.name == "PairwiseDistance":
         return constructor(getattr(nn, value.name))(*value.args)
-    return value
+    if isinstance(value, Nested):
+        return layer_of(value.theirs())
+    if isinstance(value, nn.Module):
+        return layer_of(value)
+    return {F.relu: "relu", F.gelu: fn.gelu()}.get(value, value) if callable(value) else value
+
+
+def layer_of(module: nn.Module) -> fn.Layer:
+    """The layer of a module that is an argument of a stack of the Transformer."""
+    if isinstance(module, nn.LayerNorm):
+        return fn.layer_norm(None, module.eps, bias=module.bias is not None)
+    if isinstance(module, (nn.TransformerEncoder, nn.TransformerDecoder)):
+        first, norm = next(iter(module.layers)), module.norm
+        made = constructor(type(module))
+        return made(layer_of(first), len(module.layers), norm and layer_of(norm))
+    if isinstance(module, (nn.TransformerEncoderLayer, nn.TransformerDecoderLayer)):
+        return constructor(type(module))(
+            module.self_attn.num_heads,
+            module.linear1.out_features,
+            module.dropout.p,
+            _ours(module.activation),
+            module.norm1.eps,
+            module.self_attn.batch_first,
+            module.norm_first,
+            module.linear1.bias is not None,
+        )
+    return constructor(type(module))()
 
 
 def check_signature(cls: type) -> None:

@@ -5,9 +5,11 @@ them, and the shapes of the inputs.
 """
 
 from tests.parity.draws import Case
+from tests.parity.own_attention import ATTENTION
 from tests.parity.own_layers import LAYERS
 from tests.parity.own_losses import HEADS, LOSSES
 from tests.parity.own_recurrent import RECURRENT
 from tests.parity.own_windows import WINDOWS
 
-OWN: dict[str, list[Case]] = {**WINDOWS, **LAYERS, **RECURRENT, **HEADS, **LOSSES}
+OWN: dict[str, list[Case]] = {**WINDOWS, **LAYERS, **RECURRENT, **ATTENTION}
+OWN |= {**HEADS, **LOSSES}

@@ -54,15 +54,28 @@ def inputs_of(sample: Sample) -> list[Any]:
     )
 
 
+def given_to(sample: Sample, inputs: Any) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    """The arguments of forward, by position and by name."""
+    if sample.names:
+        return (), dict(zip(sample.names, inputs, strict=True)) | sample.options
+    return tuple(inputs), sample.options
+
+
+def outputs(y: Any) -> Any:
+    """What was given, without None in the place of an output that was not asked for.
+
+    A plain tuple where torch gives a named one.
+    """
+    if isinstance(y, tuple) and y[-1] is None:
+        (y,) = y[:-1]
+    return tuple(y) if isinstance(y, tuple) else y
+
+
 def forward(module: nn.Module, sample: Sample) -> Any:
     """What the module gives. It may write its running statistics."""
+    args, kwargs = given_to(sample, inputs_of(sample))
     with torch.no_grad():
-        return _plain(module(*inputs_of(sample), **sample.options))
-
-
-def _plain(y: Any) -> Any:
-    """The output, a plain tuple where torch gives a named one."""
-    return tuple(y) if isinstance(y, tuple) else y
+        return outputs(module(*args, **kwargs))
 
 
 def state_of(module: nn.Module) -> dict[str, Any]:
@@ -84,7 +97,7 @@ def results(module: nn.Module, sample: Sample, dy: Any) -> dict[str, Any]:
         for place, each in zip(places, chosen, strict=True):
             given[place] = each
         flat = fn.tree.to_dotted(params)
-        return _plain(torch.func.functional_call(working, flat, tuple(given), sample.options))
+        return outputs(torch.func.functional_call(working, flat, *given_to(sample, given)))
 
     chosen = tuple(inputs[place] for place in places)
     y, dparams, dx = oracle.autograd(function, oracle.params_of(module), chosen, dy)

@@ -1,5 +1,6 @@
 """The cases: those of PyTorch's module database, and our own, each with numbers drawn for it."""
 
+import inspect
 import itertools
 import warnings
 from collections.abc import Iterable, Iterator
@@ -10,6 +11,7 @@ from torch import nn
 from torch.testing._internal.common_modules import ModuleInfo, module_db
 
 from tests.layers import oracle
+from tests.parity.names import PARTS
 from tests.parity.own import OWN, Case
 
 DTYPES = {"float64": torch.float64, "float32": torch.float32, "bfloat16": torch.bfloat16}
@@ -17,7 +19,10 @@ TORCH, REFUSED, OWN_CASES = "torch", "torch errors", "own"
 
 
 class Sample(NamedTuple):
-    """A module's arguments, and those of its forward."""
+    """A module's arguments, and those of its forward.
+
+    The inputs have names where x is a dict of them.
+    """
 
     cls: type
     source: str
@@ -29,6 +34,20 @@ class Sample(NamedTuple):
     inputs: tuple[Any, ...]
     options: dict[str, Any]
     contiguous: bool = True
+    names: tuple[str, ...] = ()
+
+    @classmethod
+    def of(cls, module: type, *fields: Any, contiguous: bool = True) -> "Sample":
+        """A sample whose inputs have names if they are parts of x."""
+        *fields, inputs, options = fields
+        if module.__name__ not in PARTS:
+            return cls(module, *fields, inputs, options, contiguous)
+        arguments = [*inspect.signature(module.forward).parameters][1:]
+        options = dict(zip(arguments, inputs, strict=False)) | options
+        options = {name: value for name, value in options.items() if value is not None}
+        names = tuple([name for name in PARTS[module.__name__] if name in options])
+        inputs = tuple([options.pop(name) for name in names])
+        return cls(module, *fields, inputs, options, contiguous, names)
 
     def __str__(self) -> str:
         mode = "train" if self.train else "eval"
@@ -90,15 +109,17 @@ def _of_torch(
     args, kwargs = (called.args, dict(called.kwargs)) if called is not None else ((), {})
     if "input" in kwargs:
         args = (kwargs.pop("input"), *args)
-    return Sample(info.module_cls, source, what, dtype, train, made.args, made.kwargs, args, kwargs)
+    told = info.module_cls, source, what, dtype, train
+    return Sample.of(*told, made.args, made.kwargs, args, kwargs)
 
 
 def of_own(cls: type, case: Case, dtype: torch.dtype, train: bool, contiguous: bool) -> Sample:
     """One of our own cases, with numbers."""
-    args, kwargs, inputs = case.drawn(dtype)
-    if not contiguous:
-        inputs = tuple(other_layout(each) for each in inputs)
-    return Sample(cls, OWN_CASES, "", dtype, train, args, kwargs, inputs, case.options, contiguous)
+    drawn = case.drawn(dtype)
+    sample = Sample.of(cls, OWN_CASES, "", dtype, train, *drawn, contiguous=contiguous)
+    if contiguous:
+        return sample
+    return sample._replace(inputs=tuple(other_layout(each) for each in sample.inputs))
 
 
 def other_layout(value: Any) -> Any:
