@@ -35,14 +35,19 @@ def dispatched(choices: Tensor, n: int, size: int | None) -> dict[str, Tensor]:
     tokens, top_k = choices.shape
     in_order = choices.t().reshape(-1)
     chosen = in_order[:, None] == torch.arange(n, device=choices.device)
-    places = chosen.long().cumsum(0)
-    load = places[-1] if len(in_order) else places.sum(0)
+    load = chosen.long().sum(0)
     if size is None:
         most = None
         if choices.is_cpu and not runtime.is_transformed(choices):
             most = runtime.read(load)
         size = tokens if most is None else max(most)
-    place = places.gather(1, in_order[:, None])[:, 0] - 1
+    # In the order of the experts, a choice is as far from its expert's first one as its place. By
+    # a sort, which programs have, where a running sum would be an operator outside of them.
+    experts = torch.arange(n, device=choices.device)
+    first = torch.where(experts[:, None] > experts, load, 0).sum(1)
+    by_expert, order = torch.sort(in_order, stable=True)
+    place = torch.arange(len(in_order), device=choices.device) - first[by_expert]
+    place = torch.empty_like(place).scatter(0, order, place)
     kept = place < size
     slot = torch.where(kept, in_order * size + place, n * size)
     which = torch.arange(tokens, device=choices.device).repeat(top_k)
@@ -72,7 +77,9 @@ def experts_forward(
     fits = isinstance(logits, Tensor) and tuple(logits.shape) == (tokens, n)
     require(fits, f"{_NAME}: expects a router with {n} logits for a token, got {got}")
     p = logits.to(torch.promote_types(logits.dtype, torch.float32)).softmax(-1)
-    best, choices = logits.topk(top_k, -1)
+    # Of a few experts a sort takes no longer than topk, which is no part of programs.
+    ranked = logits.sort(dim=-1, descending=True, stable=True)
+    best, choices = (each[:, :top_k] for each in ranked)
     gates = best.softmax(-1)
     size = None if capacity is None else min(ceil(capacity * tokens * top_k / n), tokens)
     where = dispatched(choices, n, size)
