@@ -38,27 +38,23 @@ def causal_mask(scores: Tensor) -> Tensor:
     return visible(queries, keys, None, True)
 
 
-def attention_weights(
-    query: Tensor, key: Tensor, mask: Tensor | None, told: Attention, logsumexp: Any = None
-) -> tuple[Tensor, Tensor]:
-    """``p = exp(s - l)`` with the scores ``s = scale q k^T + mask`` and ``l = log sum exp s``.
-
-    In float32 for half precision. Where the mask hides all keys from a query, p and l are 0.
-    """
-    # Rounded scores would not fit the logsumexp, which the kernel computes of exact ones.
+def attention_scores(query: Tensor, key: Tensor, mask: Tensor | None, told: Attention) -> Tensor:
+    """``scale q k^T + mask``, minus infinity where a key is hidden. In float32 at least."""
     wide = torch.promote_types(query.dtype, torch.float32)
     scores = (query.to(wide) * told.scale) @ key.to(wide).mT
-    hidden = [] if mask is None or mask.dtype != torch.bool else [~mask]
-    if mask is not None and not hidden:
-        scores = scores + mask
-    for each in [*hidden, *([~causal_mask(scores)] if told.is_causal else [])]:
-        scores = scores.masked_fill(each, -torch.inf)
-    if logsumexp is None:
-        logsumexp = (
-            scores.logsumexp(-1) if scores.shape[-1] else scores.new_zeros(scores.shape[:-1])
+    if mask is not None:
+        scores = (
+            scores.masked_fill(~mask, -torch.inf) if mask.dtype == torch.bool else scores + mask
         )
-        logsumexp = logsumexp.masked_fill(logsumexp == -torch.inf, 0.0)
-    return (scores - logsumexp[..., None]).exp(), logsumexp
+    return scores.masked_fill(~causal_mask(scores), -torch.inf) if told.is_causal else scores
+
+
+def attention_weights(scores: Tensor, mask: Tensor | None) -> Tensor:
+    """``softmax(scores)`` over the keys, and 0 where the mask hides all of them from a query."""
+    weights = scores.softmax(-1)
+    if mask is None:
+        return weights
+    return weights.masked_fill((scores == -torch.inf).all(-1, keepdim=True), 0.0)
 
 
 def _fits_kernel(query: Tensor, key: Tensor, value: Tensor, mask: Any, kept: Any) -> bool:
@@ -98,8 +94,11 @@ def attention_forward(
     query: Tensor, key: Tensor, value: Tensor, mask: Any, kept: Any, told: Attention
 ) -> tuple[Tensor, Tensor]:
     """``y = p v``, with ``p [kept] / (1 - dropout_p)`` for p under dropout, and the logsumexp."""
-    weights, logsumexp = attention_weights(query, key, mask, told)
-    return dropped(weights, kept, told).to(value.dtype) @ value, logsumexp
+    scores = attention_scores(query, key, mask, told)
+    weights = dropped(attention_weights(scores, mask), kept, told).to(value.dtype)
+    # What the kernel of the backward pass reads; it takes no dimension of size 0.
+    logsumexp = scores.logsumexp(-1) if scores.shape[-1] else scores.sum(-1)
+    return weights @ value, logsumexp.masked_fill(logsumexp == -torch.inf, 0.0)
 
 
 def dropped(weights: Tensor, kept: Any, told: Attention) -> Tensor:
@@ -135,15 +134,15 @@ def attention_backward(
     dweights: Any = None,
     of_mask: Shape | None = None,
 ) -> dict[str, Tensor]:
-    """The cotangents, from the inputs, y and the logsumexp: the weights are computed again.
+    """The cotangents, from the inputs: the weights are computed again.
 
     That of the mask if it has a shape, ``of_mask``, before others were merged into it.
 
     With ``dp = dy v^T``, the cotangent of the weights after dropout:
     ``ds = p (dp [kept] / (1 - dropout_p) - sum_keys p dp)``, ``dq = scale ds k``,
-    ``dk = scale ds^T q``, ``dv = p^T dy``, ``dmask = ds``. The kernel alone reads y.
+    ``dk = scale ds^T q``, ``dv = p^T dy``, ``dmask = ds``. The kernel alone reads y and the logsumexp.
     """
-    weights, _ = attention_weights(query, key, attn_mask, told, logsumexp)
+    weights = attention_weights(attention_scores(query, key, attn_mask, told), attn_mask)
     through = dropped(weights, kept, told)
     dthrough = dy.to(weights.dtype) @ value.to(weights.dtype).mT
     if dweights is not None:
@@ -323,7 +322,7 @@ def scaled_dot_product_attention(
         pullback = Pullback(attention_rule, saved, (told, groups, form, of_mask))
         if not need_weights:
             return y, pullback, {}
-        weights, _ = attention_weights(query, shared[0], mask, told, logsumexp)
+        weights = attention_weights(attention_scores(query, shared[0], mask, told), mask)
         return (y, dropped(weights, kept, told).to(y.dtype)), pullback, {}
 
     return stateful(declare(declaration), forward, keyed=dropout_p > 0.0, name=name)

@@ -3,10 +3,8 @@
 import torch
 from torch import nn
 
-ATTENTION = ["MultiheadAttention", "Transformer"]
-ATTENTION += [
-    f"Transformer{part}" for part in ("Encoder", "EncoderLayer", "Decoder", "DecoderLayer")
-]
+_PARTS = ["", "Encoder", "EncoderLayer", "Decoder", "DecoderLayer"]
+_ATTENTION = ["MultiheadAttention", *[f"Transformer{part}" for part in _PARTS]]
 _CONTAINER = "a container computes nothing: serial, parallel and dicts of params are its place"
 
 CLASSES = {
@@ -54,7 +52,7 @@ INEXACT = {
 ROUNDING = {
     # Its samples have scores of 100, whose logsumexp is rounded before exp(scores - logsumexp).
     ("MultiheadAttention", torch.float32): 1e-4,
-    **{(name, torch.bfloat16): 0.1 for name in ATTENTION},
+    **{(name, torch.bfloat16): 0.1 for name in _ATTENTION},
     # Errors grow from step to step, in torch's loop as much as in ours.
     ("RNN", torch.bfloat16): 0.2,
     ("GRU", torch.bfloat16): 0.15,
