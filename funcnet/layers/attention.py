@@ -140,7 +140,8 @@ def attention_backward(
 
     With ``dp = dy v^T``, the cotangent of the weights after dropout:
     ``ds = p (dp [kept] / (1 - dropout_p) - sum_keys p dp)``, ``dq = scale ds k``,
-    ``dk = scale ds^T q``, ``dv = p^T dy``, ``dmask = ds``. The kernel alone reads y and the logsumexp.
+    ``dk = scale ds^T q``, ``dv = p^T dy``, ``dmask = ds``. The kernel alone reads y
+    and the logsumexp.
     """
     weights = attention_weights(attention_scores(query, key, attn_mask, told), attn_mask)
     through = dropped(weights, kept, told)
