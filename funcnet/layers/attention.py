@@ -38,14 +38,19 @@ def causal_mask(scores: Tensor) -> Tensor:
     return visible(queries, keys, None, True)
 
 
+def at_least_float32(*tensors: Tensor) -> list[Tensor]:
+    """The same numbers, those of half precision in float32."""
+    return [each.to(torch.promote_types(each.dtype, torch.float32)) for each in tensors]
+
+
 def attention_scores(query: Tensor, key: Tensor, mask: Tensor | None, told: Attention) -> Tensor:
-    """``scale q k^T + mask``, minus infinity where a key is hidden. In float32 at least."""
-    wide = torch.promote_types(query.dtype, torch.float32)
-    scores = (query.to(wide) * told.scale) @ key.to(wide).mT
-    if mask is not None:
-        scores = (
-            scores.masked_fill(~mask, -torch.inf) if mask.dtype == torch.bool else scores + mask
-        )
+    """``scale q k^T + mask``, minus infinity where a key is hidden."""
+    query, key = at_least_float32(query, key)
+    scores = (query * told.scale) @ key.mT
+    if mask is not None and mask.dtype == torch.bool:
+        scores = scores.masked_fill(~mask, -torch.inf)
+    elif mask is not None:
+        scores = scores + mask
     return scores.masked_fill(~causal_mask(scores), -torch.inf) if told.is_causal else scores
 
 
@@ -95,10 +100,11 @@ def attention_forward(
 ) -> tuple[Tensor, Tensor]:
     """``y = p v``, with ``p [kept] / (1 - dropout_p)`` for p under dropout, and the logsumexp."""
     scores = attention_scores(query, key, mask, told)
-    weights = dropped(attention_weights(scores, mask), kept, told).to(value.dtype)
+    weights = dropped(attention_weights(scores, mask), kept, told)
+    (wide,) = at_least_float32(value)
     # What the kernel of the backward pass reads; it takes no dimension of size 0.
     logsumexp = scores.logsumexp(-1) if scores.shape[-1] else scores.sum(-1)
-    return weights @ value, logsumexp.masked_fill(logsumexp == -torch.inf, 0.0)
+    return (weights @ wide).to(value.dtype), logsumexp.masked_fill(logsumexp == -torch.inf, 0.0)
 
 
 def dropped(weights: Tensor, kept: Any, told: Attention) -> Tensor:
@@ -134,32 +140,31 @@ def attention_backward(
     dweights: Any = None,
     of_mask: Shape | None = None,
 ) -> dict[str, Tensor]:
-    """The cotangents, from the inputs: the weights are computed again.
+    """The cotangents, from the inputs: the weights are computed again, in float32 at least.
 
     That of the mask if it has a shape, ``of_mask``, before others were merged into it.
 
     With ``dp = dy v^T``, the cotangent of the weights after dropout:
     ``ds = p (dp [kept] / (1 - dropout_p) - sum_keys p dp)``, ``dq = scale ds k``,
-    ``dk = scale ds^T q``, ``dv = p^T dy``, ``dmask = ds``. The kernel alone reads y
-    and the logsumexp.
+    ``dk = scale ds^T q``, ``dv = p^T dy``, ``dmask = ds``. Of y and the logsumexp only
+    the kernel makes use.
     """
     weights = attention_weights(attention_scores(query, key, attn_mask, told), attn_mask)
-    through = dropped(weights, kept, told)
-    dthrough = dy.to(weights.dtype) @ value.to(weights.dtype).mT
+    dtype, (query, key, value, dy) = query.dtype, at_least_float32(query, key, value, dy)
+    dthrough = dy @ value.mT
     if dweights is not None:
         dthrough = dthrough + dweights
     dweights = dropped(dthrough, kept, told)
     # The kernel's sum of dy y is the same number, with an error that does not cancel.
     dscores = weights * (dweights - (weights * dweights).sum(-1, keepdim=True))
-    narrow = dscores.to(query.dtype)
     cotangents = {
-        "query": narrow @ key * told.scale,
-        "key": narrow.mT @ query * told.scale,
-        "value": through.to(dy.dtype).mT @ dy,
+        "query": dscores @ key * told.scale,
+        "key": dscores.mT @ query * told.scale,
+        "value": dropped(weights, kept, told).mT @ dy,
     }
     if of_mask is not None:
-        cotangents["attn_mask"] = dscores.sum_to_size(of_mask).to(query.dtype)
-    return cotangents
+        cotangents["attn_mask"] = dscores.sum_to_size(of_mask)
+    return {name: each.to(dtype) for name, each in cotangents.items()}
 
 
 def repeat_heads(heads: Tensor, groups: int) -> Tensor:

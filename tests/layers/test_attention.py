@@ -66,8 +66,7 @@ def test_the_weights_are_an_output_after_dropout():
     assert_near(weights[kept], 2 * all_weights[kept])
 
 
-def test_half_precision_has_weights_that_sum_to_1_and_gradients_near_torchs():
-    # Torch's formula is in float32 throughout; of ours the products of dscores are not.
+def test_half_precision_has_weights_that_sum_to_1_and_gradients_as_near_as_torchs():
     x = tuple(4 * leaf for leaf in (QUERY, KEY, VALUE, randn(3, 6, seed=3)))
     half = fn.tree.map(torch.Tensor.bfloat16, x)
     layer = fn.scaled_dot_product_attention(need_weights=True)
@@ -82,7 +81,7 @@ def test_half_precision_has_weights_that_sum_to_1_and_gradients_near_torchs():
     wide = fn.tree.map(torch.Tensor.double, half)
     exact, rounded = [autograd(theirs, {}, x, dy.to(x[0].dtype))[2] for x in (wide, half)]
     for ours, their, truth in zip(dx, rounded, exact, strict=True):
-        assert (ours - truth).norm() < 3 * (their - truth).norm()
+        assert (ours - truth).norm() < 1.1 * (their - truth).norm()
 
 
 def test_dropout_of_all_weights_gives_zeros():
