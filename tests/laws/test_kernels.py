@@ -10,11 +10,11 @@ from funcnet.testing import check_layer
 
 LAYERS_WITH_KERNELS = {
     "adaptive_avg_pool", "adaptive_max_pool", "attention", "avg_pool", "batch_norm", "celu",
-    "convolution", "cross_entropy", "elu", "embedding", "embedding_bag", "fractional_max_pool", "gelu", "glu",
-    "group_norm", "hardsigmoid", "hardswish", "hardtanh", "layer_norm", "leaky_relu",
-    "log_softmax", "logsigmoid", "max_pool", "mish", "norm", "prelu", "relu", "relu6",
-    "resample", "rms_norm", "running_norm", "selu", "shrink", "sigmoid", "silu", "softmax",
-    "softmin", "softplus", "tanh", "threshold",
+    "convolution", "cross_entropy", "elu", "embedding", "embedding_bag", "fractional_max_pool",
+    "gelu", "glu", "group_norm", "hardsigmoid", "hardswish", "hardtanh", "layer_norm",
+    "leaky_relu", "log_softmax", "logsigmoid", "max_pool", "mish", "norm", "prelu", "relu",
+    "relu6", "resample", "rms_norm", "running_norm", "selu", "shrink", "sigmoid", "silu",
+    "softmax", "softmin", "softplus", "tanh", "threshold",
 }  # fmt: skip
 
 

@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from networks import nets
+from networks import gpt2, nets, transformers
 from networks.training import CASES, error, start_of, train, train_twin
 
 import funcnet as fn
@@ -31,8 +31,10 @@ def randn(*shape):
         (nets.basic_block(4, 2, True), (2, 3, 4, 4)),
         (nets.level(2, fn.conv2d(3, 1)), (2, 2, 4, 4)),
         (nets.vae(5, 4, 3), (2, 5)),
+        (transformers.positions(4), (2, 3, 5)),
+        (transformers.class_token(), (2, 3, 5)),
     ],
-    ids=["block", "projecting block", "level", "vae"],
+    ids=["block", "projecting block", "level", "vae", "positions", "class token"],
 )
 def test_layers_with_a_data_flow_of_their_own_keep_the_laws(layer, shape):
     fn.testing.check_layer(layer, randn(*shape))
@@ -46,3 +48,19 @@ def test_the_loss_of_the_vae_keeps_the_laws():
     fn.testing.check_loss(
         nets.elbo(), (randn(2, 5), randn(2, 3), randn(2, 3)), randn(2, 5).sigmoid()
     )
+
+
+def test_the_transformer_of_tokens_keeps_the_laws():
+    x = {
+        "src": torch.tensor([[0, 3, 4]]),
+        "tgt": torch.tensor([[2, 3]]),
+        "padding": torch.tensor([[False, False, True]]),
+    }
+    fn.testing.check_layer(transformers.translator(5, 4, 2, 1, 3), x, modes=(True,))
+
+
+@pytest.mark.parametrize(("dtype", "within"), [(torch.float64, 1e-10), (torch.float32, 1e-5)])
+def test_gpt2_has_the_logits_and_gradients_that_it_has_in_transformers(dtype, within):
+    pytest.importorskip("transformers", reason="the package transformers is not installed")
+    sizes = {"vocab_size": 50, "n_embd": 24, "n_head": 3, "n_layer": 2, "n_positions": 20}
+    assert max(gpt2.errors(dtype, **sizes).values()) < within

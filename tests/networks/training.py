@@ -4,7 +4,7 @@ from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
 import torch
-from networks import nets, twins
+from networks import nets, transformer_twins, transformers, twins
 from torch import Tensor, nn
 from torch.nn import functional as F
 
@@ -31,8 +31,8 @@ class Case(NamedTuple):
     """How many of the last dimensions of an example have a class each."""
     batch: int = 6
     autoencodes: bool = False
-    of_words: bool = False
-    """Whether an example is a sentence: the words, and how many there are."""
+    examples: Callable[..., Any] = torch.randn
+    """The inputs of all steps, of their shape: a tensor, or a dict with "tgt" or "input"."""
 
 
 def sgd() -> fn.Optimizer:
@@ -49,6 +49,28 @@ def adamw() -> fn.Optimizer:
 
 def torch_adamw(parameters: Any) -> torch.optim.Optimizer:
     return torch.optim.AdamW(parameters, 1e-3, weight_decay=0.05)
+
+
+def tokens(shape: tuple[int, ...], dtype: torch.dtype, **options: Any) -> Tensor:
+    """Of a vocabulary of 20, which a larger one has as well."""
+    return torch.randint(20, shape, **options)
+
+
+def sentences(shape: tuple[int, ...], dtype: torch.dtype, **options: Any) -> dict[str, Tensor]:
+    """Pairs of a source, the end of which is padding, and a target."""
+    steps, batch, length = shape
+    lengths = 1 + torch.arange(batch) % length
+    return {
+        "src": tokens(shape, dtype, **options),
+        "tgt": tokens((steps, batch, length - 1), dtype, **options),
+        "padding": (torch.arange(length) >= lengths[:, None]).expand(shape),
+    }
+
+
+def words(shape: tuple[int, ...], dtype: torch.dtype, **options: Any) -> dict[str, Tensor]:
+    """Sentences of several lengths."""
+    lengths = torch.randint(1, shape[-1] + 1, shape[:2], **options)
+    return {"input": tokens(shape, dtype, **options), "lengths": lengths}
 
 
 SGD, ADAMW = (sgd, torch_sgd), (adamw, torch_adamw)
@@ -75,7 +97,35 @@ CASES = {
         (50,),
         {"words": 30, "width": 5},
         places=1,
-        of_words=True,
+        examples=words,
+    ),
+    "gpt": Case(
+        transformers.language_model,
+        transformer_twins.LanguageModel,
+        *ADAMW,
+        (7,),
+        (64,),
+        {"vocabulary": 20, "width": 8, "heads": 2, "layers": 2, "length": 8},
+        places=1,
+        examples=tokens,
+    ),
+    "vit": Case(
+        transformers.vit,
+        transformer_twins.vit,
+        *ADAMW,
+        (3, 8, 8),
+        (3, 32, 32),
+        {"width": 8, "heads": 2, "layers": 1},
+    ),
+    "transformer": Case(
+        transformers.translator,
+        transformer_twins.Translator,
+        *SGD,
+        (6,),
+        (32,),
+        {"vocabulary": 20, "width": 8, "heads": 2, "layers": 1, "length": 6},
+        places=1,
+        examples=sentences,
     ),
 }
 
@@ -89,8 +139,13 @@ class Trained(NamedTuple):
     state: dict[str, Tensor]
 
 
+def of_step(x: Any, step: int) -> Any:
+    """The inputs of a step, of those of all steps."""
+    return fn.tree.map(lambda leaf: leaf[step], x)
+
+
 def start_of(case: Case, full: bool) -> tuple[fn.Layer, nn.Module, Any, Tensor]:
-    """The network, its twin, and the inputs and targets of all steps, float64 or words."""
+    """The network, its twin, and the inputs and targets of all steps, float64."""
     options = {} if full else case.options
     generator = torch.Generator("cpu").manual_seed(3)
     with torch.random.fork_rng(devices=[]):
@@ -100,21 +155,14 @@ def start_of(case: Case, full: bool) -> tuple[fn.Layer, nn.Module, Any, Tensor]:
     if case.autoencodes:
         x = torch.rand(shape, generator=generator, dtype=torch.float64, device="cpu")
         return case.net(**options), twin, x, x
-    x: Any = torch.randn(shape, generator=generator, dtype=torch.float64, device="cpu")
-    labels = (STEPS, case.batch, *shape[len(shape) - case.places :])
+    x = case.examples(shape, generator=generator, dtype=torch.float64, device="cpu")
+    places = (x.get("tgt", x.get("input")) if isinstance(x, dict) else x).shape
+    labels = (STEPS, case.batch, *places[len(places) - case.places :])
     target = torch.randint(10, labels, generator=generator)
-    if case.of_words:
-        lengths = torch.randint(1, shape[-1] + 1, shape[:2], generator=generator)
-        words = torch.randint(twin.embed["input"].num_embeddings, shape, generator=generator)
-        x = {"input": words, "lengths": lengths}
+    if isinstance(x, dict) and "lengths" in x:
         # What is behind a sentence has no class.
-        target[torch.arange(shape[-1]) >= lengths[..., None]] = -100
+        target[torch.arange(shape[-1]) >= x["lengths"][..., None]] = -100
     return case.net(**options), twin, x, target
-
-
-def at(step: int, batches: Any) -> Any:
-    """The batch of a step."""
-    return fn.tree.map(lambda leaf: leaf[step], batches)
 
 
 def train(case: Case, full: bool, transform: Callable[..., Any] = lambda step: step) -> Trained:
@@ -126,7 +174,7 @@ def train(case: Case, full: bool, transform: Callable[..., Any] = lambda step: s
         for leaves in (parameters, buffers)
     ]
     optimizer, loss = case.optimizer(), nets.elbo() if case.autoencodes else fn.cross_entropy()
-    train_state = fn.init_train_state(net, optimizer, KEY, at(0, x))
+    train_state = fn.init_train_state(net, optimizer, KEY, of_step(x, 0))
     fn.tree.check_same_structure(train_state.params, params, "params of the twin")
     fn.tree.check_same_structure(train_state.state, state, "state of the twin")
     train_state = train_state._replace(
@@ -135,7 +183,7 @@ def train(case: Case, full: bool, transform: Callable[..., Any] = lambda step: s
     step = transform(fn.train_step(net, loss, optimizer))
     losses = []
     for number in range(STEPS):
-        train_state, metrics = step(train_state, at(number, (x, target)))
+        train_state, metrics = step(train_state, (of_step(x, number), target[number]))
         losses.append(metrics["loss"])
     trained = (fn.tree.to_dotted(part) for part in (train_state.params, train_state.state))
     return Trained(torch.stack(losses), *trained)
@@ -149,8 +197,9 @@ def train_twin(case: Case, full: bool) -> Trained:
     losses = []
     for step in range(STEPS):
         optimizer.zero_grad()
-        given = (noise_of(twin, step, len(x[step])),) if case.autoencodes else ()
-        loss = loss_of(twin(at(step, x), *given), target[step])
+        inputs = of_step(x, step)
+        given = (noise_of(twin, step, len(inputs)),) if case.autoencodes else ()
+        loss = loss_of(twin(inputs, *given), target[step])
         loss.backward()
         optimizer.step()
         losses.append(loss.detach())
