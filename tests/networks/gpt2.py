@@ -60,6 +60,7 @@ def errors(dtype: torch.dtype, tokens: int = 16, batch: int = 2, **config: Any) 
     dy = fn.random.normal(fn.key(1), y.shape, dtype)
     given = dict(theirs.named_parameters())
     grads = torch.autograd.grad(y, [*given.values()], dy)
+    y = y.detach()
 
     sizes = config.vocab_size, config.n_embd, config.n_head, config.n_layer, config.n_positions
     net = gpt(*sizes, dtype=dtype)
