@@ -249,7 +249,7 @@ def _check_numbers(sample: Sample, module: nn.Module, dy: Any, own: dict[str, An
             if sample.dtype == torch.float64:
                 raise
             if sample.cls.__name__ in DEEP:
-                near = _distance(exact(), own) <= 2 * _distance(exact(), theirs)
+                near = _distance(exact(), own) <= 4 * _distance(exact(), theirs)
             else:
                 near = _nearer(exact()[name], got, expected)
             if not near:

@@ -53,8 +53,8 @@ ROUNDING = {
 """The relative error that rounding may explain, where that is above the tolerance of the dtype."""
 
 DEEP = {f"Transformer{part}" for part in ("", "Encoder", "EncoderLayer", "Decoder", "DecoderLayer")}
-"""Their layers' rounding adds up, so that below float64 a gradient may have no right digit in torch.
-The error of ours, of all tensors together, is then at most twice that of torch."""
+"""Their layers' rounding adds up: below float64 a gradient may have no right digit in torch. The
+error of ours, of all tensors together, is then at most four times that of torch."""
 
 CANCELLING = {
     # Torch's samples have scores of 100; the gradient of a key is a difference of large numbers.
