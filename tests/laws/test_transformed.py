@@ -1,7 +1,7 @@
 """Law 6 and 7 under jit: a compiled function equals the eager one, alone and for a population.
 
-A layer's first case is compiled, of every third layer as a population too, and all of them by
-``pytest tests/laws/test_transformed.py --whole``.
+Every second layer's first case is compiled, half of the others' as a population, and all of them
+by ``pytest tests/laws/test_transformed.py --whole``.
 """
 
 import re
@@ -39,9 +39,12 @@ def pytest_generate_tests(metafunc):
     table = REDUCED if "loss" in metafunc.function.__name__ else list(NETS)
     if not metafunc.config.getoption("whole"):
         kind = constructor if table is not REDUCED else (lambda name: name.split()[0])
-        table = first_of_each(table, kind)
-        # A population compiles the same rules in a loop over its members.
-        table = table[::3] if "population" in metafunc.function.__name__ else table
+        chosen = first_of_each(table, kind)
+        if table is not REDUCED:
+            # A population compiles the same rules in a loop over its members.
+            is_population = "population" in metafunc.function.__name__
+            chosen = chosen[3::4] if is_population else chosen[::2]
+        table = chosen
     groups = [table[start : start + TOGETHER] for start in range(0, len(table), TOGETHER)]
     metafunc.parametrize("group", groups, ids=[group[0] for group in groups])
 

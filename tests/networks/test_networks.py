@@ -8,6 +8,8 @@ from networks.training import CASES, error, start_of, train, train_twin
 import funcnet as fn
 
 pytestmark = pytest.mark.cpu_only
+# ``python -m tests.networks`` compiles all of them.
+COMPILED = ("lenet", "tagger", "gpt", "transformer")
 
 
 @pytest.mark.parametrize("name", CASES)
@@ -17,7 +19,8 @@ def test_ten_steps_are_those_of_torch_eager_and_compiled(name):
     for path, start in start_of(case, full=False)[1].named_parameters():
         assert not torch.equal(start, expected.params[path])
     assert error(train(case, full=False), expected) <= 1e-8
-    assert error(train(case, full=False, transform=fn.jit), expected) <= 1e-8
+    if name in COMPILED:
+        assert error(train(case, full=False, transform=fn.jit), expected) <= 1e-8
 
 
 def randn(*shape):
