@@ -1,6 +1,6 @@
 """The leaves of a tree as one value: what the formulas of optimizers compute with."""
 
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from functools import lru_cache, partial
 from itertools import repeat
 from operator import attrgetter
@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from funcnet.runtime import FOREACH, foreach_add_, is_transformed
+from funcnet.runtime import FOREACH, foreach_add_, is_transformed, read
 
 _dtype = attrgetter("dtype")
 _WIDE = ({torch.float32}, {torch.float64})
@@ -85,6 +85,35 @@ for _name in (
     setattr(Leaves, f"__{_name}__", _operator(_name))
 
 
+def as_number(value: Any) -> Any:
+    """A 0-d tensor as a number, where it can be read for free and nothing is derived; else itself.
+
+    >>> as_number(torch.tensor(0.5)), as_number(torch.ones((), device="meta")).device
+    (0.5, device(type='meta'))
+    """
+    if not isinstance(value, Tensor) or value.dim() or is_transformed(value):
+        return value
+    number = read(value)
+    return value if number is None else number
+
+
+# PyTorch's functions read this option of theirs; with a tensor that cannot be read, a formula is
+# used. Under vmap, torch.add and others refuse one at once, and methods of leaves do not.
+_FORMULAS: dict[str, tuple[str, Callable[..., Leaves]]] = {
+    "add": ("alpha", lambda input, other, alpha: input + alpha * other),
+    "sub": ("alpha", lambda input, other, alpha: input - alpha * other),
+    "addcmul": (
+        "value",
+        lambda input, tensor1, tensor2, value: input + value * (tensor1 * tensor2),
+    ),
+    "addcdiv": (
+        "value",
+        lambda input, tensor1, tensor2, value: input + value * (tensor1 / tensor2),
+    ),
+    "lerp": ("weight", lambda input, end, weight: input + weight * (end - input)),
+}
+
+
 def leafwise(function: Callable[..., Any], *args: Any, **options: Any) -> Leaves:
     """``function`` applied to the first leaf of each argument, to the second of each, and so on.
 
@@ -93,6 +122,14 @@ def leafwise(function: Callable[..., Any], *args: Any, **options: Any) -> Leaves
     >>> list(leafwise(torch.where, Leaves([torch.tensor([True, False])]), 1.0, 2.0))
     [tensor([1., 2.])]
     """
+    option, formula = _FORMULAS.get(function.__name__, ("", None))
+    if formula is not None:
+        if option == "weight" and len(args) == 3:
+            *args, options[option] = args  # type: ignore[assignment]
+        if isinstance(options.get(option), Tensor):
+            options[option] = as_number(options[option])
+            if isinstance(options[option], Tensor):
+                return formula(*args, **options)
     found = _by_foreach(function, args, options)
     fresh = found is not None
     if found is None:
@@ -105,7 +142,7 @@ def leafwise(function: Callable[..., Any], *args: Any, **options: Any) -> Leaves
     return Leaves(found, fresh)
 
 
-def sum_into(g: Any, p: Any, factor: float = 1.0) -> Any:
+def sum_into(g: Any, p: Any, factor: float | Tensor = 1.0) -> Any:
     """``g + factor p``, for the last use of g: in its memory, where nothing else has that.
 
     In an eager step of Adam each result of its own would be an eighth of the memory.
@@ -114,6 +151,9 @@ def sum_into(g: Any, p: Any, factor: float = 1.0) -> Any:
     >>> sum_into(fresh, Leaves([torch.ones(2)]), 0.5) is fresh, list(fresh)
     (True, [tensor([2.5000, 2.5000])])
     """
+    factor = as_number(factor)
+    if isinstance(factor, Tensor):
+        return g + factor * p
     new, old = g.tensors, p.tensors
     alike = g.fresh and new and [*map(_dtype, new)] == [*map(_dtype, old)]
     if alike and not is_transformed(*new, *old):
@@ -123,7 +163,7 @@ def sum_into(g: Any, p: Any, factor: float = 1.0) -> Any:
 
 
 def _by_foreach(
-    function: Callable[..., Any], args: tuple[Any, ...], options: dict[str, Any]
+    function: Callable[..., Any], args: Sequence[Any], options: dict[str, Any]
 ) -> list[Tensor] | None:
     """What PyTorch's operator on lists gives in one call; None where it cannot be used."""
     foreach: Any = FOREACH.get(function.__name__)
@@ -169,7 +209,7 @@ def _column(value: Any, leaves: list[Tensor]) -> Iterable[Any]:
     """An argument leaf by leaf; a 0-d tensor in the leaf's dtype, but for half precision."""
     if isinstance(value, Leaves):
         return value.tensors
-    if not isinstance(value, Tensor) or value.dim():
+    if not isinstance(value, Tensor) or value.dim() or value.dtype == torch.bool:
         return repeat(value)
     if _uniform(leaves):
         return repeat(value.to(leaves[0].dtype))

@@ -4,6 +4,7 @@ Each is an `Optimizer`. In the formulas ``g`` is what the transform before it in
 or the gradients, and ``p`` the params. What the last transform gives is added to the params.
 """
 
+import math
 from collections.abc import Callable
 from typing import NamedTuple
 
@@ -11,15 +12,15 @@ import torch
 from torch import Tensor
 
 from funcnet.core import Optimizer, Tree
-from funcnet.optimizers.checks import check_options, check_rate
+from funcnet.optimizers.checks import Number, check_options, check_rate, is_on, read_option
 from funcnet.optimizers.leaves import sum_into
 from funcnet.optimizers.lift import stateful, stateless, zero_step
 
-LearningRate = float | Tensor | Callable[[Tensor], float | Tensor]
+LearningRate = Number | Callable[[Tensor], Number]
 """A number, a 0-d tensor, or a function of the number of updates so far (0-d int64)."""
 
 
-def scale(factor: float | Tensor) -> Optimizer:
+def scale(factor: Number) -> Optimizer:
     """``factor g``.
 
     Args:
@@ -52,7 +53,7 @@ def scale_by_sign() -> Optimizer:
     return stateless(lambda g, p: g.sign())
 
 
-def add_decayed_weights(weight_decay: float) -> Optimizer:
+def add_decayed_weights(weight_decay: Number) -> Optimizer:
     """``g + weight_decay p``: the gradient of an L2 penalty, or decoupled weight decay.
 
     Args:
@@ -107,7 +108,7 @@ class TraceState(NamedTuple):
     step: Tensor
 
 
-def trace(momentum: float, dampening: float = 0.0, nesterov: bool = False) -> Optimizer:
+def trace(momentum: Number, dampening: Number = 0.0, nesterov: bool = False) -> Optimizer:
     """Momentum: ``b = momentum b + (1 - dampening) g``, starting from ``b = g``; gives b.
 
     With ``nesterov`` it gives ``g + momentum b``.
@@ -126,7 +127,8 @@ def trace(momentum: float, dampening: float = 0.0, nesterov: bool = False) -> Op
     {'w': tensor([1.9000])}
     """
     check_options("trace", momentum=momentum)
-    if nesterov and (momentum <= 0 or dampening != 0):
+    check_options("trace", least=-math.inf, dampening=dampening)
+    if nesterov and (read_option(momentum) == 0 or read_option(dampening) not in (0, None)):
         raise ValueError("trace: nesterov needs momentum > 0 and dampening = 0")
 
     def init(p: Tensor) -> TraceState:
@@ -134,7 +136,7 @@ def trace(momentum: float, dampening: float = 0.0, nesterov: bool = False) -> Op
 
     def update(g: Tensor, state: TraceState, p: Tensor) -> tuple[Tensor, TraceState]:
         fresh = g
-        if dampening:  # but not of the first gradient
+        if is_on(dampening):  # but not of the first gradient
             fresh = (1.0 - dampening * (state.step > 0).double()) * g
         b = momentum * state.trace + fresh
         return g + momentum * b if nesterov else b, TraceState(b, state.step + 1)

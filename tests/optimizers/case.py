@@ -1,4 +1,4 @@
-"""A row of the tables of optimizers and transforms, `CASES` in cases_*.py: what the laws run over."""
+"""A row of the tables of optimizers, `CASES` in cases_*.py, that the laws run over."""
 
 from collections.abc import Callable
 from typing import NamedTuple

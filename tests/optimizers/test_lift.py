@@ -8,7 +8,7 @@ import torch
 
 import funcnet as fn
 from funcnet.optimizers import stateful, stateless, zero_step
-from funcnet.optimizers.leaves import Leaves
+from funcnet.optimizers.leaves import Leaves, sum_into
 
 F64 = torch.float64
 
@@ -240,7 +240,13 @@ OPERATIONS = {
     "maximum": lambda a, b: torch.maximum(a, b),
     "maximum of s": lambda a, b: torch.maximum(a, S.double()),
     "addcmul": lambda a, b: torch.addcmul(a, b, b, value=0.3),
+    "lerp by s": lambda a, b: torch.lerp(a, b, S.double()),
+    "lerp by s, by name": lambda a, b: torch.lerp(a, b, weight=S.double()),
+    "add s b": lambda a, b: torch.add(a, b, alpha=S),
+    "addcmul by s": lambda a, b: torch.addcmul(a, b, b, value=S),
+    "addcdiv by s": lambda a, b: torch.addcdiv(a, b, b, value=S),
     "where": lambda a, b: torch.where(a > 0, a, b),
+    "where of one condition": lambda a, b: torch.where(S > 0, a, b),
     "functional": lambda a, b: torch.nn.functional.softplus(a),
     "norms": lambda a, b: torch.linalg.vector_norm(a),
 }
@@ -263,6 +269,32 @@ def test_leaves_compute_as_tensors_do(function, vmapped):
         assert found.shape == expected.shape
         # A 0-d float32 tensor is rounded to nothing less than the leaf's dtype.
         torch.testing.assert_close(found, expected, rtol=1e-14, atol=1e-15)
+
+
+NUMBER_OPTIONS = {
+    "add": lambda a, b, s: a.add(b, alpha=s),
+    "sub": lambda a, b, s: a.sub(b, alpha=s),
+    "addcmul": lambda a, b, s: a.addcmul(b, b, value=s),
+    "addcdiv": lambda a, b, s: a.addcdiv(b, b, value=s),
+    "lerp": lambda a, b, s: torch.lerp(a, b, s),
+    "sum_into": lambda a, b, s: sum_into(a, b, s),
+    "sum_into, fresh": lambda a, b, s: sum_into(2.0 * a, b, s),
+}
+
+
+@pytest.mark.parametrize("function", NUMBER_OPTIONS.values(), ids=NUMBER_OPTIONS)
+def test_an_option_that_is_a_number_may_be_a_tensor_that_nothing_can_read(function):
+    def run(s):
+        return list(function(Leaves(A), Leaves(B), s))
+
+    expected = run(0.3)
+    rates = torch.tensor([0.1, 0.3], dtype=F64)
+    for found in (run(rates[1]), [leaf[1] for leaf in torch.vmap(run)(rates)]):
+        for one, other in zip(found, expected, strict=True):
+            torch.testing.assert_close(one, other, rtol=1e-14, atol=1e-15)
+    slope = torch.func.grad(lambda s: sum(leaf.sum() for leaf in run(s)))(rates[1])
+    near = [sum(leaf.sum() for leaf in run(s)) for s in (0.3 + 1e-6, 0.3 - 1e-6)]
+    torch.testing.assert_close(slope, (near[0] - near[1]) / 2e-6, rtol=1e-6, atol=1e-8)
 
 
 def test_assignment_with_an_operator_changes_no_leaf():
