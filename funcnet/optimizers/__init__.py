@@ -9,6 +9,7 @@ from funcnet.optimizers.adaptive import (
 from funcnet.optimizers.chains import chain as chain
 from funcnet.optimizers.lift import (
     apply_updates as apply_updates,
+    around as around,
     stateful as stateful,
     stateless as stateless,
     zero_step as zero_step,

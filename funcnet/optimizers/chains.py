@@ -2,10 +2,10 @@
 
 from collections.abc import Mapping
 
-from funcnet.core import EMPTY, Optimizer, Params
+from funcnet.core import EMPTY, Optimizer, Params, Tree
 from funcnet.errors import locate
 from funcnet.optimizers.leaves import Leaves
-from funcnet.optimizers.lift import Trees, leaves_update, lifted
+from funcnet.optimizers.lift import Trees, leaves_update, lifted, require_optimizer
 
 
 def chain(*transforms: Optimizer, **named: Optimizer) -> Optimizer:
@@ -27,9 +27,7 @@ def chain(*transforms: Optimizer, **named: Optimizer) -> Optimizer:
     """
     children: dict[str, Optimizer] = {}
     for given, transform in [*((None, t) for t in transforms), *named.items()]:
-        if not isinstance(transform, Optimizer):
-            hint = "; call its constructor" if callable(transform) else ""
-            raise TypeError(f"chain: expects optimizers, got {type(transform).__name__}{hint}")
+        require_optimizer("chain", transform)
         name = given or transform.name
         if name in children:
             raise ValueError(f"chain: two are named {name!r}; name one, as in chain(a, other=b)")
@@ -41,16 +39,12 @@ def chained(name: str, children: Mapping[str, Optimizer]) -> Optimizer:
     """A chain of transforms by name, called ``name`` itself."""
 
     def init_state(params: Params) -> Params:
-        return _present({child: part.init_state(params) for child, part in children.items()})
+        return present({child: part.init_state(params) for child, part in children.items()})
 
     updates = {child: leaves_update(part) for child, part in children.items()}
 
     def update_leaves(g: Leaves, opt_state: Params, trees: Trees) -> tuple[Leaves, Params]:
-        is_dict = isinstance(opt_state, Mapping)
-        if not (is_dict and opt_state.keys() <= children.keys()):
-            found = sorted(opt_state) if is_dict else type(opt_state).__name__
-            expected = f"a dict of the states of {list(children)}"
-            raise ValueError(f"{name}: expects {expected}, got {found}")
+        check_states(name, children, opt_state)
         states, params = {}, trees.params
         donated, last = params.fresh, next(reversed(updates), None)
         for child, update in updates.items():
@@ -61,11 +55,20 @@ def chained(name: str, children: Mapping[str, Optimizer]) -> Optimizer:
                 locate(error, f"{name}[{child!r}]")
                 raise
         params.fresh = donated
-        return g, _present(states)
+        return g, present(states)
 
     return lifted(name, init_state, update_leaves)
 
 
-def _present(states: Params) -> Params:
+def check_states(name: str, children: Mapping[str, Optimizer], opt_state: Tree) -> None:
+    """Raise ValueError unless it is a dict of states of some of these."""
+    is_dict = isinstance(opt_state, Mapping)
+    if not (is_dict and opt_state.keys() <= children.keys()):
+        found = sorted(opt_state) if is_dict else type(opt_state).__name__
+        expected = f"a dict of the states of {list(children)}"
+        raise ValueError(f"{name}: expects {expected}, got {found}")
+
+
+def present(states: Params) -> Params:
     """The states but those that are ``{}``."""
     return {name: state for name, state in states.items() if not isinstance(state, dict) or state}

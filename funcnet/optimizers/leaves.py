@@ -28,12 +28,13 @@ class Leaves:
     ([tensor([-1., -1.]), tensor([-1.])], [tensor(1.4142), tensor(1.)])
     """
 
-    __slots__ = ("fresh", "tensors")
+    __slots__ = ("fresh", "tensors", "treedef")
     __hash__ = object.__hash__
 
     def __init__(self, tensors: list[Tensor], fresh: bool = False) -> None:
         self.tensors = tensors
         self.fresh = fresh  # whether nothing else has their memory
+        self.treedef: Any = None  # of the params, for those alone
 
     def __iter__(self) -> Iterator[Tensor]:
         return iter(self.tensors)

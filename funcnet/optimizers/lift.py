@@ -1,16 +1,17 @@
 """From a formula to an optimizer: the formula knows leaves, the optimizer knows trees."""
 
-from collections.abc import Callable
-from functools import partial
+from collections.abc import Callable, Sequence
+from functools import lru_cache, partial
 from operator import attrgetter
 from typing import Any, NamedTuple
 
+import optree
 import torch
 from torch import Tensor
 
-from funcnet import tree
-from funcnet.core import Box, Optimizer, Params, Tree, function_name
-from funcnet.errors import refuse_state
+from funcnet import runtime, tree
+from funcnet.core import EMPTY, Box, Optimizer, Params, Tree, function_name
+from funcnet.errors import locate, refuse_state
 from funcnet.optimizers.leaves import Applied, Leaves, sum_into
 
 _flatten = tree.Flattener()
@@ -85,29 +86,84 @@ def stateful(
      {'scale_by_lion': LionState(m={'w': tensor([ 0.0300, -0.0200])})})
     >>> fn.testing.check_optimizer(lion(0.1), params)
     """
+    return _with_state(name or function_name(update), init, update)
+
+
+def around(
+    optimizer: Optimizer,
+    init: Callable[[Tensor, Tree], NamedTuple],
+    update: Callable[..., tuple[Tensor, Any]],
+    *,
+    name: str | None = None,
+    gives_state: bool = False,
+) -> Optimizer:
+    """An optimizer around another one, lifted from a formula.
+
+    Args:
+        optimizer: the one inside.
+        init: ``(p, inner) -> state``, a NamedTuple, as for `stateful`; ``inner`` is the first
+            state of the optimizer inside, and one of the entries.
+        update: ``(g, state, p, inner_update) -> (updates, state)``; see `stateful`. The optimizer
+            inside is ``inner_update(g, state.inner) -> (updates, inner)``.
+        name: what errors and a chain's state call it; by default the constructor's name.
+        gives_state: whether the formula has no use for ``state.inner`` after ``inner_update``,
+            which may then write to its memory where that is donated.
+
+    Errors of the optimizer inside get the name in front.
+
+    >>> class AverageState(NamedTuple):
+    ...     mean: fn.Tree
+    ...     inner: fn.Tree
+    >>> def average_params(optimizer, decay):
+    ...     def init(p, inner):
+    ...         return AverageState(p.clone(), inner)
+    ...     def update(g, state, p, inner_update):
+    ...         updates, inner = inner_update(g, state.inner)
+    ...         return updates, AverageState(torch.lerp(p + updates, state.mean, decay), inner)
+    ...     return around(optimizer, init, update)
+    >>> params = {"w": torch.ones(1)}
+    >>> average = average_params(fn.sgd(0.5), 0.9)
+    >>> average.update(params, average.init_state(params), params)
+    ({'w': tensor([-0.5000])}, AverageState(mean={'w': tensor([0.9500])}, inner={}))
+    """
     name = name or function_name(update)
-    formula: Callable[..., Any] = update
-    start: Callable[..., Any] = init
+    require_optimizer(name, optimizer)
+    return _with_state(name, init, update, optimizer, gives_state)
+
+
+def require_optimizer(name: str, optimizer: Any) -> None:
+    """Raise TypeError unless it is an optimizer."""
+    if not isinstance(optimizer, Optimizer):
+        hint = "; call its constructor" if callable(optimizer) else ""
+        raise TypeError(f"{name}: expects an Optimizer, got {type(optimizer).__name__}{hint}")
+
+
+def _with_state(
+    name: str,
+    start: Callable[..., Any],
+    formula: Callable[..., Any],
+    optimizer: Optimizer | None = None,
+    gives_state: bool = False,
+) -> Optimizer:
+    """`stateful`, or `around` an optimizer, whose formulas have an argument more."""
+    inside = [] if optimizer is None else [optimizer]
     # Which entries are trees does not depend on the params, so none show it as well.
-    example = start(Leaves([]))
+    example = start(Leaves([]), *[EMPTY for _ in inside])
     kind, like_params = type(example), [isinstance(entry, Leaves) for entry in example]
 
     def init_state(params: Params) -> Tree:
         trees = Trees(params)
-        state = start(trees.params)
+        state = start(trees.params, *[each.init_state(params) for each in inside])
         return kind(*[trees.join(e) if isinstance(e, Leaves) else e for e in state])
 
     def update_leaves(g: Leaves, opt_state: Tree, trees: Trees) -> tuple[Leaves, Tree]:
-        if not isinstance(opt_state, kind):
-            raise TypeError(
-                f"{name}: expects the state {kind.__name__}({', '.join(kind._fields)}), "
-                f"got {tree.describe(opt_state)}"
-            )
+        check_state(name, kind, opt_state)
         old = [
             trees.split(entry, f"{name}: state.{field}", trees.donated) if is_tree else entry
             for field, entry, is_tree in zip(kind._fields, opt_state, like_params, strict=True)
         ]
-        updates, *rest = formula(g, kind(*old), trees.params)
+        within = [partial(_update_inside, name, each, trees, gives_state) for each in inside]
+        updates, *rest = formula(g, kind(*old), trees.params, *within)
         if len(rest) != 1 or not isinstance(rest[0], kind):
             raise TypeError(f"{name}: the formula must give (updates, {kind.__name__})")
         new = [
@@ -119,6 +175,46 @@ def stateful(
     return lifted(name, init_state, update_leaves)
 
 
+def check_state(name: str, kind: Any, opt_state: Tree) -> None:
+    """Raise TypeError unless the state is the NamedTuple that the optimizer has."""
+    if not isinstance(opt_state, kind):
+        raise TypeError(
+            f"{name}: expects the state {kind.__name__}({', '.join(kind._fields)}), "
+            f"got {tree.describe(opt_state)}"
+        )
+
+
+def _update_inside(
+    name: str, optimizer: Optimizer, trees: "Trees", donated: bool, g: Leaves, opt_state: Tree
+) -> tuple[Leaves, Tree]:
+    # The formula may use g again, which the optimizer inside may write to, or let go.
+    given = Leaves(g.tensors)
+    try:
+        return leaves_update(optimizer)(given, opt_state, trees.within(donated))
+    except Exception as error:
+        locate(error, name)
+        raise
+
+
+def choose(condition: Tensor, yes: Callable[[], Tree], no: Callable[[], Tree]) -> Tree:
+    """``yes()`` where a 0-d condition holds, else ``no()``; both are of one structure.
+
+    A condition that can be read for free is, and one of the two is computed; otherwise, as on a
+    GPU or under jit and vmap, both are, and neither waits for a device.
+
+    >>> choose(torch.tensor(True), lambda: {"w": torch.ones(1)}, lambda: {"w": torch.zeros(1)})
+    {'w': tensor([1.])}
+    """
+    value = runtime.read(condition)
+    if value is not None:
+        return yes() if value else no()
+    return tree.map(
+        lambda one, other: one if one is other else torch.where(condition, one, other),
+        yes(),
+        no(),
+    )
+
+
 class Trees:
     """The params of an update, flattened; takes trees like them apart and puts them together.
 
@@ -127,11 +223,28 @@ class Trees:
     """
 
     def __init__(self, params: Params, donated: bool = False) -> None:
-        leaves, self.treedef = _flatten(params)
+        leaves, treedef = _flatten(params)
         # Two leaves that are one tensor would be written to twice.
-        self.donated = donated and len({*map(id, leaves)}) == len(leaves)
-        self.params = Leaves(leaves, self.donated)
+        self._set(leaves, treedef, donated and len({*map(id, leaves)}) == len(leaves))
+
+    def _set(self, leaves: list[Tensor], treedef: Any, donated: bool) -> None:
+        self.treedef, self.donated = treedef, donated
+        self.params = Leaves(leaves, donated)
+        self.params.treedef = treedef
         self.shapes = [*map(_shape, leaves)]
+
+    def part(self, leaves: list[Tensor], treedef: Any, donated: bool) -> "Trees":
+        """Of other leaves of the params, in a tree of their own; only state is donated."""
+        trees = object.__new__(Trees)
+        trees._set(leaves, treedef, donated and self.donated)
+        trees.params.fresh = False
+        return trees
+
+    def within(self, donated: bool) -> "Trees":
+        """For an optimizer inside another: it leaves the params, and unless donated the state."""
+        if not self.donated:
+            return self
+        return self.part(self.params.tensors, self.treedef, donated)
 
     def split(self, found: Tree, what: str, fresh: bool = False) -> Leaves:
         """The leaves of a tree; ValueError with ``what`` unless it is like the params."""
@@ -157,6 +270,22 @@ def lifted(
         return trees.join(updates), opt_state
 
     return Optimizer(init_state, update, name, update_leaves)
+
+
+def paths(p: Any) -> Sequence[str]:
+    """The dotted path of each leaf of the params, for a formula that needs them.
+
+    >>> stateless(lambda g, p: print(paths(p)) or g).update({"a": {"w": torch.ones(1)}}, {},
+    ...                                                     {"a": {"w": torch.ones(1)}})
+    ('a.w',)
+    ({'a': {'w': tensor([1.])}}, {})
+    """
+    return _paths(p.treedef)
+
+
+@lru_cache(maxsize=64)
+def _paths(treedef: optree.PyTreeSpec) -> tuple[str, ...]:
+    return tuple([tree.path_string(path) for path in treedef.paths()])
 
 
 def leaves_update(optimizer: Optimizer) -> Callable[..., Any]:
