@@ -14,6 +14,10 @@ from funcnet.optimizers.lift import (
     stateless as stateless,
     zero_step as zero_step,
 )
+from funcnet.optimizers.masked import (
+    masked as masked,
+    partition as partition,
+)
 from funcnet.optimizers.optimizers import (
     adam as adam,
     adamw as adamw,
