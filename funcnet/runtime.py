@@ -31,6 +31,9 @@ FOREACH: dict[str, Callable[..., Any]] = {
 foreach_add_: Callable[..., None] = torch._foreach_add_
 """Adds a list of tensors to another one, in place."""
 
+foreach_norm: Callable[..., Any] = torch._foreach_norm
+"""The norm of each of a list of tensors."""
+
 fused_adamw_: Callable[..., None] = partial(torch._fused_adamw_, maximize=False)
 """Adam's update in place, with decoupled weight decay, of lists of tensors, in one call."""
 

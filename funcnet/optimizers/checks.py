@@ -36,6 +36,14 @@ def check_options(
             raise ValueError(f"{name}: {option} must be below {below:g}, got {value}")
 
 
+def check_positive(name: str, **options: Number) -> None:
+    """`check_options`, and ValueError for 0."""
+    for option, given in options.items():
+        check_options(name, 0.0, math.inf, **{option: given})
+        if read_option(given) == 0:
+            raise ValueError(f"{name}: {option} must be > 0, got {read_option(given)}")
+
+
 def check_rate(name: str, lr: Any) -> None:
     """Raise ValueError for a rate that is negative or not 0-d, TypeError for what is no rate."""
     _check_kind(name, "lr", lr, "a number, a 0-d tensor or a function of the step", bool)
@@ -50,8 +58,8 @@ def _check_kind(name: str, option: str, given: Any, expected: str, *no: type) ->
         raise TypeError(f"{name}: {option} must be {expected}, got {given!r}")
 
 
-def check_count(name: str, **options: int) -> None:
-    """Raise ValueError for an option that is no integer of at least 1.
+def check_count(name: str, least: int = 1, **options: int) -> None:
+    """Raise ValueError for an option that is no integer of at least ``least``.
 
     >>> check_count("lookahead", k=0)
     Traceback (most recent call last):
@@ -59,8 +67,8 @@ def check_count(name: str, **options: int) -> None:
     ValueError: lookahead: k must be an integer >= 1, got 0
     """
     for option, value in options.items():
-        if isinstance(value, bool) or not isinstance(value, int) or value < 1:
-            raise ValueError(f"{name}: {option} must be an integer >= 1, got {value!r}")
+        if isinstance(value, bool) or not isinstance(value, int) or value < least:
+            raise ValueError(f"{name}: {option} must be an integer >= {least}, got {value!r}")
 
 
 def read_option(value: Number) -> Any:

@@ -143,6 +143,18 @@ def leafwise(function: Callable[..., Any], *args: Any, **options: Any) -> Leaves
     return Leaves(found, fresh)
 
 
+def at_least_float32(leaves: Any) -> Any:
+    """The leaves, those of half precision in float32.
+
+    >>> [leaf.dtype for leaf in at_least_float32(Leaves([torch.ones(1).bfloat16()]))]
+    [torch.float32]
+    """
+    if not isinstance(leaves, Leaves):
+        return leaves
+    half = (torch.float16, torch.bfloat16)
+    return Leaves([leaf.float() if leaf.dtype in half else leaf for leaf in leaves])
+
+
 def sum_into(g: Any, p: Any, factor: float | Tensor = 1.0) -> Any:
     """``g + factor p``, for the last use of g: in its memory, where nothing else has that.
 

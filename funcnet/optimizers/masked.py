@@ -13,13 +13,14 @@ from funcnet.optimizers.lift import Trees, leaves_update, lifted, require_optimi
 from funcnet.optimizers.parts import Parts
 
 
-def masked(optimizer: Optimizer, where: Where) -> Optimizer:
+def masked(optimizer: Optimizer, where: Where, *, name: str = "masked") -> Optimizer:
     """An optimizer of some of the leaves; the gradients of the others pass as they are.
 
     Args:
         optimizer: sees the leaves that are meant as its params, without the others.
         where: the leaves that are meant: a function of the dotted path, or the path of a leaf or
             of a layer, or several, as for `freeze`.
+        name: what errors and a chain's state call it.
 
     State: that of the optimizer, for those leaves.
     Raises: ValueError if no leaf is meant, or a path is of none.
@@ -30,10 +31,10 @@ def masked(optimizer: Optimizer, where: Where) -> Optimizer:
     >>> no_bias.update(params, no_bias.init_state(params), params)[0]
     {'weight': tensor([1.1000]), 'bias': tensor([1.])}
     """
-    require_optimizer("masked", optimizer)
+    require_optimizer(name, optimizer)
     inside = leaves_update(optimizer)
 
-    parts = Parts("masked", lambda paths: {"": chosen_leaves(where, paths) if paths else ()})
+    parts = Parts(name, lambda paths: {"": chosen_leaves(where, paths) if paths else ()})
 
     def init_state(params: Params) -> Tree:
         return optimizer.init_state(parts(tree.flatten(params)[1])[""].of(params))
@@ -43,11 +44,11 @@ def masked(optimizer: Optimizer, where: Where) -> Optimizer:
         try:
             updates, opt_state = inside(part.take(g), opt_state, part.trees(trees))
         except Exception as error:
-            locate(error, "masked")
+            locate(error, name)
             raise
         return part.put(updates, g.to_dtypes(trees.params)), opt_state
 
-    return lifted("masked", init_state, update_leaves)
+    return lifted(name, init_state, update_leaves)
 
 
 def partition(optimizers: Mapping[str, Optimizer], rules: Mapping[str, Where]) -> Optimizer:

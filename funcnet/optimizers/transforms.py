@@ -11,10 +11,12 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from funcnet.combinators.reparametrize import Where
 from funcnet.core import Optimizer, Tree
 from funcnet.optimizers.checks import Number, check_options, check_rate, is_on, read_option
-from funcnet.optimizers.leaves import sum_into
+from funcnet.optimizers.leaves import at_least_float32, sum_into
 from funcnet.optimizers.lift import stateful, stateless, zero_step
+from funcnet.optimizers.masked import masked
 
 LearningRate = Number | Callable[[Tensor], Number]
 """A number, a 0-d tensor, or a function of the number of updates so far (0-d int64)."""
@@ -53,18 +55,21 @@ def scale_by_sign() -> Optimizer:
     return stateless(lambda g, p: g.sign())
 
 
-def add_decayed_weights(weight_decay: Number) -> Optimizer:
+def add_decayed_weights(weight_decay: Number, mask: Where | None = None) -> Optimizer:
     """``g + weight_decay p``: the gradient of an L2 penalty, or decoupled weight decay.
 
     Args:
         weight_decay: a number >= 0.
+        mask: the leaves that decay, by path as for `masked`; by default all.
 
     >>> params = {"w": torch.ones(1)}
     >>> add_decayed_weights(0.1).update({"w": torch.zeros(1)}, {}, params)[0]
     {'w': tensor([0.1000])}
     """
     check_options("add_decayed_weights", weight_decay=weight_decay)
-    return stateless(lambda g, p: sum_into(g, p, weight_decay), name="add_decayed_weights")
+    name = "add_decayed_weights"
+    decay = stateless(lambda g, p: sum_into(g, p, weight_decay), name=name)
+    return decay if mask is None else masked(decay, mask, name=name)
 
 
 class ScheduleState(NamedTuple):
@@ -140,5 +145,42 @@ def trace(momentum: Number, dampening: Number = 0.0, nesterov: bool = False) -> 
             fresh = (1.0 - dampening * (state.step > 0).double()) * g
         b = momentum * state.trace + fresh
         return g + momentum * b if nesterov else b, TraceState(b, state.step + 1)
+
+    return stateful(init, update)
+
+
+class EmaState(NamedTuple):
+    """The number of updates so far, and the moving average of what came in."""
+
+    step: Tensor
+    ema: Tree
+
+
+def ema(decay: Number, debias: bool = True) -> Optimizer:
+    """The exponential moving average of g: ``m = decay m + (1 - decay) g``.
+
+    With ``debias`` it gives ``m / (1 - decay^t)`` at the update number t, from 1.
+
+    Args:
+        decay: a number in [0, 1).
+        debias: whether to correct for the start at 0.
+
+    Half precision is computed in float32, and the state rounded.
+
+    Source: ``optax.ema``.
+
+    >>> params = {"w": torch.ones(1)}
+    >>> ema(0.9).update(params, ema(0.9).init_state(params), params)
+    ({'w': tensor([1.0000])}, EmaState(step=tensor(1), ema={'w': tensor([0.1000])}))
+    """
+    check_options("ema", below=1.0, decay=decay)
+
+    def init(p: Tensor) -> EmaState:
+        return EmaState(zero_step(p), torch.zeros_like(p))
+
+    def update(g: Tensor, state: EmaState, p: Tensor) -> tuple[Tensor, EmaState]:
+        m = torch.lerp(at_least_float32(g), at_least_float32(state.ema), decay)
+        step = state.step + 1
+        return m / (1.0 - decay ** step.double()) if debias else m, EmaState(step, m)
 
     return stateful(init, update)

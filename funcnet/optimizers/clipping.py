@@ -1,0 +1,146 @@
+"""Transforms that bound gradients, or bring them to a norm."""
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from funcnet.core import Optimizer
+from funcnet.optimizers.checks import Number, check_options, check_positive
+from funcnet.optimizers.leaves import at_least_float32, leafwise
+from funcnet.optimizers.lift import stateless
+from funcnet.runtime import foreach_norm, is_transformed
+
+_WIDE = (torch.float32, torch.float64)
+
+
+def global_norm(leaves: Any, norm_type: float = 2.0) -> Tensor:
+    """The norm of the norms of all leaves, a 0-d tensor; half precision is summed in float32."""
+    present = [leaf for leaf in leaves if leaf.numel()]
+    if not present:
+        return torch.zeros(())
+    alike = len({leaf.dtype for leaf in present}) == 1 and present[0].dtype in _WIDE
+    if alike and not is_transformed(*present):
+        norms = [*foreach_norm(present, norm_type)]
+    else:
+        dtypes = [leaf.dtype if leaf.dtype in _WIDE else torch.float32 for leaf in present]
+        norms = [
+            torch.linalg.vector_norm(leaf, norm_type, dtype=dtype)
+            for leaf, dtype in zip(present, dtypes, strict=True)
+        ]
+    device = norms[0].device
+    return torch.linalg.vector_norm(torch.stack([norm.to(device) for norm in norms]), norm_type)
+
+
+def clip(clip_value: Number) -> Optimizer:
+    """Each element of g within ``[-clip_value, clip_value]``.
+
+    Args:
+        clip_value: a number >= 0.
+
+    Source: ``torch.nn.utils.clip_grad_value_``; ``optax.clip``.
+
+    >>> params = {"w": torch.tensor([0.5, -3.0])}
+    >>> clip(1.0).update(params, {}, params)[0]
+    {'w': tensor([ 0.5000, -1.0000])}
+    """
+    check_options("clip", clip_value=clip_value)
+    least: Any = -clip_value
+    most: Any = clip_value
+    return stateless(lambda g, p: g.clamp(least, most))
+
+
+def clip_by_global_norm(max_norm: Number, norm_type: float = 2.0) -> Optimizer:
+    """``g min(1, max_norm / (n + 1e-6))``, where n is the norm of all leaves as one vector.
+
+    Args:
+        max_norm: a number >= 0.
+        norm_type: of the p-norm; may be infinite.
+
+    Source: ``torch.nn.utils.clip_grad_norm_``; Pascanu et al. 2013.
+
+    >>> params = {"w": torch.tensor([3.0]), "v": torch.tensor([4.0])}
+    >>> clip_by_global_norm(1.0).update(params, {}, params)[0]
+    {'w': tensor([0.6000]), 'v': tensor([0.8000])}
+    """
+    check_options("clip_by_global_norm", max_norm=max_norm)
+    order = float(norm_type)
+
+    def update(g: Tensor, p: Tensor) -> Tensor:
+        factor = max_norm / (global_norm(g, order) + 1e-6)
+        return factor.clamp(max=1.0) * g
+
+    return stateless(update)
+
+
+def clip_by_block_rms(threshold: Number) -> Optimizer:
+    """``g / max(1, r / threshold)``, where r is the root of the mean of g^2 in each leaf.
+
+    Args:
+        threshold: the greatest r that is left, a number > 0.
+
+    Source: ``optax.clip_by_block_rms``; Adafactor, Shazeer and Stern 2018.
+
+    >>> params = {"w": torch.tensor([3.0, 4.0]), "v": torch.tensor([0.1])}
+    >>> clip_by_block_rms(1.0).update(params, {}, params)[0]
+    {'w': tensor([0.8485, 1.1314]), 'v': tensor([0.1000])}
+    """
+    check_positive("clip_by_block_rms", threshold=threshold)
+
+    def update(g: Tensor, p: Tensor) -> Tensor:
+        g = at_least_float32(g)
+        rms = g.square().mean().sqrt()
+        return g / (rms / threshold).clamp(min=1.0)
+
+    return stateless(update)
+
+
+def adaptive_grad_clip(clipping: Number, eps: Number = 1e-3) -> Optimizer:
+    """``g min(1, clipping max(|p|, eps) / |g|)``, with norms of each unit of a leaf.
+
+    A unit is a row of a matrix, a filter of a convolution, or a whole vector: all that a leaf has
+    for one index of its first dimension, if it has more than one.
+
+    Args:
+        clipping: the greatest ratio of the norms that is left, a number >= 0.
+        eps: the least norm of params that counts, a number >= 0.
+
+    Source: Brock et al. 2021; ``optax.adaptive_grad_clip``.
+
+    >>> params = {"w": torch.tensor([[3.0, 4.0], [0.0, 1.0]])}
+    >>> grads = {"w": torch.tensor([[0.1, 0.0], [0.1, 0.0]])}
+    >>> adaptive_grad_clip(0.05).update(grads, {}, params)[0]
+    {'w': tensor([[0.1000, 0.0000], [0.0500, 0.0000]])}
+    """
+    check_options("adaptive_grad_clip", clipping=clipping, eps=eps)
+
+    def update(g: Tensor, p: Tensor) -> Tensor:
+        norm, size = _unit_norm(g), _unit_norm(p)
+        limit: Any = clipping * size.clamp(min=eps)
+        return torch.where(norm > limit, g * (limit / norm.clamp(min=1e-6)), g)
+
+    return stateless(update)
+
+
+def normalize(eps: Number = 1e-6) -> Optimizer:
+    """``g / (n + eps)``, where n is the norm of all leaves as one vector.
+
+    Args:
+        eps: a number >= 0.
+
+    Source: normalized gradient descent; ``optax.normalize_by_update_norm``.
+
+    >>> params = {"w": torch.tensor([3.0]), "v": torch.tensor([4.0])}
+    >>> normalize().update(params, {}, params)[0]
+    {'w': tensor([0.6000]), 'v': tensor([0.8000])}
+    """
+    check_options("normalize", eps=eps)
+    return stateless(lambda g, p: g / (global_norm(g) + eps))
+
+
+def _unit_norm(leaves: Any) -> Any:
+    def norm(leaf: Tensor) -> Tensor:
+        units = tuple(range(1, leaf.dim())) if leaf.dim() > 1 else None
+        return torch.linalg.vector_norm(leaf, dim=units, keepdim=True)
+
+    return leafwise(norm, at_least_float32(leaves))
