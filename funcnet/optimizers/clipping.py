@@ -64,7 +64,12 @@ def clip_by_global_norm(max_norm: Number, norm_type: float = 2.0) -> Optimizer:
     {'w': tensor([0.6000]), 'v': tensor([0.8000])}
     """
     check_options("clip_by_global_norm", max_norm=max_norm)
-    order = float(norm_type)
+    try:
+        order = float(norm_type)
+    except ValueError:
+        raise ValueError(
+            f"clip_by_global_norm: norm_type must be a number, got {norm_type!r}"
+        ) from None
 
     def update(g: Tensor, p: Tensor) -> Tensor:
         factor = max_norm / (global_norm(g, order) + 1e-6)

@@ -58,7 +58,11 @@ def inject_hyperparams(
     >>> updates, state.hyperparams
     ({'w': tensor([-0.2000])}, {'lr': tensor(0.2000), 'momentum': tensor(0., dtype=torch.float64)})
     """
-    require(callable(constructor), f"{_NAME}: expects a constructor such as adamw", TypeError)
+    require(
+        not isinstance(constructor, Optimizer) and callable(constructor),
+        f"{_NAME}: expects a constructor such as adamw",
+        TypeError,
+    )
     signature = inspect.signature(constructor)
     fixed = {static_args} if isinstance(static_args, str) else {*static_args}
     unknown = sorted(fixed - signature.parameters.keys())
@@ -91,6 +95,9 @@ def inject_hyperparams(
         def update_leaves(g: Leaves, opt_state: Tree, trees: Trees) -> tuple[Leaves, Tree]:
             check_state(_NAME, InjectHyperparamsState, opt_state)
             step, kept, inner = opt_state
+            if kept.keys() != injected.keys():
+                expected = f"expects the hyperparams {list(injected)}, got {list(kept)}"
+                raise ValueError(f"{_NAME}: {expected}")
             hyperparams = {o: _now(o, given, kept[o], step) for o, given in injected.items()}
             try:
                 updates, inner = leaves_update(made(hyperparams))(g, inner, trees)

@@ -325,6 +325,17 @@ BAD = {
         ValueError,
         r"0-d tensor, got \(2,\)",
     ),
+    "the same within chains": (
+        lambda: once(fn.chain(whole=fn.sgd(lambda step: torch.ones(2)))),
+        ValueError,
+        r"chain\['whole'\] sgd\['scale_by_learning_rate'\] scale_by_learning_rate: lr must be a 0-d",
+    ),
+    "rate that is NaN": (lambda: fn.sgd(torch.nan), ValueError, "sgd: lr must be >= 0, got nan"),
+    "rate that is a negative tensor": (
+        lambda: opt.scale_by_learning_rate(torch.tensor(-0.1)),
+        ValueError,
+        "lr must be >= 0, got -0.1",
+    ),
     "decay below 0": (lambda: opt.add_decayed_weights(-1.0), ValueError, "weight_decay"),
     "momentum below 0": (lambda: opt.trace(-0.5), ValueError, "momentum"),
     "nesterov without momentum": (lambda: opt.trace(0.0, nesterov=True), ValueError, "nesterov"),
