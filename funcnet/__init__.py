@@ -320,13 +320,27 @@ from funcnet.losses.linear_cross_entropy import (
     linear_cross_entropy as linear_cross_entropy,
 )
 from funcnet.optimizers import (
+    adadelta as adadelta,
+    adagrad as adagrad,
     adam as adam,
+    adamax as adamax,
     adamw as adamw,
     apply_updates as apply_updates,
+    asgd as asgd,
     chain as chain,
+    lamb as lamb,
+    lars as lars,
+    lion as lion,
+    nadam as nadam,
+    radam as radam,
     rmsprop as rmsprop,
+    rprop as rprop,
+    schedule_free as schedule_free,
+    schedule_free_adamw as schedule_free_adamw,
+    schedule_free_sgd as schedule_free_sgd,
     sgd as sgd,
     signsgd as signsgd,
+    sophia as sophia,
 )
 from funcnet.params import (
     Param as Param,

@@ -1,12 +1,40 @@
-"""Optimizers, the transforms they are chained from, and what lifts a formula to one."""
+"""Optimizers, the transforms they are chained from, and what lifts a formula to one.
 
-from funcnet.optimizers.adaptive import (
-    AdamState as AdamState,
-    RmsState as RmsState,
-    scale_by_adam as scale_by_adam,
-    scale_by_rms as scale_by_rms,
+Those that torch.optim has take its options, in its order, with its defaults, but for those that
+choose among PyTorch's implementations: ``foreach``, ``fused``, ``differentiable`` and
+``capturable`` are no options here. Counts of updates are tensors that no update reads, as with
+``capturable=True``, and every update can be differentiated.
+"""
+
+from funcnet.optimizers.adadelta import (
+    AdadeltaState as AdadeltaState,
+    adadelta as adadelta,
+    scale_by_adadelta as scale_by_adadelta,
 )
-from funcnet.optimizers.chains import chain as chain
+from funcnet.optimizers.adagrad import (
+    AdagradState as AdagradState,
+    adagrad as adagrad,
+    scale_by_adagrad as scale_by_adagrad,
+)
+from funcnet.optimizers.adam import (
+    AdamState as AdamState,
+    adam as adam,
+    adamw as adamw,
+    scale_by_adam as scale_by_adam,
+)
+from funcnet.optimizers.adamax import (
+    AdamaxState as AdamaxState,
+    adamax as adamax,
+    scale_by_adamax as scale_by_adamax,
+)
+from funcnet.optimizers.asgd import (
+    AsgdState as AsgdState,
+    asgd as asgd,
+    average_asgd as average_asgd,
+)
+from funcnet.optimizers.chains import (
+    chain as chain,
+)
 from funcnet.optimizers.clipping import (
     adaptive_grad_clip as adaptive_grad_clip,
     clip as clip,
@@ -46,12 +74,49 @@ from funcnet.optimizers.masked import (
     masked as masked,
     partition as partition,
 )
-from funcnet.optimizers.optimizers import (
-    adam as adam,
-    adamw as adamw,
+from funcnet.optimizers.nadam import (
+    NadamState as NadamState,
+    nadam as nadam,
+    scale_by_nadam as scale_by_nadam,
+)
+from funcnet.optimizers.radam import (
+    RadamState as RadamState,
+    radam as radam,
+    scale_by_radam as scale_by_radam,
+)
+from funcnet.optimizers.rms import (
+    RmsState as RmsState,
     rmsprop as rmsprop,
+    scale_by_rms as scale_by_rms,
+)
+from funcnet.optimizers.rprop import (
+    RpropState as RpropState,
+    rprop as rprop,
+    scale_by_rprop as scale_by_rprop,
+)
+from funcnet.optimizers.schedule_free import (
+    ScheduleFreeState as ScheduleFreeState,
+    average_schedule_free as average_schedule_free,
+    schedule_free as schedule_free,
+    schedule_free_adamw as schedule_free_adamw,
+    schedule_free_sgd as schedule_free_sgd,
+)
+from funcnet.optimizers.sgd import (
     sgd as sgd,
+)
+from funcnet.optimizers.sign import (
+    LionState as LionState,
+    lion as lion,
+    scale_by_lion as scale_by_lion,
     signsgd as signsgd,
+)
+from funcnet.optimizers.sophia import (
+    SophiaState as SophiaState,
+    gauss_newton_bartlett as gauss_newton_bartlett,
+    hutchinson as hutchinson,
+    refresh_hessian as refresh_hessian,
+    scale_by_sophia as scale_by_sophia,
+    sophia as sophia,
 )
 from funcnet.optimizers.transforms import (
     EmaState as EmaState,
@@ -64,4 +129,9 @@ from funcnet.optimizers.transforms import (
     scale_by_learning_rate as scale_by_learning_rate,
     scale_by_sign as scale_by_sign,
     trace as trace,
+)
+from funcnet.optimizers.trust import (
+    lamb as lamb,
+    lars as lars,
+    scale_by_trust_ratio as scale_by_trust_ratio,
 )

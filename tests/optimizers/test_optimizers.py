@@ -187,7 +187,9 @@ def test_a_function_of_the_step_equals_lambda_lr(name, schedule):
     found, opt_state = run(ours(schedule, **SOME[name]), some_params())
     # 0.5**step of an int64 tensor is a float32, exactly.
     assert_trees_close(found, expected)
-    assert opt_state["scale_by_learning_rate"].step == STEPS
+    counts = [leaf for leaf in optree.tree_leaves(opt_state) if leaf.dtype == torch.int64]
+    assert counts
+    assert all(count == STEPS for count in counts)
 
 
 @pytest.mark.parametrize("momentum", [0.0, 0.5, 0.9])
