@@ -321,6 +321,7 @@ from funcnet.losses.linear_cross_entropy import (
 )
 from funcnet.optimizers import (
     adadelta as adadelta,
+    adafactor as adafactor,
     adagrad as adagrad,
     adam as adam,
     adamax as adamax,
@@ -331,6 +332,7 @@ from funcnet.optimizers import (
     lamb as lamb,
     lars as lars,
     lion as lion,
+    muon as muon,
     nadam as nadam,
     radam as radam,
     rmsprop as rmsprop,

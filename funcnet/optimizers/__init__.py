@@ -11,6 +11,11 @@ from funcnet.optimizers.adadelta import (
     adadelta as adadelta,
     scale_by_adadelta as scale_by_adadelta,
 )
+from funcnet.optimizers.adafactor import (
+    FactoredState as FactoredState,
+    adafactor as adafactor,
+    scale_by_factored_rms as scale_by_factored_rms,
+)
 from funcnet.optimizers.adagrad import (
     AdagradState as AdagradState,
     adagrad as adagrad,
@@ -73,6 +78,12 @@ from funcnet.optimizers.lookahead import (
 from funcnet.optimizers.masked import (
     masked as masked,
     partition as partition,
+)
+from funcnet.optimizers.muon import (
+    MuonState as MuonState,
+    muon as muon,
+    orthogonalize as orthogonalize,
+    scale_by_muon as scale_by_muon,
 )
 from funcnet.optimizers.nadam import (
     NadamState as NadamState,

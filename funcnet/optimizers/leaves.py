@@ -136,7 +136,7 @@ def leafwise(function: Callable[..., Any], *args: Any, **options: Any) -> Leaves
     if found is None:
         values, count = (*args, *options.values()), len(args)
         first = next(value.tensors for value in values if isinstance(value, Leaves))
-        rows = zip(*[_column(value, first) for value in values], strict=False)
+        rows = zip(*[column(value, first) for value in values], strict=False)
         found = [
             function(*row[:count], **dict(zip(options, row[count:], strict=True))) for row in rows
         ]
@@ -218,7 +218,7 @@ def _constant(value: float, dtype: torch.dtype) -> Tensor:
         return torch.tensor(value, dtype=dtype, device="cpu")
 
 
-def _column(value: Any, leaves: list[Tensor]) -> Iterable[Any]:
+def column(value: Any, leaves: list[Tensor]) -> Iterable[Any]:
     """An argument leaf by leaf; a 0-d tensor in the leaf's dtype, but for half precision."""
     if isinstance(value, Leaves):
         return value.tensors

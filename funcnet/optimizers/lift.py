@@ -10,8 +10,10 @@ import torch
 from torch import Tensor
 
 from funcnet import runtime, tree
+from funcnet.compiler.loops import without_values
 from funcnet.core import EMPTY, Box, Optimizer, Params, Tree, function_name
 from funcnet.errors import locate, refuse_state
+from funcnet.optimizers.each import Shaped
 from funcnet.optimizers.leaves import Applied, Leaves, sum_into
 
 _flatten = tree.Flattener()
@@ -150,6 +152,15 @@ def _with_state(
     # Which entries are trees does not depend on the params, so none show it as well.
     example = start(Leaves([]), *[EMPTY for _ in inside])
     kind, like_params = type(example), [isinstance(entry, Leaves) for entry in example]
+    shaped = any([isinstance(entry, Shaped) for entry in example])
+
+    @lru_cache(maxsize=16)
+    def shapes_of_state(shapes: tuple[torch.Size, ...]) -> list[list[torch.Size]]:
+        """The shapes in each entry that is a tree, for params of these."""
+        with without_values():
+            params = Leaves([torch.empty(shape) for shape in shapes])
+            state = start(params, *[EMPTY for _ in inside])
+        return [[*map(_shape, entry)] if isinstance(entry, Leaves) else [] for entry in state]
 
     def init_state(params: Params) -> Tree:
         trees = Trees(params)
@@ -158,9 +169,14 @@ def _with_state(
 
     def update_leaves(g: Leaves, opt_state: Tree, trees: Trees) -> tuple[Leaves, Tree]:
         check_state(name, kind, opt_state)
+        own = shapes_of_state(tuple(trees.shapes)) if shaped else [trees.shapes] * len(kind._fields)
         old = [
-            trees.split(entry, f"{name}: state.{field}", trees.donated) if is_tree else entry
-            for field, entry, is_tree in zip(kind._fields, opt_state, like_params, strict=True)
+            trees.split(entry, f"{name}: state.{field}", trees.donated, shapes)
+            if is_tree
+            else entry
+            for field, entry, is_tree, shapes in zip(
+                kind._fields, opt_state, like_params, own, strict=True
+            )
         ]
         within = [partial(_update_inside, name, each, trees, gives_state) for each in inside]
         updates, *rest = formula(g, kind(*old), trees.params, *within)
@@ -246,9 +262,15 @@ class Trees:
             return self
         return self.part(self.params.tensors, self.treedef, donated)
 
-    def split(self, found: Tree, what: str, fresh: bool = False) -> Leaves:
-        """The leaves of a tree; ValueError with ``what`` unless it is like the params."""
-        return Leaves(tree.leaves_like(self.shapes, self.treedef, found, what), fresh)
+    def split(
+        self, found: Tree, what: str, fresh: bool = False, shapes: list[torch.Size] | None = None
+    ) -> Leaves:
+        """The leaves of a tree; ValueError with ``what`` unless it is like the params.
+
+        With ``shapes`` it is like them in names, and has these shapes.
+        """
+        shapes = self.shapes if shapes is None else shapes
+        return Leaves(tree.leaves_like(shapes, self.treedef, found, what), fresh)
 
     def join(self, leaves: Leaves) -> Any:
         """The tree of these leaves."""
