@@ -37,7 +37,7 @@ def each(function: Callable[..., Any], *args: Any, outputs: int = 1) -> Any:
     return tuple(Shaped([row[index] for row in found]) for index in range(outputs))
 
 
-def by_shape(function: Callable[[Tensor], Tensor], leaves: Leaves, most: int = 2**22) -> Leaves:
+def by_shape(function: Callable[[Tensor], Tensor], leaves: Leaves, most: int = 2**24) -> Leaves:
     """``function`` of stacks: leaves of one shape and dtype are computed in one call.
 
     Args:
