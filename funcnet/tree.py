@@ -5,13 +5,16 @@ leaves. Functions here never change a tree, they return new ones.
 """
 
 import builtins
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
+from fnmatch import fnmatchcase
 from operator import attrgetter
 from typing import Any
 
 import optree
 import torch
 from torch import Tensor
+
+from funcnet.errors import require
 
 _shape = attrgetter("shape")
 
@@ -128,6 +131,55 @@ def merge(*trees: Any) -> Any:
             else:
                 raise ValueError(f"merge: {name!r} is in two of the trees")
     return whole
+
+
+Where = str | Collection[str] | Callable[[str], bool]
+"""Some leaves of a tree: dotted paths of leaves or of what is above them, in which ``*`` stands for
+any characters, dots too; or a function of the path."""
+
+
+def selector(where: Where) -> Callable[[str], bool]:
+    """Whether a dotted path is of a leaf that is meant; see `Where`.
+
+    >>> chosen = selector(["0", "head.weight", "*.scale"])
+    >>> chosen("0.bias"), chosen("head.weight"), chosen("head.bias"), chosen("1.norm.scale")
+    (True, True, False, True)
+    """
+    if callable(where):
+        return where
+    plain = tuple([each for each in named_paths(where) if "*" not in each])
+    patterns = [each for each in named_paths(where) if "*" in each]
+    below = tuple([f"{each}." for each in plain])
+
+    def chosen(path: str) -> bool:
+        if path in plain or path.startswith(below):
+            return True
+        return any([fnmatchcase(path, each) or fnmatchcase(path, f"{each}.*") for each in patterns])
+
+    return chosen
+
+
+def named_paths(where: Where) -> tuple[str, ...]:
+    """The paths that are meant by name."""
+    return () if callable(where) else (where,) if isinstance(where, str) else tuple(where)
+
+
+def chosen_leaves(where: Where, params: Any) -> list[str]:
+    """The dotted paths of the leaves that are meant; ValueError for a path that no leaf has."""
+    paths, chosen = list(to_dotted(params)), selector(where)
+    for each in named_paths(where):
+        known = any([selector(each)(path) for path in paths])
+        require(known, f"no leaf has the path {each!r}, only {paths}")
+    found = [path for path in paths if chosen(path)]
+    require(found, f"no leaf is chosen of {paths}")
+    return found
+
+
+def leaf_at(path: str, params: Any) -> Tensor:
+    """The leaf with a dotted path; ValueError where there is none, or a layer."""
+    found = chosen_leaves(path, params)
+    require(found == [path], f"expects the path of a leaf, and {path!r} has {found} in it")
+    return to_dotted(params)[path]
 
 
 def check_same_structure(expected: Any, tree: Any, what: str) -> None:

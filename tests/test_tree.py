@@ -338,3 +338,37 @@ def test_leaves_like_refuse_another_shape_with_the_path():
         tree.leaves_like(
             [leaf.shape for leaf in leaves], treedef, {"a": {"w": torch.ones(())}, "b": B}, "grads"
         )
+
+
+LAYERS = {"0": {"weight": W, "bias": B}, "10": {"weight": W}, "head": {"bias": B}}
+
+
+@pytest.mark.parametrize(
+    ("where", "paths"),
+    [
+        ("0", ["0.weight", "0.bias"]),
+        ("0.bias", ["0.bias"]),
+        (["0.bias", "head"], ["0.bias", "head.bias"]),
+        ("*.bias", ["0.bias", "head.bias"]),
+        ("*", ["0.weight", "0.bias", "10.weight", "head.bias"]),
+        ("h*d", ["head.bias"]),
+        ("*0", ["0.weight", "0.bias", "10.weight"]),
+        (lambda path: path.endswith("weight"), ["0.weight", "10.weight"]),
+    ],
+)
+def test_leaves_are_chosen_by_path_pattern_or_function(where, paths):
+    assert tree.chosen_leaves(where, LAYERS) == paths
+
+
+@pytest.mark.parametrize(
+    ("where", "message"),
+    [
+        ("1", r"no leaf has the path '1', only \['0.weight', "),
+        (["0", "*.scale"], r"no leaf has the path '\*.scale'"),
+        (lambda path: False, "no leaf is chosen of"),
+        ([], "no leaf is chosen of"),
+    ],
+)
+def test_a_choice_that_fits_no_leaf_is_an_error(where, message):
+    with pytest.raises(ValueError, match=message):
+        tree.chosen_leaves(where, LAYERS)

@@ -6,14 +6,12 @@ from torch import Tensor
 
 from funcnet import tree
 from funcnet.combinators.reparametrize import (
-    Where,
-    chosen_leaves,
     learn_only,
     reparametrize,
-    selector,
 )
 from funcnet.core import Layer, Params
 from funcnet.errors import require
+from funcnet.tree import Where, chosen_leaves, selector
 
 
 def freeze(layer: Layer, predicate: Where) -> Layer:

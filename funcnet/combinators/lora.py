@@ -7,16 +7,13 @@ from torch import Tensor
 from funcnet import random, tree
 from funcnet.combinators.freeze import split_frozen, with_frozen
 from funcnet.combinators.reparametrize import (
-    Where,
-    chosen_leaves,
     learn_only,
-    named_paths,
     reparametrize,
-    selector,
 )
 from funcnet.core import Layer, Params, join_paths
 from funcnet.errors import require
 from funcnet.initializers import torch_default
+from funcnet.tree import Where, chosen_leaves, named_paths, selector
 
 
 def lora(layer: Layer, rank: int = 8, alpha: float = 16.0, where: Where | None = None) -> Layer:

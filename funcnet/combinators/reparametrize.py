@@ -1,9 +1,9 @@
-"""`reparametrize`: a layer whose params are a function of others; and which leaves are meant.
+"""`reparametrize`: a layer whose params are a function of others.
 
 `tie`, `freeze`, `lora`, `weight_norm` and `spectral_norm` are made with it.
 """
 
-from collections.abc import Callable, Collection, Hashable, Mapping
+from collections.abc import Callable, Hashable, Mapping
 from typing import Any
 
 from torch import Tensor
@@ -25,9 +25,6 @@ from funcnet.core import (
 )
 from funcnet.errors import locate, require
 from funcnet.lift import stateful
-
-Where = str | Collection[str] | Callable[[str], bool]
-"""Some leaves of the params: dotted paths of leaves or of layers, or a function of the path."""
 
 _OWN = ".residuals"
 
@@ -115,42 +112,6 @@ def reparametrize_rule(
     own = residuals.pop(_OWN)
     dparams, dx = pull(residuals, "", dy, params=params, x=x)
     return backward(dparams, own, *static) if params else None, dx
-
-
-def selector(where: Where) -> Callable[[str], bool]:
-    """Whether a dotted path is of a leaf that is meant; see `Where`.
-
-    >>> chosen = selector(["0", "head.weight"])
-    >>> chosen("0.bias"), chosen("head.weight"), chosen("head.bias")
-    (True, True, False)
-    """
-    if callable(where):
-        return where
-    named = named_paths(where)
-    return lambda path: any([path == each or path.startswith(f"{each}.") for each in named])
-
-
-def named_paths(where: Where) -> tuple[str, ...]:
-    """The paths that are meant by name."""
-    return () if callable(where) else (where,) if isinstance(where, str) else tuple(where)
-
-
-def chosen_leaves(where: Where, params: Params) -> list[str]:
-    """The dotted paths of the leaves that are meant; ValueError for a path that no leaf has."""
-    paths, chosen = list(tree.to_dotted(params)), selector(where)
-    for each in named_paths(where):
-        known = any([selector(each)(path) for path in paths])
-        require(known, f"no leaf has the path {each!r}, only {paths}")
-    found = [path for path in paths if chosen(path)]
-    require(found, f"no leaf is chosen of {paths}")
-    return found
-
-
-def leaf_at(path: str, params: Params) -> Tensor:
-    """The leaf with a dotted path; ValueError where there is none, or a layer."""
-    found = chosen_leaves(path, params)
-    require(found == [path], f"expects the path of a leaf, and {path!r} has {found} in it")
-    return tree.to_dotted(params)[path]
 
 
 def learn_only(layer: Layer, learns: Callable[[str], bool]) -> Layer:

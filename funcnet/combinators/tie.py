@@ -6,9 +6,10 @@ from typing import Any
 from torch import Tensor
 
 from funcnet import tree
-from funcnet.combinators.reparametrize import leaf_at, reparametrize
+from funcnet.combinators.reparametrize import reparametrize
 from funcnet.core import Layer, Params
 from funcnet.errors import require
+from funcnet.tree import leaf_at
 
 
 def tie(layer: Layer, paths: Mapping[str, str]) -> Layer:

@@ -11,9 +11,10 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from funcnet import random, tree
-from funcnet.combinators.reparametrize import leaf_at, reparametrize
+from funcnet.combinators.reparametrize import reparametrize
 from funcnet.core import EMPTY, Layer, Params
 from funcnet.errors import require
+from funcnet.tree import leaf_at
 
 
 def _inside(path: str) -> str:
