@@ -372,3 +372,205 @@ def test_leaves_are_chosen_by_path_pattern_or_function(where, paths):
 def test_a_choice_that_fits_no_leaf_is_an_error(where, message):
     with pytest.raises(ValueError, match=message):
         tree.chosen_leaves(where, LAYERS)
+
+
+NET = fn.serial(fn.linear(4), fn.relu(), fn.linear(2))
+RUN = fn.init_train_state(NET, fn.adam(), fn.key(0), torch.ones(3, 5))
+
+
+def test_paths_are_those_of_the_dotted_form_for_any_tree():
+    found = dict(zip(tree.paths(RUN), tree.leaves(RUN), strict=True))
+    flat = tree.to_dotted(RUN)
+    assert {"params.2.bias", "key", "step"} <= flat.keys()
+    assert found.keys() == flat.keys()
+    assert all(found[path] is flat[path] for path in flat)
+
+
+@given(trees)
+@settings(max_examples=200, deadline=None, derandomize=True)
+def test_paths_and_dotted_form_agree(value):
+    found = list(zip(tree.paths(value), tree.leaves(value), strict=True))
+    assert {path: id(leaf) for path, leaf in found} == {
+        path: id(leaf) for path, leaf in tree.to_dotted(value).items()
+    }
+
+
+def test_residuals_have_paths():
+    _, pullback, _ = NET.vjp(RUN.params, torch.ones(3, 5))
+    assert set(tree.paths(pullback)) == set(tree.to_dotted(pullback))
+    assert tree.to_dotted({"a": None, "b": W}) == {"b": W}
+
+
+def test_a_single_leaf_has_the_empty_path():
+    assert tree.paths(W) == [""] == list(tree.to_dotted(W))
+
+
+def test_select_gives_a_sparse_tree_with_the_paths_of_the_whole():
+    found = tree.select(RUN, ["params.0", "opt_state.*.bias", "step"])
+    assert found["params"] == {"0": RUN.params["0"]}
+    assert list(tree.to_dotted(found))[:2] == ["params.0.weight", "params.0.bias"]
+    assert all(leaf is tree.to_dotted(RUN)[path] for path, leaf in tree.to_dotted(found).items())
+    assert tree.select(LAYERS, lambda path: path == "head.bias") == {"head": {"bias": B}}
+
+
+@given(nested_dicts.filter(tree.leaves), st.data())
+@settings(max_examples=100, deadline=None, derandomize=True)
+def test_selected_leaves_put_back_give_the_tree(nested, data):
+    some = data.draw(st.sets(st.sampled_from(tree.paths(nested)), min_size=1))
+    chosen = tree.select(nested, some.__contains__)
+    assert set(tree.paths(chosen)) == some
+    ones = tree.map(torch.ones_like, chosen)
+    found = tree.to_dotted(tree.replace(nested, ones))
+    assert all(bool(leaf == (path in some)) for path, leaf in found.items())
+
+
+def test_replace_keeps_the_type_of_the_tree_and_shares_the_other_leaves():
+    found = tree.replace(RUN, {"params": {"0": {"bias": torch.ones(4)}}, "step": torch.tensor(7)})
+    assert isinstance(found, fn.TrainState)
+    assert found.step == 7
+    assert found.params["0"]["bias"].tolist() == 4 * [1]
+    assert found.params["0"]["weight"] is RUN.params["0"]["weight"]
+    assert RUN.step == 0
+
+
+def test_replace_by_a_function_of_the_leaf():
+    found = tree.replace(LAYERS, "*.bias", torch.ones_like)
+    assert found["0"]["bias"].sum() == found["head"]["bias"].sum() == 2
+    assert found["10"]["weight"] is W
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (({"0.bias": W},), r"replace: expects float32 \(2,\) at '0.bias', got float32 \(2, 3\)"),
+        (({"0.bias": B.double()},), "at '0.bias', got float64"),
+        (({"0.bias": 1.0},), "at '0.bias', got float"),
+        (({"0": B},), r"replace: no leaf has the path '0', only \['0.bias', "),
+        (({"0.scale": B},), "no leaf has the path '0.scale'"),
+        (("*.scale", torch.ones_like), r"no leaf has the path '\*.scale'"),
+        (("0", torch.sum), r"expects float32 \(2,\) at '0.bias', got float32 \(\)"),
+        (("0.bias",), "expects a dict from paths to leaves, or a choice of leaves and a function"),
+    ],
+)
+def test_replace_refuses_what_does_not_fit(arguments, message):
+    with pytest.raises((ValueError, TypeError), match=message):
+        tree.replace(LAYERS, *arguments)
+
+
+def test_replace_without_a_check_takes_another_shape():
+    assert tree.replace(LAYERS, {"0.bias": W}, check=False)["0"]["bias"] is W
+
+
+def test_a_long_list_of_paths_is_cut_short():
+    many = {str(i): W for i in range(50)}
+    with pytest.raises(ValueError, match=r"'19'\] and 30 more$"):
+        tree.select(many, "x")
+
+
+def test_count_and_bytes_are_of_the_tensors():
+    mixed = {"a": torch.ones(2, 3, dtype=torch.bfloat16), "b": (torch.tensor(True), 3, None)}
+    assert (tree.count(mixed), tree.bytes(mixed)) == (7, 13)
+    assert (tree.count({}), tree.bytes(())) == (0, 0)
+    assert tree.count(RUN.params) == 5 * 4 + 4 + 4 * 2 + 2
+
+
+def test_norms_are_those_of_torch_by_path():
+    grads = {"w": torch.randn(3, 4), "b": (torch.randn(()), torch.randn(0), torch.arange(3))}
+    found = tree.norms(grads)
+    assert list(found) == ["w", "b.0", "b.1"]
+    torch.testing.assert_close(found["w"], grads["w"].norm())
+    floating = [grads["w"], *grads["b"][:2]]
+    torch.testing.assert_close(tree.global_norm(grads), torch.nn.utils.get_total_norm(floating))
+    assert tree.global_norm({}) == 0
+
+
+@pytest.mark.parametrize(
+    ("dtypes", "expected"),
+    [
+        ([torch.bfloat16], torch.float32),
+        ([torch.float16, torch.float64], torch.float64),
+        ([torch.complex64], torch.float32),
+    ],
+)
+def test_norms_are_computed_in_float32_at_least(dtypes, expected):
+    leaves = [torch.full((10_000,), 0.1, dtype=dtype) for dtype in dtypes]
+    exact = sum(float(leaf.to(torch.complex128).abs().square().sum()) for leaf in leaves) ** 0.5
+    found = tree.global_norm(leaves)
+    assert found.dtype == expected
+    assert found.item() == pytest.approx(exact, rel=1e-4)
+
+
+def test_norms_and_counts_run_under_vmap_and_jit():
+    members = {"w": torch.randn(3, 2, 5), "b": torch.randn(3, 4)}
+
+    def measured(params):
+        return (
+            tree.norms(params),
+            tree.global_norm(params),
+            params["b"].new_full((), tree.count(params)),
+        )
+
+    found = fn.vmap(measured)(members)
+    solo = [measured(tree.map(lambda leaf, i=i: leaf[i], members)) for i in range(3)]
+    stacked = tree.map(lambda *leaves: torch.stack(leaves), *solo)
+    torch.testing.assert_close(found, stacked)
+    assert found[2].tolist() == [14, 14, 14]
+    first = tree.map(lambda leaf: leaf[0], members)
+    torch.testing.assert_close(fn.jit(measured)(first), solo[0])
+
+
+FIRST = {"0": {"weight": W, "bias": B}, "n": torch.tensor(3)}
+
+
+@pytest.mark.parametrize(
+    ("changed", "difference"),
+    [
+        ({}, None),
+        ({"0.weight": W.T}, r"0.weight: float32 (2, 3) and float32 (3, 2)"),
+        ({"0.bias": B.double()}, "0.bias: float32 (2,) and float64 (2,)"),
+        ({"n": torch.tensor(4)}, "n: 3 and 4"),
+        (
+            {"0.bias": torch.tensor([0, 1e-8])},
+            "0.bias[1]: 0 and 9.99999994e-09; 1 of 2 numbers differ",
+        ),
+        ({"0.weight": 0 * W, "0.bias": B + 1}, "0.weight[0, 0]: 1 and 0; 6 of 6 numbers differ"),
+        ({"n": 3}, "n: int64 () and int"),
+    ],
+)
+def test_compare_names_the_first_difference(changed, difference):
+    other = tree.replace(FIRST, changed, check=False)
+    assert tree.compare(FIRST, other) == difference
+
+
+@pytest.mark.parametrize(
+    ("a", "b", "difference"),
+    [
+        (FIRST, {"0": {"weight": W}, "n": W}, "b: the tree has no leaf '0.bias'"),
+        ({"a": (1, 2)}, {"a": (1, 3)}, "a.1: 2 and 3"),
+        (W, W + 1, "[0, 0]: 1 and 2; 6 of 6 numbers differ"),
+        (1, 2, "1 and 2"),
+        (torch.tensor([float("nan")]), torch.tensor([float("nan")]), None),
+        (torch.tensor([True]), torch.tensor([False]), "[0]: True and False; 1 of 1 numbers differ"),
+        (torch.ones(0, 3), torch.ones(0, 3), None),
+        ({}, {}, None),
+        (W.to("meta"), W, None),
+        (B.double()[0] + 1, B.double()[0] + 1 + 2.0**-52, "1 and 1.0000000000000002"),
+    ],
+)  # fmt: skip
+def test_compare_of_any_trees(a, b, difference):
+    assert tree.compare(a, b) == difference
+
+
+def test_compare_with_tolerances():
+    a, b = {"w": torch.tensor([1.0, 100.0])}, {"w": torch.tensor([1.001, 100.1])}
+    assert tree.compare(a, b, rtol=2e-3) is None
+    assert tree.compare(a, b, atol=0.01).startswith("w[1]: 100 and 100.099998; 1 of 2")
+
+
+def test_compare_of_two_runs_tells_where_they_part():
+    step = fn.train_step(NET, fn.mse(), fn.adam())
+    batch = torch.ones(3, 5), torch.ones(3, 2)
+    one, other = step(RUN, batch)[0], step(RUN, batch)[0]
+    assert tree.compare(one, other) is None
+    assert tree.compare(one, RUN).startswith("params.0.weight[")
+    assert tree.compare(one, one._replace(step=RUN.step)) == "step: 1 and 0"
