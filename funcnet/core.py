@@ -114,7 +114,8 @@ class Layer(_Triple):
 
     def __repr__(self) -> str:
         inside = ", ".join(
-            f"{child}={layer!r}" if child else repr(layer) for child, layer in self.children.items()
+            f"{child}={layer!r}" if child and isinstance(child, str) else repr(layer)
+            for child, layer in self.children.items()
         )
         return f"{self.name}({inside})"
 
@@ -203,13 +204,15 @@ def map_layers(function: Callable[[str, Layer], Layer], layer: Layer, path: str 
     return function(path, layer)
 
 
-def join_paths(path: str, name: str) -> str:
-    """The dotted path of a child; a child named "" has its parent's.
+def join_paths(path: str, name: str | tuple[str, ...]) -> str:
+    """The dotted path of a child; one named "", or by several entries of its parent, has its path.
 
     >>> join_paths("", "body"), join_paths("body", "0"), join_paths("body", "")
     ('body', 'body.0', 'body')
+    >>> join_paths("body", ("weight", "bias"))
+    'body'
     """
-    return ".".join([part for part in (path, name) if part])
+    return ".".join([part for part in (path, name) if part and isinstance(part, str)])
 
 
 def wrap(layer: Layer, functions: Callable[[Layer], Layer]) -> Layer:

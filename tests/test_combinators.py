@@ -925,3 +925,21 @@ def test_split_parallel_concat_is_block_diagonal(widths):
     assert_near(y, x @ blocks.T)
     dy = cotangent(y)
     assert_near(pullback(dy, params=False)[1], dy @ blocks)
+
+
+def test_a_model_with_attention_can_be_walked_frozen_and_rematerialised():
+    block = fn.transformer_encoder_layer(2, 8, batch_first=True, is_causal=True)
+    net, x = fn.serial(block, fn.linear(3)), torch.ones(2, 5, 4)
+    paths = []
+    walked = fn.map_layers(lambda path, layer: paths.append(path) or layer, net)
+    assert {"0.self_attn", "0.self_attn.out_proj", "0.linear1", "1"} <= set(paths)
+    params, state = net.init(fn.key(0), x)
+    y, _, _ = net.vjp(params, x, state, key=fn.key(1))
+    tuned = fn.freeze(walked, "0.self_attn.in_proj_*")
+    learned, frozen = tuned.init(fn.key(0), x)
+    assert set(frozen["frozen"]["0"]["self_attn"]) == {"in_proj_weight", "in_proj_bias"}
+    _, pullback, _ = tuned.vjp(learned, x, frozen, key=fn.key(1))
+    assert fn.tree.alike(pullback(y)[0], learned)
+    kept = fn.remat(net, policy=["0.self_attn.out_proj", "1"])
+    torch.testing.assert_close(kept.vjp(params, x, state, key=fn.key(1))[0], y)
+    assert "self_attn=multihead_attention(in_projection()" in repr(net)
