@@ -340,6 +340,7 @@ from funcnet.optimizers import (
     schedule_free as schedule_free,
     schedule_free_adamw as schedule_free_adamw,
     schedule_free_sgd as schedule_free_sgd,
+    schedules as schedules,
     sgd as sgd,
     signsgd as signsgd,
     sophia as sophia,

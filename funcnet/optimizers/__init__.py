@@ -6,6 +6,9 @@ choose among PyTorch's implementations: ``foreach``, ``fused``, ``differentiable
 ``capturable=True``, and every update can be differentiated.
 """
 
+from funcnet.optimizers import (
+    schedules as schedules,
+)
 from funcnet.optimizers.adadelta import (
     AdadeltaState as AdadeltaState,
     adadelta as adadelta,
