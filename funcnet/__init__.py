@@ -7,6 +7,7 @@ type checkers that a name is public.
 from funcnet import (
     initializers as initializers,
     losses as losses,
+    metrics as metrics,
     optimizers as optimizers,
     random as random,
     testing as testing,

@@ -19,12 +19,13 @@ from funcnet.core import (
     pull,
 )
 from funcnet.finite import detect_nonfinite, require_finite
+from funcnet.metrics.core import Metric, batch_function
 from funcnet.optimizers.lift import step_params
 from funcnet.random import fold_in
 
 _ONE = torch.ones((), dtype=torch.int64, device="cpu")
 
-Metric = Callable[[Tree, Tree], Tensor]
+Measure = Callable[[Tree, Tree], Tensor]
 Batch = tuple[Tree, Tree]
 
 
@@ -57,7 +58,7 @@ def _check_kind(where: str, what: str, found: Any, kind: type) -> None:
 
 
 def _forward_backward(
-    model: Layer, loss: Loss, metrics: Mapping[str, Metric], check_finite: bool
+    model: Layer, loss: Loss, metrics: Mapping[str, Measure], check_finite: bool
 ) -> Callable[..., tuple[Tensor, Params, Params, dict[str, Tensor]]]:
     """``(params, batch, state, key, train) -> (value, grads, state, metrics)``."""
     _check_kind("train_step", "model", model, Layer)
@@ -134,7 +135,7 @@ def train_step(
     loss: Loss,
     optimizer: Optimizer,
     *,
-    metrics: Mapping[str, Metric | Loss] | None = None,
+    metrics: Mapping[str, Metric | Measure | Loss] | None = None,
     check_finite: bool = False,
     donate: bool = False,
 ) -> Callable[[TrainState, Batch], tuple[TrainState, dict[str, Tensor]]]:
@@ -142,8 +143,9 @@ def train_step(
 
     Args:
         model, loss, optimizer: what the step is made of. The loss's value is a scalar.
-        metrics: functions ``(prediction, target) -> tensor``, or losses, by name; beside the
-            "loss", which is that of the params before the update.
+        metrics: metrics of `fn.metrics`, losses, or functions ``(prediction, target) -> tensor``,
+            by name: their values for the batch; beside the "loss", which is that of the params
+            before the update.
         check_finite: raise ValueError with the path of the first layer whose output or cotangent
             is NaN or infinite. Eager mode only.
         donate: whether an eager step may write to the memory of the params and the optimizer's
@@ -164,10 +166,7 @@ def train_step(
     _check_kind("train_step", "optimizer", optimizer, Optimizer)
     if metrics is not None and not isinstance(metrics, Mapping):
         raise TypeError(f"train_step: expects a dict of metrics, got {type(metrics).__name__}")
-    measures = {
-        name: metric.apply if isinstance(metric, Loss) else metric
-        for name, metric in (metrics or {}).items()
-    }
+    measures = {name: batch_function(metric) for name, metric in (metrics or {}).items()}
     if "loss" in measures:
         raise ValueError("train_step: the metric 'loss' is there already, pick another name")
     run = _forward_backward(model, loss, measures, check_finite)

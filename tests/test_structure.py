@@ -19,7 +19,7 @@ ORDER = [
     {"initializers", "params", "lift"},
     {"combinators"},
     {"layers"},
-    {"losses", "optimizers", "finite", "data", "train"},
+    {"losses", "optimizers", "finite", "data", "metrics", "train"},
     {"transforms"},
     {"summary", "testing"},
 ]
