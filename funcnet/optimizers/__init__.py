@@ -40,6 +40,12 @@ from funcnet.optimizers.asgd import (
     asgd as asgd,
     average_asgd as average_asgd,
 )
+from funcnet.optimizers.averaging import (
+    AveragedParamsState as AveragedParamsState,
+    eval_params as eval_params,
+    params_average as params_average,
+    params_ema as params_ema,
+)
 from funcnet.optimizers.chains import (
     chain as chain,
 )
