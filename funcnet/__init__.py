@@ -75,6 +75,9 @@ from funcnet.core import (
 from funcnet.data import (
     epoch_batches as epoch_batches,
 )
+from funcnet.evaluate import (
+    evaluate as evaluate,
+)
 from funcnet.finite import (
     detect_nonfinite as detect_nonfinite,
 )

@@ -186,7 +186,8 @@ def batch_function(metric: Any) -> Callable[[Tree, Tree], Tensor]:
         return metric.of_batch
     if isinstance(metric, Loss):
         return metric.apply
-    if not callable(metric):
-        got = type(metric).__name__
+    made = getattr(metric, "__annotations__", {}).get("return")
+    if not callable(metric) or made in (Metric, Loss):
+        got = f"{metric.__name__}; call it" if callable(metric) else type(metric).__name__
         raise TypeError(f"expects a Metric, a Loss or a function as a metric, got {got}")
     return metric

@@ -248,7 +248,7 @@ def test_piecewise_goes_through_its_points_on_straight_lines(points, t):
     assert float(held) == points[before]
 
 
-def test_a_second_of_a_million_restarts_is_exact_where_a_logarithm_is_not():
+def test_restarts_come_at_their_very_steps_where_a_logarithm_would_be_rounded():
     schedule = schedules.cosine_restarts(1.0, 3, 3)
     starts = [3 * (3**n - 1) // 2 for n in range(30)]
     values = schedule(torch.tensor(starts))

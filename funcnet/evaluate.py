@@ -1,0 +1,158 @@
+"""`evaluate`: the loss and the metrics of a model over a data set."""
+
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from funcnet import tree
+from funcnet.core import Layer, Loss, Params, TrainState, Tree
+from funcnet.metrics.core import Metric, batch_function, summed
+from funcnet.metrics.means import MEAN, examples_of, mean_value, sum_and_count
+from funcnet.optimizers.averaging import eval_params
+from funcnet.transforms.jit import jit as compiled
+
+Evaluation = Callable[[TrainState], dict[str, Tensor]]
+"""From a train state to the loss and the metrics over a data set."""
+
+
+def evaluate(
+    model: Layer,
+    loss: Loss,
+    metrics: Mapping[str, Metric | Loss | Callable[[Tree, Tree], Tensor]] | None,
+    batches: Iterable[Any],
+    *,
+    averaged: bool = False,
+    jit: bool = False,
+) -> Evaluation:
+    """The evaluation ``evaluation(train_state) -> {"loss": ..., name: ...}``.
+
+    The model is applied with ``train=False``. The values are those of all examples at once, also
+    where the last batch is short: metrics of `fn.metrics` add up their counts, and the values of
+    losses and functions are weighted by the number of examples of their batch, the extent of the
+    first dimension of x. Losses with ``reduction="none"`` are the mean over their elements, which
+    is exact where a batch's mean is no mean over examples, as with class weights.
+
+    Args:
+        model, loss: as for `train_step`.
+        metrics: metrics of `fn.metrics`, losses, or functions ``(prediction, target) -> tensor``,
+            by name; None for the loss alone.
+        batches: pairs ``(x, target)`` of tensors or numpy arrays: a list, a ``DataLoader``, or
+            anything else that can be gone over again and again. They are moved to the device of
+            the params.
+        averaged: whether to evaluate the params that the optimizer keeps for it, such as those of
+            ``params_ema``; see `fn.optimizers.eval_params`.
+        jit: whether to compile what is done for a batch, once for each size of batch.
+
+    Returns:
+        A function of a train state, that gives a dict of tensors. It waits for no device, and
+        works under `vmap` over a population of train states.
+
+    Raises:
+        TypeError: the batches can be gone over only once.
+        ValueError: there are no batches, or one is no pair.
+
+    >>> import funcnet as fn
+    >>> net = fn.linear(1)
+    >>> x, target = torch.ones(5, 2), torch.zeros(5, 1)
+    >>> batches = [(x[:3], target[:3]), (x[3:], target[3:])]
+    >>> evaluation = evaluate(net, fn.mse(), {"r2": fn.metrics.r2()}, batches)
+    >>> state = fn.init_train_state(net, fn.sgd(0.1), fn.key(0), x)
+    >>> state = state._replace(params={"weight": torch.ones(1, 2), "bias": torch.ones(1)})
+    >>> evaluation(state)
+    {'loss': tensor(9., dtype=torch.float64), 'r2': tensor(0., dtype=torch.float64)}
+    """
+    for what, found, kind in (("model", model, Layer), ("loss", loss, Loss)):
+        if not isinstance(found, kind):
+            hint = "; call its constructor" if callable(found) else ""
+            got = type(found).__name__
+            raise TypeError(f"evaluate: expects a {kind.__name__} as {what}, got {got}{hint}")
+    if metrics is not None and not isinstance(metrics, Mapping):
+        raise TypeError(f"evaluate: expects a dict of metrics, got {type(metrics).__name__}")
+    if metrics and "loss" in metrics:
+        raise ValueError("evaluate: the metric 'loss' is there already, pick another name")
+    _check_batches(batches)
+    measured = {"loss": loss, **(metrics or {})}
+    parts = {name: _weighted(name, part) for name, part in measured.items()}
+
+    def add(accs: Any, params: Params, state: Params, x: Tree, target: Tree) -> Any:
+        prediction, _ = model.apply(params, x, state, train=False)
+        examples = examples_of(x)
+        return {
+            name: part.update(accs[name], prediction, target, examples)
+            for name, part in parts.items()
+        }
+
+    run = compiled(add) if jit else add
+
+    def evaluation(train_state: TrainState) -> dict[str, Tensor]:
+        if not isinstance(train_state, TrainState):
+            got = tree.describe(train_state)
+            raise TypeError(f"evaluate: expects a TrainState, got {got}")
+        params = train_state.params
+        if averaged:
+            params = eval_params(train_state.opt_state, params)
+        accs = None
+        for x, target in _on_device(batches, params):
+            if accs is None:
+                device = tree.device_of(x)
+                accs = {name: part.init(device) for name, part in parts.items()}
+            accs = run(accs, params, train_state.state, x, target)
+        if accs is None:
+            raise ValueError("evaluate: expects at least one batch, got none")
+        return {name: part.value(accs[name]) for name, part in parts.items()}
+
+    return evaluation
+
+
+def _check_batches(batches: Any) -> None:
+    if hasattr(batches, "__next__"):
+        raise TypeError(
+            "evaluate: expects batches that can be gone over again, such as a list or a "
+            f"DataLoader, got {type(batches).__name__}, whose end is its end"
+        )
+    iterable = hasattr(batches, "__iter__") or hasattr(batches, "__getitem__")
+    if not iterable or isinstance(batches, (Tensor, Mapping, str)):
+        got = tree.describe(batches)
+        raise TypeError(f"evaluate: expects a list of batches or the like, got {got}")
+
+
+def _weighted(name: str, part: Any) -> Metric:
+    """A metric whose update also takes the number of examples, for what has no counts itself."""
+    if isinstance(part, Metric):
+        add = part.update
+        return part._replace(update=lambda acc, y, target, examples: add(acc, y, target))
+    try:
+        function = batch_function(part)
+    except TypeError as error:
+        raise TypeError(f"evaluate: metric {name!r}: {error}") from None
+    mean = summed(name, lambda prediction, target, keep: prediction, mean_value, **MEAN)
+
+    def update(acc: Any, prediction: Tree, target: Tree, examples: int) -> Any:
+        value = function(prediction, target)
+        if not isinstance(value, Tensor):
+            got = type(value).__name__
+            raise TypeError(f"evaluate: metric {name!r}: expects a tensor, got {got}")
+        return mean.update(acc, sum_and_count(value, examples), None)
+
+    return mean._replace(update=update)
+
+
+def _on_device(batches: Iterable[Any], params: Params) -> Iterator[tuple[Tree, Tree]]:
+    """The batches as pairs of trees of tensors, on the device of the params."""
+    device = next((leaf.device for leaf in tree.leaves(params)), None)
+
+    def as_tensor(leaf: Any) -> Tensor:
+        if not isinstance(leaf, Tensor):
+            # Torch warns of memory that must not be written to, such as a file's.
+            flags = getattr(leaf, "flags", None)
+            leaf = torch.as_tensor(leaf if flags is None or flags.writeable else leaf.copy())
+        return leaf if device is None else leaf.to(device, non_blocking=True)
+
+    for batch in batches:
+        if not isinstance(batch, (tuple, list)) or len(batch) != 2:
+            many = f"{len(batch)} things: " if isinstance(batch, (tuple, list)) else ""
+            got = many + tree.describe(batch)
+            raise ValueError(f"evaluate: expects batches (x, target), got {got}")
+        yield tree.map(as_tensor, batch[0]), tree.map(as_tensor, batch[1])
