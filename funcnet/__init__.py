@@ -5,6 +5,7 @@ type checkers that a name is public.
 """
 
 from funcnet import (
+    checkpoint as checkpoint,
     initializers as initializers,
     losses as losses,
     metrics as metrics,
@@ -12,6 +13,10 @@ from funcnet import (
     random as random,
     testing as testing,
     tree as tree,
+)
+from funcnet.checkpoint import (
+    load as load,
+    save as save,
 )
 from funcnet.combinators.cast import (
     cast as cast,

@@ -21,7 +21,7 @@ ORDER = [
     {"layers"},
     {"losses", "optimizers", "finite", "data", "metrics", "train"},
     {"transforms"},
-    {"summary", "testing", "evaluate"},
+    {"checkpoint", "evaluate", "fit", "interop", "summary", "testing"},
 ]
 
 

@@ -1,0 +1,4 @@
+"""Checkpoints: `save` and `load` of trees of tensors, and a folder of the last ones of a run."""
+
+from funcnet.checkpoint.loading import load as load
+from funcnet.checkpoint.saving import save as save

@@ -1,0 +1,87 @@
+"""Files that are whole at any moment: written aside, synced, renamed."""
+
+import contextlib
+import os
+import stat
+from collections.abc import Iterator
+from pathlib import Path
+from types import ModuleType
+from typing import IO
+
+try:
+    import fcntl as _fcntl
+
+    fcntl: ModuleType | None = _fcntl
+except ImportError:  # Windows
+    fcntl = None
+
+
+@contextlib.contextmanager
+def replaced(path: Path) -> Iterator[IO[bytes]]:
+    """A file to write to, which takes the place of ``path`` when all of it is on the disk.
+
+    Whatever happens before leaves ``path`` as it was, and nothing beside it; a process that is
+    killed leaves a file ``.NAME.*.part``, which the next one that writes here removes. The file has
+    the permissions of the one that it replaces, or those of any new file.
+    """
+    path = Path(os.path.realpath(path))  # a link stays, as for any program that writes to it
+    path.parent.mkdir(parents=True, exist_ok=True)
+    if path.is_dir():
+        raise IsADirectoryError(f"{path} is a folder")
+    remove_left_behind(path)
+    file, aside = _file_aside(path)
+    try:
+        with file:
+            yield file
+            with contextlib.suppress(OSError):
+                os.chmod(aside, stat.S_IMODE(path.stat().st_mode))
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(aside, path)
+    except BaseException:
+        with contextlib.suppress(OSError):
+            aside.unlink()
+        raise
+    sync_folder(path.parent)
+
+
+def sync_folder(folder: Path) -> None:
+    """Wait until the names in a folder are on the disk."""
+    if os.name == "nt":  # where a folder cannot be opened
+        return
+    handle = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
+
+
+def _prefix(path: Path) -> str:
+    return f".{path.name[:60]}."  # a name has at most 255 bytes
+
+
+def _file_aside(path: Path) -> tuple[IO[bytes], Path]:
+    """A new file, locked as long as it is open: the mark that its process lives."""
+    while True:
+        aside = path.with_name(f"{_prefix(path)}{os.urandom(4).hex()}.part")
+        # Small tensors are written together, great ones without a copy.
+        file = open(aside, "xb", buffering=2**17)  # noqa: SIM115
+        if fcntl is not None:
+            with contextlib.suppress(OSError):  # a file system without locks
+                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        if aside.exists():  # else another process took it for one left behind, before the lock
+            return file, aside
+        file.close()
+
+
+def remove_left_behind(path: Path) -> None:
+    """Remove what processes that were killed while they wrote ``path`` left behind."""
+    if fcntl is None:
+        return
+    names = [name for name in os.listdir(path.parent) if name.startswith(_prefix(path))]
+    for name in names:
+        left = path.with_name(name)
+        if left.suffix == ".part":
+            with contextlib.suppress(OSError), open(left, "rb") as file:
+                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                left.unlink()

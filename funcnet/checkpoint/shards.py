@@ -1,0 +1,37 @@
+"""Checkpoints of several files: their names, and what is removed when another one takes over."""
+
+import contextlib
+import os
+import re
+from collections.abc import Iterable
+from pathlib import Path
+
+
+def index_of(path: Path) -> Path:
+    """``run.safetensors.index.json`` for ``run.safetensors``."""
+    return path.with_name(f"{path.name}.index.json")
+
+
+def shard_paths(path: Path, count: int) -> list[Path]:
+    """New files for the parts of ``path``: none that the index there now names."""
+    save = os.urandom(4).hex()
+    return [
+        path.with_name(f"{path.stem}-{save}-{number:05}-of-{count:05}{path.suffix}")
+        for number in range(1, count + 1)
+    ]
+
+
+def remove_shards(path: Path, kept: Iterable[Path]) -> None:
+    """Remove the parts of ``path`` from before and, if no part is kept, its index.
+
+    Of a save that was killed as well. A file that another program wrote has no such name.
+    """
+    names = {part.name for part in kept}
+    if not names:
+        index_of(path).unlink(missing_ok=True)
+    stem, suffix = re.escape(path.stem), re.escape(path.suffix)
+    part = re.compile(rf"{stem}-[0-9a-f]{{8}}-\d{{5,}}-of-\d{{5,}}{suffix}")
+    for name in os.listdir(path.parent):
+        if part.fullmatch(name) and name not in names:
+            with contextlib.suppress(OSError):
+                path.with_name(name).unlink()
