@@ -1,9 +1,8 @@
 """`load`: a tree of tensors from safetensors files, that anybody may have written."""
 
-import json
 import os
 import re
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -12,12 +11,10 @@ import optree
 import torch
 from torch import Tensor
 
-from funcnet.checkpoint.saving import ALIGNMENT, HEADER_LIMIT, crc32
+from funcnet.checkpoint.safetensors import HEADER_LIMIT, Mapped, crc32, open_mapped, parse
 from funcnet.checkpoint.shards import index_of
 from funcnet.checkpoint.structure import (
     EMPTY,
-    LIMIT,
-    STORED_AS_PAIRS,
     Structure,
     below,
     decode,
@@ -26,8 +23,6 @@ from funcnet.checkpoint.structure import (
 )
 from funcnet.errors import located, require
 from funcnet.tree import describe
-
-_OFFSETS = re.compile(rb'"data_offsets"\s*:\s*\[')
 
 
 def load(path: str | os.PathLike[str], like: Any = None, *, at: str = "") -> Any:
@@ -82,9 +77,9 @@ def load(path: str | os.PathLike[str], like: Any = None, *, at: str = "") -> Any
     return _like(target, found, like)
 
 
-def _read(name: str, read: Callable[[], Tensor], structure: Structure) -> Tensor:
+def _read(name: str, file: Mapped, structure: Structure) -> Tensor:
     """A tensor as `save` was given it."""
-    tensor = read()
+    tensor = file.read(name)
     if name in structure.crc32:
         intact = crc32(tensor) == structure.crc32[name]
         require(intact, f"the bytes of {name!r} are not those that were saved")
@@ -99,7 +94,7 @@ def _like(path: Path, found: Mapping[str, Any], like: Any) -> Any:
     for name in found.keys() - expected.keys():
         faults[name] = f"{describe(found[name])} in the file, not expected"
     for name in expected.keys() & found.keys():
-        if describe(found[name]) != describe(expected[name]):
+        if not _same_kind(found[name], expected[name]):
             faults[name] = f"{describe(found[name])} in the file"
     if faults:
         for name in faults.keys() & expected.keys():
@@ -113,97 +108,68 @@ def _like(path: Path, found: Mapping[str, Any], like: Any) -> Any:
     )
 
 
+def _same_kind(a: Any, b: Any) -> bool:
+    if isinstance(a, Tensor) and isinstance(b, Tensor):
+        return a.dtype == b.dtype and a.shape == b.shape
+    return type(a) is type(b)
+
+
 def _on_device(leaf: Any, like: Any) -> Any:
-    return leaf if not isinstance(leaf, Tensor) or like.is_meta else leaf.to(like.device)
+    kept = not isinstance(leaf, Tensor) or like.is_cpu or like.is_meta
+    return leaf if kept else leaf.to(like.device)
 
 
-def open_checkpoint(path: Path) -> tuple[dict[str, Callable[[], Tensor]], Structure]:
-    """What reads each tensor, by name, and the rest of a checkpoint.
+def open_checkpoint(path: Path) -> tuple[dict[str, Mapped], Structure]:
+    """The file of each tensor, by name, and the rest of a checkpoint.
 
     Raises: ValueError for no checkpoint; OSError, such as FileNotFoundError.
     """
     index = path if path.name.endswith(".json") else index_of(path)
-    with _explained(path):
-        if index == path or (index.exists() and not path.exists()):
-            return _open_index(index)
-        tensors, metadata = _open_file(path)
-        return tensors, _structure(metadata.get("funcnet"))
+    if index != path and (path.exists() or not index.exists()):
+        with _explained(path):
+            file = open_mapped(path)
+            return dict.fromkeys(file.entries, file), _structure(file.metadata.get("funcnet"))
+    with _explained(index):
+        return _open_index(index)
 
 
 def _structure(text: Any) -> Structure:
     """What `save` wrote; nothing in a file of another program's."""
     if text is None:
         return EMPTY
-    require(isinstance(text, str), "its description is no text")
+    require(isinstance(text, str), "the description is no text")
     return decode(text)
 
 
-def _open_index(path: Path) -> tuple[dict[str, Callable[[], Tensor]], Structure]:
-    _check_regular(path)
+def _open_index(path: Path) -> tuple[dict[str, Mapped], Structure]:
+    require(not path.exists() or path.is_file(), "not a file")
     with open(path, "rb") as file:
-        text = file.read(LIMIT + 1)
-    require(len(text) <= LIMIT, f"an index of more than {LIMIT} bytes")
-    try:
-        index = json.loads(text)
-    except RecursionError:
-        raise ValueError("the index is nested too deeply") from None
-    index = index if isinstance(index, dict) else {}
+        text = file.read(HEADER_LIMIT + 1)
+    require(len(text) <= HEADER_LIMIT, f"more than {HEADER_LIMIT} bytes")
+    index = parse(text, "the index")
     places, metadata = index.get("weight_map"), index.get("metadata", {})
     if not isinstance(places, dict) or not isinstance(metadata, dict):
         raise ValueError("the index has no weight_map, or its metadata are no dict")
-    shards: dict[str, dict[str, Callable[[], Tensor]]] = {}
-    for name in places.values():
+    shards: dict[str, Mapped] = {}
+    for key, name in places.items():
         # A name and no path: an index must not reach into other folders.
-        plain = (
-            isinstance(name, str) and name not in ("", ".", "..") and not set(name) & set("/\\:\0")
-        )
+        plain = isinstance(name, str) and re.fullmatch(r"(?!\.\.?$)[^/\\:\0]+", name)
         require(plain, f"the index names {name!r}, which is no file's name")
         if name not in shards:
             try:
-                shards[name], _ = _open_file(path.with_name(name))
+                shards[name] = open_mapped(path.with_name(name))
             except FileNotFoundError:
-                raise ValueError(f"the file {name!r}, which the index names, is missing") from None
-    for key, name in places.items():
-        require(key in shards[name], f"{key!r} is not in {name!r}, where the index has it")
-    tensors = {key: shards[name][key] for key, name in places.items()}
+                raise ValueError(f"the file {name!r} of the index is missing") from None
+            except ValueError as error:
+                raise ValueError(f"{name}: {error}") from None
+        require(key in shards[name].entries, f"{key!r} is not in {name!r}, where the index has it")
+    tensors = {key: shards[name] for key, name in places.items()}
     return tensors, _structure(metadata.get("funcnet"))
 
 
-def _open_file(path: Path) -> tuple[dict[str, Callable[[], Tensor]], dict[str, str]]:
-    try:
-        from safetensors import safe_open
-    except ImportError:
-        raise ImportError('load: needs safetensors: pip install "funcnet[io]"') from None
-    _check_regular(path)
-    file = safe_open(path, framework="pt", device="cpu")
-    names = file.keys()
-    with open(path, "rb") as raw:
-        size = min(int.from_bytes(raw.read(8), "little"), HEADER_LIMIT)
-        entries = len(_OFFSETS.findall(raw.read(size)))
-    # The reader takes the last of two tensors of one name.
-    require(entries == len(names), "a name is in its header twice")
-
-    def reader(name: str) -> Callable[[], Tensor]:
-        def read() -> Tensor:
-            tensor = file.get_tensor(name)
-            return tensor if tensor.data_ptr() % ALIGNMENT == 0 else tensor.clone()
-
-        return read
-
-    return {name: reader(name) for name in names}, file.metadata() or {}
-
-
-def _check_regular(path: Path) -> None:
-    require(path.exists() is False or path.is_file(), "not a file")
-    if not path.exists():
-        raise FileNotFoundError(f"load: there is no file {path}")
-
-
 def _unpaired(tensor: Tensor, dtype: str) -> Tensor:
-    known = {str(kind).removeprefix("torch."): kind for kind in STORED_AS_PAIRS}
-    require(dtype in known, f"its dtypes have {dtype!r}")
-    real = tensor.dtype.to_complex() if tensor.dtype.is_floating_point else None
-    require(real == known[dtype] and tensor.shape[-1:] == (2,), "a tensor is not of pairs")
+    pairs = tensor.dtype == torch.float64 and tensor.shape[-1:] == (2,)
+    require(dtype == "complex128" and pairs, f"a tensor is stored as {dtype!r}")
     return torch.view_as_complex(tensor)
 
 
@@ -212,7 +178,7 @@ def _explained(path: Path) -> Iterator[None]:
     """Any error of reading as one that says which file it is, and what is wrong with it."""
     try:
         yield
-    except (ImportError, OSError, MemoryError):
+    except (OSError, MemoryError):
         raise
     except Exception as error:
         reason = str(error).splitlines()[0] if str(error) else type(error).__name__

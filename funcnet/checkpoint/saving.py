@@ -1,57 +1,22 @@
 """`save`: a tree of tensors as a file of the safetensors format."""
 
-import ctypes
 import json
 import math
 import os
 import sys
-import zlib
 from collections.abc import Iterable, Mapping
 from pathlib import Path
-from typing import IO, Any
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from funcnet import runtime
+from funcnet.checkpoint import safetensors
 from funcnet.checkpoint.files import replaced
 from funcnet.checkpoint.shards import index_of, remove_shards, shard_paths
-from funcnet.checkpoint.structure import (
-    STORED_AS_PAIRS,
-    Structure,
-    encode,
-    leaves_by_path,
-)
+from funcnet.checkpoint.structure import Structure, encode, leaves_by_path
 from funcnet.errors import located, require
-
-HEADER_LIMIT = 100_000_000
-"""Of a header's bytes, in the safetensors format."""
-
-ALIGNMENT = 64
-"""Of the bytes of a tensor that is mapped into memory: that of torch's own."""
-
-DTYPES = {
-    torch.bool: "BOOL",
-    torch.uint8: "U8",
-    torch.int8: "I8",
-    torch.uint16: "U16",
-    torch.int16: "I16",
-    torch.float16: "F16",
-    torch.bfloat16: "BF16",
-    torch.uint32: "U32",
-    torch.int32: "I32",
-    torch.float32: "F32",
-    torch.uint64: "U64",
-    torch.int64: "I64",
-    torch.float64: "F64",
-    torch.complex64: "C64",
-    torch.float8_e4m3fn: "F8_E4M3",
-    torch.float8_e4m3fnuz: "F8_E4M3FNUZ",
-    torch.float8_e5m2: "F8_E5M2",
-    torch.float8_e5m2fnuz: "F8_E5M2FNUZ",
-    torch.float8_e8m0fnu: "F8_E8M0",
-}
-"""The format's names of torch's dtypes."""
 
 
 def save(
@@ -118,27 +83,27 @@ def write(
             _check_tensor(name, tensor)
         for name, value in values.items():
             _check_value(name, value)
-        dtypes = {
-            name: str(tensor.dtype).removeprefix("torch.")
-            for name, tensor in tensors.items()
-            if tensor.dtype in STORED_AS_PAIRS
-        }
-        sums = {name: crc32(tensor) for name, tensor in tensors.items()} if checksum else {}
+        dtypes = {}
+        for name, tensor in tensors.items():
+            if tensor.dtype == torch.complex128:
+                dtypes[name] = "complex128"
+                tensors[name] = torch.view_as_real(tensor.detach().resolve_conj())
+        sums = {}
+        if checksum:
+            sums = {name: safetensors.crc32(tensor) for name, tensor in tensors.items()}
         text = encode(Structure(nodes, values, dtypes, sums, score))
+        _check_size(tensors, text)
+    size = sum([safetensors.nbytes(tensor) for tensor in tensors.values()])
     try:
-        if max_shard_bytes is None or sum(map(_nbytes, tensors.values())) <= max_shard_bytes:
+        if max_shard_bytes is None or size <= max_shard_bytes:
             with replaced(target) as file:
-                _write_file(file, tensors, {"format": "pt", "funcnet": text})
+                safetensors.write(file, tensors, {"format": "pt", "funcnet": text})
             remove_shards(target, kept=())
         else:
             _write_shards(target, tensors, text, max_shard_bytes)
     except OSError as error:
         message = f"save: {target} is as it was before: {error.strerror or error}"
         raise type(error)(error.errno, message) from error
-
-
-def _nbytes(tensor: Tensor) -> int:
-    return tensor.numel() * tensor.element_size()
 
 
 def _check_tensor(name: str, tensor: Tensor) -> None:
@@ -150,7 +115,7 @@ def _check_tensor(name: str, tensor: Tensor) -> None:
     if tensor.layout != torch.strided or tensor.is_quantized:
         kind = "quantized" if tensor.is_quantized else str(tensor.layout)
         raise TypeError(f"expects dense tensors, got a {kind} one at {name!r}")
-    if tensor.dtype not in DTYPES and tensor.dtype not in STORED_AS_PAIRS:
+    if tensor.dtype not in safetensors.NAMES and tensor.dtype != torch.complex128:
         raise TypeError(f"the format has no dtype for the {tensor.dtype} at {name!r}")
     require(not tensor.is_meta, f"expects values to write, got a tensor on meta at {name!r}")
 
@@ -166,62 +131,35 @@ def _check_value(name: str, value: Any) -> None:
         require(value.bit_length() <= 4096, f"the number at {name!r} is too large")
 
 
-def _write_file(file: IO[bytes], tensors: Mapping[str, Tensor], metadata: dict[str, str]) -> None:
-    header: dict[str, Any] = {"__metadata__": metadata}
-    order = sorted(tensors, key=lambda name: _place(tensors[name]))
-    end = 0
-    for name in order:
-        tensor, begin = tensors[name], end
-        end += _nbytes(tensor)
-        dtype, shape = tensor.dtype, [*tensor.shape]
-        if dtype in STORED_AS_PAIRS:
-            dtype, shape = dtype.to_real(), [*shape, 2]
-        header[name] = {"dtype": DTYPES[dtype], "shape": shape, "data_offsets": [begin, end]}
-    text = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode()
-    text += b" " * (-(8 + len(text)) % ALIGNMENT)
-    require(len(text) <= HEADER_LIMIT, f"save: the paths and shapes take {len(text)} bytes")
-    file.write(len(text).to_bytes(8, "little") + text)
-    for name in order:
-        with_bytes(tensors[name], file.write)
-
-
-def _place(tensor: Tensor) -> tuple[bool, int]:
-    """The order in a file, without holes: first those after which the next one is aligned."""
-    return _nbytes(tensor) % ALIGNMENT != 0, -tensor.element_size()
-
-
-def with_bytes(tensor: Tensor, function: Any) -> Any:
-    """What a function gives of the memory of a tensor, or of a contiguous copy of it."""
-    tensor = tensor.detach().cpu().resolve_conj().resolve_neg().contiguous()
-    size = _nbytes(tensor)
-    if size == 0:
-        return function(b"")
-    return function(memoryview((ctypes.c_char * size).from_address(tensor.data_ptr())).cast("B"))
-
-
-def crc32(tensor: Tensor) -> int:
-    """The CRC-32 of a tensor's bytes."""
-    return int(with_bytes(tensor, zlib.crc32))
+def _check_size(tensors: Mapping[str, Tensor], text: str) -> None:
+    """Raise ValueError for what would take a longer header, or index, than `load` reads."""
+    size = 2 * len(text) + sum([len(name.encode()) + 200 for name in tensors])
+    require(
+        size <= safetensors.HEADER_LIMIT,
+        f"{len(tensors)} tensors, and numbers and strings of {len(text)} characters, are too many; "
+        "make tensors of them",
+    )
 
 
 def _write_shards(target: Path, tensors: Mapping[str, Tensor], text: str, limit: int) -> None:
     shards: list[dict[str, Tensor]] = []
     left = -math.inf
     for name, tensor in tensors.items():
-        left -= _nbytes(tensor)
+        left -= safetensors.nbytes(tensor)
         if left < 0:
             shards.append({})
-            left = limit - _nbytes(tensor)
+            left = limit - safetensors.nbytes(tensor)
         shards[-1][name] = tensor
+    size = sum([safetensors.nbytes(tensor) for tensor in tensors.values()])
     paths = shard_paths(target, len(shards))
     written: list[Path] = []
     try:
         for path, shard in zip(paths, shards, strict=True):
             written.append(path)
             with replaced(path) as file:
-                _write_file(file, shard, {"format": "pt"})
+                safetensors.write(file, shard, {"format": "pt"})
         index = {
-            "metadata": {"total_size": sum(map(_nbytes, tensors.values())), "funcnet": text},
+            "metadata": {"total_size": size, "funcnet": text},
             "weight_map": {
                 name: path.name for path, shard in zip(paths, shards, strict=True) for name in shard
             },

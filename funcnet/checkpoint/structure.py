@@ -7,20 +7,18 @@ dicts, the leaves that are numbers or strings, and the dtypes that the format do
 
 import json
 from collections.abc import Iterable, Mapping
+from contextlib import suppress
 from typing import Any, NamedTuple
 
 import optree
-import torch
 from torch import Tensor
 
+from funcnet.checkpoint.safetensors import parse
 from funcnet.errors import require
 from funcnet.tree import from_dotted
 
 VERSION = 1
-LIMIT = 2**25
-"""Of the text's characters, so that a hostile file takes no more memory than a large one."""
-
-_PARTS = 2**21
+_LIMIT = 2**21
 """Of all paths of a file that is loaded as nested dicts; each may become a dict."""
 
 Value = bool | int | float | str
@@ -63,32 +61,22 @@ def leaves_by_path(tree: Any) -> tuple[dict[str, Any], dict[str, str]]:
     leaves: dict[str, Any] = {}
     nodes: dict[str, str] = {}
     _visit(tree, "", True, leaves, nodes)
-    for path in (*leaves, *nodes):
-        end = path.rfind(".")
-        while end >= 0:
-            require(path[:end] not in leaves, f"{path!r} lies below {path[:end]!r}, a leaf")
-            end = path.rfind(".", 0, end)
-        require("" not in leaves or path == "", f"{path!r} lies below '', a leaf")
+    folders = {path.rpartition(".")[0] for path in (*leaves, *nodes) if "." in path}
+    while folders:
+        both = folders & leaves.keys()
+        require(not both, f"there are leaves below {sorted(both)[:3]}, which are leaves too")
+        folders = {path.rpartition(".")[0] for path in folders if "." in path}
     return leaves, nodes
 
 
 def _visit(tree: Any, path: str, root: bool, leaves: dict[str, Any], nodes: dict[str, str]) -> None:
-    children: Any = None
-    if not isinstance(tree, (Tensor, int, float, str)) and not optree.tree_is_leaf(tree):
-        children, _, names, _ = optree.tree_flatten_one_level(tree)
-    if children is None:
-        require(path not in leaves and path not in nodes, f"two leaves have the path {path!r}")
+    if isinstance(tree, Tensor) or optree.tree_is_leaf(tree):
+        _check_new(path, leaves, nodes)
         leaves[path] = tree
         return
-    kind = "none" if tree is None else "dict"
-    if optree.is_namedtuple(tree):
-        names = tree._fields
-    elif optree.is_structseq(tree):
-        names = optree.structseq_fields(tree)
-    elif isinstance(tree, (tuple, list)):
-        kind = "tuple" if isinstance(tree, tuple) else "list"
+    kind, names, children = _parts(tree)
     if not children or kind != "dict":
-        require(path not in leaves and path not in nodes, f"two parts have the path {path!r}")
+        _check_new(path, leaves, nodes)
         nodes[path] = kind
     for name, child in zip(names, children, strict=True):
         if not isinstance(name, (str, int)):
@@ -97,16 +85,31 @@ def _visit(tree: Any, path: str, root: bool, leaves: dict[str, Any], nodes: dict
         _visit(child, f"{name}" if root else f"{path}.{name}", False, leaves, nodes)
 
 
+def _check_new(path: str, leaves: dict[str, Any], nodes: dict[str, str]) -> None:
+    if path in leaves or path in nodes:
+        raise ValueError(f"two parts of the tree have the path {path!r}")
+
+
+def _parts(tree: Any) -> tuple[str, Any, Any]:
+    """The kind of a node, the names of its children, and its children, in optree's order."""
+    if type(tree) is dict:
+        with suppress(TypeError):  # keys of several types, which optree puts in another order
+            in_order = sorted(tree)
+            return "dict", in_order, [tree[name] for name in in_order]
+    children, _, names, _ = optree.tree_flatten_one_level(tree)
+    if optree.is_namedtuple(tree):
+        return "dict", tree._fields, children
+    if optree.is_structseq(tree):
+        return "dict", optree.structseq_fields(tree), children
+    if isinstance(tree, (tuple, list)):
+        return "tuple" if isinstance(tree, tuple) else "list", names, children
+    return "none" if tree is None else "dict", names, children
+
+
 def encode(structure: Structure) -> str:
     """The structure as text, without what is empty."""
     content = {name: part for name, part in structure._asdict().items() if part or part == 0.0}
-    text = json.dumps({"version": VERSION, **content}, separators=(",", ":"))
-    require(
-        len(text) <= LIMIT,
-        f"the numbers and strings of the tree take {len(text)} characters, more than {LIMIT}; "
-        "make tensors of them",
-    )
-    return text
+    return json.dumps({"version": VERSION, **content}, separators=(",", ":"))
 
 
 def decode(text: str) -> Structure:
@@ -114,33 +117,22 @@ def decode(text: str) -> Structure:
 
     Raises: ValueError.
     """
-    require(len(text) <= LIMIT, f"its description has {len(text)} characters")
-    try:
-        found = json.loads(text, object_pairs_hook=_unique)
-    except RecursionError:
-        raise ValueError("its description is nested too deeply") from None
-    require(isinstance(found, dict), "its description is no dict")
+    found = parse(text.encode(), "the description")
     version = found.pop("version", None)
     newer = isinstance(version, int) and version > VERSION
     advice = "; install a newer funcnet" if newer else ""
-    require(version == VERSION, f"its format is version {version!r}, not {VERSION}{advice}")
+    require(version == VERSION, f"the format is version {version!r}, not {VERSION}{advice}")
     unknown = sorted(found.keys() - set(Structure._fields))
-    require(not unknown, f"its description has {unknown[:3]}, which is unknown")
+    require(not unknown, f"the description has {unknown[:3]}, which is unknown")
     for name, kinds in _FIELDS.items():
         part = found.get(name, {})
         correct = isinstance(part, dict) and all(type(value) in kinds for value in part.values())
-        require(correct, f"its {name} are not what they should be")
+        require(correct, f"the {name} are not what they should be")
     score = found.get("score")
-    require(score is None or type(score) is float, "its score is no number")
+    require(score is None or type(score) is float, "the score is no number")
     unknown = sorted({*found.get("nodes", {}).values()} - {"dict", "list", "tuple", "none"})
-    require(not unknown, f"its nodes have the kind {unknown[:1]}")
+    require(not unknown, f"the nodes have the kind {unknown[:1]}")
     return EMPTY._replace(**found)
-
-
-def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    found = dict(pairs)
-    require(len(found) == len(pairs), "a name is in its description twice")
-    return found
 
 
 def rebuild(leaves: Mapping[str, Any], nodes: Mapping[str, str]) -> Any:
@@ -152,7 +144,7 @@ def rebuild(leaves: Mapping[str, Any], nodes: Mapping[str, str]) -> Any:
     if leaves.keys() == {""}:
         return leaves[""]
     parts = sum([path.count(".") for path in (*leaves, *nodes)])
-    require(parts <= _PARTS, f"its paths have {parts} parts, more than {_PARTS}")
+    require(parts <= _LIMIT, f"the paths have {parts} parts, more than {_LIMIT}")
     tree: Any = {"": from_dotted(leaves)}
     by_depth = sorted(nodes.items(), key=lambda item: len(_keys(item[0])))
     for path, _ in by_depth:
@@ -196,7 +188,3 @@ def below(path: str, names: Iterable[str]) -> dict[str, str]:
     return {
         name[len(path) + 1 :]: name for name in names if name == path or name.startswith(f"{path}.")
     }
-
-
-STORED_AS_PAIRS = (torch.complex128, torch.complex32)
-"""Dtypes that are stored as real and imaginary parts, in a last dimension of 2."""
