@@ -1,6 +1,7 @@
 """Files that are whole at any moment: written aside, synced, renamed."""
 
 import contextlib
+import errno
 import os
 import stat
 from collections.abc import Iterator
@@ -15,6 +16,9 @@ try:
 except ImportError:  # Windows
     fcntl = None
 
+_BUFFER = 2**17
+"""Small tensors are written together, great ones without a copy."""
+
 
 @contextlib.contextmanager
 def replaced(path: Path) -> Iterator[IO[bytes]]:
@@ -27,31 +31,44 @@ def replaced(path: Path) -> Iterator[IO[bytes]]:
     path = Path(os.path.realpath(path))  # a link stays, as for any program that writes to it
     path.parent.mkdir(parents=True, exist_ok=True)
     if path.is_dir():
-        raise IsADirectoryError(f"{path} is a folder")
-    remove_left_behind(path)
+        raise IsADirectoryError(errno.EISDIR, os.strerror(errno.EISDIR), str(path))
+    _remove_left_behind(path)
     file, aside = _file_aside(path)
     try:
         with file:
             yield file
             with contextlib.suppress(OSError):
                 os.chmod(aside, stat.S_IMODE(path.stat().st_mode))
-            file.flush()
-            os.fsync(file.fileno())
+            _sync(file)
         os.replace(aside, path)
     except BaseException:
         with contextlib.suppress(OSError):
             aside.unlink()
         raise
-    sync_folder(path.parent)
+    _sync_folder(path.parent)
 
 
-def sync_folder(folder: Path) -> None:
+@contextlib.contextmanager
+def synced(path: Path) -> Iterator[IO[bytes]]:
+    """A new file to write to, which is on the disk when it is closed."""
+    with open(path, "xb", buffering=_BUFFER) as file:
+        yield file
+        _sync(file)
+
+
+def _sync(file: IO[bytes]) -> None:
+    file.flush()
+    os.fsync(file.fileno())
+
+
+def _sync_folder(folder: Path) -> None:
     """Wait until the names in a folder are on the disk."""
     if os.name == "nt":  # where a folder cannot be opened
         return
     handle = os.open(folder, os.O_RDONLY)
     try:
-        os.fsync(handle)
+        with contextlib.suppress(OSError):  # a file system that cannot: its names are on the disk
+            os.fsync(handle)
     finally:
         os.close(handle)
 
@@ -64,8 +81,7 @@ def _file_aside(path: Path) -> tuple[IO[bytes], Path]:
     """A new file, locked as long as it is open: the mark that its process lives."""
     while True:
         aside = path.with_name(f"{_prefix(path)}{os.urandom(4).hex()}.part")
-        # Small tensors are written together, great ones without a copy.
-        file = open(aside, "xb", buffering=2**17)  # noqa: SIM115
+        file = open(aside, "xb", buffering=_BUFFER)  # noqa: SIM115
         if fcntl is not None:
             with contextlib.suppress(OSError):  # a file system without locks
                 fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -74,7 +90,7 @@ def _file_aside(path: Path) -> tuple[IO[bytes], Path]:
         file.close()
 
 
-def remove_left_behind(path: Path) -> None:
+def _remove_left_behind(path: Path) -> None:
     """Remove what processes that were killed while they wrote ``path`` left behind."""
     if fcntl is None:
         return

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from funcnet import runtime
 from funcnet.checkpoint import safetensors
-from funcnet.checkpoint.files import replaced
+from funcnet.checkpoint.files import replaced, synced
 from funcnet.checkpoint.shards import index_of, remove_shards, shard_paths
 from funcnet.checkpoint.structure import Structure, encode, leaves_by_path
 from funcnet.errors import located, require
@@ -151,12 +151,13 @@ def _write_shards(target: Path, tensors: Mapping[str, Tensor], text: str, limit:
             left = limit - safetensors.nbytes(tensor)
         shards[-1][name] = tensor
     size = sum([safetensors.nbytes(tensor) for tensor in tensors.values()])
+    target.parent.mkdir(parents=True, exist_ok=True)
     paths = shard_paths(target, len(shards))
     written: list[Path] = []
     try:
         for path, shard in zip(paths, shards, strict=True):
             written.append(path)
-            with replaced(path) as file:
+            with synced(path) as file:  # no one knows of it before the index is there
                 safetensors.write(file, shard, {"format": "pt"})
         index = {
             "metadata": {"total_size": size, "funcnet": text},

@@ -28,7 +28,8 @@ def remove_shards(path: Path, kept: Iterable[Path]) -> None:
     """
     names = {part.name for part in kept}
     if not names:
-        index_of(path).unlink(missing_ok=True)
+        with contextlib.suppress(OSError):
+            index_of(path).unlink()
     stem, suffix = re.escape(path.stem), re.escape(path.suffix)
     part = re.compile(rf"{stem}-[0-9a-f]{{8}}-\d{{5,}}-of-\d{{5,}}{suffix}")
     for name in os.listdir(path.parent):
