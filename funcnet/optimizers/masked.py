@@ -4,7 +4,7 @@ from collections.abc import Collection, Mapping
 from typing import Any
 
 from funcnet import tree
-from funcnet.combinators.reparametrize import Where, chosen_leaves
+from funcnet.tree import Where, chosen_leaves
 from funcnet.core import EMPTY, Optimizer, Params, Tree
 from funcnet.errors import locate, require
 from funcnet.optimizers.chains import check_states, present

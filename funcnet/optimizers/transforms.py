@@ -11,7 +11,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from funcnet.combinators.reparametrize import Where
+from funcnet.tree import Where
 from funcnet.core import Optimizer, Tree
 from funcnet.optimizers.checks import Number, check_options, check_rate, is_on, read_option
 from funcnet.optimizers.leaves import at_least_float32, sum_into
