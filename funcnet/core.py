@@ -29,11 +29,13 @@ from funcnet.pullbacks import (
     Box as Box,
     LossPullback as LossPullback,
     Pullback as Pullback,
+    Sums as Sums,
     Tree as Tree,
     kinds_of as kinds_of,
     pull as pull,
     sum_cotangents as sum_cotangents,
     takes_box as takes_box,
+    takes_sums as takes_sums,
 )
 
 Params = Mapping[str, Any]
@@ -141,10 +143,13 @@ class Optimizer(_OptimizerFunctions):
     ``name`` is what errors, and the state of a `chain`, call the optimizer; by default it is the
     name of the constructor that defines ``update``. ``update_leaves`` is ``update`` on flattened
     trees, if the optimizer was lifted from a formula: a chain flattens once for all its transforms.
+    ``loss_scale``, if not None, is ``opt_state -> scale``: the optimizer expects the gradients of
+    the loss times this 0-d tensor, and `train_step` computes those.
     """
 
     name: str
     update_leaves: Callable[..., Any] | None
+    loss_scale: Callable[[Tree], Tensor] | None
 
     def __new__(
         cls,
@@ -152,13 +157,16 @@ class Optimizer(_OptimizerFunctions):
         update: Callable[[Tree, Tree, Params], tuple[Tree, Tree]],
         name: str | None = None,
         update_leaves: Callable[..., Any] | None = None,
+        loss_scale: Callable[[Tree], Tensor] | None = None,
     ) -> "Optimizer":
         optimizer = super().__new__(cls, init_state, update)
         optimizer.name, optimizer.update_leaves = name or function_name(update), update_leaves
+        optimizer.loss_scale = loss_scale
         return optimizer
 
     def _replace(self, **changes: Any) -> "Optimizer":
-        return Optimizer(*super()._replace(**changes), self.name)
+        functions = super()._replace(**changes)
+        return Optimizer(*functions, self.name, loss_scale=self.loss_scale)
 
 
 class TrainState(NamedTuple):

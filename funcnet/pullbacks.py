@@ -10,6 +10,7 @@ from torch import Tensor
 
 from funcnet import tree
 from funcnet.errors import require
+from funcnet.runtime import is_transformed
 
 Tree = Any
 """A pytree of tensors: a tensor, or a tuple or dict of trees."""
@@ -194,8 +195,42 @@ def takes_box(rule: Callable[..., Any]) -> Callable[..., Any]:
 _TAKE_BOXES: set[Callable[..., Any]] = set()
 
 
+class Sums:
+    """Gradients of other batches, to which new ones are added as they come.
+
+    A pullback that gets it for ``params=True`` gives the sums. Outside of transformations they are
+    written to the memory of ``total``, which must be the caller's own: so over several batches
+    there is one tree of gradients, and not a second one for the last batch.
+    """
+
+    __slots__ = ("total",)
+
+    def __init__(self, total: Tree) -> None:
+        self.total = total
+
+    def plus(self, dparams: Tree) -> Tree:
+        """The sums with the gradients of one layer."""
+        return tree.map(_plus, self.total, dparams)
+
+
+def _plus(total: Tensor, gradient: Tensor) -> Tensor:
+    if total.shape != gradient.shape:
+        expected, got = tuple(total.shape), tuple(gradient.shape)
+        raise ValueError(f"grads: expects shape {expected}, got {got}")
+    return total + gradient if is_transformed(total, gradient) else total.add_(gradient)
+
+
+def takes_sums(rule: Callable[..., Any]) -> Callable[..., Any]:
+    """Decorates a rule that takes `Sums` for ``params=True``, and gives the sums as dparams."""
+    _TAKE_SUMS.add(rule)
+    return rule
+
+
+_TAKE_SUMS: set[Callable[..., Any]] = set()
+
+
 def pull(
-    pullbacks: dict[str, Any], name: str, dy: Tree | Box, *, params: bool, x: bool
+    pullbacks: dict[str, Any], name: str, dy: Tree | Box, *, params: bool | Sums, x: bool
 ) -> tuple[Tree, Tree]:
     """Take a child's pullback out of a rule's own dict and call it.
 
@@ -207,6 +242,9 @@ def pull(
     del pullback
     if isinstance(dy, Box) and rule not in _TAKE_BOXES:
         dy = dy.pop()
+    if isinstance(params, Sums) and rule not in _TAKE_SUMS:
+        dparams, dx = rule(residuals, dy, *static, params=True, x=x)
+        return params.plus(dparams), dx
     return rule(residuals, dy, *static, params=params, x=x)
 
 

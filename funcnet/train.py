@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 
 from funcnet import tree
+from funcnet.control_flow import scan
 from funcnet.core import (
     EMPTY,
     Box,
@@ -14,18 +15,21 @@ from funcnet.core import (
     Loss,
     Optimizer,
     Params,
+    Sums,
     TrainState,
     Tree,
     pull,
 )
+from funcnet.errors import require
 from funcnet.finite import detect_nonfinite, require_finite
 from funcnet.metrics.core import Metric, batch_function
 from funcnet.optimizers.lift import step_params
+from funcnet.optimizers.loss_scale import check_outermost
 from funcnet.random import fold_in
 
 _ONE = torch.ones((), dtype=torch.int64, device="cpu")
 
-Measure = Callable[[Tree, Tree], Tensor]
+Measure = Callable[[Tree, Tree], Any]
 Batch = tuple[Tree, Tree]
 
 
@@ -46,8 +50,10 @@ def init_train_state(model: Layer, optimizer: Optimizer, key: Tensor, x: Tree) -
     _check_kind("init_train_state", "model", model, Layer)
     _check_kind("init_train_state", "optimizer", optimizer, Optimizer)
     params, state = model.init(key, x)
+    opt_state = optimizer.init_state(params)
+    check_outermost(optimizer, opt_state)
     step = torch.zeros((), dtype=torch.int64, device=key.device)
-    return TrainState(params, state, optimizer.init_state(params), key, step)
+    return TrainState(params, state, opt_state, key, step)
 
 
 def _check_kind(where: str, what: str, found: Any, kind: type) -> None:
@@ -57,21 +63,35 @@ def _check_kind(where: str, what: str, found: Any, kind: type) -> None:
         raise TypeError(f"{where}: expects a {kind.__name__} as {what}, got {got}{hint}")
 
 
+Measured = dict[str, Any]
+"""The loss and the metrics of one batch, or what they are to be computed from."""
+
+ForwardBackward = Callable[..., tuple[Params, Params, Measured]]
+"""``(params, batch, state, key, train, dvalue=1.0, sums=True) -> (grads, state, measured)``."""
+
+
 def _forward_backward(
-    model: Layer, loss: Loss, metrics: Mapping[str, Measure], check_finite: bool
-) -> Callable[..., tuple[Tensor, Params, Params, dict[str, Tensor]]]:
-    """``(params, batch, state, key, train) -> (value, grads, state, metrics)``."""
+    model: Layer, loss: Loss, measure: Measure, check_finite: bool
+) -> ForwardBackward:
+    """The forward and backward pass of one batch.
+
+    ``dvalue`` is the cotangent of the loss. With `Sums` for ``sums``, the gradients are added up.
+    """
     _check_kind("train_step", "model", model, Layer)
     _check_kind("train_step", "loss", loss, Loss)
     if check_finite:
         model = detect_nonfinite(model)
 
     def run(
-        params: Params, batch: Batch, state: Params, key: Tensor | None, train: bool
-    ) -> tuple[Tensor, Params, Params, dict[str, Tensor]]:
-        if not isinstance(batch, (tuple, list)) or len(batch) != 2:
-            raise ValueError(f"expects a batch (x, target), got {tree.describe(batch)}")
-        x, target = batch
+        params: Params,
+        batch: Batch,
+        state: Params,
+        key: Tensor | None,
+        train: bool,
+        dvalue: float | Tensor = 1.0,
+        sums: bool | Sums = True,
+    ) -> tuple[Params, Params, Measured]:
+        x, target = _pair(batch)
         prediction, pullback, state = model.forward(params, x, state, key, train)
         value, loss_pullback = loss.vjp(prediction, target)
         if value.dim():
@@ -79,24 +99,73 @@ def _forward_backward(
                 f"loss: expects a scalar value to train on, got {tuple(value.shape)}; "
                 "pass reduction='mean' or reduction='sum' to the loss"
             )
-        measured = {"loss": value}
-        for name, metric in metrics.items():
-            measured[name] = metric(prediction, target)
+        measured = {"loss": value, **measure(prediction, target)}
         if check_finite:
             require_finite("loss", "value", value)
         # From here on the backward pass alone holds the residuals, and drops them as it goes.
         pullbacks = {"model": pullback}
         del prediction, pullback
-        dprediction = loss_pullback()
+        dprediction = loss_pullback(dvalue)
         del loss_pullback
         if check_finite:
             require_finite("loss", "dprediction", dprediction)
         box = Box([dprediction])
         del dprediction
-        grads, _ = pull(pullbacks, "model", box, params=True, x=False)
-        return value, grads, state, measured
+        grads, _ = pull(pullbacks, "model", box, params=sums, x=False)
+        return grads, state, measured
 
     return run
+
+
+def _pair(batch: Any) -> Batch:
+    """A batch ``(x, target)``, with arrays of numpy as tensors."""
+    if not isinstance(batch, (tuple, list)) or len(batch) != 2:
+        many = f"{len(batch)} things: " if isinstance(batch, (tuple, list)) else ""
+        raise ValueError(f"expects a batch (x, target), got {many}{tree.describe(batch)}")
+    return batch[0], batch[1]
+
+
+def _in_micro_batches(run: ForwardBackward, count: int) -> ForwardBackward:
+    """The same of a batch in ``count`` parts: the mean of their gradients, one after another."""
+
+    def accumulated(
+        params: Params,
+        batch: Batch,
+        state: Params,
+        key: Tensor | None,
+        train: bool,
+        dvalue: float | Tensor = 1.0,
+    ) -> tuple[Params, Params, Measured]:
+        parts = tree.map(_split(batch, count), _pair(batch))
+        keys = None if key is None else torch.arange(count, device=key.device)
+
+        def body(carry: Tree, each: Tree) -> tuple[Tree, Measured]:
+            (grads, state), (index, part) = carry, each
+            part_key = None if key is None else fold_in(key, index)
+            grads, state, measured = run(
+                params, part, state, part_key, train, dvalue / count, Sums(grads)
+            )
+            return (grads, state), measured
+
+        # Memory of our own, to which each part's gradients are added layer by layer.
+        zeros = tree.map(torch.zeros_like, params)
+        (grads, state), measured = scan(body, (zeros, state), (keys, parts))
+        return grads, state, measured
+
+    return accumulated
+
+
+def _split(batch: Batch, count: int) -> Callable[[Tensor], Tensor]:
+    extents = {leaf.shape[:1] for leaf in tree.leaves(batch)}
+    if len(extents) != 1 or () in extents:
+        raise ValueError(
+            "micro_batches: expects a batch of tensors with one leading extent, "
+            f"got {tree.describe(batch)}"
+        )
+    (size,) = extents.pop()
+    if size % count or not size:
+        raise ValueError(f"micro_batches: expects a batch of a multiple of {count}, got {size}")
+    return lambda leaf: leaf.unflatten(0, (count, size // count))
 
 
 def value_and_grad(
@@ -105,8 +174,9 @@ def value_and_grad(
     """The forward and backward half of a training step, for loops of one's own.
 
     Returns:
-        ``(params, batch, state={}, *, key=None, train=True) -> (value, grads, state)``, where
-        ``batch`` is ``(x, target)``, ``value`` the loss and ``grads`` a tree like ``params``.
+        ``(params, batch, state={}, *, key=None, train=True, dvalue=1.0) -> (value, grads,
+        state)``, where ``batch`` is ``(x, target)``, ``value`` the loss and ``grads`` a tree like
+        ``params``: ``dvalue``, such as a loss scale, times the gradient of the loss.
 
     >>> import funcnet as fn
     >>> f = value_and_grad(fn.linear(1, bias=False), fn.mse())
@@ -114,7 +184,7 @@ def value_and_grad(
     >>> value, grads
     (tensor(1.), {'weight': tensor([[2.]])})
     """
-    run = _forward_backward(model, loss, {}, check_finite)
+    run = _forward_backward(model, loss, lambda prediction, target: {}, check_finite)
 
     def value_and_grads(
         params: Params,
@@ -123,9 +193,10 @@ def value_and_grad(
         *,
         key: Tensor | None = None,
         train: bool = True,
+        dvalue: float | Tensor = 1.0,
     ) -> tuple[Tensor, Params, Params]:
-        value, grads, state, _ = run(params, batch, {**state}, key, train)
-        return value, grads, state
+        grads, state, measured = run(params, batch, {**state}, key, train, dvalue)
+        return measured["loss"], grads, state
 
     return value_and_grads
 
@@ -136,6 +207,7 @@ def train_step(
     optimizer: Optimizer,
     *,
     metrics: Mapping[str, Metric | Measure | Loss] | None = None,
+    micro_batches: int = 1,
     check_finite: bool = False,
     donate: bool = False,
 ) -> Callable[[TrainState, Batch], tuple[TrainState, dict[str, Tensor]]]:
@@ -146,6 +218,12 @@ def train_step(
         metrics: metrics of `fn.metrics`, losses, or functions ``(prediction, target) -> tensor``,
             by name: their values for the batch; beside the "loss", which is that of the params
             before the update.
+        micro_batches: k, to compute the batch in k equal parts of its leading extent, one after
+            another, with the memory of one part and one tree of gradients. Their mean is taken,
+            of the gradients, the loss and metrics that are functions: for a loss that is a mean
+            over the examples, those of the whole batch; for one that is a sum, 1/k of those. State
+            goes from part to part, so that a batch norm sees the parts. Part i draws from
+            ``fold_in(step's key, i)``.
         check_finite: raise ValueError with the path of the first layer whose output or cotangent
             is NaN or infinite. Eager mode only.
         donate: whether an eager step may write to the memory of the params and the optimizer's
@@ -164,22 +242,81 @@ def train_step(
     (tensor(1), ['loss'])
     """
     _check_kind("train_step", "optimizer", optimizer, Optimizer)
-    if metrics is not None and not isinstance(metrics, Mapping):
-        raise TypeError(f"train_step: expects a dict of metrics, got {type(metrics).__name__}")
-    measures = {name: batch_function(metric) for name, metric in (metrics or {}).items()}
-    if "loss" in measures:
-        raise ValueError("train_step: the metric 'loss' is there already, pick another name")
-    run = _forward_backward(model, loss, measures, check_finite)
+    if isinstance(micro_batches, bool) or not isinstance(micro_batches, int) or micro_batches < 1:
+        raise ValueError(
+            f"train_step: micro_batches must be an integer of at least 1, got {micro_batches!r}"
+        )
+    loss_scale = optimizer.loss_scale
+    require(
+        not (check_finite and loss_scale),
+        "train_step: check_finite does not go with a loss scale, which skips such steps itself",
+    )
+    measure, finish = _measures(metrics)
+    run = _forward_backward(model, loss, measure, check_finite)
+    if micro_batches > 1:
+        run = _in_micro_batches(run, micro_batches)
     takes_key = model.takes_key
 
     def step(train_state: TrainState, batch: Batch) -> tuple[TrainState, dict[str, Any]]:
         params, state, opt_state, key, count = train_state
         step_key = fold_in(key, count) if takes_key else None
-        _, gradients, state, measured = run(params, batch, state, step_key, True)
+        dvalue = 1.0 if loss_scale is None else loss_scale(opt_state)
+        gradients, state, measured = run(params, batch, state, step_key, True, dvalue)
         grads = Box([gradients])
         del gradients
         params, opt_state = step_params(optimizer, grads, opt_state, params, donate)
         new_state = TrainState(params, state, opt_state, key, count + _ONE)
-        return new_state, measured
+        return new_state, finish(measured, micro_batches > 1)
 
     return step
+
+
+def _measures(
+    metrics: Mapping[str, Metric | Measure | Loss] | None,
+) -> tuple[Measure, Callable[..., dict[str, Any]]]:
+    """``(prediction, target) -> measured``, and ``(measured, in_parts) -> values``.
+
+    What is measured of a `Metric` is its accumulator, of which those of several parts, stacked,
+    are added up; of a function, its value, of which the mean is taken.
+    """
+    if metrics is not None and not isinstance(metrics, Mapping):
+        raise TypeError(f"train_step: expects a dict of metrics, got {type(metrics).__name__}")
+    given = dict(metrics or {})
+    if "loss" in given:
+        raise ValueError("train_step: the metric 'loss' is there already, pick another name")
+    sums = {name: metric for name, metric in given.items() if isinstance(metric, Metric)}
+    functions = {
+        name: _accumulated(metric) if isinstance(metric, Metric) else batch_function(metric)
+        for name, metric in given.items()
+    }
+
+    def measure(prediction: Tree, target: Tree) -> Measured:
+        return {name: function(prediction, target) for name, function in functions.items()}
+
+    def finish(measured: Measured, in_parts: bool) -> dict[str, Any]:
+        if in_parts:
+            measured = {
+                name: tree.map(_sum if name in sums else _mean, found)
+                for name, found in measured.items()
+            }
+        return {
+            name: sums[name].value(found) if name in sums else found
+            for name, found in measured.items()
+        }
+
+    return measure, finish
+
+
+def _accumulated(metric: Metric) -> Measure:
+    def accumulate(prediction: Tree, target: Tree) -> Tree:
+        return metric.update(metric.init(tree.device_of(prediction)), prediction, target)
+
+    return accumulate
+
+
+def _sum(parts: Tensor) -> Tensor:
+    return parts.sum(0)
+
+
+def _mean(parts: Tensor) -> Tensor:
+    return parts.mean(0) if parts.is_floating_point() else parts.double().mean(0)

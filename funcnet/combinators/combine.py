@@ -26,9 +26,11 @@ from funcnet.core import (
     Layer,
     Params,
     Pullback,
+    Sums,
     Tree,
     sum_cotangents,
     takes_box,
+    takes_sums,
 )
 from funcnet.errors import locate
 from funcnet.lift import stateful
@@ -133,6 +135,7 @@ def combine(
 
 
 @takes_box
+@takes_sums
 def combine_rule(
     residuals: Any,
     dy: Tree | Box,
@@ -141,12 +144,15 @@ def combine_rule(
     names: tuple[Name, ...],
     learned: tuple[Name, ...],
     *static: Any,
-    params: bool,
+    params: bool | Sums,
     x: bool,
 ) -> Grads:
     """The combinator's ``backward``, with the children's pullbacks among the residuals."""
     own = residuals.pop(_OWN, EMPTY)
     pull = Pull(name, names, residuals, learned if params else (), x)
+    if isinstance(params, Sums):
+        pull.learned.update(_parts(name, names, "grads", params.total))
+        pull.sums = True
     box = dy if isinstance(dy, Box) else Box([dy])
     # A call without a star hands its arguments over.
     dx = backward(pull, box.pop(), own, *static) if static else backward(pull, box.pop(), own)
@@ -252,6 +258,7 @@ class Pull:
     ) -> None:
         self.parent, self.names, self.pullbacks, self.x = parent, names, pullbacks, x
         self.learned: dict[Any, Any] = dict.fromkeys(learned)  # the gradients, in this order
+        self.sums = False  # whether they are those of other batches, to be added to
 
     def __call__(
         self, child: Name, dy: Tree | Box, use: int | None = None, needed: bool = True
@@ -264,13 +271,14 @@ class Pull:
         if call not in self.pullbacks:
             raise _unknown(self.parent, child, self.names)
         learns = child in self.learned
+        params = Sums(self.learned[child]) if learns and self.sums else learns
         try:
-            dparams, dx = core.pull(self.pullbacks, call, dy, params=learns, x=needed)
+            dparams, dx = core.pull(self.pullbacks, call, dy, params=params, x=needed)
         except Exception as error:
             locate(error, _path(self.parent, child, use))
             raise
         if learns:
-            before = self.learned[child]  # of another use
+            before = None if self.sums else self.learned[child]  # of another use
             self.learned[child] = sum_cotangents(before, dparams) if before else dparams
         return dx
 

@@ -84,6 +84,10 @@ from funcnet.optimizers.lookahead import (
     LookaheadState as LookaheadState,
     lookahead as lookahead,
 )
+from funcnet.optimizers.loss_scale import (
+    LossScaleState as LossScaleState,
+    dynamic_loss_scale as dynamic_loss_scale,
+)
 from funcnet.optimizers.masked import (
     masked as masked,
     partition as partition,

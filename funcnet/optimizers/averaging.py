@@ -3,18 +3,19 @@
 The average is in the optimizer's state, so that it is saved, donated and mapped over with it.
 """
 
+import math
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
-from funcnet import runtime, tree
+from funcnet import tree
 from funcnet.core import Optimizer, Params, Tree
 from funcnet.errors import require
-from funcnet.optimizers.checks import check_options
-from funcnet.optimizers.leaves import Applied, Leaves, leafwise
-from funcnet.optimizers.lift import Trees, leaves_update, lifted, zero_step
+from funcnet.optimizers.checks import Number, check_count, check_options, read_option
+from funcnet.optimizers.leaves import at_least_float32, leafwise
+from funcnet.optimizers.lift import around, zero_step
 
 _ONE = torch.ones((), dtype=torch.int64, device="cpu")
 
@@ -72,9 +73,7 @@ def _averaging(opt_state: Tree) -> Iterator[Any]:
             yield from _averaging(child)
 
 
-def params_ema(
-    optimizer: Optimizer, decay: float | Tensor = 0.999, *, debias: bool = False
-) -> Optimizer:
+def params_ema(optimizer: Optimizer, decay: Number = 0.999, *, debias: bool = False) -> Optimizer:
     """An optimizer that keeps an exponential moving average of the params that it gives.
 
     After the update number t, with the params ``p_t``, the average is ``a_1 = p_1`` and
@@ -100,7 +99,9 @@ def params_ema(
     >>> state
     AveragedParamsState(step=tensor(1), average={'w': tensor([-1.])}, inner={})
     """
-    _check_decay(decay, debias)
+    check_options("params_ema", below=1.0 if debias else math.inf, decay=decay)
+    value = read_option(decay)
+    require(value is None or value <= 1, f"params_ema: decay must be at most 1, got {value}")
     rate = 1.0 - decay
 
     def weight(step: Tensor) -> Tensor:
@@ -135,10 +136,8 @@ def params_average(optimizer: Optimizer, start: int = 0, every: int = 1) -> Opti
     >>> params, eval_params(opt_state, params)
     ({'w': tensor([-4.])}, {'w': tensor([-2.5000])})
     """
-    for option, value, least in (("start", start, 0), ("every", every, 1)):
-        if isinstance(value, bool) or not isinstance(value, int):
-            raise TypeError(f"params_average: {option} must be an integer, got {value!r}")
-        check_options("params_average", least, **{option: value})
+    check_count("params_average", least=0, start=start)
+    check_count("params_average", every=every)
 
     def weight(step: Tensor) -> Tensor:
         past = step - start
@@ -149,55 +148,21 @@ def params_average(optimizer: Optimizer, start: int = 0, every: int = 1) -> Opti
     return _averaged("params_average", optimizer, weight)
 
 
-def _check_decay(decay: float | Tensor, debias: bool) -> None:
-    name, value = "params_ema", runtime.read(decay) if isinstance(decay, Tensor) else decay
-    if isinstance(decay, Tensor):
-        require(not decay.dim(), f"{name}: decay must be 0-d, got {tuple(decay.shape)}")
-    if value is not None:
-        check_options(name, decay=value)
-        interval = "[0, 1)" if debias else "[0, 1]"
-        fits = value < 1 if debias else value <= 1
-        require(fits, f"{name}: decay must be in {interval}, got {value}")
-
-
 def _averaged(name: str, optimizer: Optimizer, weight: Callable[[Tensor], Tensor]) -> Optimizer:
     """The optimizer and, in its state, ``a = a + weight(t) (p - a)`` over the params p it gives."""
-    if not isinstance(optimizer, Optimizer):
-        hint = "; call its constructor" if callable(optimizer) else ""
-        raise TypeError(f"{name}: expects an optimizer, got {type(optimizer).__name__}{hint}")
-    inner_update = leaves_update(optimizer)
 
-    def init_state(params: Params) -> AveragedParamsState:
-        leaves: Any = tree.leaves(params)
-        average = tree.map(lambda p: p.to(_wide(p), copy=True), params)
-        return AveragedParamsState(zero_step(leaves), average, optimizer.init_state(params))
+    def init(p: Any, inner: Tree) -> AveragedParamsState:
+        return AveragedParamsState(zero_step(p), at_least_float32(p).clone(), inner)
 
-    def update_leaves(
-        g: Leaves, opt_state: Any, trees: Trees
-    ) -> tuple[Leaves, AveragedParamsState]:
-        if not isinstance(opt_state, AveragedParamsState):
-            got = tree.describe(opt_state)
-            raise TypeError(f"{name}: expects the state AveragedParamsState, got {got}")
-        average = trees.split(opt_state.average, f"{name}: state.average")
-        updates, inner = inner_update(g, opt_state.inner, trees)
-        step = opt_state.step + _ONE
-        if isinstance(updates, Applied):
-            average = leafwise(_toward, average, updates, weight(step))
-        else:
-            average = leafwise(_toward_sum, average, trees.params, updates, weight(step))
-        return updates, AveragedParamsState(step, trees.join(average), inner)
+    def update(g: Any, state: AveragedParamsState, p: Any, inner_update: Any) -> Any:
+        updates, inner = inner_update(g, state.inner)
+        step = state.step + _ONE
+        # Leaf by leaf, so that the new params are in memory one at a time.
+        average: Any = leafwise(_toward, state.average, p, updates, weight(step))
+        return updates, AveragedParamsState(step, average, inner)
 
-    return lifted(name, init_state, update_leaves)
+    return around(optimizer, init, update, name=name, gives_state=True)
 
 
-def _wide(p: Tensor) -> torch.dtype:
-    return torch.promote_types(p.dtype, torch.float32)
-
-
-def _toward(average: Tensor, p: Tensor, weight: Tensor) -> Tensor:
-    return torch.lerp(average, p.to(average.dtype), weight)
-
-
-def _toward_sum(average: Tensor, p: Tensor, update: Tensor, weight: Tensor) -> Tensor:
-    """Leaf by leaf, so that the new params are in memory one at a time."""
-    return _toward(average, p + update, weight)
+def _toward(average: Tensor, p: Tensor, update: Tensor, weight: Tensor) -> Tensor:
+    return torch.lerp(average, (p + update).to(average.dtype), weight)

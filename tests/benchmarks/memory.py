@@ -1,66 +1,88 @@
-"""Peak memory of eager training steps beside PyTorch's.
+"""Peak memory of training steps beside PyTorch's: of a whole batch, and in micro-batches.
 
     python tests/benchmarks/memory.py
+    python tests/benchmarks/memory.py --rows "sgd 8" "adam 8"
 
-The net is an MLP of 8 linear layers, 1024 wide, with ReLU; the batch is 4096, float32, SGD. Each
-run is a process of its own; its memory is its greatest resident set less that before training.
-The runs take turns; each number is the median over the rounds.
+The net is an MLP of 8 linear layers, 1024 wide, with ReLU; the batch is 4096, float32, whole or in
+8 parts whose gradients are accumulated. Each run is a process of its own, which trains a small net
+first; its memory is its greatest resident set from then on less that before training, with data,
+params and funcnet's optimizer state, but not PyTorch's, which its first step makes. The runs take
+turns; each number is the median over the rounds. ``jit`` is ``fn.jit(step, donate=0)``, from the
+cache of compiled programs.
 """
 
 import argparse
-import resource
+import gc
 import statistics
 import subprocess
 import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+sys.path.insert(0, str(Path(__file__).parent / "peers"))
+from worker import host_memory
 
 WIDTH, LAYERS, BATCH, STEPS = 1024, 8, 4096, 5
+PEERS = ("torch", "funcnet", "jit")
+ROWS = ("sgd 1", "adam 1", "sgd 8", "adam 8")
 
 
-def peak() -> int:
-    """The greatest resident set of this process so far, in KiB (Linux)."""
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-
-
-def run_torch(optimizer_name: str) -> float:
-    """MiB that training takes with torch.nn, autograd and torch.optim."""
-    import torch
+def train_torch(width: int, optimizer_name: str, parts: int) -> Callable[[Any, Any, int], None]:
+    """``(x, target, steps)`` trains with torch.nn, autograd and torch.optim."""
     from torch import nn
 
-    torch.set_num_threads(1)
-    x, target = torch.randn(BATCH, WIDTH), torch.randn(BATCH, WIDTH)
     layers: list[nn.Module] = []
     for _ in range(LAYERS):
-        layers += [nn.Linear(WIDTH, WIDTH), nn.ReLU()]
+        layers += [nn.Linear(width, width), nn.ReLU()]
     net = nn.Sequential(*layers[:-1])
     make = {"sgd": torch.optim.SGD, "adam": torch.optim.Adam}[optimizer_name]
     loss, optimizer = nn.MSELoss(), make(net.parameters(), lr=1e-3)
-    before = peak()
-    for _ in range(STEPS):
-        optimizer.zero_grad()
-        loss(net(x), target).backward()
-        optimizer.step()
-    return (peak() - before) / 1024
+
+    def train(x: Any, target: Any, steps: int) -> None:
+        for _ in range(steps):
+            optimizer.zero_grad()
+            for each, wanted in zip(x.chunk(parts), target.chunk(parts), strict=True):
+                (loss(net(each), wanted) / parts).backward()
+            optimizer.step()
+
+    return train
 
 
-def run_funcnet(optimizer_name: str) -> float:
-    """MiB that training takes with funcnet."""
-    import torch
-
-    import funcnet as fn
-
-    torch.set_num_threads(1)
-    x, target = torch.randn(BATCH, WIDTH), torch.randn(BATCH, WIDTH)
+def train_funcnet(
+    width: int, optimizer_name: str, parts: int, jit: bool
+) -> Callable[[Any, Any, int], None]:
+    """``(x, target, steps)`` trains with funcnet."""
     layers: list[fn.Layer] = []
     for _ in range(LAYERS):
-        layers += [fn.linear(WIDTH), fn.relu()]
+        layers += [fn.linear(width), fn.relu()]
     net = fn.serial(*layers[:-1])
     optimizer = {"sgd": fn.sgd, "adam": fn.adam}[optimizer_name](1e-3)
-    step = fn.train_step(net, fn.mse(), optimizer)
-    state = fn.init_train_state(net, optimizer, fn.key(0), x)
-    before = peak()
-    for _ in range(STEPS):
-        state, _ = step(state, (x, target))
-    return (peak() - before) / 1024
+    step: Any = fn.train_step(net, fn.mse(), optimizer, micro_batches=parts)
+    step = fn.jit(step, donate=0) if jit else step
+    state = fn.init_train_state(net, optimizer, fn.key(0), torch.empty(1, width))
+
+    def train(x: Any, target: Any, steps: int) -> None:
+        nonlocal state
+        for _ in range(steps):
+            state, _ = step(state, (x, target))
+
+    return train
+
+
+def run(peer: str, optimizer_name: str, parts: int) -> float:
+    """MiB that training takes."""
+    torch.set_num_threads(1)
+    found = 0.0
+    for width, batch in ((8, 8 * parts), (WIDTH, BATCH)):
+        x, target = torch.randn(batch, width), torch.randn(batch, width)
+        options = width, optimizer_name, parts
+        train = train_funcnet(*options, peer == "jit") if peer != "torch" else train_torch(*options)
+        gc.collect()
+        peak = host_memory()
+        train(x, target, STEPS)
+        found = peak()
+    return found
 
 
 def main() -> None:
@@ -69,25 +91,32 @@ def main() -> None:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--rounds", type=int, default=3, help="rounds (default 3)")
-    parser.add_argument("--run", nargs=2, metavar=("PEER", "OPTIMIZER"), help=argparse.SUPPRESS)
+    parser.add_argument("--rows", nargs="*", default=ROWS, help="optimizers and parts")
+    parser.add_argument("--run", nargs=3, help=argparse.SUPPRESS)
     options = parser.parse_args()
     if options.run:
-        peer, optimizer = options.run
-        print({"torch": run_torch, "funcnet": run_funcnet}[peer](optimizer))
+        peer, optimizer, parts = options.run
+        print(run(peer, optimizer, int(parts)))
         return
-    runs = [(peer, optimizer) for optimizer in ("sgd", "adam") for peer in ("torch", "funcnet")]
-    found: dict[tuple[str, str], list[float]] = {run: [] for run in runs}
-    for _ in range(options.rounds):
-        for run in runs:
-            command = [sys.executable, __file__, "--run", *run]
+    runs = [(row, peer) for row in options.rows for peer in PEERS]
+    found: dict[tuple[str, str], list[float]] = {each: [] for each in runs}
+    for number in range(options.rounds + 1):
+        for row, peer in runs:
+            command = [sys.executable, __file__, "--run", peer, *row.split()]
             result = subprocess.run(command, check=True, capture_output=True, text=True)
-            found[run].append(float(result.stdout))
-    print("| optimizer | torch, MiB | funcnet, MiB | ratio |")
-    print("|---|---|---|---|")
-    for optimizer in ("sgd", "adam"):
-        theirs, ours = (statistics.median(found[peer, optimizer]) for peer in ("torch", "funcnet"))
-        print(f"| {optimizer} | {theirs:.1f} | {ours:.1f} | {ours / theirs:.3f} |")
+            if number:  # the first round compiles
+                found[row, peer].append(float(result.stdout))
+    print("| optimizer, parts | torch, MiB | funcnet, MiB | ratio | jit, MiB | ratio |")
+    print("|---|---|---|---|---|---|")
+    for row in options.rows:
+        theirs, ours, jit = (statistics.median(found[row, peer]) for peer in PEERS)
+        ratios = f"{ours:.1f} | {ours / theirs:.3f} | {jit:.1f} | {jit / theirs:.3f}"
+        print(f"| {row} | {theirs:.1f} | {ratios} |")
 
 
 if __name__ == "__main__":
+    import torch
+
+    import funcnet as fn
+
     main()

@@ -172,35 +172,22 @@ def test_eval_params_finds_the_one_state_that_keeps_params():
         eval_params(params_ema(fn.sgd(0.1)).init_state(params), {"v": torch.ones(2)})
 
 
+SGD = fn.sgd(0.1)
+
+
 @pytest.mark.parametrize(
     ("error", "message", "make"),
     [
-        (
-            TypeError,
-            "params_ema: expects an optimizer, got function; call",
-            lambda: params_ema(fn.sgd),
-        ),
-        (TypeError, "params_average: expects an optimizer, got float", lambda: params_average(0.1)),
-        (ValueError, "decay must be >= 0, got -1", lambda: params_ema(fn.sgd(0.1), -1)),
-        (ValueError, r"decay must be in \[0, 1\], got 2", lambda: params_ema(fn.sgd(0.1), 2)),
-        (
-            ValueError,
-            r"decay must be in \[0, 1\), got 1",
-            lambda: params_ema(fn.sgd(0.1), 1.0, debias=True),
-        ),
-        (
-            ValueError,
-            r"decay must be 0-d, got \(2,\)",
-            lambda: params_ema(fn.sgd(0.1), torch.ones(2)),
-        ),
-        (TypeError, "decay must be a number, got str", lambda: params_ema(fn.sgd(0.1), "0.9")),
-        (ValueError, "start must be >= 0, got -1", lambda: params_average(fn.sgd(0.1), -1)),
-        (ValueError, "every must be >= 1, got 0", lambda: params_average(fn.sgd(0.1), 0, 0)),
-        (
-            TypeError,
-            "every must be an integer, got 1.5",
-            lambda: params_average(fn.sgd(0.1), 0, 1.5),
-        ),
+        (TypeError, "params_ema: expects an Optimizer, got function", lambda: params_ema(fn.sgd)),
+        (TypeError, "params_average: expects an Optimizer, got float", lambda: params_average(0.1)),
+        (ValueError, "decay must be >= 0, got -1", lambda: params_ema(SGD, -1)),
+        (ValueError, "decay must be at most 1, got 2", lambda: params_ema(SGD, 2)),
+        (ValueError, "decay must be below 1, got 1", lambda: params_ema(SGD, 1.0, debias=True)),
+        (ValueError, "decay must be a 0-d tensor", lambda: params_ema(SGD, torch.ones(2))),
+        (TypeError, "decay must be a number or a 0-d", lambda: params_ema(SGD, "0.9")),
+        (ValueError, "start must be an integer >= 0, got -1", lambda: params_average(SGD, -1)),
+        (ValueError, "every must be an integer >= 1, got 0", lambda: params_average(SGD, 0, 0)),
+        (ValueError, "every must be an integer >= 1, got 1.5", lambda: params_average(SGD, 0, 1.5)),
     ],
 )
 def test_bad_options_are_told(error, message, make):
