@@ -51,6 +51,7 @@ def combine(
     forward: Callable[..., tuple[Tree, Mapping[str, Tree]]],
     backward: Callable[..., Tree],
     *static: Hashable,
+    dotted: bool = False,
 ) -> Layer:
     """A layer made of layers.
 
@@ -62,6 +63,8 @@ def combine(
         backward: ``(pull, dy, residuals, *static) -> dx``, where ``pull(child, dy)`` is the dx of
             a child. Every child that ran must be pulled once. A module-level function.
         static: hashable arguments of both.
+        dotted: whether names may be dotted paths, such as "blocks.0" for a child whose params are
+            ``params["blocks"]["0"]``.
 
     ``run.names`` and ``pull.names`` are the names of the children. A child may run several times:
     ``run(child, x, use=i)`` and ``pull(child, dy, use=i)`` tell the uses apart. State goes from one
@@ -84,9 +87,9 @@ def combine(
     >>> fn.testing.check_layer(net, torch.ones(4, 2))
     """
     for child, layer in children.items():
-        _check_child(name, child, layer, alone=len(children) == 1)
+        _check_child(name, child, layer, len(children) == 1, dotted)
     names = tuple(children)
-    entries = frozenset([child for child in names if _has_entry(child)])
+    entries = frozenset([child for child in names if _has_entry(child) and "." not in child])
 
     def parts(what: str, found: Params) -> Mapping[Any, Params]:
         if isinstance(found, dict) and found.keys() <= entries:
@@ -129,7 +132,9 @@ def combine(
         apply=apply,
         name=name,
         children=children,
-        rebuild=lambda children: combine(name, children, forward, backward, *static),
+        rebuild=lambda children: combine(
+            name, children, forward, backward, *static, dotted=dotted
+        ),
         takes_key=any([layer.takes_key for layer in children.values()]),
     )
 
@@ -156,7 +161,7 @@ def combine_rule(
     box = dy if isinstance(dy, Box) else Box([dy])
     # A call without a star hands its arguments over.
     dx = backward(pull, box.pop(), own, *static) if static else backward(pull, box.pop(), own)
-    if left := [call for call in residuals if call.partition(".")[0] in pull.learned]:
+    if left := [call for call in residuals if call.partition("#")[0] in pull.learned]:
         raise ValueError(f"{name}: backward pulls no cotangent through {left}")
     return _whole(pull.learned) if params else None, dx if x else None
 
@@ -283,11 +288,11 @@ class Pull:
         return dx
 
 
-def _check_child(parent: str, child: Name, layer: Any, alone: bool) -> None:
+def _check_child(parent: str, child: Name, layer: Any, alone: bool, dotted: bool) -> None:
     if not isinstance(layer, Layer):
         hint, where = "; call its constructor" if callable(layer) else "", _path(parent, child)
         raise TypeError(f"{where}: expects a Layer, got {type(layer).__name__}{hint}")
-    if isinstance(child, str) and ("." in child or not (child or alone)):
+    if isinstance(child, str) and (("." in child and not dotted) or not (child or alone)):
         raise ValueError(f"{parent}: a name must not be empty or have a dot, got {child!r}")
 
 
@@ -311,7 +316,7 @@ def _path(parent: str, child: Name, use: int | None = None) -> str:
 def _call(child: Name, use: int | None) -> str:
     """The name of the pullback of a use of a child, among the residuals."""
     name = child if isinstance(child, str) else "+".join(child)
-    return name if use is None else f"{name}.{use}"
+    return name if use is None else f"{name}#{use}"
 
 
 def _key(key: Tensor, child: Name, use: int | None = None) -> Tensor:
@@ -327,6 +332,10 @@ def _parts(parent: str, children: tuple[Name, ...], what: str, whole: Params) ->
     parts: dict[Any, Any] = {}
     left: dict[Any, Any] = dict(whole)
     for child in children:
+        if isinstance(child, str) and "." in child:
+            if found := _taken(left, child):
+                parts[child] = found
+            continue
         names = (child,) if _has_entry(child) else child or tuple(whole)
         if found := {name: left.pop(name) for name in names if name in left}:
             parts[child] = found[child] if _has_entry(child) else found
@@ -336,9 +345,26 @@ def _parts(parent: str, children: tuple[Name, ...], what: str, whole: Params) ->
     return parts
 
 
+def _taken(left: dict[str, Any], path: str) -> Any:
+    """What is at a dotted path, and no longer in ``left``; None if nothing is."""
+    name, _, rest = path.partition(".")
+    if not rest:
+        return left.pop(name, None)
+    if not isinstance(left.get(name), Mapping):
+        return None
+    inner = dict(left.pop(name))
+    found = _taken(inner, rest)
+    left.update({name: inner} if inner else {})
+    return found
+
+
 def _whole(parts: dict[Any, Any]) -> dict[str, Any]:
     """The params or state of a parent, from those of its children."""
     whole: dict[str, Any] = {}
     for child, part in parts.items():
-        whole.update({child: part} if _has_entry(child) else part)
+        node, name = whole, child
+        while isinstance(name, str) and "." in name:
+            first, _, name = name.partition(".")
+            node = node.setdefault(first, {})
+        node.update({name: part} if _has_entry(name) else part)
     return whole
