@@ -7,6 +7,7 @@ type checkers that a name is public.
 from funcnet import (
     checkpoint as checkpoint,
     initializers as initializers,
+    interop as interop,
     losses as losses,
     metrics as metrics,
     optimizers as optimizers,

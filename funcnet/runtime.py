@@ -69,6 +69,26 @@ def is_differentiated(*tensors: Tensor) -> bool:
     return levels is not None and any([level.key() in _DERIVATIVES for level in levels])
 
 
+def is_forward_mode() -> bool:
+    """Whether a derivative is taken by forward mode, ``torch.func.jvp`` or ``jacfwd``."""
+    if _forward_ad._current_level >= 0:
+        return True
+    jvp = torch._C._functorch.TransformType.Jvp
+    return any([level.key() == jvp for level in _interpreters() or ()])
+
+
+def left_alone_by_compile(function: Callable[..., Any]) -> Callable[..., Any]:
+    """Decorates a function that ``torch.compile`` is to call as it is, with all that it calls.
+
+    It is ``torch.compiler.disable`` without the import of the compiler, which takes 1.6 s.
+    """
+    frames = torch._C._dynamo.eval_frame
+    skip = frames._FrameAction.SKIP
+    frames.set_code_exec_strategy(function.__code__, frames._FrameExecStrategy(skip, skip))
+    function._torchdynamo_disable = True  # type: ignore[attr-defined]
+    return function
+
+
 def read(tensor: Tensor) -> Any:
     """``tensor.tolist()`` where the values can be had without waiting for a device, else None.
 

@@ -132,9 +132,7 @@ def combine(
         apply=apply,
         name=name,
         children=children,
-        rebuild=lambda children: combine(
-            name, children, forward, backward, *static, dotted=dotted
-        ),
+        rebuild=lambda children: combine(name, children, forward, backward, *static, dotted=dotted),
         takes_key=any([layer.takes_key for layer in children.values()]),
     )
 
