@@ -1,5 +1,7 @@
 """What tests share, and ``pytest --device cuda``: torch's default device for them."""
 
+import os
+
 import pytest
 import torch
 from benchmarks.devices import missing
@@ -31,6 +33,9 @@ def pytest_addoption(parser):
 
 
 def pytest_configure(config):
+    if "PYTEST_XDIST_WORKER" in os.environ:
+        # Threads that wait for each other on cores that other workers use take many times as long.
+        torch.set_num_threads(1)
     name = config.getoption("device")
     if name is None:
         return
