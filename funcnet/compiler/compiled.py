@@ -16,6 +16,7 @@ from funcnet import tree
 from funcnet.compiler import cache
 from funcnet.compiler.blocks import Block, blocks
 from funcnet.compiler.build import load, text_key
+from funcnet.compiler.donation import pair
 from funcnet.compiler.errors import (
     BuildError,
     NoCompilerError,
@@ -31,7 +32,7 @@ from funcnet.compiler.plan import Plan
 from funcnet.compiler.program import program_text
 from funcnet.compiler.record import Recorded, settings_of_programs
 from funcnet.compiler.signature import is_plain, settings
-from funcnet.compiler.specs import Spec, input_spec, spec_of
+from funcnet.compiler.specs import input_spec, spec_of
 from funcnet.compiler.staged import Staged
 
 _address = methodcaller("data_ptr")
@@ -135,9 +136,7 @@ class Compiled:
         # What is donated and returned untouched is neither written nor lost.
         self.donated = [source for source in donated if source not in untouched]
         self.gone = [_without_memory(leaves[source].device) for source in self.donated]
-        self.reused = _pair(
-            self.specs, [spec_of(leaf) for leaf in leaves], self.donated, self.passed
-        )
+        self.reused = pair(outputs, recorded.inputs, self.donated, self.passed)
         self.fresh = [
             index
             for index in range(len(outputs))
@@ -377,21 +376,6 @@ def name_of(treedef: optree.PyTreeSpec, index: int) -> str:
     """How errors call a leaf of (args, kwargs)."""
     _, argument, *inside = treedef.paths()[index]
     return f"argument {argument!r}" + (f" at {tree.path_string(inside)!r}" if inside else "")
-
-
-def _pair(
-    outputs: list[Spec], inputs: list[Spec], donated: list[int], passed: dict[int, int]
-) -> dict[int, int]:
-    """The donated input whose memory each output takes: the first that is like it."""
-    free = dict.fromkeys(donated)
-    pairs = {}
-    for index, spec in enumerate(outputs):
-        if index not in passed:
-            source = next((each for each in free if inputs[each] == spec), None)
-            if source is not None:
-                del free[source]
-                pairs[index] = source
-    return pairs
 
 
 def _state_of(tensor: Tensor) -> Any:

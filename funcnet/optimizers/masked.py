@@ -4,13 +4,13 @@ from collections.abc import Collection, Mapping
 from typing import Any
 
 from funcnet import tree
-from funcnet.tree import Where, chosen_leaves
 from funcnet.core import EMPTY, Optimizer, Params, Tree
 from funcnet.errors import locate, require
 from funcnet.optimizers.chains import check_states, present
 from funcnet.optimizers.leaves import Leaves
 from funcnet.optimizers.lift import Trees, leaves_update, lifted, require_optimizer
 from funcnet.optimizers.parts import Parts
+from funcnet.tree import Where, chosen_leaves
 
 
 def masked(optimizer: Optimizer, where: Where, *, name: str = "masked") -> Optimizer:

@@ -11,12 +11,12 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from funcnet.tree import Where
 from funcnet.core import Optimizer, Tree
 from funcnet.optimizers.checks import Number, check_options, check_rate, is_on, read_option
 from funcnet.optimizers.leaves import at_least_float32, sum_into
 from funcnet.optimizers.lift import stateful, stateless, zero_step
 from funcnet.optimizers.masked import masked
+from funcnet.tree import Where
 
 LearningRate = Number | Callable[[Tensor], Number]
 """A number, a 0-d tensor, or a function of the number of updates so far (0-d int64)."""
