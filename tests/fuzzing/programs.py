@@ -31,7 +31,8 @@ class Pair(NamedTuple):
 
 
 # Templates of expressions, with semicolons between. The names in braces are holes, which
-# `Scope.fill` fills; a hole that occurs twice has the same text twice.
+# `Scope.fill` fills; a hole that occurs twice has the same text twice. None tells a zero from a
+# negative zero, of which Inductor's remainder may give another one.
 POINTWISE = """
 {x} + {y}; {x} * {y}; {x} - {y}; {f} / ({g}.abs() + 0.5); {x} + {c}; {c} - {f}; {f} / {c}; -{f};
 {f} * {f}; {f} ** 3; {f} % 0.75; torch.fmod({f}, 1.5); torch.maximum({x}, {y});
@@ -40,7 +41,8 @@ torch.where({x} > {c}, {x}, {c}); {x} > {y}; {x} == {y}; {x} <= {c}; {b} & {e}; 
 {i} % 3; {i} // 2; {i} & {j}; ({i} % 4) << 1; {i} >> 1; ~{i}; {i} | {j}; torch.tanh({f});
 {f}.sigmoid(); {f}.abs().sqrt(); torch.exp(-{f}.abs()); {f}.sin(); {f}.relu(); torch.erf({f});
 F.gelu({f}); F.softplus({f}); {f}.floor(); {f}.round(); {f}.sign(); {f}.clamp(-1, 0.5);
-{f}.square(); torch.log1p({f}.abs()); torch.atan2({f}, {g}); {f}.isnan(); {x}.to({t}); {x}.to({t});
+{f}.square(); torch.log1p({f}.abs()); {f}.isnan(); torch.atan2({f}, {g}.abs() + 0.5);
+{x}.to({t}); {x}.to({t});
 torch.lerp({f}, {g}, 0.3); torch.addcmul({f}, {f}, {g}, value=0.5); {f}.masked_fill({e}, -1);
 torch.full_like({x}, 2); torch.zeros_like({x}) + {y}; {x}.clone(); F.one_hot({i} % 3, 3);
 torch.arange({n}) == {i}.unsqueeze(-1); {f}.double() + {g}.to({t}); ({x} > 0).to({t}) * {y};
