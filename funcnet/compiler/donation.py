@@ -31,10 +31,10 @@ def pair(
         if index not in passed and index not in pairs:
             spec = spec_of(node.meta["val"])
             like = (each for each in free if spec_of(inputs[each].meta["val"]) == spec)
-            source = next(like, None)
-            if source is not None:
+            for source in like:
                 pairs[index] = source
                 del free[source]
+                break
     return pairs
 
 
@@ -43,7 +43,7 @@ _NEAR = 64
 
 
 def _sources(output: Node, source_of: dict[Node, int]) -> list[tuple[int, int]]:
-    """The donated inputs like an output that it was computed from, and how many nodes are between."""
+    """The donated inputs like an output that it is computed from, and how far away they are."""
     spec = spec_of(output.meta["val"])
     found, seen, level = [], {output}, [output]
     distance = 0

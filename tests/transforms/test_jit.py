@@ -337,6 +337,24 @@ def test_donated_values_that_trade_places():
     assert_same(found, (b, a + c, a, b * 2))
 
 
+@pytest.mark.cpu_only
+def test_a_result_takes_the_memory_of_what_it_is_computed_from_in_any_order():
+    optimizer = fn.adam(0.1)
+    params = {"a": torch.ones(3), "b": torch.zeros(3)}
+
+    def update(grads, opt_state, params):
+        updates, opt_state = optimizer.update(grads, opt_state, params)
+        return fn.apply_updates(params, updates), opt_state
+
+    opt_state = optimizer.init_state(params)
+    expected = update({"a": torch.ones(3), "b": torch.ones(3)}, opt_state, params)
+    before = [leaf.data_ptr() for leaf in fn.tree.leaves((params, opt_state))]
+    compiled = fn.jit(update, donate=(1, 2))
+    found = compiled({"a": torch.ones(3), "b": torch.ones(3)}, opt_state, params)
+    assert [leaf.data_ptr() for leaf in fn.tree.leaves(found)] == before
+    torch.testing.assert_close(found, expected)
+
+
 @pytest.mark.parametrize("mode", [torch.no_grad, torch.enable_grad, torch.inference_mode])
 def test_it_works_in_every_grad_mode(mode):
     step, state = training(fn.sgd(0.1))
