@@ -46,6 +46,8 @@ def check_positive(name: str, **options: Number) -> None:
 
 def check_rate(name: str, lr: Any) -> None:
     """Raise ValueError for a rate that is negative or not 0-d, TypeError for what is no rate."""
+    if isinstance(lr, Tensor) and not lr.dim() and (runtime.read(lr) or 0.0) >= 0.0:
+        return  # at each update, where it is of a schedule
     _check_kind(name, "lr", lr, "a number, a 0-d tensor or a function of the step", bool)
     check_options(name, lr=lr)
 

@@ -1,5 +1,6 @@
 """Transforms that bound gradients, or bring them to a norm."""
 
+from operator import attrgetter
 from typing import Any
 
 import torch
@@ -7,11 +8,11 @@ from torch import Tensor
 
 from funcnet.core import Optimizer
 from funcnet.optimizers.checks import Number, check_options, check_positive
-from funcnet.optimizers.leaves import at_least_float32, leafwise
+from funcnet.optimizers.leaves import WIDE, at_least_float32, leafwise
 from funcnet.optimizers.lift import stateless
 from funcnet.runtime import foreach_norm, is_transformed
 
-_WIDE = (torch.float32, torch.float64)
+_dtype, _device = attrgetter("dtype"), attrgetter("device")
 
 
 def global_norm(leaves: Any, norm_type: float = 2.0) -> Tensor:
@@ -19,17 +20,18 @@ def global_norm(leaves: Any, norm_type: float = 2.0) -> Tensor:
     present = [leaf for leaf in leaves if leaf.numel()]
     if not present:
         return torch.zeros(())
-    alike = len({leaf.dtype for leaf in present}) == 1 and present[0].dtype in _WIDE
-    if alike and not is_transformed(*present):
+    if {*map(_dtype, present)} in WIDE and not is_transformed(*present):
         norms = [*foreach_norm(present, norm_type)]
     else:
-        dtypes = [leaf.dtype if leaf.dtype in _WIDE else torch.float32 for leaf in present]
+        dtypes = [torch.promote_types(leaf.dtype, torch.float32) for leaf in present]
         norms = [
             torch.linalg.vector_norm(leaf, norm_type, dtype=dtype)
             for leaf, dtype in zip(present, dtypes, strict=True)
         ]
-    device = norms[0].device
-    return torch.linalg.vector_norm(torch.stack([norm.to(device) for norm in norms]), norm_type)
+    if len(devices := {*map(_device, norms)}) > 1:
+        device = next(iter(devices))
+        norms = [norm.to(device) for norm in norms]
+    return torch.linalg.vector_norm(torch.stack(norms), norm_type)
 
 
 def clip(clip_value: Number) -> Optimizer:
@@ -73,7 +75,7 @@ def clip_by_global_norm(max_norm: Number, norm_type: float = 2.0) -> Optimizer:
 
     def update(g: Tensor, p: Tensor) -> Tensor:
         factor = max_norm / (global_norm(g, order) + 1e-6)
-        return factor.clamp(max=1.0) * g
+        return g * factor.clamp(max=1.0)
 
     return stateless(update)
 

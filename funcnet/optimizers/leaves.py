@@ -12,7 +12,7 @@ from torch import Tensor
 from funcnet.runtime import FOREACH, foreach_add_, is_transformed, read
 
 _dtype = attrgetter("dtype")
-_WIDE = ({torch.float32}, {torch.float64})
+WIDE = ({torch.float32}, {torch.float64})
 
 
 class Leaves:
@@ -30,11 +30,11 @@ class Leaves:
 
     __slots__ = ("fresh", "tensors", "treedef")
     __hash__ = object.__hash__
+    treedef: Any  # the structure of their tree, if they are params
 
     def __init__(self, tensors: list[Tensor], fresh: bool = False) -> None:
         self.tensors = tensors
         self.fresh = fresh  # whether nothing else has their memory
-        self.treedef: Any = None  # of the params, for those alone
 
     def __iter__(self) -> Iterator[Tensor]:
         return iter(self.tensors)
@@ -123,8 +123,8 @@ def leafwise(function: Callable[..., Any], *args: Any, **options: Any) -> Leaves
     >>> list(leafwise(torch.where, Leaves([torch.tensor([True, False])]), 1.0, 2.0))
     [tensor([1., 2.])]
     """
-    option, formula = _FORMULAS.get(function.__name__, ("", None))
-    if formula is not None:
+    if (options or len(args) > 2) and function.__name__ in _FORMULAS:
+        option, formula = _FORMULAS[function.__name__]
         if option == "weight" and len(args) == 3:
             *args, options[option] = args  # type: ignore[assignment]
         if isinstance(options.get(option), Tensor):
@@ -204,7 +204,7 @@ def _by_foreach(
 
 def _uniform(leaves: list[Tensor]) -> bool:
     """Whether a 0-d tensor can take the leaves' dtype; half precision would round it."""
-    return {*map(_dtype, leaves)} in _WIDE
+    return {*map(_dtype, leaves)} in WIDE
 
 
 @lru_cache(maxsize=256)

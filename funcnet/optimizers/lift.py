@@ -241,19 +241,20 @@ class Trees:
     def __init__(self, params: Params, donated: bool = False) -> None:
         leaves, treedef = _flatten(params)
         # Two leaves that are one tensor would be written to twice.
-        self._set(leaves, treedef, donated and len({*map(id, leaves)}) == len(leaves))
+        self.donated = donated and len({*map(id, leaves)}) == len(leaves)
+        self._set(leaves, treedef, self.donated)
 
-    def _set(self, leaves: list[Tensor], treedef: Any, donated: bool) -> None:
-        self.treedef, self.donated = treedef, donated
-        self.params = Leaves(leaves, donated)
+    def _set(self, leaves: list[Tensor], treedef: Any, fresh: bool) -> None:
+        self.treedef = treedef
+        self.params = Leaves(leaves, fresh)
         self.params.treedef = treedef
         self.shapes = [*map(_shape, leaves)]
 
     def part(self, leaves: list[Tensor], treedef: Any, donated: bool) -> "Trees":
         """Of other leaves of the params, in a tree of their own; only state is donated."""
         trees = object.__new__(Trees)
-        trees._set(leaves, treedef, donated and self.donated)
-        trees.params.fresh = False
+        trees.donated = donated and self.donated
+        trees._set(leaves, treedef, False)
         return trees
 
     def within(self, donated: bool) -> "Trees":
@@ -302,7 +303,7 @@ def paths(p: Any) -> Sequence[str]:
     ('a.w',)
     ({'a': {'w': tensor([1.])}}, {})
     """
-    return _paths(p.treedef)
+    return _paths(p.treedef) if isinstance(p, Leaves) and p.tensors else ()
 
 
 @lru_cache(maxsize=64)

@@ -328,7 +328,7 @@ BAD = {
     "the same within chains": (
         lambda: once(fn.chain(whole=fn.sgd(lambda step: torch.ones(2)))),
         ValueError,
-        r"chain\['whole'\] sgd\['scale_by_learning_rate'\] scale_by_learning_rate: lr must be a 0-d",
+        r"chain\['whole'\] sgd\['scale_by_learning_rate'\] scale_by_learning_rate: lr must be",
     ),
     "rate that is NaN": (lambda: fn.sgd(torch.nan), ValueError, "sgd: lr must be >= 0, got nan"),
     "rate that is a negative tensor": (
