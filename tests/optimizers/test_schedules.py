@@ -379,33 +379,44 @@ def test_an_optimizer_takes_a_schedule():
         assert_close(updates["w"], -schedules.one_cycle(0.5, 5)(t).expand(2))
 
 
+@pytest.mark.parametrize("lr", [schedules.cosine(0.5, 7), schedules.one_cycle(0.5, 6)])
+def test_inject_hyperparams_takes_a_schedule(lr):
+    params = {"w": torch.ones(2, dtype=F64)}
+    optimizer = fn.optimizers.inject_hyperparams(fn.sgd)(lr=lr)
+    state = optimizer.init_state(params)
+    for t in range(9):
+        updates, state = optimizer.update(params, state, params)
+        assert_close(updates["w"], -lr(t).expand(2))
+        assert_close(state.hyperparams["lr"], lr(t))
+
+
 NAN = float("nan")
 REFUSED = [
-    (lambda: schedules.constant("fast"), TypeError, "expects a number as lr, got str"),
+    (lambda: schedules.constant("fast"), TypeError, "lr must be a number or a 0-d"),
     (lambda: schedules.constant(NAN), ValueError, "lr"),
-    (lambda: schedules.constant(0.1, 1.5), ValueError, "factor in"),
-    (lambda: schedules.constant(torch.ones(2)), ValueError, "0-d tensor as lr, got .2,."),
+    (lambda: schedules.constant(0.1, 1.5), ValueError, "factor must be in .0, 1., got 1.5"),
+    (lambda: schedules.constant(torch.ones(2)), ValueError, "lr must be a 0-d tensor, got .2,."),
     (lambda: schedules.constant(torch.tensor(NAN)), ValueError, "lr"),
-    (lambda: schedules.linear(0.1, -1.0), ValueError, "start_factor >= 0, got -1.0"),
-    (lambda: schedules.linear(0.1, total_iters=0), ValueError, "total_iters >= 1, got 0"),
-    (lambda: schedules.polynomial(0.1, True), TypeError, "total_iters"),
+    (lambda: schedules.linear(0.1, -1.0), ValueError, "start_factor must be >= 0, got -1.0"),
+    (lambda: schedules.linear(0.1, total_iters=0), ValueError, "total_iters must be >= 1, got 0"),
+    (lambda: schedules.polynomial(0.1, "5"), TypeError, "total_iters"),
     (lambda: schedules.polynomial(0.1, power=-1.0), ValueError, "power"),
     (lambda: schedules.exponential(0.1, 0.0), ValueError, "gamma"),
     (lambda: schedules.exponential(0.1, 0.9, end_value=NAN), ValueError, "end_value"),
     (lambda: schedules.step(0.1, 0), ValueError, "step_size"),
-    (lambda: schedules.multistep(0.1, [2.5]), TypeError, "milestones, got 2.5"),
+    (lambda: schedules.multistep(0.1, [2.5]), ValueError, "milestones must be an int"),
     (lambda: schedules.multistep(0.1, [-1]), ValueError, "milestones"),
     (lambda: schedules.multiplicative(0.1, 0.9, 4), TypeError, "lr_lambda, got 0.9"),
-    (lambda: schedules.multiplicative(0.1, math.sqrt, 1.5), TypeError, "total_steps"),
+    (lambda: schedules.multiplicative(0.1, math.sqrt, 1.5), ValueError, "total_steps"),
     (lambda: schedules.cosine(0.1, 0), ValueError, "T_max"),
-    (lambda: schedules.cosine_restarts(0.1, 2.5), TypeError, "T_0"),
-    (lambda: schedules.cosine_restarts(0.1, 2, 0), ValueError, "T_mult >= 1, got 0"),
+    (lambda: schedules.cosine_restarts(0.1, 2.5), ValueError, "T_0"),
+    (lambda: schedules.cosine_restarts(0.1, 2, 0), ValueError, "T_mult must be an integer"),
     (lambda: schedules.cyclic(0.0, 0.1, 0), ValueError, "step_size_up"),
     (lambda: schedules.cyclic(0.0, 0.1, 2, mode="round"), ValueError, "mode to be one of"),
     (lambda: schedules.cyclic(0.0, 0.1, 2, scale_fn=2.0), TypeError, "scale_fn"),
     (lambda: schedules.cyclic(0.0, 0.1, 2, scale_mode="batch"), ValueError, "scale_mode"),
     (lambda: schedules.one_cycle(0.1), ValueError, "total_steps, or epochs and"),
-    (lambda: schedules.one_cycle(0.1, 0), ValueError, "total_steps >= 1"),
+    (lambda: schedules.one_cycle(0.1, 0), ValueError, "total_steps must be"),
     (lambda: schedules.one_cycle(0.1, 5, pct_start=1.5), ValueError, "pct_start"),
     (lambda: schedules.one_cycle(0.1, 5, anneal_strategy="cosine"), ValueError, "'cos'"),
     (lambda: schedules.one_cycle(0.1, 5, div_factor=0), ValueError, "div_factor"),
@@ -415,7 +426,7 @@ REFUSED = [
     (lambda: schedules.warmup_stable_decay(1.0, 1, 1, 1, decay="exp"), ValueError, "decay"),
     (lambda: schedules.piecewise({}), ValueError, "at least one point"),
     (lambda: schedules.piecewise([0.1]), TypeError, "expects a dict of steps"),
-    (lambda: schedules.piecewise({0.5: 1.0}), TypeError, "points"),
+    (lambda: schedules.piecewise({0.5: 1.0}), ValueError, "points"),
     (lambda: schedules.piecewise({0: 1.0}, "spline"), ValueError, "interpolation"),
     (lambda: schedules.piecewise_constant(1.0, {1: -1.0}), ValueError, "scale"),
     (lambda: schedules.piecewise_interpolate("none", 1.0), ValueError, "interpolate_type"),
@@ -426,7 +437,7 @@ REFUSED = [
     (lambda: schedules.product(), ValueError, "at least one"),
     (lambda: schedules.reduce_on_plateau(0.1, "least"), ValueError, "mode"),
     (lambda: schedules.reduce_on_plateau(0.1, factor=1.0), ValueError, "factor"),
-    (lambda: schedules.reduce_on_plateau(0.1, patience=1.5), TypeError, "patience"),
+    (lambda: schedules.reduce_on_plateau(0.1, patience=1.5), ValueError, "patience"),
     (lambda: schedules.reduce_on_plateau(0.1, threshold_mode="x"), ValueError, "threshold_mode"),
     (lambda: schedules.reduce_on_plateau(-0.1), ValueError, "lr"),
 ]  # fmt: skip

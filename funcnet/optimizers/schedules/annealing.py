@@ -6,11 +6,10 @@ from collections.abc import Callable, Iterable
 import torch
 from torch import Tensor
 
+from funcnet.optimizers.checks import Number, check_count
 from funcnet.optimizers.schedules.lift import (
-    Number,
     Schedule,
     between,
-    check_integers,
     check_numbers,
     half_cosine,
     look_up,
@@ -183,7 +182,7 @@ def multistep(lr: Number, milestones: Iterable[int], gamma: Number = 0.1) -> Sch
     check_numbers("multistep", 0.0, gamma=gamma)
     milestones = [*milestones]
     for milestone in milestones:
-        check_integers("multistep", 0, milestones=milestone)
+        check_count("multistep", 0, milestones=milestone)
     boundaries = table(milestones)
     return schedule_of(lambda t: lr * gamma ** passed(t, boundaries).double())
 
@@ -204,7 +203,7 @@ def multiplicative(lr: Number, lr_lambda: Callable[[int], float], total_steps: i
     tensor([1.0000, 0.5000, 0.5000, 0.2500, 0.2500], dtype=torch.float64)
     """
     check_numbers("multiplicative", lr=lr)
-    check_integers("multiplicative", 0, total_steps=total_steps)
+    check_count("multiplicative", 0, total_steps=total_steps)
     if not callable(lr_lambda):
         raise TypeError(f"multiplicative: expects a function as lr_lambda, got {lr_lambda!r}")
     factors = [float(lr_lambda(step)) for step in range(1, total_steps + 1)]

@@ -8,8 +8,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from funcnet.optimizers.checks import Number
 from funcnet.optimizers.schedules.lift import (
-    Number,
     Schedule,
     between,
     check_boundaries,

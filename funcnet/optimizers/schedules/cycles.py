@@ -7,12 +7,11 @@ from itertools import pairwise
 import torch
 from torch import Tensor
 
+from funcnet.optimizers.checks import Number, check_count
 from funcnet.optimizers.schedules.lift import (
-    Number,
     Schedule,
     between,
     check_choice,
-    check_integers,
     check_numbers,
     cosine_between,
     half_cosine,
@@ -47,7 +46,7 @@ def cosine_restarts(
     tensor([1.0000, 0.5000, 1.0000, 0.5000], dtype=torch.float64)
     """
     check_numbers("cosine_restarts", lr=lr, eta_min=eta_min)
-    check_integers("cosine_restarts", 1, T_0=T_0, T_mult=T_mult)
+    check_count("cosine_restarts", 1, T_0=T_0, T_mult=T_mult)
     starts = [0]
     while T_mult > 1 and starts[-1] < 2**53:
         starts.append(T_0 + T_mult * starts[-1])
@@ -249,9 +248,9 @@ def _one_cycle(
     if total_steps is None:
         if epochs is None or steps_per_epoch is None:
             raise ValueError(f"{name}: expects total_steps, or epochs and steps_per_epoch")
-        check_integers(name, 1, epochs=epochs, steps_per_epoch=steps_per_epoch)
+        check_count(name, 1, epochs=epochs, steps_per_epoch=steps_per_epoch)
         total_steps = epochs * steps_per_epoch
-    check_integers(name, 1, total_steps=total_steps)
+    check_count(name, 1, total_steps=total_steps)
     check_numbers(name, 0.0, 1.0, pct_start=pct_start)
     check_choice(name, "anneal_strategy", anneal_strategy, ("cos", "linear"))
     anneal = cosine_between if anneal_strategy == "cos" else between

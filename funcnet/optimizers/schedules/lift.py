@@ -2,19 +2,15 @@
 
 import math
 from collections.abc import Callable, Sequence
-from numbers import Real
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from funcnet import runtime
+from funcnet.optimizers.checks import Number, check_count, check_options, read_option
 
 Schedule = Callable[[Any], Tensor]
 """A function of the number of steps so far, an int or a 0-d tensor, that gives a 0-d tensor."""
-
-Number = float | Tensor
-"""A number or a 0-d tensor."""
 
 _ZERO = torch.zeros((), dtype=torch.float64, device="cpu")
 _NO_STEP = torch.zeros((), dtype=torch.int64, device="cpu")
@@ -90,44 +86,18 @@ def look_up(values: Tensor, index: Tensor) -> Tensor:
 def check_numbers(
     name: str, low: float = -math.inf, high: float = math.inf, **options: Any
 ) -> None:
-    """Raise for an option that is no number or 0-d tensor, or is outside of [low, high].
-
-    The value of a tensor is checked where it can be read without waiting for a device.
-    """
-    for option, value in options.items():
-        if isinstance(value, Tensor):
-            if value.dim():
-                what = f"a number or a 0-d tensor as {option}"
-                raise ValueError(f"{name}: expects {what}, got {tuple(value.shape)}")
-            value = runtime.read(value)
-            if value is None:
-                continue
-        if isinstance(value, bool) or not isinstance(value, Real):
-            raise TypeError(f"{name}: expects a number as {option}, got {type(value).__name__}")
-        if not low <= float_or_symbol(value) <= high:
-            bounds = f">= {low:g}" if high == math.inf else f"in [{low:g}, {high:g}]"
-            bounds = "that is no NaN" if low == -math.inf else bounds
-            raise ValueError(f"{name}: expects {option} {bounds}, got {value}")
-
-
-def float_or_symbol(value: Any) -> Any:
-    """The number, for type checkers: ``numbers.Real`` has no order there."""
-    return value
-
-
-def check_integers(name: str, least: int, **options: Any) -> None:
-    """Raise TypeError for an option that is no int, ValueError for one below ``least``."""
-    for option, value in options.items():
-        if isinstance(value, bool) or not isinstance(value, int):
-            raise TypeError(f"{name}: expects an integer as {option}, got {value!r}")
-        if value < least:
-            raise ValueError(f"{name}: expects {option} >= {least}, got {value}")
+    """`check_options`, and ValueError for an option above ``high``."""
+    check_options(name, low, **options)
+    for option, given in options.items():
+        value = read_option(given)
+        if value is not None and value > high:
+            raise ValueError(f"{name}: {option} must be in [{low:g}, {high:g}], got {value}")
 
 
 def check_boundaries(name: str, what: str, boundaries: Sequence[Any]) -> None:
     """Raise unless the boundaries are integers that do not fall, none below 0."""
     for boundary in boundaries:
-        check_integers(name, 0, **{what: boundary})
+        check_count(name, 0, **{what: boundary})
     if [*boundaries] != sorted(boundaries):
         raise ValueError(f"{name}: expects {what} in rising order, got {[*boundaries]}")
 

@@ -7,10 +7,9 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from funcnet.optimizers.checks import Number, check_count
 from funcnet.optimizers.schedules.lift import (
-    Number,
     check_choice,
-    check_integers,
     check_numbers,
 )
 
@@ -70,32 +69,33 @@ def reduce_on_plateau(
 
     Source: ``torch.optim.lr_scheduler.ReduceLROnPlateau``.
 
-    The rate goes to the optimizer as a tensor, so that another one compiles nothing anew, by
-    ``inject_hyperparams(fn.adamw)(lr=...)``, in whose state it is replaced after each epoch::
+    The rate goes to the optimizer as a tensor, so that another one compiles nothing anew: by
+    ``inject_hyperparams``, in whose state it is replaced after each epoch,
 
-        opt_state = train_state.opt_state
-        hyperparams = {**opt_state.hyperparams, "lr": plateau.lr}
-        train_state = train_state._replace(opt_state=opt_state._replace(hyperparams=hyperparams))
-
-    or as an argument of the step, which multiplies with it:
-
+    >>> optimizer = fn.optimizers.inject_hyperparams(fn.sgd)(lr=0.1)
+    >>> params = {"w": torch.ones(1)}
+    >>> opt_state = optimizer.init_state(params)
     >>> init, update = reduce_on_plateau(0.1, patience=1)
-    >>> net = fn.linear(1)
+    >>> plateau = init()
+    >>> for loss in (3.0, 2.0, 2.0, 2.0):
+    ...     plateau = update(plateau, loss)
+    >>> opt_state = opt_state._replace(hyperparams={"lr": plateau.lr})
+    >>> optimizer.update(params, opt_state, params)[0]
+    {'w': tensor([-0.0100])}
+
+    or as an argument of a step that makes its optimizer of it, or multiplies the updates with it:
+
     >>> @fn.jit
     ... def step(train_state, plateau, batch):
-    ...     return fn.train_step(net, fn.mse(), fn.sgd(plateau.lr))(train_state, batch)
-    >>> state = init()
-    >>> for loss in (3.0, 2.0, 2.0, 2.0):
-    ...     state = update(state, loss)
-    >>> state.lr, state.best
-    (tensor(0.0100, dtype=torch.float64), tensor(2., dtype=torch.float64))
+    ...     optimizer = fn.adam(plateau.lr)
+    ...     return fn.train_step(fn.linear(1), fn.mse(), optimizer)(train_state, batch)
     """
     name = "reduce_on_plateau"
     check_choice(name, "mode", mode, ("min", "max"))
     check_choice(name, "threshold_mode", threshold_mode, ("rel", "abs"))
     check_numbers(name, 0.0, lr=lr, threshold=threshold, min_lr=min_lr, eps=eps)
     check_numbers(name, 0.0, math.nextafter(1.0, 0.0), factor=factor)
-    check_integers(name, 0, patience=patience, cooldown=cooldown)
+    check_count(name, 0, patience=patience, cooldown=cooldown)
     sign = 1.0 if mode == "min" else -1.0
 
     def init(device: torch.device | str | None = None) -> PlateauState:

@@ -8,10 +8,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from funcnet.optimizers.checks import Number
 from funcnet.optimizers.schedules.annealing import cosine_decay, exponential
 from funcnet.optimizers.schedules.compositions import join
 from funcnet.optimizers.schedules.lift import (
-    Number,
     Schedule,
     between,
     check_choice,
