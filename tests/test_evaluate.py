@@ -151,6 +151,17 @@ def test_a_step_gives_the_metrics_of_its_batch():
     assert torch.equal(measured["smoothed"], METRICS["smoothed"].apply(prediction, TARGET))
 
 
+@pytest.mark.cpu_only
+def test_a_compiled_step_gives_them_too():
+    metrics = {name: METRICS[name] for name in ("accuracy", "perplexity")}
+    step = fn.train_step(SMALL, fn.cross_entropy(), fn.sgd(0.1), metrics=metrics)
+    state = fn.init_train_state(SMALL, fn.sgd(0.1), fn.key(0), X)
+    _, found = fn.jit(step)(state, (X, TARGET))
+    _, expected = step(state, (X, TARGET))
+    for name, value in expected.items():
+        torch.testing.assert_close(found[name], value, rtol=1e-12, atol=1e-12)
+
+
 LOSS = fn.cross_entropy()
 REFUSED = [
     (lambda: fn.evaluate(NET, LOSS, {}, iter(cut(8))), TypeError, "gone over again"),

@@ -302,6 +302,27 @@ def _halved(prediction, target):
 
 
 @cases
+def test_no_value_is_read(metric, examples, oracle):
+    prediction, target = (x.to("meta") for x in examples(0, 6))
+    acc = metric.update(metric.init("meta"), prediction, target)
+    assert all(leaf.is_meta for leaf in acc.values())
+    assert metric.value(acc).is_meta
+
+
+@given(st.lists(st.integers(0, 40), max_size=6), st.integers(0, 3))
+def test_however_the_examples_are_split_the_sums_are_the_same(cuts, seed):
+    batches = list(pairwise([0, *sorted(cuts), 40]))
+    for name in ("accuracy", "confusion_matrix", "f1", "auroc on the grid", "r2 of columns"):
+        metric, examples, _ = CASES[name]
+        prediction, target = examples(seed, 40)
+        parts = [over(metric, (prediction[a:b], target[a:b])) for a, b in batches]
+        total = metric.init()
+        for part in parts:
+            total = fn.tree.map(torch.add, total, part)
+        assert_accs_equal(total, over(metric, (prediction, target)))
+
+
+@cases
 def test_no_examples_change_nothing_and_have_no_value(metric, examples, oracle):
     prediction, target = examples(0, 12)
     some = over(metric, (prediction, target))

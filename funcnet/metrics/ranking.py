@@ -58,7 +58,8 @@ def auroc(
     def sums(prediction: Tensor, target: Tensor, keep: Tensor | None) -> dict[str, Any]:
         scores, positive = _one_against_all(prediction, target, keep, classes)
         scores = scores.to(torch.promote_types(scores.dtype, torch.float32))
-        index = torch.bucketize(scores, grid.to(scores.device, scores.dtype), right=True)
+        bounds = grid.to(scores.dtype).to(scores.device, non_blocking=True)
+        index = torch.bucketize(scores, bounds, right=True)
         index = index + bins * torch.arange(rows, device=index.device)
         counted = torch.ones_like(positive) if keep is None else keep.flatten().unsqueeze(1)
         zeros = torch.zeros(rows * bins, dtype=torch.int64, device=index.device)

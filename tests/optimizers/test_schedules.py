@@ -325,6 +325,13 @@ def test_a_swept_option_gives_each_member_its_solo_run(make):
     assert torch.equal(members, make(0.5)(steps))
 
 
+@each
+def test_no_value_is_read(make):
+    # On meta there is none.
+    value = make(0.5)(torch.zeros((), dtype=torch.int64, device="meta"))
+    assert (value.shape, value.dtype, value.is_meta) == ((), F64, True)
+
+
 @pytest.mark.cpu_only
 def test_under_jit_no_step_compiles_anything_anew():
     traces = []
@@ -508,6 +515,12 @@ def test_reduce_on_plateau_is_the_same_under_scan_vmap_and_jit():
             expected = fn.tree.leaves(solo)
             for leaf, one in zip(fn.tree.leaves(together), expected, strict=True):
                 assert_close(leaf[member], one, equal_nan=True)
+
+
+def test_reduce_on_plateau_reads_no_value():
+    plateau = schedules.reduce_on_plateau(0.1)
+    state = plateau.update(plateau.init("meta"), torch.ones((), device="meta"))
+    assert all(leaf.is_meta for leaf in state)
 
 
 def test_a_metric_that_is_no_scalar_is_an_error():

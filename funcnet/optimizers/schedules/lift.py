@@ -75,12 +75,18 @@ def passed(t: Tensor, boundaries: Tensor) -> Tensor:
     >>> passed(torch.tensor([0.0, 2.0, 5.0]), table([2, 4]))
     tensor([0, 1, 2])
     """
-    return (t.unsqueeze(-1) >= boundaries.to(t.device)).sum(-1)
+    return (t.unsqueeze(-1) >= on_device_of(t, boundaries)).sum(-1)
 
 
 def look_up(values: Tensor, index: Tensor) -> Tensor:
     """The values at an index of any shape; indexing itself would read a 0-d one."""
-    return values.to(index.device).index_select(0, index.reshape(-1)).reshape(index.shape)
+    values = on_device_of(index, values)
+    return values.index_select(0, index.reshape(-1)).reshape(index.shape)
+
+
+def on_device_of(t: Tensor, values: Tensor) -> Tensor:
+    """A table on the device of t; the copy does not wait for it."""
+    return values.to(t.device, non_blocking=True)
 
 
 def check_numbers(
