@@ -15,6 +15,7 @@ from funcnet.optimizers.schedules.lift import (
     look_up,
     passed,
     progress,
+    raised,
     schedule_of,
     table,
 )
@@ -98,7 +99,7 @@ def polynomial(
     check_numbers("polynomial", 0.0, power=power, transition_begin=transition_begin)
     return schedule_of(
         lambda t: between(
-            end_value, lr, (1.0 - progress(t, transition_begin, total_iters)) ** power
+            end_value, lr, raised(1.0 - progress(t, transition_begin, total_iters), power)
         )
     )
 
@@ -254,6 +255,7 @@ def cosine_decay(
     check_numbers("cosine_decay", 0.0, exponent=exponent)
     return schedule_of(
         lambda t: (
-            init_value * between(alpha, 1.0, half_cosine(progress(t, 0, decay_steps)) ** exponent)
+            init_value
+            * between(alpha, 1.0, raised(half_cosine(progress(t, 0, decay_steps)), exponent))
         )
     )

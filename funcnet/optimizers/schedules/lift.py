@@ -43,10 +43,11 @@ def progress(t: Tensor, begin: Number, length: Number) -> Tensor:
     >>> progress(torch.tensor([1.0, 3.0, 9.0]), 2, 4)
     tensor([0.0000, 0.2500, 1.0000])
     """
+    since = t if isinstance(begin, int) and begin == 0 else t - begin
     if isinstance(length, Tensor):
-        part = (t - begin) / torch.where(length > 0, length, 1.0)
-        return torch.where(length > 0, part, (t >= begin).double()).clamp(0.0, 1.0)
-    return ((t - begin) / length).clamp(0.0, 1.0) if length > 0 else (t >= begin).double()
+        part = since / torch.where(length > 0, length, 1.0)
+        return torch.where(length > 0, part, (since >= 0).double()).clamp(0.0, 1.0)
+    return (since / length).clamp(0.0, 1.0) if length > 0 else (since >= 0).double()
 
 
 def between(start: Number, end: Number, part: Tensor) -> Tensor:
@@ -62,6 +63,12 @@ def cosine_between(start: Number, end: Number, part: Tensor) -> Tensor:
 def half_cosine(part: Tensor) -> Tensor:
     """From 1 at 0 to 0 at 1: ``(1 + cos(pi part)) / 2``."""
     return (1.0 + torch.cos(math.pi * part)) / 2.0
+
+
+def raised(part: Tensor, exponent: Number) -> Tensor:
+    """``part ** exponent``, and the part itself for the usual exponent of 1."""
+    usual = not isinstance(exponent, Tensor) and exponent == 1
+    return part if usual else part**exponent
 
 
 def table(numbers: Sequence[float]) -> Tensor:

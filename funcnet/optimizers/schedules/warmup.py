@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from funcnet.optimizers.checks import Number
-from funcnet.optimizers.schedules.annealing import cosine_decay, exponential
+from funcnet.optimizers.schedules.annealing import exponential
 from funcnet.optimizers.schedules.compositions import join
 from funcnet.optimizers.schedules.lift import (
     Schedule,
@@ -17,7 +17,9 @@ from funcnet.optimizers.schedules.lift import (
     check_choice,
     check_numbers,
     cosine_between,
+    half_cosine,
     progress,
+    raised,
     schedule_of,
 )
 
@@ -72,11 +74,11 @@ def warmup_cosine(
             f"warmup_cosine: expects decay_steps above warmup_steps, got {decay_steps} and "
             f"{warmup_steps}; decay_steps count the warm-up too"
         )
-    falls = cosine_decay(1.0, falling, exponent=exponent)
 
     def formula(t: Tensor) -> Tensor:
         rise = between(init_value, peak_value, progress(t, 0, warmup_steps))
-        fall = between(end_value, peak_value, falls(t - warmup_steps))
+        part = raised(half_cosine(progress(t, warmup_steps, falling)), exponent)
+        fall = between(end_value, peak_value, part)
         return torch.where(t < warmup_steps, rise, fall)
 
     return schedule_of(formula)
