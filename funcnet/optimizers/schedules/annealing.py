@@ -253,9 +253,9 @@ def cosine_decay(
     check_numbers("cosine_decay", init_value=init_value, alpha=alpha)
     check_numbers("cosine_decay", 1.0, decay_steps=decay_steps)
     check_numbers("cosine_decay", 0.0, exponent=exponent)
-    return schedule_of(
-        lambda t: (
-            init_value
-            * between(alpha, 1.0, raised(half_cosine(progress(t, 0, decay_steps)), exponent))
-        )
-    )
+
+    def formula(t: Tensor) -> Tensor:
+        part = raised(half_cosine(progress(t, 0, decay_steps)), exponent)
+        return init_value * between(alpha, 1.0, part)
+
+    return schedule_of(formula)
