@@ -29,7 +29,7 @@ from typing import Any, NamedTuple
 
 import matplotlib.pyplot as plt
 import torch
-from disk import save, write_whole
+from disk import save
 from python_topics import Data, best_counting_model, bits, decode, encode, load
 from torch import Tensor
 from tqdm import tqdm
@@ -123,15 +123,15 @@ def start(net: fn.Layer, optimizer: fn.Optimizer, seed: int) -> Run:
     return Run(fn.init_train_state(net, optimizer, fn.key(seed), example), [], [])
 
 
-def stored(path: Path, settings: str) -> Run:
+def stored(path: Path, settings: str, begin: Run) -> Run:
     """The run of a file, which must be one of these settings; the program ends otherwise."""
     if not path.exists():
         sys.exit(f"there is no run to go on with, no file {path}")
-    # Its classes are those of this package: the file is trusted as the program is.
-    found = torch.load(path, weights_only=False)
-    if found["settings"] != settings:
-        sys.exit(f"{path} is a run of other settings, {found['settings']}, not {settings}")
-    return Run(**found["run"])
+    found = fn.load(path, at="settings")
+    if found != settings:
+        sys.exit(f"{path} is a run of other settings, {found}, not {settings}")
+    losses = fn.load(path, at="run.train"), fn.load(path, at="run.validation")
+    return Run(fn.load(path, like=begin.state, at="run.state"), *losses)
 
 
 def train(size: Size, data: Data, seed: int, path: Path, settings: str, resume: bool) -> Run:
@@ -153,14 +153,15 @@ def train(size: Size, data: Data, seed: int, path: Path, settings: str, resume: 
         state, losses = fn.scan(lambda state, _: one(state, text), state, length=size.every)
         return state, losses.mean()
 
-    run = stored(path, settings) if resume else start(net, optimizer, seed)
+    run = start(net, optimizer, seed)
+    run = stored(path, settings, run) if resume else run
     begin = int(run.state.step)
     with tqdm(total=size.steps, initial=begin, desc=f"seed {seed}", unit="step") as progress:
         for _ in range(begin, size.steps, size.every):
             state, loss = steps(run.state, data.train)
             measured = measure(net, state.params, data.validation, size.context)
             run = Run(state, [*run.train, loss.item() / math.log(2)], [*run.validation, measured])
-            write_whole(path, {"settings": settings, "run": run._asdict()})
+            fn.save(path, {"settings": settings, "run": run})
             progress.update(size.every)
             progress.set_postfix(validation=f"{measured:.2f} bits")
     return run
@@ -288,7 +289,7 @@ def parse() -> tuple[argparse.Namespace, Size]:
     add("--prompt", default="The ", help="how the text begins that is written")
     add("--temperature", type=float, default=0.7, help="of its characters; low ones are sure")
     where = "where the run is saved; a run that is there is overwritten, unless --resume is given"
-    add("--checkpoint", type=Path, default=Path("char_lm.pt"), metavar="FILE", help=where)
+    add("--checkpoint", type=Path, default=Path("char_lm.safetensors"), metavar="FILE", help=where)
     add("--resume", action="store_true", help="go on with the saved run, or write if it is done")
     add("--output", type=Path, default=Path("char_lm.png"), help="the figure's file")
     options = parser.parse_args()

@@ -174,11 +174,7 @@ def train_row(row: Row, advance: Callable[[int], Any]) -> Result:
 def load(path: Path) -> dict[str, Result]:
     if not path.exists():
         return {}
-    return {name: Result(**saved) for name, saved in torch.load(path).items()}
-
-
-def store(path: Path, results: dict[str, Result]) -> None:
-    disk.write_whole(path, {name: result._asdict() for name, result in results.items()})
+    return {name: Result(**saved) for name, saved in fn.load(path).items()}
 
 
 def sweep(rows: list[Row], path: Path) -> dict[tuple[int, str], Result]:
@@ -202,7 +198,7 @@ def sweep(rows: list[Row], path: Path) -> dict[tuple[int, str], Result]:
             )
             cost = epoch_cost(row)
             results[repr(row)] = train_row(row, lambda n, cost=cost: progress.update(n * cost))
-            store(path, results)
+            fn.save(path, results)
     return {(row.batch_size, row.activation): results[repr(row)] for row in rows}
 
 
@@ -338,7 +334,7 @@ def parse() -> argparse.Namespace:
     add(
         "--results",
         type=Path,
-        default=Path("population_sweep.pt"),
+        default=Path("population_sweep.safetensors"),
         metavar="FILE",
         help="where finished rows are kept; with another file, or none there, all start anew",
     )

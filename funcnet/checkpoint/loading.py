@@ -18,7 +18,7 @@ from funcnet.checkpoint.structure import (
     Structure,
     below,
     decode,
-    leaves_by_path,
+    parts_by_path,
     rebuild,
 )
 from funcnet.errors import located, require
@@ -33,9 +33,9 @@ def load(path: str | os.PathLike[str], like: Any = None, *, at: str = "") -> Any
             Hugging Face's may be named too.
         like: a tree of the same structure, shapes and dtypes, such as a new train state, whose
             structure the result has, with its NamedTuples, on its devices. A tensor on meta gives
-            the shape and dtype only. Without it the result is of nested dicts, by the parts of the
-            dotted paths, with lists, tuples and None where `save` was given some; a NamedTuple is
-            a dict of its fields.
+            the shape and dtype only. Without it the result is as `save` was given it, but for
+            NamedTuples and other nodes, which are dicts of their fields; of another program's file
+            it is nested dicts by the parts of the dotted paths.
         at: the dotted path of the part to load, such as "params" or "params.0.weight".
 
     Only what is used is read: tensors on the CPU are those of the file, mapped into memory, until
@@ -73,7 +73,9 @@ def load(path: str | os.PathLike[str], like: Any = None, *, at: str = "") -> Any
         }
         found |= {key: structure.values[name] for key, name in values.items()}
         if like is None:
-            return rebuild(found, {key: structure.nodes[name] for key, name in nodes.items()})
+            kinds = {key: structure.nodes[name] for key, name in nodes.items()}
+            dots = {key: structure.dots[name] for key, name in below(at, structure.dots).items()}
+            return rebuild(found, kinds, dots)
     return _like(target, found, like)
 
 
@@ -89,7 +91,7 @@ def _read(name: str, file: Mapped, structure: Structure) -> Tensor:
 def _like(path: Path, found: Mapping[str, Any], like: Any) -> Any:
     """The leaves that were found in the structure of ``like``."""
     with located("load: `like`"):
-        expected, _ = leaves_by_path(like)
+        expected = parts_by_path(like).leaves
     faults = dict.fromkeys(expected.keys() - found.keys(), "not in the file")
     for name in found.keys() - expected.keys():
         faults[name] = f"{describe(found[name])} in the file, not expected"
@@ -158,8 +160,8 @@ def _open_index(path: Path) -> tuple[dict[str, Mapped], Structure]:
         if name not in shards:
             try:
                 shards[name] = open_mapped(path.with_name(name))
-            except FileNotFoundError:
-                raise ValueError(f"the file {name!r} of the index is missing") from None
+            except OSError as error:
+                raise ValueError(f"{name[:99]!r}, of the index: {error.strerror}") from error
             except ValueError as error:
                 raise ValueError(f"{name}: {error}") from None
         require(key in shards[name].entries, f"{key!r} is not in {name!r}, where the index has it")
@@ -181,5 +183,5 @@ def _explained(path: Path) -> Iterator[None]:
     except (OSError, MemoryError):
         raise
     except Exception as error:
-        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+        reason = f"{error}".partition("\n")[0][:500] or type(error).__name__
         raise ValueError(f"load: {path} is damaged, or is no checkpoint: {reason}") from error

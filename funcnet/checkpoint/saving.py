@@ -15,7 +15,7 @@ from funcnet import runtime
 from funcnet.checkpoint import safetensors
 from funcnet.checkpoint.files import replaced, synced
 from funcnet.checkpoint.shards import index_of, remove_shards, shard_paths
-from funcnet.checkpoint.structure import Structure, encode, leaves_by_path
+from funcnet.checkpoint.structure import Structure, encode, parts_by_path
 from funcnet.errors import located, require
 
 
@@ -76,7 +76,7 @@ def write(
         )
         transformed = runtime.is_tracing() or runtime.is_batched()
         require(not transformed, "expects values to write; it cannot be in jit or vmap")
-        leaves, nodes = leaves_by_path(tree)
+        leaves, nodes, dots = parts_by_path(tree)
         tensors = {name: leaf for name, leaf in leaves.items() if isinstance(leaf, Tensor)}
         values = {name: leaf for name, leaf in leaves.items() if name not in tensors}
         for name, tensor in tensors.items():
@@ -91,7 +91,7 @@ def write(
         sums = {}
         if checksum:
             sums = {name: safetensors.crc32(tensor) for name, tensor in tensors.items()}
-        text = encode(Structure(nodes, values, dtypes, sums, score))
+        text = encode(Structure(nodes, dots, values, dtypes, sums, score))
         _check_size(tensors, text)
     size = sum([safetensors.nbytes(tensor) for tensor in tensors.values()])
     try:

@@ -15,7 +15,6 @@ from torch import Tensor
 
 from funcnet.checkpoint.safetensors import parse
 from funcnet.errors import require
-from funcnet.tree import from_dotted
 
 VERSION = 1
 _LIMIT = 2**21
@@ -29,6 +28,8 @@ class Structure(NamedTuple):
 
     nodes: dict[str, str]
     """"list", "tuple", "none" or, if it is empty, "dict"."""
+    dots: dict[str, int]
+    """How many dots the last key of a path has in it, for those that have."""
     values: dict[str, Value]
     """Leaves that are no tensors."""
     dtypes: dict[str, str]
@@ -39,58 +40,69 @@ class Structure(NamedTuple):
     """What `save_step` was given to choose the best by."""
 
 
-EMPTY = Structure({}, {}, {}, {}, None)
+EMPTY = Structure({}, {}, {}, {}, {}, None)
+
+NO_DOTS: Mapping[str, int] = {}
 
 _FIELDS: dict[str, tuple[type, ...]] = {
     "nodes": (str,),
+    "dots": (int,),
     "values": (bool, int, float, str),
     "dtypes": (str,),
     "crc32": (int,),
 }
 
 
-def leaves_by_path(tree: Any) -> tuple[dict[str, Any], dict[str, str]]:
-    """The leaves of a tree by dotted path, in optree's order, and the `Structure.nodes`.
+class Parts(NamedTuple):
+    """A tree by dotted path: its leaves, in optree's order, and `Structure`'s nodes and dots."""
+
+    leaves: dict[str, Any]
+    nodes: dict[str, str]
+    dots: dict[str, int]
+
+
+def parts_by_path(tree: Any) -> Parts:
+    """A tree by dotted path.
 
     Raises: ValueError for two leaves of one path, or one below another; TypeError for a key that
     is no name.
 
-    >>> leaves_by_path({"w": (1, 2), "state": {}})
-    ({'w.0': 1, 'w.1': 2}, {'state': 'dict', 'w': 'tuple'})
+    >>> parts_by_path({"w": (1, 2), "state": {}})
+    Parts(leaves={'w.0': 1, 'w.1': 2}, nodes={'state': 'dict', 'w': 'tuple'}, dots={})
     """
-    leaves: dict[str, Any] = {}
-    nodes: dict[str, str] = {}
-    _visit(tree, "", True, leaves, nodes)
+    parts = Parts({}, {}, {})
+    leaves, nodes, _ = parts
+    _visit(tree, "", True, parts)
     folders = {path.rpartition(".")[0] for path in (*leaves, *nodes) if "." in path}
     while folders:
         both = folders & leaves.keys()
         require(not both, f"there are leaves below {sorted(both)[:3]}, which are leaves too")
         folders = {path.rpartition(".")[0] for path in folders if "." in path}
-    return leaves, nodes
+    return parts
 
 
-def _visit(tree: Any, path: str, root: bool, leaves: dict[str, Any], nodes: dict[str, str]) -> None:
-    if isinstance(tree, Tensor) or optree.tree_is_leaf(tree):
-        _check_new(path, leaves, nodes)
-        leaves[path] = tree
-        return
-    kind, names, children = _parts(tree)
+def _visit(tree: Any, path: str, root: bool, parts: Parts) -> None:
+    leaf = isinstance(tree, Tensor) or optree.tree_is_leaf(tree)
+    kind, names, children = ("leaf", (), ()) if leaf else _children(tree)
     if not children or kind != "dict":
-        _check_new(path, leaves, nodes)
-        nodes[path] = kind
+        if path in parts.leaves or path in parts.nodes:
+            raise ValueError(f"two parts of the tree have the path {path!r}")
+        if leaf:
+            parts.leaves[path] = tree
+            return
+        parts.nodes[path] = kind
     for name, child in zip(names, children, strict=True):
         if not isinstance(name, (str, int)):
             what = f"{type(name).__name__} below {path!r}"
             raise TypeError(f"expects keys that are strings or integers, got a {what}")
-        _visit(child, f"{name}" if root else f"{path}.{name}", False, leaves, nodes)
+        name = str(name)
+        below = name if root else f"{path}.{name}"
+        if "." in name:
+            parts.dots[below] = name.count(".")
+        _visit(child, below, False, parts)
 
 
-def _check_new(path: str, leaves: dict[str, Any], nodes: dict[str, str]) -> None:
-    if path in leaves or path in nodes:
-        raise ValueError(f"two parts of the tree have the path {path!r}")
-
-
-def _parts(tree: Any) -> tuple[str, Any, Any]:
+def _children(tree: Any) -> tuple[str, Any, Any]:
     """The kind of a node, the names of its children, and its children, in optree's order."""
     if type(tree) is dict:
         with suppress(TypeError):  # keys of several types, which optree puts in another order
@@ -135,36 +147,50 @@ def decode(text: str) -> Structure:
     return EMPTY._replace(**found)
 
 
-def rebuild(leaves: Mapping[str, Any], nodes: Mapping[str, str]) -> Any:
+def rebuild(
+    leaves: Mapping[str, Any], nodes: Mapping[str, str], dots: Mapping[str, int] = NO_DOTS
+) -> Any:
     """The tree of dicts, lists, tuples and None that has these leaves and nodes.
 
-    >>> rebuild({"w.0": 1, "w.1": 2}, {"state": "dict", "w": "tuple"})
-    {'w': (1, 2), 'state': {}}
+    >>> rebuild({"w.0": 1, "w.1": 2, "a.b": 3}, {"state": "dict", "w": "tuple"}, {"a.b": 1})
+    {'w': (1, 2), 'a.b': 3, 'state': {}}
     """
     if leaves.keys() == {""}:
         return leaves[""]
     parts = sum([path.count(".") for path in (*leaves, *nodes)])
-    require(parts <= _LIMIT, f"the paths have {parts} parts, more than {_LIMIT}")
-    tree: Any = {"": from_dotted(leaves)}
-    by_depth = sorted(nodes.items(), key=lambda item: len(_keys(item[0])))
+    require(parts <= _LIMIT, f"its paths have {parts} parts, more than {_LIMIT}")
+    tree: Any = {"": {}}
+    for path, leaf in leaves.items():
+        parent, key = _place(tree, path, dots)
+        require(key not in parent, f"{path!r} is a leaf, and others lie below it")
+        parent[key] = leaf
+    by_depth = sorted(nodes.items(), key=lambda item: len(_keys(item[0], dots)))
     for path, _ in by_depth:
-        _parent(tree, path).setdefault(_keys(path)[-1], {})
+        parent, key = _place(tree, path, dots)
+        parent.setdefault(key, {})
     for path, kind in reversed(by_depth):
-        parent, name = _parent(tree, path), _keys(path)[-1]
-        parent[name] = _converted(parent[name], kind)
+        parent, key = _place(tree, path, dots)
+        parent[key] = _converted(parent[key], kind)
     return tree[""]
 
 
-def _keys(path: str) -> list[str]:
+def _keys(path: str, dots: Mapping[str, int]) -> list[str]:
     """The keys on the way to a part of ``{"": tree}``."""
-    return ["", *path.split(".")] if path else [""]
+    keys = []
+    while path:
+        count = 1 + dots.get(path, 0)
+        path, *key = path.rsplit(".", count) if path.count(".") >= count else ("", path)
+        keys.append(".".join(key))
+    return ["", *reversed(keys)]
 
 
-def _parent(tree: dict[str, Any], path: str) -> dict[str, Any]:
-    for key in _keys(path)[:-1]:
+def _place(tree: dict[str, Any], path: str, dots: Mapping[str, int]) -> tuple[dict[str, Any], str]:
+    """The dict that a part lies in, which is made if it is not there, and the key of the part."""
+    *parents, last = _keys(path, dots)
+    for key in parents:
         tree = tree.setdefault(key, {})
-        require(isinstance(tree, dict), f"{path!r} lies below a leaf")
-    return tree
+        require(isinstance(tree, dict), f"{path!r} lies below {key!r}, which is a leaf")
+    return tree, last
 
 
 def _converted(node: Any, kind: str) -> Any:

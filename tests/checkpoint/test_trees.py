@@ -80,7 +80,7 @@ numbers = st.one_of(
 )
 names = st.one_of(
     st.text(st.characters(exclude_characters=".", exclude_categories=["Cs"]), min_size=1),
-    st.sampled_from(["weight", "0", "data_offsets", "a b", '"', "\\", "{", "é", "\n"]),
+    st.sampled_from(["weight", "0", "data_offsets", "a b", '"', "\\", "{", "é", "\n", "p.q", "."]),
 )
 trees = st.recursive(
     st.one_of(laid_out, numbers, st.none()),
@@ -174,11 +174,19 @@ def test_a_tree_may_be_a_single_leaf_or_empty(tmp_path, tree):
     assert_same(tree, fn.load(tmp_path / "t", like=tree))
 
 
-def test_a_flat_state_dict_comes_back_flat_or_nested(tmp_path):
-    flat = torch.nn.Sequential(torch.nn.Linear(2, 3), torch.nn.Linear(3, 1)).state_dict()
-    fn.save(tmp_path / "t", flat)
-    assert_same(flat, fn.load(tmp_path / "t", like=flat))
-    assert_same(fn.tree.from_dotted(flat), fn.load(tmp_path / "t"))
+def test_keys_with_dots_in_them_come_back_if_save_wrote_them(tmp_path):
+    flat = dict(torch.nn.Sequential(torch.nn.Linear(2, 3), torch.nn.Linear(3, 1)).state_dict())
+    tree = {"module": flat, "rates": {"0.1": [1, {"a.b.c": 2}], "1.5": {}}, "x.y": {"z": 3}}
+    fn.save(tmp_path / "ours", tree)
+    assert_same(tree, fn.load(tmp_path / "ours"))
+    assert_same(tree, fn.load(tmp_path / "ours", like=tree))
+    assert_same(
+        {"weight": flat["1.weight"], "bias": flat["1.bias"]},
+        fn.load(tmp_path / "ours", at="module.1"),
+    )
+    save_file(flat, tmp_path / "theirs")
+    assert_same(fn.tree.from_dotted(flat), fn.load(tmp_path / "theirs"))
+    assert_same(flat, fn.load(tmp_path / "theirs", like=flat))
 
 
 def test_tensors_that_share_memory_are_loaded_apart(tmp_path):

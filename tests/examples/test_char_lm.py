@@ -70,10 +70,10 @@ def test_the_learning_rate_rises_and_falls():
 
 def test_a_run_is_gone_on_with_only_by_its_settings(tmp_path):
     with pytest.raises(SystemExit, match="no run to go on with"):
-        example.stored(tmp_path / "run.pt", "these")
-    torch.save({"settings": "these", "run": {}}, tmp_path / "run.pt")
+        example.stored(tmp_path / "run", "these", None)
+    fn.save(tmp_path / "run", {"settings": "these", "run": {}})
     with pytest.raises(SystemExit, match="is a run of other settings, these, not others"):
-        example.stored(tmp_path / "run.pt", "others")
+        example.stored(tmp_path / "run", "others", None)
 
 
 def test_each_way_of_writing_gives_the_same_text():

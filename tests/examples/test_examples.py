@@ -57,6 +57,7 @@ OPTIONS = {
         "--slice",
         "--output",
     ),
+    "resume": ("--seed", "--kills", "--jit"),
     "sequence_lstm": ("--seed", "--steps", "--places", "--longest", "--hidden"),
     "report_tables": ("--table", "--seeds", "--epochs", "--output"),
 }
@@ -172,7 +173,7 @@ def test_digits_cnn_prints_its_accuracy_and_draws(tmp_path: Path) -> None:
 
 
 def char_lm_arguments(folder: Path, name: str) -> list[str]:
-    files = "--checkpoint", folder / f"{name}.pt", "--output", folder / f"{name}.png"
+    files = "--checkpoint", folder / f"{name}.safetensors", "--output", folder / f"{name}.png"
     return ["--small", "--prompt", "The\n", *map(str, files)]
 
 
@@ -183,7 +184,7 @@ def test_char_lm_that_is_killed_goes_on_bit_for_bit(tmp_path: Path) -> None:
     assert re.search(ways, whole)
 
     program = [sys.executable, EXAMPLES / "char_lm.py", *char_lm_arguments(tmp_path, "killed")]
-    saved = {name: tmp_path / f"{name}.pt" for name in ("whole", "killed")}
+    saved = {name: tmp_path / f"{name}.safetensors" for name in ("whole", "killed")}
     with subprocess.Popen(program, stdout=subprocess.PIPE, stderr=subprocess.PIPE) as killed:
         while not saved["killed"].exists() and killed.poll() is None:
             time.sleep(0.01)
@@ -193,10 +194,16 @@ def test_char_lm_that_is_killed_goes_on_bit_for_bit(tmp_path: Path) -> None:
 
     for pattern in (line, text):
         assert re.search(pattern, resumed)[0] == re.search(pattern, whole)[0]
-    runs = [torch.load(path, weights_only=False) for path in saved.values()]
+    runs = [fn.load(path) for path in saved.values()]
     for one, other in zip(*map(fn.tree.leaves, runs), strict=True):
         assert torch.equal(one, other) if isinstance(one, torch.Tensor) else one == other
     assert all(is_png(path.with_suffix(".png")) for path in saved.values())
+
+
+def test_a_run_that_is_killed_ends_as_the_run_left_alone() -> None:
+    printed = output_of("resume", "--kills", 1)
+    killed = r"killed after step \d+ of 300, goes on from step \d+0?\n"
+    assert re.fullmatch(killed + r"all 22 tensors are equal, bit for bit\n", printed)
 
 
 TABLES = {

@@ -75,7 +75,7 @@ def test_the_table_has_both_accuracies(capsys):
 
 
 def test_it_goes_on_where_it_stopped(tmp_path, monkeypatch, capsys):
-    path = tmp_path / "results.pt"
+    path = tmp_path / "results.safetensors"
     rows = [sweep.Row(200, name, 1, 2, 0, rates=(1e-3,)) for name in ("ReLU", "Tanh")]
 
     def stopped(row, advance, train_row=sweep.train_row):
