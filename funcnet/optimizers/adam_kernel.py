@@ -10,8 +10,6 @@ from torch import Tensor
 from funcnet.optimizers.leaves import Applied, Leaves, sum_into
 from funcnet.runtime import FOREACH, fused_adamw_, is_transformed
 
-_PART = 2**19  # bytes: four lists of these, of params, grads and two means, fit into a core's cache
-
 
 def kernel_takes(*trees: Any) -> bool:
     """Whether PyTorch's kernel may run: it checks no strides and has no derivative."""
@@ -59,11 +57,11 @@ def _writable(leaves: Leaves, part: slice) -> list[Tensor]:
 
 
 def _parts(leaves: list[Tensor]) -> list[range]:
-    """The leaves in runs of `_PART` or more, so that not much beside them is there at a time."""
+    """The leaves in runs of 8 MiB or more, so that not much beside them is there at a time."""
     parts, begin, size = [], 0, 0
     for index, leaf in enumerate(leaves):
         size += leaf.nbytes
-        if size >= _PART or index == len(leaves) - 1:
+        if size >= 2**23 or index == len(leaves) - 1:
             parts.append(range(begin, index + 1))
             begin, size = index + 1, 0
     return parts
