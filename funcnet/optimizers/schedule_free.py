@@ -118,9 +118,9 @@ def schedule_free(
     return chained("schedule_free", {optimizer.name: optimizer, average.name: average})
 
 
-def _warmed_up(name: str, lr: LearningRate, warmup_steps: int | None) -> LearningRate:
+def _warmed_up(name: str, lr: LearningRate, warmup_steps: int) -> LearningRate:
     """A rate that rises from 0 in a straight line over the first updates."""
-    if warmup_steps is None:
+    if warmup_steps == 0:
         return lr
     check_count(name, warmup_steps=warmup_steps)
 
@@ -132,7 +132,7 @@ def _warmed_up(name: str, lr: LearningRate, warmup_steps: int | None) -> Learnin
 
 def schedule_free_sgd(
     lr: LearningRate = 1.0,
-    warmup_steps: int | None = None,
+    warmup_steps: int = 0,
     b1: Number = 0.9,
     weight_decay: Number = 0.0,
     weight_lr_power: Number = 2.0,
@@ -143,7 +143,7 @@ def schedule_free_sgd(
 
     Args:
         lr: a number, a 0-d tensor, or a function of the number of updates so far.
-        warmup_steps: over how many updates the rate rises from 0 to ``lr``; None for none.
+        warmup_steps: over how many updates the rate rises from 0 to ``lr``; 0 for none.
         b1, weight_lr_power: as for `schedule_free`.
         weight_decay: L2 penalty: adds ``weight_decay * p`` to the gradient.
         maximize: ascends instead: negates the gradient before all else.
@@ -168,7 +168,7 @@ def schedule_free_sgd(
 
 def schedule_free_adamw(
     lr: LearningRate = 2.5e-3,
-    warmup_steps: int | None = None,
+    warmup_steps: int = 0,
     betas: tuple[Number, Number] = (0.9, 0.999),
     eps: Number = 1e-8,
     weight_decay: Number = 0.0,
@@ -183,7 +183,7 @@ def schedule_free_adamw(
 
     Args:
         lr: a number, a 0-d tensor, or a function of the number of updates so far.
-        warmup_steps: over how many updates the rate rises from 0 to ``lr``; None for none.
+        warmup_steps: over how many updates the rate rises from 0 to ``lr``; 0 for none.
         betas: how near y is to x, see `schedule_free`, and the decay of v.
         eps: added to the root.
         weight_decay: decoupled, as in the formula.

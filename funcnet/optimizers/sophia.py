@@ -1,15 +1,4 @@
-"""Steps divided by an estimate of the Hessian's diagonal: `sophia`, and its estimators.
-
-The estimate is expensive, and made once in about ten steps, so it is not a part of ``update``: a
-function of its own, `refresh_hessian`, puts it into the state. A step of a loop is then::
-
-    grads = gradient(params)                                  # of the batch's loss
-    updates, after = optimizer.update(grads, opt_state, params)
-    if step % 10 == 0:
-        estimate = fn.optimizers.hutchinson(key, gradient, params)
-        after = fn.optimizers.refresh_hessian(after, estimate)
-    params, opt_state = fn.apply_updates(params, updates), after
-"""
+"""Steps divided by an estimate of the Hessian's diagonal: `sophia`, and its estimators."""
 
 from collections.abc import Callable
 from typing import Any, NamedTuple
@@ -109,20 +98,25 @@ def refresh_hessian(opt_state: Tree, estimate: Params) -> Any:
     def is_ours(node: Any) -> bool:
         return isinstance(node, SophiaState)
 
-    found = [node for node in optree.tree_leaves(opt_state, is_leaf=is_ours) if is_ours(node)]
-    if not found:
-        raise ValueError(f"refresh_hessian: expects Sophia's state, got {tree.describe(opt_state)}")
-
     def refresh(node: Any) -> Any:
         if not is_ours(node):
             return node
-        hessian = tree.map(
-            lambda h, new: torch.lerp(h, new.to(h.dtype), (1.0 - node.b2).to(h.dtype)),
-            node.hessian,
-            estimate,
+        means, treedef = tree.flatten(node.hessian)
+        shapes = [mean.shape for mean in means]
+        new = tree.leaves_like(shapes, treedef, estimate, "refresh_hessian: estimate")
+        weight = 1.0 - node.b2
+        return node._replace(
+            hessian=treedef.unflatten(
+                [
+                    (mean + weight * (entry - mean)).to(mean.dtype)
+                    for mean, entry in zip(means, new, strict=True)
+                ]
+            )
         )
-        return node._replace(hessian=hessian)
 
+    found = [*filter(is_ours, optree.tree_leaves(opt_state, is_leaf=is_ours))]
+    if not found:
+        raise ValueError(f"refresh_hessian: expects Sophia's state, got {tree.describe(opt_state)}")
     return optree.tree_map(refresh, opt_state, is_leaf=is_ours)
 
 
@@ -204,9 +198,16 @@ def sophia(
 ) -> Optimizer:
     """``p - lr (clip(m' / max(gamma h, eps)) + weight_decay p)``; see `scale_by_sophia`.
 
-    h is a running mean of estimates of the Hessian's diagonal, which a loop makes now and then
-    and puts into the state with `refresh_hessian`; without one, every step is a sign. See
-    `hutchinson` and `gauss_newton_bartlett`, and `funcnet.optimizers.sophia` for the loop.
+    h is a running mean of estimates of the Hessian's diagonal. An estimate is expensive, and made
+    once in about ten steps, so it is no part of ``update``: a function of its own,
+    `refresh_hessian`, puts it into the state; without one, every step is a sign. A step of a loop
+    is then, with an estimate from `hutchinson` or `gauss_newton_bartlett`::
+
+        updates, after = optimizer.update(gradient(params), opt_state, params)
+        if step % 10 == 0:
+            estimate = fn.optimizers.hutchinson(key, gradient, params)
+            after = fn.optimizers.refresh_hessian(after, estimate)
+        params, opt_state = fn.apply_updates(params, updates), after
 
     Args:
         lr: a number, a 0-d tensor, or a function of the number of updates so far.
