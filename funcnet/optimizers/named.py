@@ -45,9 +45,8 @@ def check_betas(name: str, betas: Any) -> None:
 
 
 def rate_at(name: str, lr: LearningRate, step: Tensor) -> Number:
-    """The learning rate of the update that comes after ``step`` others."""
-    if not callable(lr):
-        return lr
-    rate = lr(step)
-    check_rate(name, rate)
-    return rate
+    """The learning rate of the update that comes after ``step`` others; a tensor in float64."""
+    rate = lr(step) if callable(lr) else lr
+    if callable(lr):
+        check_rate(name, rate)
+    return rate.double() if isinstance(rate, Tensor) else rate

@@ -61,9 +61,9 @@ def scale_by_radam(betas: tuple[Number, Number] = (0.9, 0.999), eps: Number = 1e
         longest = 2.0 / (1.0 - b2) - 1.0
         length = longest - 2.0 * t * b2**t / unbiased
         is_long = length > 5.0
-        length = torch.where(is_long, length, 5.0)  # below 4 there is no root
-        r = (length - 4.0) * (length - 2.0) * longest
-        r = (r / ((longest - 4.0) * (longest - 2.0) * length)).sqrt()
+        r2 = (length - 4.0) * (length - 2.0) * longest
+        r2 = r2 / ((longest - 4.0) * (longest - 2.0) * length)
+        r = torch.where(is_long, r2, 1.0).sqrt()  # before that r2 may be negative
         mean = m / (1.0 - b1**t)
         adapted = (r * unbiased.sqrt()) * mean / (sqrt(v) + eps)
         return torch.where(is_long, adapted, mean), RadamState(step, m, v)
