@@ -341,6 +341,7 @@ from funcnet.optimizers import (
     chain as chain,
     lamb as lamb,
     lars as lars,
+    lbfgs as lbfgs,
     lion as lion,
     muon as muon,
     nadam as nadam,

@@ -73,6 +73,11 @@ from funcnet.optimizers.hyperparams import (
     InjectHyperparamsState as InjectHyperparamsState,
     inject_hyperparams as inject_hyperparams,
 )
+from funcnet.optimizers.lbfgs import (
+    LbfgsState as LbfgsState,
+    Minimizer as Minimizer,
+    lbfgs as lbfgs,
+)
 from funcnet.optimizers.lift import (
     apply_updates as apply_updates,
     around as around,

@@ -1,7 +1,7 @@
 """L-BFGS: Newton's method with what the last gradients say about the curvature."""
 
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, cast
 
 import torch
 from torch import Tensor
@@ -90,12 +90,14 @@ def lbfgs(
     ``torch.optim.LBFGS``, whose ``step(closure)`` is one step here.
 
     >>> import funcnet as fn
-    >>> net, (x, target) = fn.linear(1), (torch.tensor([[0.0], [1.0]]), torch.tensor([[1.0], [3.0]]))
+    >>> x, target = torch.tensor([[0.0], [1.0]]), torch.tensor([[1.0], [3.0]])
+    >>> net = fn.linear(1)
     >>> params, _ = net.init(fn.key(0), x)
-    >>> f = fn.value_and_grad(net, fn.mse())
+    >>> value_and_grad = fn.value_and_grad(net, fn.mse())
+    >>> def f(params):
+    ...     return value_and_grad(params, (x, target))[:2]
     >>> minimizer = fn.lbfgs(line_search_fn="strong_wolfe")
-    >>> opt_state = minimizer.init_state(params)
-    >>> params, opt_state, _ = minimizer.step(lambda p: f(p, (x, target))[:2], opt_state, params)
+    >>> params, opt_state, _ = minimizer.step(f, minimizer.init_state(params), params)
     >>> print(f"y = {params['weight'].item():.3f} x + {params['bias'].item():.3f}")
     y = 2.000 x + 1.000
     """
@@ -110,10 +112,10 @@ def lbfgs(
     def init_state(params: Params) -> LbfgsState:
         p = Trees(params).params
         x = _flat(p)
-        count, history = zero_step(p), x.new_zeros(history_size, x.numel())
+        count, history = zero_step(cast(Any, p)), x.new_zeros(history_size, x.numel())
         return LbfgsState(
             *(count, count.clone(), count.clone()),
-            *(torch.zeros_like(x), x.new_zeros(()), torch.zeros_like(x)),
+            *(torch.zeros_like(x), count.double(), torch.zeros_like(x)),
             *(history, history.clone(), x.new_zeros(history_size), x.new_ones(())),
         )
 
@@ -183,7 +185,8 @@ def _iterate(
     max_iter, max_eval, tolerance_grad, tolerance_change = limits
     history = _History(state)
     iterations, evaluations = int(state.iterations), 1
-    d, t, g_before = state.direction, state.length, state.grad
+    d, g_before = state.direction, state.grad
+    t: Any = state.length
     for iteration in range(1, max_iter + 1):
         first = iterations == 0
         iterations += 1
@@ -191,8 +194,8 @@ def _iterate(
             history.store(d.mul(t), g.sub(g_before))
         d = history.times(-g) if not first else -g
         g_before, value_before = g, value
-        t = 1.0 / g.abs().sum() if first else torch.ones_like(g[0])
-        t = t.clamp(max=1.0) * lr
+        shrunk: Any = min(1.0, 1.0 / g.abs().sum()) if first else 1.0
+        t = shrunk * lr if first else lr
         slope = g.dot(d)
         if slope > -tolerance_change:
             break
@@ -222,7 +225,7 @@ def _iterate(
         torch.full_like(state.iterations, iterations),
         state.evaluations + evaluations,
         torch.full_like(state.stored, history.stored),
-        *(d, torch.as_tensor(t, dtype=x.dtype, device=x.device), g_before, s, y, rho, scale),
+        *(d, torch.as_tensor(t, dtype=torch.float64, device=x.device), g_before, s, y, rho, scale),
     )
 
 
@@ -253,10 +256,10 @@ class _History:
         factors = {}
         for i in reversed(oldest_first):
             factors[i] = self.s[i].dot(q) * self.rho[i]
-            q.sub_(self.y[i] * factors[i])
+            q.add_(self.y[i], alpha=-float(factors[i]))
         r = q * self.scale
         for i in oldest_first:
-            r.add_(self.s[i] * (factors[i] - self.y[i].dot(r) * self.rho[i]))
+            r.add_(self.s[i], alpha=float(factors[i] - self.y[i].dot(r) * self.rho[i]))
         return r
 
 
@@ -313,7 +316,7 @@ def _strong_wolfe(
         left, right = sorted([bracket[0].t, bracket[1].t])
         if (right - left) * greatest_change < tolerance:
             break
-        t, margin = _cubic(*bracket, left, right), 0.1 * (right - left)
+        t, margin = _cubic(bracket[0], bracket[1], left, right), 0.1 * (right - left)
         close = bool(min(right - t, t - left) < margin)
         if close and (hesitant or t >= right or t <= left):
             t = right - margin if abs(t - right) < abs(t - left) else left + margin
