@@ -353,7 +353,9 @@ from funcnet.optimizers import (
     schedule_free_sgd as schedule_free_sgd,
     schedules as schedules,
     sgd as sgd,
+    shampoo as shampoo,
     signsgd as signsgd,
+    soap as soap,
     sophia as sophia,
 )
 from funcnet.params import (

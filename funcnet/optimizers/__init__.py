@@ -133,11 +133,21 @@ from funcnet.optimizers.schedule_free import (
 from funcnet.optimizers.sgd import (
     sgd as sgd,
 )
+from funcnet.optimizers.shampoo import (
+    ShampooState as ShampooState,
+    scale_by_shampoo as scale_by_shampoo,
+    shampoo as shampoo,
+)
 from funcnet.optimizers.sign import (
     LionState as LionState,
     lion as lion,
     scale_by_lion as scale_by_lion,
     signsgd as signsgd,
+)
+from funcnet.optimizers.soap import (
+    SoapState as SoapState,
+    scale_by_soap as scale_by_soap,
+    soap as soap,
 )
 from funcnet.optimizers.sophia import (
     SophiaState as SophiaState,

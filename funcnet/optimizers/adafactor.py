@@ -63,7 +63,8 @@ def scale_by_factored_rms(beta2_decay: Number = -0.8, eps: Number | None = None)
     def start(p: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         if p.dim() < 2:
             return p.new_zeros(0), p.new_zeros(0), torch.zeros_like(p)
-        return torch.zeros_like(p[..., :1]), torch.zeros_like(p[..., :1, :]), p.new_zeros(0)
+        *batch, rows, columns = p.shape
+        return p.new_zeros(*batch, rows, 1), p.new_zeros(*batch, 1, columns), p.new_zeros(0)
 
     def init(p: Tensor) -> FactoredState:
         return FactoredState(zero_step(p), *each(start, p, outputs=3))
