@@ -180,12 +180,12 @@ def _by_foreach(
 ) -> list[Tensor] | None:
     """What PyTorch's operator on lists gives in one call; None where it cannot be used."""
     foreach: Any = FOREACH.get(function.__name__)
-    lists = [arg.tensors for arg in args if type(arg) is Leaves]
+    lists = [arg.tensors for arg in args if isinstance(arg, Leaves)]
     numbers = args[len(lists) :]
     # vmap and autograd's transformations have no rules for it; meta tensors cannot be read.
     if foreach is None or not lists or not lists[0] or lists[0][0].is_meta or is_transformed():
         return None
-    if Leaves in map(type, (*numbers, *options.values())):
+    if any([isinstance(value, Leaves) for value in (*numbers, *options.values())]):
         return None
     if not numbers:
         return foreach(*lists, **options)
