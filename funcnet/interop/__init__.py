@@ -12,6 +12,9 @@ from funcnet.interop.differentiated import (
 from funcnet.interop.exported import (
     export as export,
 )
+from funcnet.interop.from_torch import (
+    from_module as from_module,
+)
 from funcnet.interop.layer_module import (
     to_module as to_module,
 )

@@ -58,8 +58,8 @@ def inputs_of(told: Told, parts: Mapping[str, Tensor]) -> tuple[Tensor, Tensor, 
     known = len(ranks) == 1 and (query.dim() in (2, 3) or (batch_first and query.dim() > 3))
     require(known, f"expects inputs of shape {form} or (tokens, features), {got}")
     tokens = 0 if query.dim() == 2 or not batch_first else -2
-    batches = {each.shape[:-2] if tokens else each.shape[1:-1] for each in inputs}
-    require(len(batches) == 1, f"expects inputs of one batch, {form}, {got}")
+    batches = [each.shape[:-2] if tokens else each.shape[1:-1] for each in inputs]
+    require(batches == batches[:1] * 3, f"expects inputs of one batch, {form}, {got}")
     require(key.shape[tokens] == inputs[2].shape[tokens], f"expects as many keys as values, {got}")
     for name, size, each in (("kdim", told.kdim, key), ("vdim", told.vdim, inputs[2])):
         fits = size in (None, each.shape[-1])
