@@ -10,7 +10,7 @@ from torch.nn import functional as F
 
 from funcnet.core import Layer
 from funcnet.errors import require
-from funcnet.interop.program import frozen, refs_of
+from funcnet.interop.program import frozen, refs_of, thawed
 
 
 def _dims(*names: str) -> dict[str, str]:
@@ -309,7 +309,7 @@ def split_call(module: nn.Module, args: tuple[Any, ...], kwargs: Any) -> tuple[A
 
 def _constants(given: Any, held: Mapping[str, bool], inputs: Any) -> dict[str, Any]:
     return {
-        name: value
+        name: thawed(value, lambda ref: ref)
         for name, value in given.items()
         if not held[name] and name not in inputs and value is not None
     }

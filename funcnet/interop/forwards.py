@@ -10,7 +10,7 @@ from funcnet.core import Layer
 from funcnet.errors import require
 from funcnet.interop.classes import class_of, split_call
 from funcnet.interop.operations import ATTRIBUTES, OPERATIONS, is_known, name_of
-from funcnet.interop.program import Program, Ref, Step, frozen, refs_of
+from funcnet.interop.program import Program, Ref, Step, frozen, refs_of, thawed
 from funcnet.interop.tracing import IN_PLACE, Refused, Tracer
 
 VIEWS = {
@@ -287,7 +287,9 @@ def _split(module: nn.Module, args: Any, kwargs: Any) -> tuple[Any, Any]:
         require(not variable, f"calls a {type(module).__name__} with *{name}")
     parts = [name for name, value in given.items() if any(True for _ in refs_of(frozen(value)))]
     require(parts, f"calls a {type(module).__name__} without a value")
-    constants = {name: value for name, value in given.items() if name not in parts}
+    constants = {
+        name: thawed(value, lambda ref: ref) for name, value in given.items() if name not in parts
+    }
     x = tuple([given[name] for name in parts])
     return x[0] if len(parts) == 1 else x, (tuple(parts), constants)
 

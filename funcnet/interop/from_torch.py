@@ -376,6 +376,9 @@ class _Like:
 
 def _what_it_has(module: nn.Module) -> str:
     """Hooks, which a layer does not have, and parameters without values."""
+    tensors = [*module.parameters(recurse=False), *module.buffers(recurse=False)]
+    if any([isinstance(each, (UninitializedParameter, UninitializedBuffer)) for each in tensors]):
+        return "has no parameters yet; call it once"
     hooks = {
         "forward hook": (module._forward_hooks, module._forward_pre_hooks),
         "backward hook": (module._backward_hooks, module._backward_pre_hooks),
@@ -385,9 +388,6 @@ def _what_it_has(module: nn.Module) -> str:
             for hook in each.values():
                 called = getattr(hook, "__qualname__", type(hook).__name__)
                 return f"has a {name}, {called}, which a layer does not have"
-    tensors = [*module.parameters(recurse=False), *module.buffers(recurse=False)]
-    if any([isinstance(each, (UninitializedParameter, UninitializedBuffer)) for each in tensors]):
-        return "has no parameters yet; call it once"
     return ""
 
 

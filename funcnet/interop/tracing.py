@@ -38,8 +38,22 @@ class _Value(fx.Proxy):
     __imul__ = _in_place(operator.imul)
     __itruediv__ = _in_place(operator.itruediv)
 
+    def __iter__(self) -> Any:
+        pieces = _number_of_pieces(self.node)
+        return iter([self[i] for i in range(pieces)]) if pieces else super().__iter__()
+
     def __setitem__(self, index: Any, value: Any) -> None:
         raise Refused("assigns to elements of a tensor in place")
+
+
+def _number_of_pieces(node: fx.Node) -> int:
+    """How many pieces ``chunk`` or ``split`` makes, where its arguments tell; else 0."""
+    name = node.target if isinstance(node.target, str) else getattr(node.target, "__name__", "")
+    given = [*node.args[1:2], *node.kwargs.values()]
+    sizes: Any = given[0] if given else None
+    if name == "chunk" and isinstance(sizes, int):
+        return sizes
+    return len(sizes) if name == "split" and isinstance(sizes, (list, tuple)) else 0
 
 
 class Tracer(fx.Tracer):
