@@ -80,15 +80,16 @@ class Builder:
             fixed = node.op == "placeholder" and node.target not in self.inputs
             if (checks and specialized) or (fixed and not node.users) or self._is_dead(node):
                 graph.erase_node(node)
+        output: Any = None
         for name in self.inputs:
             place = "" if len(self.inputs) == 1 else str(self.inputs.index(name))
             self._add(Step(name, "input", place))
         for node in graph.nodes:
-            if node.op == "output":
-                output = self._frozen(node.args[0])
-                self.may_alias = self._aliases_input(node.args[0])
-                continue
             try:
+                if node.op == "output":
+                    output = self._frozen(node.args[0])
+                    self.may_alias = self._aliases_input(node.args[0])
+                    continue
                 self.refs[node] = getattr(self, f"_{node.op}")(node)
             except (Refused, ValueError, TypeError) as error:
                 self.faults.append(str(error))

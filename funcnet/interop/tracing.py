@@ -39,8 +39,13 @@ class _Value(fx.Proxy):
     __itruediv__ = _in_place(operator.itruediv)
 
     def __iter__(self) -> Any:
-        pieces = _number_of_pieces(self.node)
-        return iter([self[i] for i in range(pieces)]) if pieces else super().__iter__()
+        frame = sys._getframe(1)
+        now = next(i for i in dis.get_instructions(frame.f_code) if i.offset == frame.f_lasti)
+        unpacked = int(now.argval) if now.opname == "UNPACK_SEQUENCE" else 0  # a, b = y
+        pieces = unpacked or _number_of_pieces(self.node)
+        if not pieces:
+            raise Refused("its control flow depends on sizes of its input (a loop over a value)")
+        return iter([self[i] for i in range(pieces)])
 
     def __setitem__(self, index: Any, value: Any) -> None:
         raise Refused("assigns to elements of a tensor in place")
@@ -115,7 +120,7 @@ def trace(module: nn.Module, constants: dict[str, Any], train: bool) -> tuple[fx
 def _explained(error: Exception) -> str:
     """Why torch.fx could not trace a forward."""
     text = str(error).splitlines()[0] if str(error) else type(error).__name__
-    if "cannot be interpreted as an integer" in text or "Proxy object cannot be iterated" in text:
+    if "cannot be interpreted as an integer" in text:
         return "its control flow depends on values, or on sizes, of its input (a loop over them)"
     if "cannot assign" in text or "item assignment" in text:
         return f"changes a parameter or a buffer in forward: {text}"

@@ -102,6 +102,8 @@ def layer_of_call(target: str, args: Any, kwargs: Any) -> tuple[Layer, Tree] | N
         return None
     if name not in OPERATIONS:
         raise ValueError(f"no layer for {name}")
+    if kwargs.get("out", 0) is None:
+        kwargs = {option: value for option, value in kwargs.items() if option != "out"}
     try:
         if "input" in kwargs:
             args, kwargs = (

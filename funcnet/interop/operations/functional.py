@@ -124,9 +124,18 @@ def group_norm(
     return _given(layer, x, weight=weight, bias=bias)
 
 
-def embedding(x: Tensor, weight: Tensor, padding_idx: int | None = None) -> Call:
-    """``F.embedding``."""
-    layer = embeddings.embedding(len(weight), weight.shape[1], padding_idx, dtype=weight.dtype)
+def embedding(
+    x: Tensor,
+    weight: Tensor,
+    padding_idx: int | None = None,
+    max_norm: float | None = None,
+    norm_type: float = 2.0,
+    scale_grad_by_freq: bool = False,
+    sparse: bool = False,
+) -> Call:
+    """``F.embedding``; a sparse gradient has the same numbers."""
+    options = (padding_idx, max_norm, norm_type, scale_grad_by_freq)
+    layer = embeddings.embedding(len(weight), weight.shape[1], *options, dtype=weight.dtype)
     return _given(layer, x, weight=weight)
 
 

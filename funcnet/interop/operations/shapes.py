@@ -77,7 +77,7 @@ def transpose(x: Tensor, dim0: int, dim1: int) -> Call:
 
 def movedim(x: Tensor, source: Any, destination: Any) -> Call:
     """``torch.movedim``."""
-    order = torch.empty(range(x.dim()), device="meta").movedim(source, destination).shape
+    order = torch.empty(tuple(range(x.dim())), device="meta").movedim(source, destination).shape
     return permuted(*order), x
 
 
@@ -166,7 +166,7 @@ def chunk(x: Tensor, chunks: int, dim: int = 0) -> Call:
 
 def index_backward(dy: Tensor, shape: tuple[int, ...], *, index: Any) -> Tensor:
     """dy, added up at the places of the indices."""
-    return dy.new_zeros(shape).index_put(index, dy, accumulate=True)
+    return torch.ops.aten.index_put(dy.new_zeros(shape), index, dy, True)
 
 
 def basic_backward(dy: Tensor, shapes: Any, steps: Any) -> Tensor:
