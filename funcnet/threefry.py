@@ -51,6 +51,8 @@ def threefry_tensors(
     schedule = (k0, k1, wrap(k0 ^ k1 ^ _PARITY))
     x1 = x1 + k1
     x0 = x1 + (wrap(k0 + x0) if isinstance(x0, int) else x0 + k0)
+    if x1.device.type == "meta":  # as in `summary`, where the rounds took half of the time
+        return x0, x1
     for group in range(5):
         for turn, rotation in enumerate(_ROTATIONS[group % 2]):
             if group or turn:  # the first sum is made above
