@@ -68,8 +68,16 @@ SAME_OPTIONS = {
     ),
     "MultiplicativeLR": ("multiplicative", [{"lr_lambda": product_of_factors}]),
 }  # fmt: skip
+
+
+def label(options):
+    """The options by name; without addresses, which differ between processes."""
+    named = {k: getattr(value, "__name__", value) for k, value in options.items()}
+    return ", ".join(f"{k}={value}" for k, value in named.items())
+
+
 SAME_ROWS = [
-    pytest.param(peer, ours, options, id=f"{peer} {options}")
+    pytest.param(peer, ours, options, id=f"{peer} {label(options)}")
     for peer, (ours, rows) in SAME_OPTIONS.items()
     for options in rows
 ]
@@ -94,7 +102,7 @@ CYCLES = [
 ]
 
 
-@pytest.mark.parametrize("options", CYCLES, ids=str)
+@pytest.mark.parametrize("options", CYCLES, ids=label)
 def test_cycles_and_their_momentum_are_those_of_torch(options):
     rates, momenta = of_torch(
         lambda opt: lr_scheduler.CyclicLR(
@@ -119,7 +127,7 @@ ONE_CYCLES = [
 ]
 
 
-@pytest.mark.parametrize("options", ONE_CYCLES, ids=str)
+@pytest.mark.parametrize("options", ONE_CYCLES, ids=label)
 def test_one_cycle_and_its_momentum_are_those_of_torch_and_hold_their_end(options):
     total = options.get("total_steps") or options["epochs"] * options["steps_per_epoch"]
     rates, momenta = of_torch(
@@ -484,7 +492,7 @@ def some_metrics(seed, steps=60):
     return drawn
 
 
-@pytest.mark.parametrize("options", PLATEAUS, ids=str)
+@pytest.mark.parametrize("options", PLATEAUS, ids=label)
 @pytest.mark.parametrize("seed", [0, 1])
 def test_reduce_on_plateau_is_torchs(options, seed):
     metrics = some_metrics(seed)
