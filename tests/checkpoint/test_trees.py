@@ -38,7 +38,8 @@ class Moments(NamedTuple):
 
 def bits(tensor):
     """The bytes of a tensor, so that NaN equals itself."""
-    return tensor.contiguous().reshape(-1).view(torch.uint8)
+    # contiguous() leaves the strides of an empty tensor as they are.
+    return tensor.clone(memory_format=torch.contiguous_format).reshape(-1).view(torch.uint8)
 
 
 def same(a, b):
