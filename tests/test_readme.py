@@ -17,7 +17,8 @@ def blocks(language):
     return re.findall(rf"^```{language}\n(.*?)^```$", README, re.DOTALL | re.MULTILINE)
 
 
-def test_the_snippets_run_one_after_another(capsys):
+def test_the_snippets_run_one_after_another(capsys, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
     namespace = {}
     assert len(blocks("python")) >= 5
     for number, block in enumerate(blocks("python")):
