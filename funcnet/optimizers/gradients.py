@@ -77,7 +77,8 @@ def add_noise(eta: Number, gamma: Number, key: Tensor) -> Optimizer:
     random.fold_in(key, 0)  # which refuses what is no key
 
     def init(p: Tensor) -> NoiseState:
-        return NoiseState(zero_step(p), key.clone())
+        step = zero_step(p)
+        return NoiseState(step, key.to(step.device, copy=True))
 
     def update(g: Tensor, state: NoiseState, p: Tensor) -> tuple[Tensor, NoiseState]:
         step, drawn_with = state.step + 1, random.fold_in(state.key, state.step)

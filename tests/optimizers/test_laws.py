@@ -148,6 +148,19 @@ def test_it_is_one_graph_of_params_state_and_rate(case):
     assert_close(graph(3 * rate, *leaves), run(3 * rate, *leaves))
 
 
+@cases
+def test_no_value_is_read(case):
+    """Tensors without data have none: on a GPU, to read one would be to wait for it."""
+    params = fn.tree.map(lambda leaf: torch.empty_like(leaf, device="meta"), tree_of())
+    optimizer = case.make(case.rate)
+    state = optimizer.init_state(params)
+    for _ in range(2):
+        updates, after = optimizer.update(params, state, params)
+        assert layout(updates) == layout(params)
+        assert layout(after) == layout(state)
+        state = after
+
+
 def pytest_generate_tests(metafunc):
     if "group" in metafunc.fixturenames:
         chosen = list(CASES) if metafunc.config.getoption("whole") else SAMPLE
