@@ -82,7 +82,7 @@ def _adam(
         direction, state = by_formula(g, state)
         if lr is None:
             return direction, state
-        step = -rate * direction
+        step = direction * -rate
         return sum_into(step, p, -rate * decay) if is_on(decay) else step, state
 
     def by_formula(g: Any, state: AdamState) -> tuple[Any, AdamState]:

@@ -51,7 +51,7 @@ def scale_by_adamax(betas: tuple[Number, Number] = (0.9, 0.999), eps: Number = 1
         step = state.step + 1
         m = torch.lerp(state.mu, g, 1.0 - b1)
         u = torch.maximum(b2 * state.u, g.abs() + eps)
-        direction = m / ((1.0 - b1 ** step.double()) * u)
+        direction = m / (u * (1.0 - b1 ** step.double()))
         return direction, AdamaxState(step, m, u)
 
     return stateful(init, update)

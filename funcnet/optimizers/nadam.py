@@ -69,7 +69,7 @@ def scale_by_nadam(
         product = state.mu_product * mu
         m = torch.lerp(state.mu, g, 1.0 - b1)
         v = running_square(state.nu, g, b2)
-        ahead = mu_next / (1.0 - product * mu_next) * m + (1.0 - mu) / (1.0 - product) * g
+        ahead = m * (mu_next / (1.0 - product * mu_next)) + g * ((1.0 - mu) / (1.0 - product))
         direction = ahead / (sqrt(v / (1.0 - b2**t)) + eps)
         return direction, NadamState(step, product, m, v)
 

@@ -65,7 +65,7 @@ def scale_by_radam(betas: tuple[Number, Number] = (0.9, 0.999), eps: Number = 1e
         r2 = r2 / ((longest - 4.0) * (longest - 2.0) * length)
         r = torch.where(is_long, r2, 1.0).sqrt()  # before that r2 may be negative
         mean = m / (1.0 - b1**t)
-        adapted = (r * unbiased.sqrt()) * mean / (sqrt(v) + eps)
+        adapted = mean * (r * unbiased.sqrt()) / (sqrt(v) + eps)
         return torch.where(is_long, adapted, mean), RadamState(step, m, v)
 
     return stateful(init, update)

@@ -69,7 +69,7 @@ def average_schedule_free(
         total = state.weight_sum + weight
         c = torch.where(total > 0, weight / torch.where(total > 0, total, 1.0), 0.0)
         # y' - y, where y = b1 x + (1 - b1) z, x' = x + c (z' - x) and z' = z + g.
-        updates = c * (state.z + b1 * g - p) + (1.0 - b1) * g
+        updates = (state.z + g * b1 - p) * c + g * (1.0 - b1)
         after = ScheduleFreeState(step, max_lr, total, state.b1 * 0.0 + b1, state.z + g)
         return updates, after
 
