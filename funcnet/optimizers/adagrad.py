@@ -9,7 +9,7 @@ from funcnet.core import Optimizer, Tree
 from funcnet.optimizers.checks import Number, check_options, is_on
 from funcnet.optimizers.lift import stateful
 from funcnet.optimizers.moments import sqrt
-from funcnet.optimizers.named import check_named, named_chain, rate_at
+from funcnet.optimizers.named import check_named, filled_like, named_chain, rate_at
 from funcnet.optimizers.transforms import (
     LearningRate,
     add_decayed_weights,
@@ -40,8 +40,8 @@ def scale_by_adagrad(initial_accumulator_value: Number = 0.0, eps: Number = 1e-1
     start = initial_accumulator_value
     check_options("scale_by_adagrad", initial_accumulator_value=start, eps=eps)
 
-    def init(p: Tensor) -> AdagradState:
-        return AdagradState(torch.zeros_like(p) + start if is_on(start) else torch.zeros_like(p))
+    def init(p: Any) -> AdagradState:
+        return AdagradState(filled_like(p, start))
 
     def update(g: Any, state: AdagradState, p: Any) -> tuple[Any, AdagradState]:
         s = torch.addcmul(state.sum, g, g)

@@ -3,6 +3,7 @@
 import math
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from funcnet.core import Optimizer
@@ -50,3 +51,8 @@ def rate_at(name: str, lr: LearningRate, step: Tensor) -> Number:
     if callable(lr):
         check_rate(name, rate)
     return rate.double() if isinstance(rate, Tensor) else rate
+
+
+def filled_like(p: Any, value: Number) -> Any:
+    """Leaves like those of p, filled with a number, or with a tensor that is not read."""
+    return (torch.zeros_like(p) + value).to_dtypes(p)

@@ -8,7 +8,7 @@ from torch import Tensor
 from funcnet.core import Optimizer, Tree
 from funcnet.optimizers.checks import Number, check_rate, read_option
 from funcnet.optimizers.lift import stateful
-from funcnet.optimizers.named import check_pair, named_chain
+from funcnet.optimizers.named import check_pair, filled_like, named_chain
 from funcnet.optimizers.transforms import negate, scale
 
 
@@ -53,7 +53,7 @@ def scale_by_rprop(
         raise ValueError(f"scale_by_rprop: expects 0 < etas[0] < 1 < etas[1], got {etas}")
 
     def init(p: Any) -> RpropState:
-        return RpropState(torch.zeros_like(p), torch.zeros_like(p) + lr)
+        return RpropState(torch.zeros_like(p), filled_like(p, lr))
 
     def update(g: Any, state: RpropState, p: Any) -> tuple[Any, RpropState]:
         product = g * state.last

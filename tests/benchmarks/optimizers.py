@@ -8,6 +8,7 @@ turns in one process, one thread; each number is the median over the rounds.
 """
 
 import argparse
+import math
 import statistics
 import time
 from collections.abc import Callable
@@ -17,6 +18,8 @@ import torch
 from torch import Tensor
 
 import funcnet as fn
+from funcnet.core import Box
+from funcnet.optimizers.lift import step_params
 
 Step = Callable[[], None]
 Params = dict[str, Tensor]
@@ -67,6 +70,19 @@ def eager_step(params: Params, optimizer: fn.Optimizer) -> Step:
     return step
 
 
+def donated_step(params: Params, optimizer: fn.Optimizer) -> Step:
+    """The same in the memory of params and state, as ``train_step(donate=True)`` does it."""
+    params = {name: leaf.clone() for name, leaf in params.items()}
+    state = optimizer.init_state(params)
+    grads = random_params(len(params), *next(iter(params.values())).shape, seed=1)
+
+    def step() -> None:
+        nonlocal params, state
+        params, state = step_params(optimizer, Box([grads]), state, params, donated=True)
+
+    return step
+
+
 def jit_step(params: Params, optimizer: fn.Optimizer) -> Step:
     """The same as one program, to which params and state are donated."""
 
@@ -94,9 +110,7 @@ def cosine(rate: float, steps: int) -> Callable[[Tensor], Tensor]:
 
 def cosine_of_int(steps: int) -> Callable[[int], float]:
     """The same for LambdaLR, times the rate."""
-    from math import cos, pi
-
-    return lambda step: 0.5 * (1.0 + cos(pi * step / steps))
+    return lambda step: 0.5 * (1.0 + math.cos(math.pi * step / steps))
 
 
 def leaves() -> Params:
@@ -110,6 +124,7 @@ def adam() -> dict[str, Step]:
         "torch": torch_step(leaves(), torch.optim.Adam),
         "torch foreach": torch_step(leaves(), lambda p: torch.optim.Adam(p, foreach=True)),
         "funcnet eager": eager_step(leaves(), fn.adam(1e-3)),
+        "funcnet eager, donated": donated_step(leaves(), fn.adam(1e-3)),
     }
 
 
@@ -133,7 +148,7 @@ def adamw_clipped() -> dict[str, Step]:
             1.0,
             cosine_of_int(10_000),
         ),
-        "funcnet eager": eager_step(leaves(), ours),
+        "funcnet eager, donated": donated_step(leaves(), ours),
         "funcnet jit": jit_step(leaves(), ours),
     }
 

@@ -5,7 +5,7 @@ import math
 
 import pytest
 import torch
-from optimizers.test_laws import assert_close, grads_at, numbers, trajectory, tree_of
+from optimizers.test_laws import TREES, assert_close, grads_at, layout, numbers, trajectory, tree_of
 
 import funcnet as fn
 from funcnet import optimizers as opt
@@ -83,6 +83,18 @@ def test_injected_options_are_the_options(name):
     assert_close(found, expected)
     assert_close(state.inner, inner)
     assert state.hyperparams.keys() == options.keys()
+
+
+@named
+def test_numbers_that_are_tensors_change_no_dtype(name):
+    """Of a 0-d leaf of half precision times a 0-d float64 tensor, PyTorch makes a float64."""
+    options = fn.tree.map(lambda value: torch.tensor(value, dtype=F64), OPTIONS[name])
+    params = TREES["of several dtypes"]
+    found, state = trajectory(getattr(fn, name)(**options), params)
+    optimizer = getattr(fn, name)(**OPTIONS[name])
+    assert layout(found[-1]) == layout(params)
+    assert layout(state) == layout(optimizer.init_state(params))
+    assert layout(getattr(fn, name)(**options).init_state(params)) == layout(state)
 
 
 def names_of_numbers():
