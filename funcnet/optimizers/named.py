@@ -55,4 +55,5 @@ def rate_at(name: str, lr: LearningRate, step: Tensor) -> Number:
 
 def filled_like(p: Any, value: Number) -> Any:
     """Leaves like those of p, filled with a number, or with a tensor that is not read."""
-    return (torch.zeros_like(p) + value).to_dtypes(p)
+    filled: Any = torch.zeros_like(p) + value
+    return filled.to_dtypes(p)
