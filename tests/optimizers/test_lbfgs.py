@@ -63,13 +63,23 @@ def some_params(dtype=F64):
     return {"a": {"w": numbers[:4].view(2, 2).t()}, "b": numbers[4]}
 
 
-@pytest.mark.parametrize("dtype", [F64, torch.float32, torch.bfloat16], ids=str)
-@pytest.mark.parametrize("objective", OBJECTIVES)
+@pytest.mark.parametrize(
+    ("objective", "dtype"),
+    [
+        ("rosenbrock", F64),
+        ("quadratic", F64),
+        ("wavy", F64),
+        ("rosenbrock", torch.float32),
+        ("wavy", torch.bfloat16),
+    ],
+    ids=str,
+)
 @pytest.mark.parametrize("options", OPTIONS, ids=str)
 def test_twenty_steps_are_those_of_torch_bit_for_bit(options, objective, dtype):
     objective, params = OBJECTIVES[objective], some_params(dtype)
     # torch's own refuses gradients that are not contiguous.
-    leaves = [torch.nn.Parameter(leaf.contiguous()) for leaf in fn.tree.leaves(params)]
+    copies = [leaf.clone(memory_format=torch.contiguous_format) for leaf in fn.tree.leaves(params)]
+    leaves = [torch.nn.Parameter(copy) for copy in copies]
     peer, minimizer = torch.optim.LBFGS(leaves, **options), fn.lbfgs(**options)
     state = minimizer.init_state(params)
 
