@@ -32,7 +32,8 @@ Files = dict[str, bytes]
 NAME = "t.safetensors"
 INDEX = f"{NAME}.index.json"
 MEMORY = 2**31
-SLOW = 20.0
+SLOW = 10.0
+"""Seconds of the processor."""
 
 TREE = {
     "params": {"0": {"weight": torch.arange(32.0).view(2, 16), "bias": torch.ones(3)}, "1": {}},
@@ -203,7 +204,7 @@ def check(seed: int, number: int, folder: Path) -> str:
         (folder / name).write_bytes(data)
     options = moments.choice([{}, {}, {"like": TREE}, {"at": "params"}, {"at": "moments.2"}])
     path = folder / moments.choice([NAME, NAME, NAME, INDEX])
-    begin = time.perf_counter()
+    begin = time.process_time()
     try:
         tree = fn.load(path, **options)
         outcome = "loaded"
@@ -217,7 +218,7 @@ def check(seed: int, number: int, folder: Path) -> str:
         for leaf in fn.tree.leaves(tree):
             if isinstance(leaf, torch.Tensor):
                 leaf.clone().zero_()
-    seconds = time.perf_counter() - begin
+    seconds = time.process_time() - begin
     assert seconds < SLOW, f"it took {seconds:.0f} s"
     trapped = [place for place in (folder, Path()) if (place / "trapped").exists()]
     assert not trapped, "a pickle was run"

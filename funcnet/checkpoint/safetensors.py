@@ -53,8 +53,8 @@ DTYPES = {
 
 NAMES = {dtype: name for name, dtype in DTYPES.items()}
 
-HEADER_LIMIT = 2**25
-"""Of a header's bytes: 100 000 tensors or more. A hostile one cannot take a gigabyte to parse."""
+HEADER_LIMIT = 2**24
+"""Of a header's bytes, some 100 000 tensors: a hostile one takes half a gigabyte to parse."""
 
 _ALIGNMENT = 64
 """Of a tensor's address in bytes, as torch's own, on which the last bit of a result may depend."""
