@@ -79,13 +79,21 @@ from funcnet.core import (
     wrap as wrap,
 )
 from funcnet.data import (
+    batches as batches,
     epoch_batches as epoch_batches,
+)
+from funcnet.early_stopping import (
+    best_so_far as best_so_far,
+    early_stopping as early_stopping,
 )
 from funcnet.evaluate import (
     evaluate as evaluate,
 )
 from funcnet.finite import (
     detect_nonfinite as detect_nonfinite,
+)
+from funcnet.fit import (
+    fit as fit,
 )
 from funcnet.layers.activations import (
     celu as celu,
