@@ -49,7 +49,7 @@ def export(
         missing = [name for name in ("onnx", "onnxscript") if not importlib.util.find_spec(name)]
         if missing:
             raise ImportError(
-                f"export: onnx= needs {' and '.join(missing)}; pip install onnxscript"
+                f"export: onnx= needs {' and '.join(missing)}; pip install onnx onnxscript"
             )
     module = to_module(layer, params, state).eval().requires_grad_(False)
     args = x if type(x) is tuple else (x,)

@@ -145,6 +145,17 @@ class _Conversion:
 
     def convert(self, module: nn.Module, path: str, call: Any) -> Converted:
         """The layer of a module at a path, for a call with these options."""
+        number, before = len(self.faults), len(self.entries)
+        try:
+            made = self._converted(module, path, call)
+        except Refused as error:
+            made = self.fault(path, module, str(error))
+        if self.by_autograd and len(self.faults) > number:
+            del self.faults[number:], self.entries[before:]
+            return self._by_autograd(module, path, call)
+        return made
+
+    def _converted(self, module: nn.Module, path: str, call: Any) -> Converted:
         if why := _what_it_has(module):
             return self.fault(path, module, why)
         if isinstance(module, LayerModule):
@@ -157,20 +168,11 @@ class _Conversion:
             return self._sequential(module, path)
         if _is_abstract(module):
             return self.fault(path, module, f"torch.nn's {type(module).__name__} has no layer")
-        number, before = len(self.faults), len(self.entries)
-        try:
-            return self._traced(module, path, call)
-        except Refused as error:
-            self.fault(path, module, str(error))
-        finally:
-            if self.by_autograd and len(self.faults) > number:
-                del self.faults[number:], self.entries[before:]
-                return self._by_autograd(module, path, call)  # noqa: B012
-        return _NOTHING
+        return self._traced(module, path, call)
 
     def _by_autograd(self, module: nn.Module, path: str, call: Any) -> Converted:
         self.register(module, path)
-        parts, fixed = (None, {}) if call is None else call
+        parts, fixed = call if isinstance(call, tuple) else (None, call or {})
         return Converted(unknown_module(module, parts, fixed))
 
     def _known(self, module: nn.Module, path: str, call: Any) -> Converted:

@@ -38,7 +38,7 @@ class _Value(fx.Proxy):
     __imul__ = _in_place(operator.imul)
     __itruediv__ = _in_place(operator.itruediv)
 
-    def __iter__(self) -> Any:
+    def __iter__(self: Any) -> Any:
         frame = sys._getframe(1)
         now = next(i for i in dis.get_instructions(frame.f_code) if i.offset == frame.f_lasti)
         unpacked = int(now.argval) if now.opname == "UNPACK_SEQUENCE" else 0  # a, b = y
@@ -105,6 +105,7 @@ def trace(module: nn.Module, constants: dict[str, Any], train: bool) -> tuple[fx
     Raises: Refused.
     """
     tracer, before = Tracer(), module.training
+    kept = [(each, *_attributes(each)) for each in module.modules()]
     module.training = train
     try:
         with _recorded_functions(type(module).forward):
@@ -115,6 +116,29 @@ def trace(module: nn.Module, constants: dict[str, Any], train: bool) -> tuple[fx
         raise Refused(_explained(error)) from error
     finally:
         module.training = before
+        _restore(kept)
+
+
+def _attributes(module: nn.Module) -> tuple[dict[str, Any], ...]:
+    """Copies of the dicts in which a module has its attributes."""
+    return dict(module.__dict__), dict(module._buffers), dict(module._parameters)
+
+
+def _restore(kept: list[tuple[Any, ...]]) -> None:
+    """Undo what a forward assigned to attributes while it was traced, and refuse it."""
+    assigned: list[str] = []
+    for module, *before in kept:
+        now = module.__dict__, module._buffers, module._parameters
+        for old, new in zip(before, now, strict=True):
+            changed = [name for name in new if name not in old or new[name] is not old[name]]
+            for name in changed:
+                if name in old:
+                    new[name] = old[name]
+                else:
+                    del new[name]
+            assigned += changed
+    if assigned:
+        raise Refused(f"its forward assigns to {assigned}: a layer returns what it changes")
 
 
 def _explained(error: Exception) -> str:

@@ -90,7 +90,7 @@ def check(sample, module):
         by_input = [dx[n] for n in sample.names] if sample.names else dx
         by_input = by_input if len(sample.inputs) > 1 or sample.names else (dx,)
         agree(f"dx of {given}", expected["dx"], tuple(by_input or ()), 1e-6, dy)
-    new = {k: v for k, v in fn.tree.to_dotted(expected["state"]).items()}
+    new = fn.tree.to_dotted(expected["state"])
     for key, leaf in fn.tree.to_dotted(new_state.get("module", {})).items():
         torch.testing.assert_close(leaf, new[key])
     through = back(x)

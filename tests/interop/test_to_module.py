@@ -67,7 +67,8 @@ def test_its_first_and_second_derivatives_are_those_of_its_function(layer, x, tr
 
     def function(x, *leaves):
         buffers = {key: leaf.clone() for key, leaf in module.named_buffers()}
-        return torch.func.functional_call(module, {**dict(zip(names, leaves)), **buffers}, (x,))
+        given = dict(zip(names, leaves, strict=True))
+        return torch.func.functional_call(module, {**given, **buffers}, (x,))
 
     leaves = [leaf.detach().clone().requires_grad_() for leaf in module.parameters()]
     assert gradcheck(function, (x, *leaves), fast_mode=True)

@@ -133,9 +133,7 @@ def norm_backward(dy: Tensor, dims: Dims, keepdim: bool, *, x: Tensor, y: Tensor
     return torch.where(length == 0, 0.0, spread * x / length)
 
 
-def norm(
-    x: Tensor, p: Any = 2, dim: Any = None, keepdim: bool = False, dtype: None = None
-) -> Call:
+def norm(x: Tensor, p: Any = 2, dim: Any = None, keepdim: bool = False, dtype: None = None) -> Call:
     """``torch.norm``, that of Euclid."""
     require(dtype is None, f"norm: expects dtype=None, got {dtype}")
     require(p in (2, "fro", None), f"norm: expects p=2, got {p!r}")
