@@ -57,7 +57,7 @@ def export(
     with torch.no_grad():
         program = torch.export.export(module, args, dynamic_shapes=shapes)
         if onnx is not None:
-            torch.onnx.export(program, args, str(onnx), dynamo=True)
+            torch.onnx.export(program, args, str(onnx), dynamo=True, verbose=False)
     return program
 
 

@@ -9,6 +9,7 @@ from torch import Tensor, fx, nn
 from funcnet.core import Layer
 from funcnet.errors import require
 from funcnet.interop.classes import class_of, split_call
+from funcnet.interop.layer_module import LayerModule
 from funcnet.interop.operations import ATTRIBUTES, OPERATIONS, is_known, name_of
 from funcnet.interop.program import Program, Ref, Step, frozen, refs_of, thawed
 from funcnet.interop.tracing import IN_PLACE, Refused, Tracer
@@ -147,9 +148,11 @@ class Builder:
         module = self.module.get_submodule(target)
         args, kwargs = self._frozen(tuple(node.args)), dict(node.kwargs)
         kwargs = {name: self._frozen(value) for name, value in kwargs.items()}
+        call: Any
         if class_of(module) is not None:
-            x, options = split_call(module, args, kwargs)
-            call: Any = options
+            x, call = split_call(module, args, kwargs)
+        elif isinstance(module, LayerModule):
+            x, call = kwargs or (args[0] if len(args) == 1 else args), {}
         else:
             x, call = _split(module, args, kwargs)
         made = self.child(target, call)

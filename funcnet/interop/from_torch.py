@@ -7,7 +7,6 @@ from typing import Any, Literal, NamedTuple
 from torch import Tensor, nn
 from torch.nn.parameter import UninitializedBuffer, UninitializedParameter
 
-from funcnet import tree
 from funcnet.combinators.combine import combine
 from funcnet.combinators.freeze import freeze
 from funcnet.combinators.serial import serial_backward, serial_forward
@@ -19,7 +18,7 @@ from funcnet.interop.classes import MAY_ALIAS, class_of, layer_for
 from funcnet.interop.forwards import CONSTANTS, Builder, Converted, with_leaves
 from funcnet.interop.graph import graph
 from funcnet.interop.layer_module import LayerModule
-from funcnet.interop.leaf_layers import constants, kept, leaves
+from funcnet.interop.leaf_layers import constants, kept, kept_module, leaves
 from funcnet.interop.state_dicts import FROZEN
 from funcnet.interop.tracing import Refused, arguments_of, trace
 from funcnet.interop.unknown_modules import unknown_module
@@ -308,8 +307,7 @@ class _Conversion:
                     look(child, target)
                 elif any(True for _ in child.parameters()) or _buffers(child, False):
                     self.register(child, join_paths(path, target), used=False)
-                    params = tree.from_dotted(dict(child.named_parameters(remove_duplicate=False)))
-                    found[target] = kept(params, tree.from_dotted(_buffers(child, False)))
+                    found[target] = kept_module(child, _own)
             own: dict[str, Any] = dict(below.named_parameters(recurse=False))
             own = {n: p for n, p in own.items() if n not in read}
             state = {n: b for n, b in _buffers(below, True).items() if n not in read}
@@ -404,6 +402,11 @@ def _buffers(module: nn.Module, own: bool) -> dict[str, Tensor]:
             if buffer is not None and name not in (*each._non_persistent_buffers_set, drawn):
                 found[join_paths(prefix, name)] = buffer
     return found
+
+
+def _own(module: nn.Module) -> tuple[dict[str, Any], dict[str, Any]]:
+    """The parameters and the saved buffers of a module itself."""
+    return dict(module.named_parameters(recurse=False)), _buffers(module, True)
 
 
 def _repeats_state(module: nn.Module) -> bool:

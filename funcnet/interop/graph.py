@@ -27,6 +27,9 @@ def graph(children: Mapping[Any, Layer], train: Program, evaluation: Program, na
     return combine(name, children, graph_forward, graph_backward, programs, dotted=True)
 
 
+_OTHERS = "others"
+"""Where the params of children that this mode does not call are among the residuals."""
+
 _done_after = lru_cache(maxsize=256)(Program.done_after)
 
 
@@ -35,7 +38,14 @@ def graph_forward(run: Run, x: Tree, programs: tuple[Program, Program]) -> tuple
     train = getattr(run, "train", None)
     if train is None and programs[0] != programs[1]:
         _run(run, x, programs[1])  # init: children of both programs have params
-    y, residuals = _run(run, x, programs[bool(train)])
+    program = programs[bool(train)]
+    y, residuals = _run(run, x, program)
+    if train is not None and programs[0] != programs[1]:
+        # What the other mode alone calls has no gradient, and keeps its state.
+        called = {step.target for step in program.steps if step.kind == "child"}
+        others = [child for child in run.names if child not in called]
+        residuals[_OTHERS] = {child: run.params[child] for child in others if child in run.params}
+        run.new_state.update({child: run.state[child] for child in others if child in run.state})
     if train:
         residuals["train"] = ()
     return y, residuals
@@ -101,6 +111,9 @@ def graph_backward(
 ) -> Tree:
     """The steps in the opposite order; cotangents of a value that was used often are summed."""
     program = programs["train" in residuals]
+    for child, params in residuals.get(_OTHERS, {}).items():
+        if child in pull.learned:
+            pull.learned[child] = tree.map(torch.zeros_like, params)
     like = tree.leaves(dy)
     cotangents: dict[int, list[Tree]] = {}
     _send(program.output, dy, cotangents)

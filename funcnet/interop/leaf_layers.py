@@ -1,12 +1,13 @@
 """Layers of tensors that a module's forward reads itself, or leaves alone."""
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from funcnet import tree
+from funcnet.combinators.combine import Pull, Run, combine
 from funcnet.core import Applied, Forward, Grads, Key, Layer, Params, Pullback, Tree
 from funcnet.lift import stateful
 
@@ -59,6 +60,36 @@ def constants(tensors: tuple[Tensor, ...]) -> Layer:
 def kept_rule(residuals: Any, dy: Any, *, params: bool, x: bool) -> Grads:
     """Zeros: nothing was computed with the params."""
     return tree.map(torch.zeros_like, residuals["params"]) if params else None, None
+
+
+def kept_forward(run: Run, x: Tree) -> tuple[Tree, Mapping[str, Tree]]:
+    """All children keep what they have; y is ()."""
+    for child in run.names:
+        run(child, x)
+    return (), {}
+
+
+def kept_backward(pull: Pull, dy: Tree, residuals: Mapping[str, Tree]) -> Tree:
+    """Zeros for all params; x was not read."""
+    for child in pull.names:
+        pull(child, (), needed=False)
+
+
+def kept_module(module: nn.Module, own: Callable[[nn.Module], tuple[Params, Params]]) -> Layer:
+    """A layer with the params and state of a module, and of all below it, that computes nothing.
+
+    Args:
+        module: any module.
+        own: the params and state of a module itself, by name.
+    """
+    children: dict[Any, Layer] = {}
+    params, state = own(module)
+    if params or state:
+        children[(*params, *state)] = kept(params, state)
+    for name, child in module._modules.items():
+        if child is not None:
+            children[name] = kept_module(child, own)
+    return combine("kept", children, kept_forward, kept_backward)
 
 
 def kept(params: Params, state: Params) -> Layer:
