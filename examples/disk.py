@@ -1,4 +1,4 @@
-"""What the example programs share: the disk data, shuffled epochs, measurements and drawing.
+"""What the other example programs share: the disk data, shuffled epochs, measurements, drawing.
 
 Everything random, the points, the order of the batches and the first parameters, is a function of
 a key.
@@ -128,27 +128,6 @@ def shuffled(key: Tensor, x: Tensor, target: Tensor, batch_size: int) -> Iterato
     """The batches of one epoch, in an order that depends on the key alone."""
     order = fn.random.permutation(key, len(x))
     return zip(x[order].split(batch_size), target[order].split(batch_size), strict=True)
-
-
-def fit(
-    model: fn.Layer,
-    objective: Objective,
-    optimizer: fn.Optimizer,
-    train: Data,
-    key: Tensor,
-    *,
-    epochs: int,
-    batch_size: int,
-) -> Iterator[fn.TrainState]:
-    """Train, and give the train state after each epoch."""
-    x, target = train.points, objective.target(train.labels)
-    shuffle_key = fn.fold_in(key, "shuffle")
-    state = fn.init_train_state(model, optimizer, fn.fold_in(key, "model"), x)
-    step = fn.train_step(model, objective.loss, optimizer)
-    for epoch in range(epochs):
-        for batch in shuffled(fn.fold_in(shuffle_key, epoch), x, target, batch_size):
-            state, _ = step(state, batch)
-        yield state
 
 
 class Measured(NamedTuple):
