@@ -176,8 +176,8 @@ def experts(
         layers: the experts, in a tuple or a dict by name; or one layer, of which there are ``n``
             copies with stacked params, as `stacked` has it.
         top_k: how many experts work on a token.
-        capacity: how many times the even share of tokens an expert can take: of choices above it
-            the output is 0. First choices come before second ones, and tokens in their order.
+        capacity: how many times its even share of the tokens an expert can take; the choices above
+            that add nothing to y. First choices come before second ones, and tokens in their order.
         n: the number of copies, where ``layers`` is one layer.
 
     Inputs: x of shape (*, features), floating.

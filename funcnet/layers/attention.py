@@ -249,7 +249,8 @@ def scaled_dot_product_attention(
         enable_gqa: whether the query may have a multiple of the heads of key and value,
             dimension -3, which groups of its heads then share.
         window: a query sees only the keys that are less than this away from it.
-        alibi: whether scores fall with the distance of query and key, see `alibi`.
+        alibi: whether scores fall with the distance of query and key, see `alibi`; the query then
+            has heads, in dimension -3.
         need_weights: whether the weights, after dropout, are an output too.
 
     Inputs: x, a tuple ``(query, key, value)`` or ``(query, key, value, attn_mask)``, or a dict with
@@ -262,7 +263,8 @@ def scaled_dot_product_attention(
     VJP: with ``dp = dy value^T`` and ``ds = p (dp - sum dp p)`` for the weights p: ``dquery =
     scale ds key``, ``dkey = scale ds^T query``, ``dvalue = p^T dy``, ``dattn_mask = ds``, None for
     bool.
-    Raises: ValueError for shapes that do not fit; TypeError for a mask of another dtype.
+    Raises: ValueError for shapes that do not fit, a dropout_p outside of [0, 1] or a window below
+    1; TypeError for a mask of another dtype.
     Source: ``torch.nn.functional.scaled_dot_product_attention``; Vaswani et al. 2017. PyTorch's
     flash kernels (Dao et al. 2022) are used for x of four dimensions without dropout and weights.
 

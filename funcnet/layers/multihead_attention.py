@@ -220,6 +220,7 @@ def multihead_attention(
     """``y = concat_h(softmax(q_h k_h^T / sqrt(features / heads)) v_h) out_proj^T``.
 
     q, k and v are linear functions of query, key and value; head h has its part of their features.
+    Torch's ``embed_dim`` is not given: init finds the features from x.
 
     Args:
         num_heads: the number of heads; it divides the features of the query.
@@ -247,8 +248,9 @@ def multihead_attention(
     key_padding_mask, attn_mask), or a dict with these names, whose first must be there: query
     (tokens, batch, features), key (keys, batch, kdim), value (keys, batch, vdim), or all three
     without the batch; key_padding_mask (batch, keys); attn_mask (tokens, keys) or (batch *
-    num_heads, tokens, keys). Masks are bool, True where a key is hidden, or of x's dtype and
-    added to the scores. A key of `funcnet.random` when ``train=True`` and dropout > 0.
+    num_heads, tokens, keys). Masks are bool, True where a key is hidden, the opposite of
+    `scaled_dot_product_attention`'s, as in torch; or of x's dtype and added to the scores. A key
+    of `funcnet.random` when ``train=True`` and dropout > 0.
     Returns: y of the shape of the query, or (y, weights), weights of shape (batch, tokens, keys)
     or (batch, num_heads, tokens, keys). A query that sees no key attends to zeros, and not to NaN
     as in torch.
@@ -258,8 +260,9 @@ def multihead_attention(
     State: with a cache ``positions.length``, ``cache.key`` and ``cache.value``, of shape (batch,
     num_kv_heads, cache, features / num_heads).
     VJP: that of the linear projections, and of `scaled_dot_product_attention` between them.
-    Raises: ValueError for inputs and masks that do not fit, and for a cache that is full; under
-    `jit`, which cannot read values, y is NaN then.
+    Raises: ValueError for features that the heads do not divide, for inputs and masks that do not
+    fit, and for a cache that is full (under `jit`, which cannot read values, y is NaN then);
+    TypeError for a mask of another dtype.
     Source: ``torch.nn.MultiheadAttention``; Vaswani et al. 2017; groups: Ainslie et al. 2023.
 
     >>> import funcnet as fn

@@ -123,8 +123,8 @@ def learned_positions(
         max_len: the number of rows of the table.
         weight_init: default N(0, 0.02^2), as in GPT-2.
         dtype: of the weight; default that of x.
-        cache: whether the first position is the state's ``length``, to which a call adds the
-            sequence's: the layer then goes on where the call before it ended.
+        cache: whether positions go on where the call before ended: the first one is the state's
+            ``length``, to which each call adds the length of its sequence.
 
     Inputs: x of shape (*, seq, features), floating, or (x, positions).
     Params: ``weight`` (max_len, features).
@@ -275,13 +275,13 @@ def rotary(
     """Each pair of features (a, b) at position p rotated by the angle ``p theta_i``.
 
     ``y = (a cos - b sin, b cos + a sin)`` with ``theta_i = base^(-2i / dim)``. The product of two
-    vectors that are so rotated depends on their positions by the difference alone.
+    vectors that are rotated so depends on the difference of their positions alone.
 
     Args:
         base: the slowest rotation takes about ``2 pi base`` positions.
-        scale: how many times longer sequences are than those that ``base`` was made for: the base
-            becomes ``base scale^(dim / (dim - 2))``, by which the slowest rotation takes ``scale``
-            times as many positions and the fastest one as many as before ("NTK-aware" scaling).
+        scale: how many times longer sequences are than those that ``base`` was made for. The base
+            becomes ``base scale^(dim / (dim - 2))``, so that the slowest rotation takes ``scale``
+            times as many positions, and the fastest one as many as before ("NTK-aware" scaling).
         interleaved: whether a pair is features 2i and 2i + 1, as in GPT-J; by default it is
             features i and i + dim / 2, as in GPT-NeoX and Llama.
         dim: how many of the features are rotated, the first ones; by default all.
@@ -358,7 +358,8 @@ def alibi_bias(
 def alibi(heads: int) -> Layer:
     """``y = x - slope |query - key|`` for the scores x of each head: attention with linear biases.
 
-    A key that comes after its query is as far as one that comes before: in the paper it is masked.
+    The distance has no sign: a key after its query counts as one before it. In the paper keys after
+    the query are masked.
 
     Args:
         heads: their number; see `alibi_slopes`.

@@ -24,13 +24,14 @@ def rnn(
     """``h_t = tanh(weight_ih x_t + bias_ih + weight_hh h_(t-1) + bias_hh)``.
 
     Args:
-        hidden_size: the number of features of h.
+        hidden_size: the number of features of h. Torch's ``input_size``, before it, is not
+            given: init finds it from x.
         num_layers: how many layers there are, each of the output of the one before.
         nonlinearity: "tanh" or "relu".
         bias: whether biases are learned.
         batch_first: whether the batch is the first dimension of x and y, not the second. That
             of ``hx`` and ``h_n`` is the second in any case.
-        dropout: the probability that a value between two layers is dropped, when it trains.
+        dropout: the probability that, in training, a value between two layers is dropped.
         bidirectional: whether each layer has a second cell that starts at the last step; y has
             the features of both.
         weight_init: default U(-b, b) with ``b = 1 / sqrt(hidden_size)``, as torch.nn.RNN.
@@ -39,10 +40,11 @@ def rnn(
 
     Inputs: x, an input of shape (steps, batch, features) or (steps, features), floating; or a
     tuple (input, hx); or a dict with ``input`` and, if wanted, ``hx`` and ``lengths``. ``hx``, the
-    first states, is of shape (num_layers directions, batch, hidden_size), zeros by default.
+    first states, is of shape (num_layers * directions, batch, hidden_size), zeros by default.
     ``lengths``, int32 or int64 of shape (batch,), in any order, says how many steps each sequence
-    has; what is behind them is not read. A key when ``train=True``, if there is dropout.
-    Returns: y = (output, h_n), of shapes (steps, batch, directions hidden_size) and that of hx.
+    has, in place of torch's PackedSequence; what is behind them is not read. A key when
+    ``train=True``, if there is dropout.
+    Returns: y = (output, h_n), of shapes (steps, batch, directions * hidden_size) and of hx.
     Given lengths, a sequence has the output 0 behind its last step, h_n is of its last step, and
     the other direction starts there. Where the values are not to be had, under jit and vmap, a
     length of 0 gives the first state, and one above the number of steps stands for that number.
@@ -51,7 +53,7 @@ def rnn(
     direction the same names with ``_reverse`` at the end.
     VJP: ``da_t = (dy_t + dh_t) (1 - h_t^2)``, ``dh_(t-1) = weight_hh^T da_t``,
     ``dweight_ih = sum_t da_t x_t^T``, ``dweight_hh = sum_t da_t h_(t-1)^T``,
-    ``dx_t = weight_ih^T da_t``.
+    ``dbias_ih = dbias_hh = sum_t da_t``, ``dx_t = weight_ih^T da_t``.
     Raises: ValueError for other shapes, and for lengths outside of [1, steps]; TypeError for other
     dtypes.
     Source: ``torch.nn.RNN``; Elman 1990.

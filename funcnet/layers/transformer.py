@@ -176,7 +176,8 @@ def transformer_encoder_layer(
     """``z = norm1(x + self_attn(x))``, ``y = norm2(z + linear2(activation(linear1(z))))``.
 
     With ``norm_first``: ``z = x + self_attn(norm1(x))``, ``y = z + linear2(...(norm2(z)))``. With
-    ``is_causal`` and without memory it is the layer of a GPT.
+    ``is_causal`` and an activation of "gelu" too it is the layer of a GPT. Torch's ``d_model`` is
+    not given: init finds the features from x.
 
     Args:
         nhead: the number of heads of the attention.

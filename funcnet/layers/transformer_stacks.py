@@ -67,15 +67,17 @@ def transformer_encoder(encoder_layer: Layer, num_layers: int, norm: Layer | Non
     """Encoder layers one after the other, and a norm.
 
     Args:
-        encoder_layer: such as `transformer_encoder_layer`; each copy has params of its own.
+        encoder_layer: such as `transformer_encoder_layer`; each copy has params of its own, drawn
+            with a key of its own. In torch all copies start from the same values.
         num_layers: how many there are.
-        norm: of what the last one gives, if any.
+        norm: a layer for the output of the last one, such as `layer_norm`; default none.
 
     Inputs: x, a tensor, or a tuple (src, mask, src_key_padding_mask), or a dict with these names.
     Returns: y of the shape of src.
     Params: ``layers.0`` and so on, ``norm``. Where there are no masks, `repeat` has the same
     layers with stacked params, which `jit` compiles once.
     VJP: the layers', from the last to the first.
+    Raises: ValueError for num_layers below 1; TypeError for what is no Layer; the layers' errors.
     Source: ``torch.nn.TransformerEncoder``.
 
     >>> import funcnet as fn
@@ -91,15 +93,17 @@ def transformer_decoder(decoder_layer: Layer, num_layers: int, norm: Layer | Non
     """Decoder layers one after the other, all with the same memory, and a norm.
 
     Args:
-        decoder_layer: such as `transformer_decoder_layer`; each copy has params of its own.
+        decoder_layer: such as `transformer_decoder_layer`; each copy has params of its own, as in
+            `transformer_encoder`.
         num_layers: how many there are.
-        norm: of what the last one gives, if any.
+        norm: a layer for the output of the last one, such as `layer_norm`; default none.
 
     Inputs: x, a tuple (tgt, memory, tgt_mask, memory_mask, tgt_key_padding_mask,
     memory_key_padding_mask), of which two must be there, or a dict with these names.
     Returns: y of the shape of tgt.
     Params: ``layers.0`` and so on, ``norm``.
     VJP: the layers', from the last to the first; dmemory is the sum of theirs.
+    Raises: as `transformer_encoder`.
     Source: ``torch.nn.TransformerDecoder``.
 
     >>> import funcnet as fn
@@ -153,7 +157,7 @@ def transformer(
     cache: int | None = None,
     dtype: torch.dtype | None = None,
 ) -> Layer:
-    """``y = decoder(tgt, encoder(src))``.
+    """``y = decoder(tgt, encoder(src))``: `transformer_encoder` and `transformer_decoder`.
 
     Args:
         nhead, dim_feedforward, dropout, activation, layer_norm_eps, batch_first, norm_first, bias,
@@ -171,6 +175,7 @@ def transformer(
     Params: those of ``encoder`` and ``decoder``: layers, and a norm after the last one of each.
     Weights are `glorot_uniform`, as torch's.
     VJP: the children's.
+    Raises: the children's errors.
     Source: ``torch.nn.Transformer``; Vaswani et al. 2017.
 
     >>> import funcnet as fn

@@ -130,10 +130,11 @@ def adaptive_log_softmax(
     """``log p(class)``, where a rare class is chosen within its cluster: p(cluster) p(class | it).
 
     The head chooses among the ``cutoffs[0]`` most frequent classes and the clusters of others.
-    Cluster i has the classes from ``cutoffs[i]`` on, of a projection of the input to
-    ``in_features // div_value**(i + 1)`` features. In eager mode on the CPU a cluster is computed
-    for the rows whose target is in it, as torch does. Elsewhere it is computed for all rows, since
-    shapes must not depend on values: that takes as long as the log-probabilities of all classes.
+    Cluster i has the classes from ``cutoffs[i]`` up to the next cutoff. Its logits are of a
+    projection of the input to ``in_features // div_value**(i + 1)`` features. In eager mode on the
+    CPU a cluster is computed for the rows whose target is in it, as torch does. Elsewhere it is
+    computed for all rows, since shapes must not depend on values: that takes as long as the
+    log-probabilities of all classes.
 
     Args:
         n_classes: of all classes, which are numbered from the most frequent one on.

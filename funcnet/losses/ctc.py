@@ -244,9 +244,10 @@ def ctc(blank: int = 0, reduction: str = "mean", zero_infinity: bool = False) ->
     tensors. The targets are (batch, size), padded, or concatenated to one dimension: under `jit`
     each of these takes the time of one as long as all together. The lengths are (batch,) or ().
     Returns: with "none", a tensor of shape (batch,) or ().
-    VJP: ``dprediction[t, n, c] = -d_n p(class c at time t | target) / n``. It is the derivative for
-    any prediction. PyTorch's has ``exp(prediction)`` added, which makes no difference to what comes
-    before the log_softmax that it supposes to be there.
+    VJP: ``dprediction[t, i, c] = -d_i p(class c at time t | target_i)``, where d_i is dvalue over
+    what the reduction divides by. It is the derivative for any prediction. PyTorch's has
+    ``d_i exp(prediction)`` added to it: it supposes a log_softmax before the loss, for whose input
+    the two are the same.
     Raises: ValueError for targets out of range, or lengths that are longer than what they measure.
     Source: ``torch.nn.CTCLoss``; Graves et al. 2006.
 
