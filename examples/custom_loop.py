@@ -7,7 +7,7 @@ Prints the loss, averaged over the batches, of ten epochs on the way, and the te
 
 import argparse
 
-from disk import draw, linear_decay, one_thread, shuffled, standardized, steps_in
+from disk import draw, one_thread, standardized
 
 import funcnet as fn
 
@@ -26,13 +26,13 @@ train, test = standardized(draw(train_key, 1000), draw(test_key, 1000))
 
 model = fn.serial(fn.linear(25), fn.tanh(), fn.linear(25), fn.tanh(), fn.linear(2))
 loss = fn.cross_entropy()
-optimizer = fn.adam(lr=linear_decay(0.01, steps_in(1000, 20, options.epochs)))
+optimizer = fn.adam(lr=fn.schedules.linear(0.01, 1.0, 0.0, total_iters=50 * options.epochs))
 
 params, state = model.init(init_key, train.points)
 opt_state = optimizer.init_state(params)
 for epoch in range(options.epochs):
-    epoch_key, values = fn.fold_in(shuffle_key, epoch), []
-    for x, target in shuffled(epoch_key, train.points, train.labels, batch_size=20):
+    batches, values = fn.epoch_batches(fn.fold_in(shuffle_key, epoch), train, batch_size=20), []
+    for x, target in zip(*batches, strict=True):
         # Forward: each vjp returns its value and a pullback, the linear map of its derivative.
         prediction, model_pullback, state = model.vjp(params, x, state)
         value, loss_pullback = loss.vjp(prediction, target)

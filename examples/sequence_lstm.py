@@ -114,8 +114,7 @@ def accuracy(net: fn.Layer, state: fn.TrainState, batch: tuple[Any, Tensor]) -> 
     """How often the likeliest place is the right one, of the places of walks."""
     x, target = batch
     logits, _ = net.apply(state.params, x)
-    right = (logits.argmax(1) == target)[target != NO_PLACE]
-    return right.float().mean().item()
+    return fn.metrics.accuracy(ignore_index=NO_PLACE).of_batch(logits, target).item()
 
 
 def parse() -> argparse.Namespace:
