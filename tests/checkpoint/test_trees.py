@@ -330,7 +330,9 @@ def test_importing_funcnet_or_loading_needs_no_safetensors(tmp_path, monkeypatch
     assert_same({"w": torch.ones(1)}, fn.load(tmp_path / "t"))
 
 
-@pytest.mark.parametrize("context", [torch.device("meta"), torch.inference_mode()], ids=["meta", "inference"])
+@pytest.mark.parametrize(
+    "context", [torch.device("meta"), torch.inference_mode()], ids=["meta", "inference"]
+)
 def test_the_default_device_and_inference_mode_change_nothing(tmp_path, context):
     tree = {"w": torch.randn(64), "empty": torch.ones(0, 3), "b": torch.tensor([True, False])}
     with context:
