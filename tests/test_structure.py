@@ -21,7 +21,8 @@ ORDER = [
     {"layers"},
     {"losses", "optimizers", "finite", "data", "metrics", "train"},
     {"transforms"},
-    {"checkpoint", "evaluate", "fit", "interop", "summary", "testing"},
+    {"checkpoint", "early_stopping", "evaluate", "interop", "summary", "testing"},
+    {"fit", "fit_parts"},
 ]
 
 

@@ -209,7 +209,7 @@ def test_char_lm_that_is_killed_goes_on_bit_for_bit(tmp_path: Path) -> None:
 def test_a_run_that_is_killed_ends_as_the_run_left_alone() -> None:
     printed = output_of("resume", "--kills", 1)
     killed = r"killed after step \d+ of 300, goes on from step \d+0?\n"
-    assert re.fullmatch(killed + r"all 22 tensors are equal, bit for bit\n", printed)
+    assert re.fullmatch(killed + r"all \d+ tensors are equal, bit for bit\n", printed)
 
 
 TABLES = {
