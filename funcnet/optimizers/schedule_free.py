@@ -7,7 +7,7 @@ from torch import Tensor
 
 from funcnet.core import Optimizer, Params, Tree
 from funcnet.optimizers.chains import chained
-from funcnet.optimizers.checks import Number, check_count, check_options, is_on
+from funcnet.optimizers.checks import Number, check_count, check_options, is_on, read_option
 from funcnet.optimizers.lift import stateful, zero_step
 from funcnet.optimizers.named import check_betas, check_named, named_chain, rate_at
 from funcnet.optimizers.rms import scale_by_rms
@@ -55,6 +55,9 @@ def average_schedule_free(
     """
     check_named("average_schedule_free", lr, weight_lr_power=weight_lr_power)
     check_options("average_schedule_free", b1=b1)
+    known = read_option(b1)
+    if known is not None and not 0.0 < known <= 1.0:  # x cannot be found of y = z
+        raise ValueError(f"average_schedule_free: b1 must be in (0, 1], got {known}")
 
     def init(p: Any) -> ScheduleFreeState:
         step = zero_step(p)
@@ -95,7 +98,7 @@ def schedule_free(
         lr: the rate that it has, a number, a 0-d tensor, or a function of the number of updates
             so far, which may rise, as in a warm-up, but need not fall. For the weight w it is
             asked for the rate of the next update, as in optax.
-        b1: how near y is to x, a number > 0.
+        b1: how near y is to x, a number in (0, 1].
         weight_lr_power: makes the first updates weigh less, where the rate is low.
 
     State: the optimizer's, and a `ScheduleFreeState`. Evaluate with

@@ -128,6 +128,7 @@ BAD = {
     "vector": (lambda: fn.adagrad(eps=torch.ones(2)), "adagrad: eps must be a 0-d tensor"),
     "etas": (lambda: fn.rprop(etas=(1.5, 1.2)), r"etas\[0\] < 1 < etas\[1\]"),
     "rho": (lambda: fn.adadelta(rho=1.5), "rho must be <= 1, got 1.5"),
+    "y = z": (lambda: fn.schedule_free_adamw(betas=(0.0, 0.9)), r"b1 must be in \(0, 1\], got 0"),
     "warm-up": (lambda: fn.schedule_free_sgd(warmup_steps=-1), "warmup_steps must be an integer"),
 }
 
