@@ -54,7 +54,7 @@ torch.set_num_threads(1)  # 25 units are too few to share
 
 loss, outputs, accuracy, score = LOSSES[options.loss]
 hidden = [fn.linear(25), getattr(fn, options.activation)()] * 3
-net = fn.serial(*hidden, fn.linear(outputs), *[fn.flatten(0)] * (outputs == 1))
+net = fn.serial(*hidden, fn.linear(outputs), *[fn.flatten(0)] * (outputs == 1))  # 1: (n,)
 make, rate = OPTIMIZERS[options.optimizer]
 steps = options.epochs * (POINTS // options.batch_size)
 optimizer = make(fn.schedules.linear(getattr(options, "lr", rate), 1.0, 0.0, steps))
