@@ -64,10 +64,8 @@ def orthogonalize(
     x = m if ns_dtype is None else m.to(ns_dtype)
     tall = m.shape[-2] > m.shape[-1]
     x = x.mT if tall else x
-    # The greatest singular value is at most the norm.
-    x = x / x.norm(dim=(-2, -1), keepdim=True).clamp(min=eps)
     stack = x.reshape(math.prod(x.shape[:-2]), *x.shape[-2:])
-    iterations = partial(_newton_schulz, ns_coefficients, ns_steps)
+    iterations = partial(_newton_schulz, ns_coefficients, ns_steps, eps)
     if x.is_cpu and x.shape[-2] >= _LARGE and stack.shape[0]:
         stack = scan(lambda _, x: ((), iterations(x)), (), stack)[1]
     else:
@@ -82,8 +80,10 @@ def orthogonalize(
 _LARGE = 256
 
 
-def _newton_schulz(coefficients: Coefficients, steps: int, x: Tensor) -> Tensor:
+def _newton_schulz(coefficients: Coefficients, steps: int, eps: Number, x: Tensor) -> Tensor:
     a, b, c = coefficients
+    # The greatest singular value is at most the norm.
+    x = x / x.norm(dim=(-2, -1), keepdim=True).clamp(min=eps)
     for _ in range(steps):
         gram = _symmetric(x, x.mT)
         x = _plus(_symmetric(gram, gram, gram, b, c), x, x, a)

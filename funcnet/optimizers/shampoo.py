@@ -133,10 +133,10 @@ def shampoo(
         max_precond_dim: the longest axis that has a matrix, of its length squared.
         maximize: ascends instead: negates the gradient before all else.
 
-    The roots are of eigenvalues, in float32 for half precision: 30 to 60 ms for an axis of 512 on a
-    core, a hundred times the products. In eager mode on the CPU the updates between do without. On
-    a GPU and under jit and vmap, where no update waits to read its number, each computes the roots,
-    and those between do not use them.
+    The roots are of eigenvalues, in float32 for half precision. They are what an update costs: of
+    two matrices of 512 x 512, on one core, 110 ms with and 28 without. In eager mode on the CPU the
+    updates between do without. On a GPU and under jit and vmap, where no update waits to read its
+    number, each computes the roots, and those between do not use them.
 
     Source: Gupta, Koren and Singer 2018.
 
