@@ -75,8 +75,8 @@ def orthogonalize(
 
 
 # From so many rows on, a product is faster for one matrix at a time on the CPU, whose cache holds
-# it, and in halves where it is symmetric: a step of Muon with 20 matrices of 512 x 512 takes 15 %
-# less (tests/benchmarks/muon.py).
+# it, and in halves where it is symmetric: a compiled step of Muon with 20 matrices of 512 x 512
+# takes 6 % less (tests/benchmarks/muon.py).
 _LARGE = 256
 
 
