@@ -46,6 +46,7 @@ OPTIONS = {
     "custom_loop": ("--seed", "--epochs"),
     "deep_ensemble": ("--seed", "--members", "--epochs", "--output"),
     "digits_cnn": ("--seed", "--epochs", "--images", "--output"),
+    "fit_dataloader": ("--epochs", "--images", "--workers", "--checkpoint"),
     "population_sweep": (
         "--seed",
         "--repetitions",
