@@ -100,20 +100,7 @@ def change_bytes(moments: random.Random, data: bytes) -> bytes:
             case 4:
                 del changed[begin:]
             case 5:
-                tokens = [
-                    b"{",
-                    b"}",
-                    b"[",
-                    b"]",
-                    b'"',
-                    b",",
-                    b":",
-                    b"-1",
-                    b"\xff",
-                    b"null",
-                    b"1e999",
-                ]
-                changed[begin:begin] = moments.choice(tokens) * moments.choice([1, 1, 2, 2000])
+                changed[begin:begin] = moments.choice(TOKENS) * moments.choice([1, 1, 2, 2000])
     return bytes(changed)
 
 

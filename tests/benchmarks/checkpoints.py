@@ -2,11 +2,11 @@
 
     python -m tests.benchmarks.checkpoints
 
-The tree is the train state of a transformer with AdamW, of so many bytes. Each row is the median of
-the interleaved runs, in seconds, and the median of their ratios. `fn.save` waits until the file is
-on the disk, which safetensors' does not: it is timed without and with `os.fsync` after it. To load
-is to map the file into memory, with all of both, so it is timed too with a pass that reads all of
-the tensors.
+The tree is the train state of a transformer with AdamW. Each row has the medians of the interleaved
+runs, in seconds of the clock and of the processor, and of their ratios. `fn.save` waits until the
+file is on the disk, which safetensors' does not: it is timed without and with `os.fsync` after it.
+To load is to map the file into memory, here as there, so it is timed too with a pass that reads
+all of the tensors.
 """
 
 import argparse
@@ -26,7 +26,7 @@ def train_state(size):
     """A train state of about so many bytes."""
     layers = 12
     # Of a layer 12 width^2 params, three times with AdamW's means, of 4 bytes.
-    width = int((size / (layers * 12 * 3 * 4)) ** 0.5) // 64 * 64
+    width = 64 * round((size / (layers * 12 * 3 * 4)) ** 0.5 / 64)
     block = fn.transformer_encoder_layer(width // 64, 4 * width, batch_first=True)
     net = fn.serial(*[block] * layers)
     optimizer = fn.adamw(1e-3)
@@ -46,24 +46,27 @@ def read(tree):
 
 
 def timed(functions, runs):
-    """The seconds of each function, by run; they take turns."""
+    """The seconds of each function, by run, and those of the processor; they take turns."""
     seconds = {name: [] for name in functions}
     for run in range(runs + 1):
         for name, function in functions.items():
-            begin = time.perf_counter()
+            begin, used = time.perf_counter(), time.process_time()
             function()
             if run:  # the first one is for the caches
-                seconds[name].append(time.perf_counter() - begin)
+                both = time.perf_counter() - begin, time.process_time() - used
+                seconds[name].append(both)
     return seconds
 
 
-def report(seconds, ours, peers):
+def report(seconds, ours, *peers):
     for peer in peers:
-        ratio = statistics.median(
-            [a / b for a, b in zip(seconds[ours], seconds[peer], strict=True)]
-        )
-        mine, theirs = (statistics.median(seconds[name]) for name in (ours, peer))
-        print(f"{ours:34} {mine:9.4f} s   {peer:34} {theirs:9.4f} s   {ratio:5.2f}")
+        row = []
+        for kind in range(2):
+            mine, theirs = ([run[kind] for run in seconds[name]] for name in (ours, peer))
+            ratio = statistics.median([a / b for a, b in zip(mine, theirs, strict=True)])
+            medians = statistics.median(mine), statistics.median(theirs)
+            row.append("{:.4f} | {:.4f} | {:.2f}".format(*medians, ratio))
+        print(f"| {ours} | {peer} | {' | '.join(row)} |")
 
 
 def main():
@@ -79,7 +82,9 @@ def main():
         if isinstance(leaf, torch.Tensor)
     }
     size = sum(leaf.nbytes for leaf in flat.values())
-    print(f"{size / 1e9:.2f} GB in {len(flat)} tensors")
+    print(f"{size / 1e9:.2f} GB in {len(flat)} tensors\n")
+    print("| ours | peer | s | peer's | ratio | of the processor | peer's | ratio |")
+    print("|---|---|---|---|---|---|---|---|")
     with tempfile.TemporaryDirectory(dir=options.folder) as folder:
         ours, theirs = Path(folder, "ours.safetensors"), Path(folder, "theirs.safetensors")
         saves = {
@@ -89,24 +94,24 @@ def main():
             "fn.save, checksum=True": lambda: fn.save(Path(folder, "sums"), state, checksum=True),
         }
         seconds = timed(saves, options.runs)
-        report(seconds, "fn.save", ["save_file and fsync", "save_file"])
-        report(seconds, "fn.save, checksum=True", ["save_file and fsync"])
+        report(seconds, "fn.save", "save_file and fsync", "save_file")
+        report(seconds, "fn.save, checksum=True", "save_file and fsync")
         loads = {
             "fn.load": lambda: fn.load(ours),
             "fn.load, like": lambda: fn.load(ours, state),
             "load_file": lambda: load_file(theirs),
         }
         seconds = timed(loads, 5 * options.runs)
-        report(seconds, "fn.load", ["load_file"])
-        report(seconds, "fn.load, like", ["load_file"])
+        report(seconds, "fn.load", "load_file")
+        report(seconds, "fn.load, like", "load_file")
         loads = {
             "fn.load, like, and read": lambda: read(fn.load(ours, state)),
             "load_file and read": lambda: read(load_file(theirs)),
             "fn.load, checksum": lambda: fn.load(Path(folder, "sums"), state),
         }
         seconds = timed(loads, options.runs)
-        report(seconds, "fn.load, like, and read", ["load_file and read"])
-        report(seconds, "fn.load, checksum", ["load_file and read"])
+        report(seconds, "fn.load, like, and read", "load_file and read")
+        report(seconds, "fn.load, checksum", "load_file and read")
 
 
 if __name__ == "__main__":
