@@ -7,9 +7,9 @@
                 "data_offsets": [begin, end]}, ...}, and spaces
     the rest    the tensors' bytes, one after another without holes, row by row
 
-The tests hold files to the package safetensors, both ways. Its own reader takes, on the CPU, twice
-the time (tests/benchmarks/checkpoints.py), the last of two tensors of one name, and the header and
-the bytes of two files where one is replaced meanwhile; its writer does not wait for the disk.
+The tests hold files to the package safetensors, both ways, and tests/benchmarks/checkpoints.py the
+times. That package opens a file twice, and so may take the header of one and the bytes of another
+that is just being saved; it lets a tensor be there twice; its writer does not wait for the disk.
 """
 
 import ctypes
@@ -105,6 +105,8 @@ def with_bytes(tensor: Tensor, function: Callable[[Any], Any]) -> Any:
     size = nbytes(tensor)
     if size == 0:
         return function(b"")
+    end = size + tensor.storage_offset() * tensor.element_size()
+    require(end <= tensor.untyped_storage().nbytes(), "a tensor reaches out of its memory")
     return function(memoryview((ctypes.c_char * size).from_address(tensor.data_ptr())).cast("B"))
 
 

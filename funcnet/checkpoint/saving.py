@@ -117,7 +117,9 @@ def _check_tensor(name: str, tensor: Tensor) -> None:
         raise TypeError(f"expects dense tensors, got a {kind} one at {name!r}")
     if tensor.dtype not in safetensors.NAMES and tensor.dtype != torch.complex128:
         raise TypeError(f"the format has no dtype for the {tensor.dtype} at {name!r}")
-    require(not tensor.is_meta, f"expects values to write, got a tensor on meta at {name!r}")
+    storage = tensor.untyped_storage()
+    if storage.device.type == "meta" or safetensors.nbytes(tensor) > 0 == storage.nbytes():
+        raise ValueError(f"expects values to write, got a tensor without any at {name!r}")
 
 
 def _check_value(name: str, value: Any) -> None:

@@ -17,8 +17,8 @@ from funcnet.checkpoint.safetensors import parse
 from funcnet.errors import require
 
 VERSION = 1
-_LIMIT = 2**21
-"""Of all paths of a file that is loaded as nested dicts; each may become a dict."""
+_PARTS, _DEPTH = 2**21, 2**8
+"""Of all paths of a file that is loaded without ``like``, and of one: each may become a dict."""
 
 Value = bool | int | float | str
 
@@ -140,6 +140,7 @@ def decode(text: str) -> Structure:
         part = found.get(name, {})
         correct = isinstance(part, dict) and all(type(value) in kinds for value in part.values())
         require(correct, f"the {name} are not what they should be")
+    require(all(n > 0 for n in found.get("dots", {}).values()), "the dots are not counts")
     score = found.get("score")
     require(score is None or type(score) is float, "the score is no number")
     unknown = sorted({*found.get("nodes", {}).values()} - {"dict", "list", "tuple", "none"})
@@ -157,8 +158,9 @@ def rebuild(
     """
     if leaves.keys() == {""}:
         return leaves[""]
-    parts = sum([path.count(".") for path in (*leaves, *nodes)])
-    require(parts <= _LIMIT, f"its paths have {parts} parts, more than {_LIMIT}")
+    parts = [path.count(".") for path in (*leaves, *nodes)]
+    require(sum(parts) <= _PARTS, f"its paths have {sum(parts)} parts, more than {_PARTS}")
+    require(max(parts, default=0) <= _DEPTH, f"it is deeper than {_DEPTH} dicts; give `like`")
     tree: Any = {"": {}}
     for path, leaf in leaves.items():
         parent, key = _place(tree, path, dots)
@@ -176,6 +178,8 @@ def rebuild(
 
 def _keys(path: str, dots: Mapping[str, int]) -> list[str]:
     """The keys on the way to a part of ``{"": tree}``."""
+    if not dots:
+        return ["", *path.split(".")] if path else [""]
     keys = []
     while path:
         count = 1 + dots.get(path, 0)

@@ -13,6 +13,7 @@ import torch
 from hypothesis import given, settings, strategies as st
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
+from torch._subclasses.fake_tensor import FakeTensorMode
 
 import funcnet as fn
 
@@ -28,6 +29,11 @@ DTYPES = [
 
 UNKNOWN = torch.zeros(2, dtype=torch.uint8).view(torch.float4_e2m1fn_x2)
 """The format has its dtype, but packs two numbers in what torch calls one."""
+
+WITHOUT_MEMORY = torch.ones(3)
+WITHOUT_MEMORY.untyped_storage().resize_(0)
+with FakeTensorMode():
+    FAKE = torch.ones(3)
 
 
 class Moments(NamedTuple):
@@ -246,6 +252,13 @@ def test_a_loaded_tree_can_be_donated(tmp_path):
     assert (tmp_path / "t").read_bytes() == before
 
 
+def test_a_donated_tensor_cannot_be_saved(tmp_path):
+    tree = {"w": torch.ones(64, 16), "b": torch.ones(3)}
+    fn.jit(lambda tree: fn.tree.map(lambda leaf: leaf * 2 + 1, tree), donate=0)(tree)
+    with pytest.raises(RuntimeError, match="was donated"):
+        fn.save(tmp_path / "t", tree)
+
+
 def test_like_may_lie_on_meta(tmp_path):
     net = fn.serial(fn.linear(3), fn.linear(2))
     params, _ = net.init(fn.key(0), torch.ones(1, 4))
@@ -288,7 +301,9 @@ def test_every_leaf_that_differs_is_named(tmp_path):
         ({"a": 1j}, TypeError, "got complex at 'a'"),
         ({"a": torch.ones(2, 2).to_sparse()}, TypeError, "dense tensors, got a torch.sparse_coo"),
         ({"a": UNKNOWN}, TypeError, "no dtype for the torch.float4"),
-        ({"a": torch.ones(2, device="meta")}, ValueError, "a tensor on meta at 'a'"),
+        ({"a": torch.ones(2, device="meta")}, ValueError, "a tensor without any at 'a'"),
+        ({"a": WITHOUT_MEMORY}, ValueError, "a tensor without any at 'a'"),
+        ({"a": FAKE}, ValueError, "a tensor without any at 'a'"),
         ({"a.b": 1, "a": {"b": 2}}, ValueError, "two parts of the tree have the path 'a.b'"),
         ({"a.b": [], "a": {"b": 2}}, ValueError, "two parts of the tree have the path 'a.b'"),
         ({"a.b.c": 1, "a": 2}, ValueError, r"there are leaves below \['a'\]"),
