@@ -10,6 +10,7 @@ from funcnet.core import Layer
 from funcnet.errors import require
 from funcnet.interop.classes import class_of, split_call
 from funcnet.interop.layer_module import LayerModule
+from funcnet.interop.module_facts import tensor_at
 from funcnet.interop.operations import ATTRIBUTES, OPERATIONS, is_known, name_of
 from funcnet.interop.program import Program, Ref, Step, frozen, refs_of, thawed
 from funcnet.interop.tracing import IN_PLACE, Refused, Tracer
@@ -129,7 +130,7 @@ class Builder:
             return self._constant(self.tracer.constants[int(target.partition(":")[2])], node.name)
         name = self.leaf(target)
         if name is None:
-            return self._constant(_at(self.module, target), node.name)
+            return self._constant(tensor_at(self.module, target), node.name)
         if name not in self.own:
             self.own.append(name)
         # The step of the leaves gets its names when all of them are known.
@@ -274,11 +275,6 @@ _ATTENTION = ("query", "key", "value", "attn_mask", "dropout_p", "is_causal", "s
 def _drops(node: fx.Node) -> bool:
     found = node.args[4] if len(node.args) > 4 else node.kwargs.get("dropout_p", 0.0)
     return bool(found)
-
-
-def _at(module: nn.Module, target: str) -> Any:
-    owner, _, name = target.rpartition(".")
-    return getattr(module.get_submodule(owner), name)
 
 
 def _split(module: nn.Module, args: Any, kwargs: Any) -> tuple[Any, Any]:

@@ -1,11 +1,8 @@
 """`from_module`: an ``nn.Module`` as a layer with its params and state."""
 
-import re
-from collections.abc import Mapping
 from typing import Any, Literal, NamedTuple
 
 from torch import Tensor, nn
-from torch.nn.parameter import UninitializedBuffer, UninitializedParameter
 
 from funcnet.combinators.combine import combine
 from funcnet.combinators.freeze import freeze
@@ -19,8 +16,21 @@ from funcnet.interop.forwards import CONSTANTS, Builder, Converted, with_leaves
 from funcnet.interop.graph import graph
 from funcnet.interop.layer_module import LayerModule
 from funcnet.interop.leaf_layers import constants, kept, kept_module, leaves
+from funcnet.interop.module_facts import (
+    PARAMETRIZED,
+    Unparametrized,
+    in_order,
+    inputs_of,
+    is_abstract,
+    own_tensors,
+    repeats_state,
+    saved_buffers,
+    snake_case,
+    tensor_at,
+    what_it_has,
+)
 from funcnet.interop.state_dicts import FROZEN
-from funcnet.interop.tracing import Refused, arguments_of, trace
+from funcnet.interop.tracing import Refused, trace
 from funcnet.interop.unknown_modules import unknown_module
 
 
@@ -134,7 +144,7 @@ class _Conversion:
         """Note the tensors of a module, or of all modules below it."""
         for name, parameter in module.named_parameters(recurse=not own, remove_duplicate=False):
             self._enter(join_paths(path, name), "params", parameter, used)
-        for key, buffer in _buffers(module, own).items():
+        for key, buffer in saved_buffers(module, own).items():
             self._enter(join_paths(path, key), "state", buffer, used)
 
     def _enter(
@@ -155,7 +165,7 @@ class _Conversion:
         return made
 
     def _converted(self, module: nn.Module, path: str, call: Any) -> Converted:
-        if why := _what_it_has(module):
+        if why := what_it_has(module):
             return self.fault(path, module, why)
         if isinstance(module, LayerModule):
             return self._layer_module(module, path)
@@ -163,9 +173,9 @@ class _Conversion:
             return self._parametrized(module, path, call)
         if class_of(module) is not None:
             return self._known(module, path, call)
-        if type(module).forward is nn.Sequential.forward and not _repeats_state(module):
+        if type(module).forward is nn.Sequential.forward and not repeats_state(module):
             return self._sequential(module, path)
-        if _is_abstract(module):
+        if is_abstract(module):
             return self.fault(path, module, f"torch.nn's {type(module).__name__} has no layer")
         return self._traced(module, path, call)
 
@@ -195,8 +205,8 @@ class _Conversion:
 
     def _parametrized(self, module: Any, path: str, call: Any) -> Converted:
         """weight_norm and spectral_norm, whose params have the same paths here."""
-        plain = next(kind for kind in type(module).__mro__ if kind.__name__ in _CLASSES)
-        layer = layer_for(_Like(module, plain), call if isinstance(call, dict) else {})
+        plain = next(kind for kind in type(module).__mro__ if kind.__name__ in PARAMETRIZED)
+        layer = layer_for(Unparametrized(module, plain), call if isinstance(call, dict) else {})
         for name, parts in module.parametrizations.items():
             kinds = [type(part).__name__ for part in parts]
             if kinds == ["_WeightNorm"]:
@@ -224,7 +234,7 @@ class _Conversion:
         return Converted(layer, may_alias, mutates)
 
     def _traced(self, module: nn.Module, path: str, call: Any) -> Converted:
-        parts, fixed = _inputs_of(module, call)
+        parts, fixed = inputs_of(module, call)
         found: dict[str, tuple[Any, Converted]] = {}
         aliases: dict[str, str] = {}
 
@@ -260,7 +270,7 @@ class _Conversion:
             for why in builder.faults:
                 self.fault(path, module, why)
         own = tuple(aliases)
-        inside = {name: _tensor(module, target) for name, target in aliases.items()}
+        inside = {name: tensor_at(module, target) for name, target in aliases.items()}
         children: dict[Any, Layer] = {name: made.layer for name, (_, made) in found.items()}
         for builder in builders:
             children.update(builder.layers)
@@ -277,8 +287,8 @@ class _Conversion:
             with_leaves(program, own, has, tuple(unused))
             for program, has in zip(programs, made_inside, strict=True)
         ]
-        name = _snake_case(type(module).__name__)
-        ordered = _in_order(children, module)
+        name = snake_case(type(module).__name__)
+        ordered = in_order(children, module)
         layer = graph(ordered, whole[1], whole[0], name)
         return Converted(layer, any([builder.may_alias for builder in builders]))
 
@@ -305,12 +315,12 @@ class _Conversion:
                     continue
                 if any([each.startswith(f"{target}.") for each in called]):
                     look(child, target)
-                elif any(True for _ in child.parameters()) or _buffers(child, False):
+                elif any(True for _ in child.parameters()) or saved_buffers(child, False):
                     self.register(child, join_paths(path, target), used=False)
-                    found[target] = kept_module(child, _own)
+                    found[target] = kept_module(child, own_tensors)
             own: dict[str, Any] = dict(below.named_parameters(recurse=False))
             own = {n: p for n, p in own.items() if n not in read}
-            state = {n: b for n, b in _buffers(below, True).items() if n not in read}
+            state = {n: b for n, b in saved_buffers(below, True).items() if n not in read}
             if prefix and (own or state):
                 self.fault(join_paths(path, prefix), below, "is not called, and parts of it are")
             elif own or state:
@@ -352,115 +362,3 @@ class _Conversion:
         if frozen:
             layer = freeze(layer, frozen)
         return layer, whole["params"], whole["state"]
-
-
-_CLASSES = {
-    *("Linear", "Bilinear", "Embedding", "EmbeddingBag", "MultiheadAttention", "PReLU"),
-    *(f"{name}{dims}d" for name in ("Conv", "ConvTranspose") for dims in (1, 2, 3)),
-}
-"""Classes that may have parametrizations here."""
-
-
-class _Like:
-    """A module as one of the class that it had before it was parametrized."""
-
-    def __new__(cls, module: nn.Module, kind: Any) -> Any:
-        plain = kind.__new__(kind)
-        plain.__dict__ = dict(module.__dict__)
-        parameters = dict(module._parameters)
-        for name in module.parametrizations:  # type: ignore[union-attr]
-            parameters[name] = nn.Parameter(getattr(module, name).detach(), requires_grad=False)
-        plain.__dict__["_parameters"] = parameters
-        return plain
-
-
-def _what_it_has(module: nn.Module) -> str:
-    """Hooks, which a layer does not have, and parameters without values."""
-    tensors = [*module.parameters(recurse=False), *module.buffers(recurse=False)]
-    if any([isinstance(each, (UninitializedParameter, UninitializedBuffer)) for each in tensors]):
-        return "has no parameters yet; call it once"
-    hooks = {
-        "forward hook": (module._forward_hooks, module._forward_pre_hooks),
-        "backward hook": (module._backward_hooks, module._backward_pre_hooks),
-    }
-    for name, found in hooks.items():
-        for each in found:
-            for hook in each.values():
-                called = getattr(hook, "__qualname__", type(hook).__name__)
-                return f"has a {name}, {called}, which a layer does not have"
-    return ""
-
-
-def _buffers(module: nn.Module, own: bool) -> dict[str, Tensor]:
-    """The buffers that are in the module's ``state_dict()``."""
-    found: dict[str, Tensor] = {}
-    for prefix, each in module.named_modules(remove_duplicate=False):
-        if own and prefix:
-            break
-        drawn = "_random_samples" if isinstance(each, nn.Module) else ""
-        for name, buffer in each._buffers.items():
-            if buffer is not None and name not in (*each._non_persistent_buffers_set, drawn):
-                found[join_paths(prefix, name)] = buffer
-    return found
-
-
-def _own(module: nn.Module) -> tuple[dict[str, Any], dict[str, Any]]:
-    """The parameters and the saved buffers of a module itself."""
-    return dict(module.named_parameters(recurse=False)), _buffers(module, True)
-
-
-def _repeats_state(module: nn.Module) -> bool:
-    """Whether a module with running statistics is among the children twice."""
-    children = [child for child in module._modules.values() if child is not None]
-    stateful = [id(child) for child in children if _buffers(child, False)]
-    return len(set(stateful)) < len(stateful)
-
-
-def _is_abstract(module: nn.Module) -> bool:
-    """Whether a class of torch.nn has no layer, and no forward that could be traced."""
-    return type(module).__module__.startswith("torch.nn.modules") and not isinstance(
-        module, nn.Sequential
-    )
-
-
-def _inputs_of(module: nn.Module, call: Any) -> tuple[tuple[str, ...], dict[str, Any]]:
-    """The names of forward's arguments that are x or its parts, and the values of the others."""
-    arguments = arguments_of(module)
-    parts, fixed = call if isinstance(call, tuple) else (None, {})
-    if parts is None:
-        parts = tuple([name for name, each in arguments.items() if each.default is each.empty])
-    unknown = [name for name in (*parts, *fixed) if name not in arguments]
-    if unknown or not parts:
-        raise Refused(f"its forward takes {list(arguments)}, not {unknown}")
-    rest = {
-        name: fixed.get(name, each.default) for name, each in arguments.items() if name not in parts
-    }
-    missing = [name for name, value in rest.items() if value is arguments[name].empty]
-    if missing:
-        raise Refused(f"its forward needs {missing}, which are not among the inputs {list(parts)}")
-    return parts, rest
-
-
-def _tensor(module: nn.Module, target: str) -> Any:
-    owner, _, name = target.rpartition(".")
-    return getattr(module.get_submodule(owner), name)
-
-
-def _in_order(children: Mapping[Any, Layer], module: nn.Module) -> dict[Any, Layer]:
-    """The children as they are in the module, after its own leaves."""
-    paths = [path for path, _ in module.named_modules(remove_duplicate=False)]
-    order = {path: place for place, path in enumerate(paths)}
-
-    def place(child: Any) -> int:
-        return -1 if isinstance(child, tuple) else order.get(child, len(order))
-
-    return {child: children[child] for child in sorted(children, key=place)}
-
-
-def _snake_case(name: str) -> str:
-    """The name of a class as that of a constructor.
-
-    >>> _snake_case("BasicBlock"), _snake_case("ViT"), _snake_case("GPT")
-    ('basic_block', 'vi_t', 'gpt')
-    """
-    return re.sub(r"(?<=[a-z0-9])(?=[A-Z])", "_", name).lower()

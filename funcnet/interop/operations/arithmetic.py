@@ -18,6 +18,15 @@ cached: Any = lru_cache(maxsize=1024)
 """Keeps the layer of each set of options."""
 
 
+def moved(function: Callable[..., Any], backward: Any, static: Callable[..., Any]) -> Layer:
+    """A layer ``y = function(x)``, whose backward gets ``static(x)``."""
+
+    def forward(x: Any) -> Step:
+        return function(x), {}, static(x)
+
+    return parameterless(forward, backward, declaration=accept_any, name=backward.__name__)
+
+
 def add_partials(dy: Tensor, a: Tensor, b: Tensor, y: Tensor, alpha: float) -> Any:
     """``y = a + alpha b``: ``da = dy``, ``db = alpha dy``."""
     return dy, dy if alpha == 1 else dy * alpha

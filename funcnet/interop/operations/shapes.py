@@ -8,7 +8,8 @@ from torch import Tensor
 
 from funcnet.core import Layer
 from funcnet.errors import require
-from funcnet.interop.operations.arithmetic import Call, cached
+from funcnet.interop.operations.arithmetic import Call, cached, moved
+from funcnet.interop.operations.indexing import INDEXING
 from funcnet.layers.shape import (
     concat,
     identity,
@@ -18,15 +19,6 @@ from funcnet.layers.shape import (
 )
 from funcnet.layers.tuples import item
 from funcnet.lift import Step, accept_any, parameterless
-
-
-def _layer(function: Callable[..., Any], backward: Any, static: Callable[..., Any]) -> Layer:
-    """A layer ``y = function(x)``, whose backward gets ``static(x)``."""
-
-    def forward(x: Any) -> Step:
-        return function(x), {}, static(x)
-
-    return parameterless(forward, backward, declaration=accept_any, name=backward.__name__)
 
 
 def _shape_of(x: Tensor) -> tuple[Any, ...]:
@@ -39,7 +31,7 @@ def _numbers(sizes: Any) -> tuple[Any, ...]:
 
 
 def _to_shape(shape: Any) -> Layer:
-    return _layer(lambda x: x.reshape(shape), reshape_backward, _shape_of)
+    return moved(lambda x: x.reshape(shape), reshape_backward, _shape_of)
 
 
 def reshape(x: Tensor, *sizes: Any, shape: Any = None) -> Call:
@@ -58,7 +50,7 @@ def _shaped_by(function: Callable[..., Tensor]) -> Callable[..., Call]:
         def forward(x: Tensor) -> Tensor:
             return function(x, *args, **options)
 
-        return _layer(forward, reshape_backward, _shape_of), x
+        return moved(forward, reshape_backward, _shape_of), x
 
     return call
 
@@ -99,7 +91,7 @@ def sum_to_backward(dy: Tensor, shape: tuple[int, ...]) -> Tensor:
 def expand(x: Tensor, *sizes: Any) -> Call:
     """``Tensor.expand``."""
     sizes = _numbers(sizes)
-    return _layer(lambda x: x.expand(sizes), sum_to_backward, _shape_of), x
+    return moved(lambda x: x.expand(sizes), sum_to_backward, _shape_of), x
 
 
 def repeat_backward(dy: Tensor, shape: tuple[int, ...], repeats: tuple[int, ...]) -> Tensor:
@@ -120,7 +112,7 @@ def repeat(x: Tensor, *repeats: Any) -> Call:
         return x.repeat(counts)
 
     require(len(counts) == x.dim(), "repeat: expects a number for each dimension of x")
-    return _layer(backward_shape, repeat_backward, static), x
+    return moved(backward_shape, repeat_backward, static), x
 
 
 def stack_backward(dy: Tensor, dim: int, dtypes: Any) -> tuple[Tensor | None, ...]:
@@ -135,7 +127,7 @@ def stack(tensors: Sequence[Tensor], dim: int = 0) -> Call:
     def static(x: Any) -> Any:
         return dim, tuple([each.dtype for each in x])
 
-    return _layer(lambda x: torch.stack(x, dim), stack_backward, static), tuple(tensors)
+    return moved(lambda x: torch.stack(x, dim), stack_backward, static), tuple(tensors)
 
 
 def cat(tensors: Sequence[Tensor], dim: int = 0) -> Call:
@@ -150,7 +142,7 @@ def unbind_backward(dy: tuple[Tensor, ...], dim: int) -> Tensor:
 
 def unbind(x: Tensor, dim: int = 0) -> Call:
     """``torch.unbind``."""
-    return _layer(lambda x: tuple(x.unbind(dim)), unbind_backward, lambda x: (dim,)), x
+    return moved(lambda x: tuple(x.unbind(dim)), unbind_backward, lambda x: (dim,)), x
 
 
 def split(x: Tensor, split_size_or_sections: Any = None, dim: int = 0, **options: Any) -> Call:
@@ -164,111 +156,6 @@ def chunk(x: Tensor, chunks: int, dim: int = 0) -> Call:
     return pieces(max(-(-x.shape[dim] // chunks), 1), dim), x
 
 
-def index_backward(dy: Tensor, shape: tuple[int, ...], *, index: Any) -> Tensor:
-    """dy, added up at the places of the indices."""
-    return torch.ops.aten.index_put(dy.new_zeros(shape), index, dy, True)
-
-
-def basic_backward(dy: Tensor, shapes: Any, steps: Any) -> Tensor:
-    """dy where slices were taken, zeros elsewhere; from the last dimension that was cut."""
-    aten = torch.ops.aten
-    dy = dy.reshape(shapes[-1])
-    for (kind, dim, *bounds), shape in zip(reversed(steps), reversed(shapes[:-1]), strict=True):
-        cut = aten.select_backward if kind == "select" else aten.slice_backward
-        dy = cut(dy, shape, dim, *bounds)
-    return dy
-
-
-def _cuts(x: Tensor, index: tuple[Any, ...]) -> tuple[Any, Any]:
-    """The selects and slices of an index, and the shapes before, between and after them."""
-    shapes, dim = [tuple(x.shape)], 0
-    steps: list[tuple[Any, ...]] = []
-    for part in index:
-        if part is None:
-            continue
-        shape = list(shapes[-1])
-        size = shape[dim]
-        if isinstance(part, slice):
-            if part != slice(None):
-                start, stop, step = part.indices(size)
-                steps.append(("slice", dim, start, stop, step))
-                shape[dim] = len(range(start, stop, step))
-                shapes.append(tuple(shape))
-            dim += 1
-        else:
-            steps.append(("select", dim, part % size if size else part))
-            del shape[dim]
-            shapes.append(tuple(shape))
-    return tuple(shapes), tuple(steps)
-
-
-def getitem(x: Any, index: Any) -> Call:
-    """``x[index]``: of a tuple or dict, or of a tensor by ints, slices, None, ..., or tensors."""
-    if not isinstance(x, Tensor):
-        require(not isinstance(index, slice), "getitem: expects one index of a tuple, got a slice")
-        place = index % len(x) if isinstance(index, int) else index
-        return item(place), x
-    parts = index if isinstance(index, tuple) else (index,)
-    if any([isinstance(part, (Tensor, list)) for part in parts]):
-        return _by_tensors(x, parts)
-    used = sum([part is not None and part is not Ellipsis for part in parts])
-    full = [slice(None)] * (x.dim() - used)
-    places = [place for place, part in enumerate(parts) if part is Ellipsis]
-    parts = (*parts[: places[0]], *full, *parts[places[0] + 1 :]) if places else (*parts, *full)
-    wrong = "getitem: expects ints, slices with a positive step, None, ... and tensors"
-    require(all([p is None or type(p) in (int, slice) for p in parts]), wrong)
-
-    def static(x: Tensor) -> Any:
-        return _cuts(x, parts)
-
-    return _layer(lambda x: x[parts], basic_backward, static), x
-
-
-def _by_tensors(x: Tensor, parts: tuple[Any, ...]) -> Call:
-    """An index of tensors, and of ``:`` in the dimensions before them."""
-    full = slice(None)
-    device = x.device
-    index = [torch.tensor(p, device=device) if isinstance(p, list) else p for p in parts]
-    index = [None if type(p) is slice and p == full else p for p in index]
-    plain = all([p is None or isinstance(p, Tensor) for p in index]) and None not in parts
-    require(plain, "getitem: expects tensors and : together, got other indices beside tensors")
-
-    def forward(x: Tensor) -> Step:
-        given = tuple([full if p is None else p for p in index])
-        return x[given], {"index": tuple(index)}, (tuple(x.shape),)
-
-    return parameterless(forward, index_backward, declaration=accept_any, name="getitem"), x
-
-
-def select(x: Tensor, dim: int, index: int) -> Call:
-    """``torch.select``."""
-    return getitem(x, (*[slice(None)] * (dim % x.dim()), index))
-
-
-def narrow(x: Tensor, dim: int, start: int, length: int) -> Call:
-    """``torch.narrow``."""
-    return getitem(x, (*[slice(None)] * (dim % x.dim()), slice(start, start + length)))
-
-
-def index_select(x: Tensor, dim: int, index: Tensor) -> Call:
-    """``torch.index_select``."""
-    return _by_tensors(x, (*[slice(None)] * (dim % x.dim()), index))
-
-
-def gather_backward(dy: Tensor, shape: tuple[int, ...], dim: int, *, index: Tensor) -> Tensor:
-    """dy, added up at the places of the indices along a dimension."""
-    return dy.new_zeros(shape).scatter_add(dim, index, dy)
-
-
-def gather(x: Tensor, dim: int, index: Tensor) -> Call:
-    """``torch.gather``."""
-
-    def forward(x: Tensor) -> Step:
-        return x.gather(dim, index), {"index": index}, (tuple(x.shape), dim)
-
-    return parameterless(forward, gather_backward, declaration=accept_any, name="gather"), x
-
-
 def flip_backward(dy: Tensor, dims: tuple[int, ...]) -> Tensor:
     """dy in the opposite order."""
     return dy.flip(dims)
@@ -277,7 +164,7 @@ def flip_backward(dy: Tensor, dims: tuple[int, ...]) -> Tensor:
 def flip(x: Tensor, *dims: Any) -> Call:
     """``torch.flip``."""
     order = _numbers(dims)
-    return _layer(lambda x: x.flip(order), flip_backward, lambda x: (order,)), x
+    return moved(lambda x: x.flip(order), flip_backward, lambda x: (order,)), x
 
 
 def roll_backward(dy: Tensor, shifts: Any, dims: Any) -> Tensor:
@@ -289,7 +176,7 @@ def roll(x: Tensor, shifts: Any, dims: Any = ()) -> Call:
     """``torch.roll``."""
     by, along = [tuple(n) if isinstance(n, Sequence) else (n,) for n in (shifts, dims)]
     back = tuple([-n for n in by])
-    return _layer(lambda x: x.roll(by, along), roll_backward, lambda x: (back, along)), x
+    return moved(lambda x: x.roll(by, along), roll_backward, lambda x: (back, along)), x
 
 
 def cast_backward(dy: Tensor, dtype: torch.dtype) -> Tensor:
@@ -303,7 +190,7 @@ def to(x: Tensor, *args: Any, **options: Any) -> Call:
     def forward(x: Tensor) -> Any:
         return x.to(*args, **options)
 
-    return _layer(forward, cast_backward, lambda x: (x.dtype,)), x
+    return moved(forward, cast_backward, lambda x: (x.dtype,)), x
 
 
 def _to_dtype(dtype: torch.dtype) -> Callable[..., Call]:
@@ -358,7 +245,7 @@ def _triangle(upper: bool) -> Callable[..., Call]:
         def forward(x: Tensor) -> Tensor:
             return triangle_backward(x, upper, diagonal)
 
-        return _layer(forward, triangle_backward, lambda x: (upper, diagonal)), x
+        return moved(forward, triangle_backward, lambda x: (upper, diagonal)), x
 
     return call
 
@@ -374,6 +261,7 @@ def same(x: Tensor, *args: Any, **options: Any) -> Call:
 
 
 SHAPES: dict[str, Callable[..., Call]] = {
+    **INDEXING,
     **dict.fromkeys(["reshape", "view"], reshape),
     **dict.fromkeys(["view_as", "reshape_as"], lambda x, other: reshape(x, *other.shape)),
     "flatten": _shaped_by(torch.flatten),
@@ -395,11 +283,6 @@ SHAPES: dict[str, Callable[..., Call]] = {
     "unbind": unbind,
     "split": split,
     "chunk": chunk,
-    "getitem": getitem,
-    "select": select,
-    "narrow": narrow,
-    "index_select": index_select,
-    "gather": gather,
     "flip": flip,
     "roll": roll,
     "to": to,
