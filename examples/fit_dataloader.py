@@ -37,12 +37,12 @@ def main() -> None:
     steps = options.epochs * len(loader)
     rate = fn.schedules.warmup_cosine(0.0, 4e-3, steps // 10, steps)
     optimizer = fn.optimizers.params_ema(fn.adamw(rate), 0.99)
-    step = fn.train_step(fn.cast(net, torch.bfloat16), loss, optimizer)
+    step = fn.train_step(fn.cast(net, torch.bfloat16), loss, optimizer, donate=True)
     metrics = {"accuracy": fn.metrics.accuracy()}
     validation = fn.evaluate(net, loss, metrics, DataLoader(test, 250), averaged=True)
     state = fn.init_train_state(net, optimizer, fn.key(0), train[0][0][None])
     run = {"epochs": options.epochs, "checkpoint": options.checkpoint, "resume": True}
-    _, history = fn.fit(fn.jit(step, donate=0), state, loader, validation=validation, **run)
+    _, history = fn.fit(step, state, loader, validation=validation, **run)
     print(f"test accuracy {history['val_accuracy'][-1]:.2%}")
 
 

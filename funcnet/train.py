@@ -118,7 +118,7 @@ def _forward_backward(
 
 
 def _pair(batch: Any) -> Batch:
-    """A batch ``(x, target)``, with arrays of numpy as tensors."""
+    """A batch ``(x, target)``; ValueError for what is no pair."""
     if not isinstance(batch, (tuple, list)) or len(batch) != 2:
         many = f"{len(batch)} things: " if isinstance(batch, (tuple, list)) else ""
         raise ValueError(f"expects a batch (x, target), got {many}{tree.describe(batch)}")
