@@ -11,6 +11,7 @@ all of the tensors.
 
 import argparse
 import os
+import random
 import statistics
 import tempfile
 import time
@@ -46,10 +47,16 @@ def read(tree):
 
 
 def timed(functions, runs):
-    """The seconds of each function, by run, and those of the processor; they take turns."""
+    """The seconds of each function, by run, and those of the processor.
+
+    They take turns, in another order each time: what one leaves for the disk to write slows down
+    the next.
+    """
     seconds = {name: [] for name in functions}
+    order = random.Random(0)
     for run in range(runs + 1):
-        for name, function in functions.items():
+        for name, function in order.sample([*functions.items()], len(functions)):
+            os.sync()
             begin, used = time.perf_counter(), time.process_time()
             function()
             if run:  # the first one is for the caches
