@@ -107,22 +107,26 @@ class LayerModule(nn.Module):
         call = _Call(self._funcnet, treedef, len(tensors), key is not None, self.training)
         leaves = [*tensors, *inputs] if key is None else [*tensors, *inputs, key]
         if not learns:
+            if not runtime.is_forward_mode():
+                leaves = [leaf.detach() for leaf in leaves]
             y, new_state = call.apply(leaves)
         else:
             outputs = _LayerFunction.apply(call, *leaves)
             y, new_state = call.results(leaves, outputs)
-        self._update(tensors, new_state)
+        self._update(leaves, tensors, new_state)
         return y
 
-    def _update(self, tensors: list[Tensor], new_state: Params) -> None:
-        """Write a new state into the buffers, those of it that are new."""
-        kinds = zip(self._funcnet.kinds, self._funcnet.paths, tensors, strict=True)
+    def _update(self, given: list[Tensor], tensors: list[Tensor], new_state: Params) -> None:
+        """Write a new state into the buffers, those of it that are not what was given."""
+        told = self._funcnet
         with torch.no_grad():
-            for kind, path, old in kinds:
+            for kind, path, old, buffer in zip(
+                told.kinds, told.paths, given, tensors, strict=False
+            ):
                 if kind != "params":
                     new = _at(path, new_state)
                     if new is not old:
-                        old.copy_(new)
+                        buffer.copy_(new)
 
 
 def _register(module: nn.Module, key: str, kind: str, value: Tensor) -> None:
@@ -257,7 +261,7 @@ class _LayerFunction(torch.autograd.Function):
 
     @staticmethod
     def forward(call: _Call, *leaves: Tensor) -> tuple[Tensor, ...]:
-        return call.forward(leaves)
+        return call.forward([leaf.detach() for leaf in leaves])
 
     @staticmethod
     def setup_context(ctx: Any, inputs: Any, output: Any) -> None:
@@ -278,7 +282,8 @@ class _LayerFunction(torch.autograd.Function):
         if torch.is_grad_enabled():  # create_graph: a function of the leaves, by autograd
             y, pullback, _ = call.vjp(leaves)
         else:
-            y, pullback, _ = call.restored(leaves, outputs)
+            # Fused kernels are for tensors that need no gradient.
+            y, pullback, _ = call.restored([leaf.detach() for leaf in leaves], outputs)
         given = dys[: call.y_number]
         dy = tree.flatten(y)[1].unflatten(
             [
