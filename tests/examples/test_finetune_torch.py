@@ -10,7 +10,7 @@ pytestmark = pytest.mark.cpu_only
 
 
 def test_a_few_images_are_learned_and_the_module_predicts_what_the_layer_does(tmp_path):
-    result = example.run(0, 1, 500, tmp_path / "digits.safetensors")
+    result = example.run(0, 4, 500, tmp_path / "digits.safetensors")
     assert result.tuned > result.inverted
     assert result.same
     assert result.difference < 1e-4
@@ -19,7 +19,7 @@ def test_a_few_images_are_learned_and_the_module_predicts_what_the_layer_does(tm
 def test_the_stem_is_not_learned_and_the_head_learns_faster():
     torch.manual_seed(0)
     model = example.Digits().eval()
-    data = example.Data(torch.rand(100, 1, 28, 28), torch.arange(100) % 10)
+    data = example.Data(torch.rand(400, 1, 28, 28), torch.arange(400) % 10)
     before = fn.tree.map(torch.clone, dict(model.state_dict()))
     _, tuned = example.tune(model, data, 1, fn.key(0))
     after = fn.interop.to_state_dict(tuned.params, tuned.state)
