@@ -1,16 +1,17 @@
 """Adafactor: the running mean of g^2 as an outer product of its rows' and its columns' means."""
 
 import math
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from funcnet.core import Optimizer, Tree
-from funcnet.optimizers.chains import chained
 from funcnet.optimizers.checks import Number, check_options, check_rate, read_option
 from funcnet.optimizers.each import each
+from funcnet.optimizers.leaves import at_least_float32
 from funcnet.optimizers.lift import stateful, zero_step
+from funcnet.optimizers.named import check_named, named_chain
 from funcnet.optimizers.transforms import LearningRate, ScheduleState, negate
 
 
@@ -73,7 +74,7 @@ def scale_by_factored_rms(beta2_decay: Number = -0.8, eps: Number | None = None)
         g: Tensor, rows: Tensor, columns: Tensor, nu: Tensor, w: Tensor
     ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         least = torch.finfo(g.dtype).eps if eps is None else eps
-        g, rows, columns, nu = map(_at_least_float32, (g, rows, columns, nu))
+        g, rows, columns, nu = map(at_least_float32, (g, rows, columns, nu))
         w = w.to(g.dtype)
         if g.dim() < 2:
             nu = torch.lerp(nu, g * g, w)
@@ -89,10 +90,6 @@ def scale_by_factored_rms(beta2_decay: Number = -0.8, eps: Number | None = None)
         return direction, FactoredState(step, *means)
 
     return stateful(init, update)
-
-
-def _at_least_float32(x: Tensor) -> Tensor:
-    return x.float() if x.dtype in (torch.float16, torch.bfloat16) else x
 
 
 # Those of no elements are 0, as is every sum of none: the state stays finite.
@@ -143,21 +140,16 @@ def adafactor(
     {'w': tensor([[-0.1000, -0.1000, -0.1000],
             [-0.1000, -0.1000, -0.1000]])}
     """
-    if not callable(lr):
-        check_rate("adafactor", lr)
     if not isinstance(eps, (tuple, list)) or len(eps) != 2:
         raise ValueError(f"adafactor: eps must be two numbers, got {eps!r}")
     floor, least = eps
-    options: Any = {"weight_decay": weight_decay, "eps[1]": least}
-    check_options("adafactor", **options)
+    check_named("adafactor", lr, weight_decay=weight_decay, **{"eps[1]": least})
     check_options("adafactor", least=1.0, d=d)
-    return chained(
+    return named_chain(
         "adafactor",
-        {
-            **({"negate": negate()} if maximize else {}),
-            "scale_by_factored_rms": scale_by_factored_rms(beta2_decay, floor),
-            "relative_step": _relative_step(lr, least, d, weight_decay),
-        },
+        maximize and negate(),
+        scale_by_factored_rms(beta2_decay, floor),
+        _relative_step(lr, least, d, weight_decay),
     )
 
 
@@ -165,7 +157,7 @@ def _relative_step(lr: LearningRate, least: Number, d: Number, weight_decay: Num
     """Adafactor's step along u, of a size that is relative to that of the params."""
 
     def step_of(u: Tensor, p: Tensor, relative: Tensor, decay: Number) -> Tensor:
-        u, p = _at_least_float32(u), _at_least_float32(p)
+        u, p = at_least_float32(u), at_least_float32(p)
         rate = relative * _rms(p).clamp(min=least) / (_rms(u) / d).clamp(min=1.0)
         return -(rate * u + decay * p)
 

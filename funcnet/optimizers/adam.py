@@ -8,7 +8,7 @@ from torch import Tensor
 from funcnet.core import Optimizer, Tree
 from funcnet.optimizers.adam_kernel import adam_kernel, kernel_takes
 from funcnet.optimizers.checks import Number, check_options, is_on
-from funcnet.optimizers.leaves import Leaves, as_number, sum_into
+from funcnet.optimizers.leaves import as_number, at_least_float32, sum_into
 from funcnet.optimizers.lift import stateful, zero_step
 from funcnet.optimizers.moments import running_square, sqrt
 from funcnet.optimizers.named import check_betas, check_named, named_chain, rate_at
@@ -86,7 +86,7 @@ def _adam(
         return sum_into(step, p, -rate * decay) if is_on(decay) else step, state
 
     def by_formula(g: Any, state: AdamState) -> tuple[Any, AdamState]:
-        g, m, v, v_max = map(_at_least_float32, (g, *state[1:]))
+        g, m, v, v_max = map(at_least_float32, (g, *state[1:]))
         m = torch.lerp(m, g, 1.0 - b1)  # b1 m + (1 - b1) g
         v = running_square(v, g, b2)
         v_max = torch.maximum(v_max, v) if amsgrad else v_max
@@ -108,13 +108,6 @@ def _adam(
         return updates, AdamState(state.step, *means)
 
     return stateful(init, update, name="scale_by_adam")
-
-
-def _at_least_float32(leaves: Any) -> Any:
-    half = (torch.float16, torch.bfloat16)
-    if not isinstance(leaves, Leaves):
-        return leaves
-    return Leaves([leaf.float() if leaf.dtype in half else leaf for leaf in leaves])
 
 
 def adam(

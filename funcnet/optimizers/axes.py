@@ -11,6 +11,8 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import Tensor
 
+from funcnet.optimizers.leaves import at_least_float32
+
 Sizes = tuple[int, ...]
 Matrices = list[Tensor | None]
 
@@ -29,7 +31,7 @@ def unpack(packed: Tensor, sizes: Sizes) -> Matrices:
 def pack(matrices: Sequence[Tensor | None], like: Tensor) -> Tensor:
     """The vector of these matrices; of no elements, and like a tensor, if there is none."""
     present = [matrix.reshape(-1) for matrix in matrices if matrix is not None]
-    return torch.cat(present) if present else wide(like).new_zeros(0)
+    return torch.cat(present) if present else at_least_float32(like).new_zeros(0)
 
 
 def changed(
@@ -40,14 +42,9 @@ def changed(
     return pack([None if row[0] is None else function(*row) for row in rows], packed)
 
 
-def wide(x: Tensor) -> Tensor:
-    """In float32 if it is of half precision."""
-    return x.float() if x.dtype in (torch.float16, torch.bfloat16) else x
-
-
 def start(p: Tensor, sizes: Sizes, diagonal: float) -> Tensor:
     """The vector of the matrices ``diagonal`` times the identity, for a leaf p."""
-    x = wide(p)
+    x = at_least_float32(p)
     eyes = [torch.eye(n, dtype=x.dtype, device=x.device) if n else None for n in sizes]
     return diagonal * pack(eyes, p)
 

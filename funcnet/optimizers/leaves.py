@@ -143,16 +143,16 @@ def leafwise(function: Callable[..., Any], *args: Any, **options: Any) -> Leaves
     return Leaves(found, fresh)
 
 
-def at_least_float32(leaves: Any) -> Any:
-    """The leaves, those of half precision in float32.
+def at_least_float32(x: Any) -> Any:
+    """A tensor, or leaves, in float32 where they are of half precision; anything else as it is.
 
     >>> [leaf.dtype for leaf in at_least_float32(Leaves([torch.ones(1).bfloat16()]))]
     [torch.float32]
     """
-    if not isinstance(leaves, Leaves):
-        return leaves
-    half = (torch.float16, torch.bfloat16)
-    return Leaves([leaf.float() if leaf.dtype in half else leaf for leaf in leaves])
+    if isinstance(x, Leaves):
+        return Leaves([at_least_float32(leaf) for leaf in x])
+    is_half = isinstance(x, Tensor) and x.dtype in (torch.float16, torch.bfloat16)
+    return x.float() if is_half else x
 
 
 def sum_into(g: Any, p: Any, factor: float | Tensor = 1.0) -> Any:

@@ -9,10 +9,10 @@ from torch import Tensor
 
 from funcnet.control_flow import scan
 from funcnet.core import Optimizer, Tree
-from funcnet.optimizers.chains import chained
-from funcnet.optimizers.checks import Number, check_options, check_rate, is_on
+from funcnet.optimizers.checks import Number, check_options, is_on
 from funcnet.optimizers.each import by_shape, each
 from funcnet.optimizers.lift import paths, stateful
+from funcnet.optimizers.named import check_named, named_chain
 from funcnet.optimizers.transforms import (
     LearningRate,
     add_decayed_weights,
@@ -233,11 +233,12 @@ def muon(
     {'w': tensor([[-0.1125, -0.0000],
             [-0.0000, -0.0680]])}
     """
-    if not callable(lr):
-        check_rate("muon", lr)
-    check_options("muon", weight_decay=weight_decay)
-    options: Any = (momentum, nesterov, ns_coefficients, eps, ns_steps, adjust_lr_fn)
-    transforms = {"scale_by_muon": scale_by_muon(*options, ns_dtype=ns_dtype)}
-    if is_on(weight_decay):
-        transforms["add_decayed_weights"] = add_decayed_weights(weight_decay)
-    return chained("muon", {**transforms, "scale_by_learning_rate": scale_by_learning_rate(lr)})
+    check_named("muon", lr, weight_decay=weight_decay)
+    return named_chain(
+        "muon",
+        scale_by_muon(
+            momentum, nesterov, ns_coefficients, eps, ns_steps, adjust_lr_fn, ns_dtype=ns_dtype
+        ),
+        is_on(weight_decay) and add_decayed_weights(weight_decay),
+        scale_by_learning_rate(lr),
+    )

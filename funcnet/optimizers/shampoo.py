@@ -7,10 +7,11 @@ from torch import Tensor
 
 from funcnet.core import Optimizer, Tree
 from funcnet.optimizers import axes
-from funcnet.optimizers.chains import chained
-from funcnet.optimizers.checks import Number, check_count, check_options, check_rate, is_on
+from funcnet.optimizers.checks import Number, check_count, check_options, is_on
 from funcnet.optimizers.each import each
+from funcnet.optimizers.leaves import at_least_float32
 from funcnet.optimizers.lift import choose, stateful, zero_step
+from funcnet.optimizers.named import check_named, named_chain
 from funcnet.optimizers.transforms import (
     LearningRate,
     add_decayed_weights,
@@ -66,14 +67,14 @@ def scale_by_shampoo(
     def start(p: Tensor) -> tuple[Tensor, Tensor]:
         sizes = sizes_of(p)
         if not any(sizes):
-            return torch.full_like(axes.wide(p), eps), axes.wide(p).new_zeros(0)
+            return torch.full_like(at_least_float32(p), eps), at_least_float32(p).new_zeros(0)
         return axes.start(p, sizes, eps), axes.start(p, sizes, 1.0)
 
     def init(p: Any) -> ShampooState:
         return ShampooState(zero_step(p), *each(start, p, outputs=2))
 
     def summed(g: Tensor, statistics: Tensor) -> Tensor:
-        g, sizes = axes.wide(g), sizes_of(g)
+        g, sizes = at_least_float32(g), sizes_of(g)
         new = axes.pack(axes.outer(g, sizes), g) if any(sizes) else g * g
         return kept * statistics + added * new
 
@@ -85,7 +86,7 @@ def scale_by_shampoo(
         return axes.changed(lambda matrix: axes.inverse_root(matrix, order), statistics, sizes)
 
     def direction(g: Tensor, statistics: Tensor, roots: Tensor) -> Tensor:
-        g, sizes = axes.wide(g), sizes_of(g)
+        g, sizes = at_least_float32(g), sizes_of(g)
         if any(sizes):
             return axes.rotate(g, axes.unpack(roots, sizes))
         return g / statistics.sqrt().clamp(min=torch.finfo(g.dtype).tiny)
@@ -146,14 +147,12 @@ def shampoo(
     {'w': tensor([[-0.1000, -0.0000],
             [-0.0000, -0.1000]])}
     """
-    if not callable(lr):
-        check_rate("shampoo", lr)
-    check_options("shampoo", momentum=momentum, weight_decay=weight_decay)
-    transforms = {
-        "negate": maximize and negate(),
-        "scale_by_shampoo": scale_by_shampoo(eps, beta2, precondition_frequency, max_precond_dim),
-        "trace": is_on(momentum) and trace(momentum),
-        "add_decayed_weights": is_on(weight_decay) and add_decayed_weights(weight_decay),
-        "scale_by_learning_rate": scale_by_learning_rate(lr),
-    }
-    return chained("shampoo", {name: each for name, each in transforms.items() if each})
+    check_named("shampoo", lr, momentum=momentum, weight_decay=weight_decay)
+    return named_chain(
+        "shampoo",
+        maximize and negate(),
+        scale_by_shampoo(eps, beta2, precondition_frequency, max_precond_dim),
+        is_on(momentum) and trace(momentum),
+        is_on(weight_decay) and add_decayed_weights(weight_decay),
+        scale_by_learning_rate(lr),
+    )

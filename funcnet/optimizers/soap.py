@@ -7,10 +7,11 @@ from torch import Tensor
 
 from funcnet.core import Optimizer, Tree
 from funcnet.optimizers import axes
-from funcnet.optimizers.chains import chained
-from funcnet.optimizers.checks import Number, check_count, check_options, check_rate, is_on
+from funcnet.optimizers.checks import Number, check_count, check_options, is_on
 from funcnet.optimizers.each import each
+from funcnet.optimizers.leaves import at_least_float32
 from funcnet.optimizers.lift import choose, stateful, zero_step
+from funcnet.optimizers.named import check_betas, check_named, named_chain
 from funcnet.optimizers.transforms import (
     LearningRate,
     add_decayed_weights,
@@ -58,15 +59,14 @@ def scale_by_soap(
      tensor([[1.0000, 0.0000],
             [0.0000, 1.0000]]))
     """
-    if not isinstance(betas, (tuple, list)) or len(betas) != 2:
-        raise ValueError(f"soap: betas must be two numbers, got {betas!r}")
+    name = "scale_by_soap"
+    check_betas(name, betas)
     b1, b2 = betas
     b_shampoo = b2 if shampoo_beta is None else shampoo_beta
-    decays: Any = {"betas[0]": b1, "betas[1]": b2, "shampoo_beta": b_shampoo}
-    check_options("soap", 0.0, 1.0, **decays)
-    check_options("soap", eps=eps)
+    check_options(name, below=1.0, shampoo_beta=b_shampoo)
+    check_options(name, eps=eps)
     check_count(
-        "soap", precondition_frequency=precondition_frequency, max_precond_dim=max_precond_dim
+        name, precondition_frequency=precondition_frequency, max_precond_dim=max_precond_dim
     )
 
     def sizes_of(p: Tensor) -> axes.Sizes:
@@ -81,7 +81,8 @@ def scale_by_soap(
         g: Tensor, mu: Tensor, nu: Tensor, bases: Tensor, started: Tensor, spread: Tensor
     ) -> tuple[Tensor, Tensor, Tensor]:
         sizes = sizes_of(g)
-        g, mu, nu, q = axes.wide(g), axes.wide(mu), axes.wide(nu), axes.unpack(bases, sizes)
+        g, mu, nu = map(at_least_float32, (g, mu, nu))
+        q = axes.unpack(bases, sizes)
         g = torch.where(started, axes.rotate(g, q), 0.0)
         mu = mu + (1.0 - b1) * (g - mu)
         nu = b2 * nu + (1.0 - b2) * g * g
@@ -91,7 +92,7 @@ def scale_by_soap(
         return direction, mu, nu
 
     def summed(g: Tensor, statistics: Tensor) -> Tensor:
-        g = axes.wide(g)
+        g = at_least_float32(g)
         new = axes.pack(axes.outer(g, sizes_of(g)), g)
         return statistics + (1.0 - b_shampoo) * (new - statistics)
 
@@ -113,7 +114,7 @@ def scale_by_soap(
 
     def turned(mu: Tensor, before: Tensor, after: Tensor) -> Tensor:
         sizes = sizes_of(mu)
-        back = axes.rotate(axes.wide(mu), axes.transposed(axes.unpack(before, sizes)))
+        back = axes.rotate(at_least_float32(mu), axes.transposed(axes.unpack(before, sizes)))
         return axes.rotate(back, axes.unpack(after, sizes))
 
     def update(g: Any, state: SoapState, p: Any) -> tuple[Any, SoapState]:
@@ -198,12 +199,11 @@ def soap(
     {'w': tensor([[-0.1000, -0.0000],
             [-0.0000, -0.1000]])}
     """
-    if not callable(lr):
-        check_rate("soap", lr)
-    check_options("soap", weight_decay=weight_decay)
-    transforms = {
-        "negate": maximize and negate(),
-        "scale_by_soap": scale_by_soap(
+    check_named("soap", lr, weight_decay=weight_decay)
+    return named_chain(
+        "soap",
+        maximize and negate(),
+        scale_by_soap(
             betas,
             shampoo_beta,
             eps,
@@ -213,7 +213,6 @@ def soap(
             normalize_grads,
             correct_bias,
         ),
-        "add_decayed_weights": is_on(weight_decay) and add_decayed_weights(weight_decay),
-        "scale_by_learning_rate": scale_by_learning_rate(lr),
-    }
-    return chained("soap", {name: each for name, each in transforms.items() if each})
+        is_on(weight_decay) and add_decayed_weights(weight_decay),
+        scale_by_learning_rate(lr),
+    )
