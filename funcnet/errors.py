@@ -11,6 +11,16 @@ def require(condition: object, message: str, error: type[Exception] = ValueError
         raise error(message)
 
 
+def check_kind(name: str, found: Any, kind: type, role: str = "") -> None:
+    """Raise TypeError unless something is a ``kind``, such as a Layer, and not its constructor."""
+    if not isinstance(found, kind):
+        article = "an" if kind.__name__[0] in "AEIOU" else "a"
+        as_role = f" as {role}" if role else ""
+        hint = "; call its constructor" if callable(found) else ""
+        got = f"{type(found).__name__}{hint}"
+        raise TypeError(f"{name}: expects {article} {kind.__name__}{as_role}, got {got}")
+
+
 def locate(error: Exception, where: str) -> None:
     """Put a layer's path, or a part of it, in front of an error's message."""
     if isinstance(error, (ValueError, TypeError)) and len(error.args) == 1:

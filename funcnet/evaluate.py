@@ -8,6 +8,7 @@ from torch import Tensor
 
 from funcnet import tree
 from funcnet.core import Layer, Loss, Params, TrainState, Tree
+from funcnet.errors import check_kind
 from funcnet.metrics.core import Metric, batch_function, summed
 from funcnet.metrics.means import MEAN, examples_of, mean_value, sum_and_count
 from funcnet.optimizers.averaging import eval_params
@@ -63,11 +64,8 @@ def evaluate(
     >>> evaluation(state)
     {'loss': tensor(9., dtype=torch.float64), 'r2': tensor(0., dtype=torch.float64)}
     """
-    for what, found, kind in (("model", model, Layer), ("loss", loss, Loss)):
-        if not isinstance(found, kind):
-            hint = "; call its constructor" if callable(found) else ""
-            got = type(found).__name__
-            raise TypeError(f"evaluate: expects a {kind.__name__} as {what}, got {got}{hint}")
+    check_kind("evaluate", model, Layer, "model")
+    check_kind("evaluate", loss, Loss, "loss")
     if metrics is not None and not isinstance(metrics, Mapping):
         raise TypeError(f"evaluate: expects a dict of metrics, got {type(metrics).__name__}")
     if metrics and "loss" in metrics:

@@ -20,7 +20,7 @@ from funcnet.core import (
     Tree,
     pull,
 )
-from funcnet.errors import require
+from funcnet.errors import check_kind, require
 from funcnet.finite import detect_nonfinite, require_finite
 from funcnet.metrics.core import Metric, batch_function
 from funcnet.optimizers.lift import step_params
@@ -47,20 +47,13 @@ def init_train_state(model: Layer, optimizer: Optimizer, key: Tensor, x: Tree) -
     >>> start.step, start.params["weight"].shape
     (tensor(0), torch.Size([2, 3]))
     """
-    _check_kind("init_train_state", "model", model, Layer)
-    _check_kind("init_train_state", "optimizer", optimizer, Optimizer)
+    check_kind("init_train_state", model, Layer, "model")
+    check_kind("init_train_state", optimizer, Optimizer, "optimizer")
     params, state = model.init(key, x)
     opt_state = optimizer.init_state(params)
     check_outermost(optimizer, opt_state)
     step = torch.zeros((), dtype=torch.int64, device=key.device)
     return TrainState(params, state, opt_state, key, step)
-
-
-def _check_kind(where: str, what: str, found: Any, kind: type) -> None:
-    if not isinstance(found, kind):
-        hint = "; call its constructor" if callable(found) else ""
-        got = type(found).__name__
-        raise TypeError(f"{where}: expects a {kind.__name__} as {what}, got {got}{hint}")
 
 
 Measured = dict[str, Any]
@@ -77,8 +70,8 @@ def _forward_backward(
 
     ``dvalue`` is the cotangent of the loss. With `Sums` for ``sums``, the gradients are added up.
     """
-    _check_kind("train_step", "model", model, Layer)
-    _check_kind("train_step", "loss", loss, Loss)
+    check_kind("train_step", model, Layer, "model")
+    check_kind("train_step", loss, Loss, "loss")
     if check_finite:
         model = detect_nonfinite(model)
 
@@ -241,7 +234,7 @@ def train_step(
     >>> state.step, list(metrics)
     (tensor(1), ['loss'])
     """
-    _check_kind("train_step", "optimizer", optimizer, Optimizer)
+    check_kind("train_step", optimizer, Optimizer, "optimizer")
     if isinstance(micro_batches, bool) or not isinstance(micro_batches, int) or micro_batches < 1:
         raise ValueError(
             f"train_step: micro_batches must be an integer of at least 1, got {micro_batches!r}"

@@ -581,7 +581,7 @@ def test_what_is_not_made_by_a_constructor_is_refused_with_a_hint():
     net, loss, optimizer = fn.linear(2), fn.mse(), fn.sgd(0.1)
     with pytest.raises(TypeError, match=r"^train_step: expects a Loss as loss, .*constructor"):
         fn.train_step(net, fn.mse, optimizer)
-    with pytest.raises(TypeError, match=r"^train_step: expects a Optimizer as optimizer"):
+    with pytest.raises(TypeError, match=r"^train_step: expects an Optimizer as optimizer"):
         fn.train_step(net, optimizer, loss)
     with pytest.raises(TypeError, match=r"^init_train_state: expects a Layer as model"):
         fn.init_train_state(fn.linear, optimizer, fn.key(0), torch.ones(1, 2))

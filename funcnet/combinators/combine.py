@@ -32,7 +32,7 @@ from funcnet.core import (
     takes_box,
     takes_sums,
 )
-from funcnet.errors import locate
+from funcnet.errors import check_kind, locate
 from funcnet.lift import stateful
 from funcnet.random import fold_in
 
@@ -287,9 +287,7 @@ class Pull:
 
 
 def _check_child(parent: str, child: Name, layer: Any, alone: bool, dotted: bool) -> None:
-    if not isinstance(layer, Layer):
-        hint, where = "; call its constructor" if callable(layer) else "", _path(parent, child)
-        raise TypeError(f"{where}: expects a Layer, got {type(layer).__name__}{hint}")
+    check_kind(_path(parent, child), layer, Layer)
     if isinstance(child, str) and (("." in child and not dotted) or not (child or alone)):
         raise ValueError(f"{parent}: a name must not be empty or have a dot, got {child!r}")
 

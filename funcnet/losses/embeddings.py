@@ -7,6 +7,7 @@ from torch import Tensor
 
 from funcnet import tree
 from funcnet.core import Layer, Loss
+from funcnet.errors import check_kind
 from funcnet.layers.distances import pairwise_distance
 from funcnet.losses.checks import check_several, check_signs, labels, refuse_reduction
 from funcnet.losses.lift import Elements, from_formulas, loss_of, times
@@ -173,8 +174,5 @@ def triplet_margin_with_distance(
     """
     name = "triplet_margin_with_distance"
     distance = pairwise_distance() if distance_function is None else distance_function
-    if not isinstance(distance, Layer):
-        hint = "; call its constructor" if callable(distance) else ""
-        got = f"{type(distance).__name__}{hint}"
-        raise TypeError(f"{name}: expects a Layer as distance_function, got {got}")
+    check_kind(name, distance, Layer, "distance_function")
     return _triplet(name, distance, margin, swap, reduction)

@@ -3,9 +3,9 @@
 from collections.abc import Mapping
 
 from funcnet.core import EMPTY, Optimizer, Params, Tree
-from funcnet.errors import locate
+from funcnet.errors import check_kind, locate
 from funcnet.optimizers.leaves import Leaves
-from funcnet.optimizers.lift import Trees, leaves_update, lifted, require_optimizer
+from funcnet.optimizers.lift import Trees, leaves_update, lifted
 
 
 def chain(*transforms: Optimizer, **named: Optimizer) -> Optimizer:
@@ -27,7 +27,7 @@ def chain(*transforms: Optimizer, **named: Optimizer) -> Optimizer:
     """
     children: dict[str, Optimizer] = {}
     for given, transform in [*((None, t) for t in transforms), *named.items()]:
-        require_optimizer("chain", transform)
+        check_kind("chain", transform, Optimizer)
         name = given or transform.name
         if name in children:
             raise ValueError(f"chain: two are named {name!r}; name one, as in chain(a, other=b)")

@@ -9,14 +9,13 @@ import torch
 from torch import Tensor
 
 from funcnet.core import Optimizer, Params, Tree
-from funcnet.errors import locate, require
+from funcnet.errors import check_kind, locate, require
 from funcnet.optimizers.leaves import Leaves
 from funcnet.optimizers.lift import (
     Trees,
     check_state,
     leaves_update,
     lifted,
-    require_optimizer,
     zero_step,
 )
 
@@ -84,7 +83,7 @@ def inject_hyperparams(
         def start(step: Tensor) -> dict[str, Any]:
             return {option: _start(option, given, step) for option, given in injected.items()}
 
-        require_optimizer(_NAME, made(start(torch.zeros((), dtype=torch.int64))))
+        check_kind(_NAME, made(start(torch.zeros((), dtype=torch.int64))), Optimizer)
 
         def init_state(params: Params) -> Tree:
             step = zero_step(Trees(params).params)  # type: ignore[arg-type]

@@ -12,7 +12,7 @@ from torch import Tensor
 from funcnet import runtime, tree
 from funcnet.compiler.loops import without_values
 from funcnet.core import EMPTY, Box, Optimizer, Params, Tree, function_name
-from funcnet.errors import locate, refuse_state
+from funcnet.errors import check_kind, locate, refuse_state
 from funcnet.optimizers.each import Shaped
 from funcnet.optimizers.leaves import Applied, Leaves, sum_into
 
@@ -129,15 +129,8 @@ def around(
     ({'w': tensor([-0.5000])}, AverageState(mean={'w': tensor([0.9500])}, inner={}))
     """
     name = name or function_name(update)
-    require_optimizer(name, optimizer)
+    check_kind(name, optimizer, Optimizer)
     return _with_state(name, init, update, optimizer, gives_state)
-
-
-def require_optimizer(name: str, optimizer: Any) -> None:
-    """Raise TypeError unless it is an optimizer."""
-    if not isinstance(optimizer, Optimizer):
-        hint = "; call its constructor" if callable(optimizer) else ""
-        raise TypeError(f"{name}: expects an Optimizer, got {type(optimizer).__name__}{hint}")
 
 
 def _with_state(

@@ -7,10 +7,10 @@ import torch
 from torch import Tensor
 
 from funcnet.core import Optimizer, Tree
-from funcnet.errors import require
+from funcnet.errors import check_kind, require
 from funcnet.optimizers.checks import check_count, check_options, check_positive
 from funcnet.optimizers.clipping import global_norm
-from funcnet.optimizers.lift import around, choose, paths, require_optimizer, zero_step
+from funcnet.optimizers.lift import around, choose, paths, zero_step
 
 
 class LossScaleState(NamedTuple):
@@ -59,7 +59,7 @@ def dynamic_loss_scale(
      LossScaleState(scale=tensor(4.), good_steps=tensor(0), inner={}))
     """
     name = "dynamic_loss_scale"
-    require_optimizer(name, optimizer)
+    check_kind(name, optimizer, Optimizer)
     require(optimizer.loss_scale is None, f"{name}: {optimizer.name} has a loss scale already")
     check_positive(name, initial=initial, growth=growth, backoff=backoff)
     check_options(name, below=1.0, backoff=backoff)

@@ -5,10 +5,10 @@ from typing import Any
 
 from funcnet import tree
 from funcnet.core import EMPTY, Optimizer, Params, Tree
-from funcnet.errors import locate, require
+from funcnet.errors import check_kind, locate, require
 from funcnet.optimizers.chains import check_states, present
 from funcnet.optimizers.leaves import Leaves
-from funcnet.optimizers.lift import Trees, leaves_update, lifted, require_optimizer
+from funcnet.optimizers.lift import Trees, leaves_update, lifted
 from funcnet.optimizers.parts import Parts
 from funcnet.tree import Where, chosen_leaves
 
@@ -31,7 +31,7 @@ def masked(optimizer: Optimizer, where: Where, *, name: str = "masked") -> Optim
     >>> no_bias.update(params, no_bias.init_state(params), params)[0]
     {'weight': tensor([1.1000]), 'bias': tensor([1.])}
     """
-    require_optimizer(name, optimizer)
+    check_kind(name, optimizer, Optimizer)
     inside = leaves_update(optimizer)
 
     parts = Parts(name, lambda paths: {"": chosen_leaves(where, paths) if paths else ()})
@@ -73,7 +73,7 @@ def partition(optimizers: Mapping[str, Optimizer], rules: Mapping[str, Where]) -
     {'body': {'weight': tensor([-0.0100])}, 'head': {'weight': tensor([-0.1000])}}
     """
     for optimizer in optimizers.values():
-        require_optimizer("partition", optimizer)
+        check_kind("partition", optimizer, Optimizer)
     without = sorted(optimizers.keys() ^ rules.keys())
     require(not without, f"partition: expects an optimizer and a rule for each label of {without}")
 

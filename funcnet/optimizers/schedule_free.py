@@ -5,7 +5,9 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from funcnet import tree
 from funcnet.core import Optimizer, Params, Tree
+from funcnet.errors import check_kind
 from funcnet.optimizers.chains import chained
 from funcnet.optimizers.checks import Number, check_count, check_options, is_on, read_option
 from funcnet.optimizers.lift import stateful, zero_step
@@ -17,7 +19,6 @@ from funcnet.optimizers.transforms import (
     negate,
     scale_by_learning_rate,
 )
-from funcnet.tree import map as tree_map
 
 
 class ScheduleFreeState(NamedTuple):
@@ -35,7 +36,7 @@ class ScheduleFreeState(NamedTuple):
         def average(y: Tensor, z: Tensor) -> Tensor:
             return (y + (1.0 / self.b1 - 1.0) * (y - z)).to(y.dtype)
 
-        return tree_map(average, params, self.z)
+        return tree.map(average, params, self.z)
 
 
 def average_schedule_free(
@@ -115,8 +116,7 @@ def schedule_free(
     >>> state["average_schedule_free"].eval_params(params)
     {'w': tensor([-0.0343])}
     """
-    if not isinstance(optimizer, Optimizer):
-        raise TypeError(f"schedule_free: expects an optimizer, got {type(optimizer).__name__}")
+    check_kind("schedule_free", optimizer, Optimizer)
     average = average_schedule_free(lr, b1, weight_lr_power)
     return chained("schedule_free", {optimizer.name: optimizer, average.name: average})
 
