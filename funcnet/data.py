@@ -216,8 +216,17 @@ def _hash(x: Tensor) -> Tensor:
     return (x >> 16) ^ x
 
 
-def on_device(device: torch.device | None) -> Callable[[Any], Tree]:
-    """``batch -> batch`` of tensors on a device; of arrays of numpy, and of other tensors."""
+def pair(batch: Any) -> tuple[Tree, Tree]:
+    """The x and the target of a batch; ValueError for what is not such a pair."""
+    if not isinstance(batch, (tuple, list)) or len(batch) != 2:
+        many = f"{len(batch)} things: " if isinstance(batch, (tuple, list)) else ""
+        raise ValueError(f"expects a batch (x, target), got {many}{tree.describe(batch)}")
+    return batch[0], batch[1]
+
+
+def on_device_of(params: Tree) -> Callable[[Any], Tree]:
+    """``batch -> batch``: tensors and numpy arrays become tensors on the device of the params."""
+    device = next((leaf.device for leaf in tree.leaves(params)), None)
 
     def moved(leaf: Any) -> Any:
         if not isinstance(leaf, Tensor):

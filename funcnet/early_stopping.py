@@ -8,8 +8,8 @@ from torch import Tensor
 
 from funcnet import tree
 from funcnet.core import Tree
-from funcnet.errors import require
-from funcnet.optimizers.checks import check_count, check_options
+from funcnet.errors import check_count, require
+from funcnet.optimizers.checks import check_options
 
 
 class EarlyStoppingState(NamedTuple):

@@ -21,6 +21,19 @@ def check_kind(name: str, found: Any, kind: type, role: str = "") -> None:
         raise TypeError(f"{name}: expects {article} {kind.__name__}{as_role}, got {got}")
 
 
+def check_count(name: str, least: int = 1, **options: Any) -> None:
+    """Raise ValueError for an option that is no integer of at least ``least``.
+
+    >>> check_count("lookahead", k=0)
+    Traceback (most recent call last):
+    ...
+    ValueError: lookahead: k must be an integer >= 1, got 0
+    """
+    for option, value in options.items():
+        if isinstance(value, bool) or not isinstance(value, int) or value < least:
+            raise ValueError(f"{name}: {option} must be an integer >= {least}, got {value!r}")
+
+
 def locate(error: Exception, where: str) -> None:
     """Put a layer's path, or a part of it, in front of an error's message."""
     if isinstance(error, (ValueError, TypeError)) and len(error.args) == 1:

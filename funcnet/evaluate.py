@@ -3,12 +3,12 @@
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any
 
-import torch
 from torch import Tensor
 
 from funcnet import tree
 from funcnet.core import Layer, Loss, Params, TrainState, Tree
-from funcnet.errors import check_kind
+from funcnet.data import on_device_of, pair
+from funcnet.errors import check_kind, located
 from funcnet.metrics.core import Metric, batch_function, summed
 from funcnet.metrics.means import MEAN, examples_of, mean_value, sum_and_count
 from funcnet.optimizers.averaging import eval_params
@@ -139,18 +139,8 @@ def _weighted(name: str, part: Any) -> Metric:
 
 def _on_device(batches: Iterable[Any], params: Params) -> Iterator[tuple[Tree, Tree]]:
     """The batches as pairs of trees of tensors, on the device of the params."""
-    device = next((leaf.device for leaf in tree.leaves(params)), None)
-
-    def as_tensor(leaf: Any) -> Tensor:
-        if not isinstance(leaf, Tensor):
-            # Torch warns of memory that must not be written to, such as a file's.
-            flags = getattr(leaf, "flags", None)
-            leaf = torch.as_tensor(leaf if flags is None or flags.writeable else leaf.copy())
-        return leaf if device is None else leaf.to(device, non_blocking=True)
-
+    move = on_device_of(params)
     for batch in batches:
-        if not isinstance(batch, (tuple, list)) or len(batch) != 2:
-            many = f"{len(batch)} things: " if isinstance(batch, (tuple, list)) else ""
-            got = many + tree.describe(batch)
-            raise ValueError(f"evaluate: expects batches (x, target), got {got}")
-        yield tree.map(as_tensor, batch[0]), tree.map(as_tensor, batch[1])
+        with located("evaluate:"):
+            x, target = move(pair(batch))
+        yield x, target

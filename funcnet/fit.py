@@ -10,9 +10,9 @@ from torch import Tensor
 
 from funcnet import checkpoint as checkpoints, tree
 from funcnet.core import TrainState, Tree
-from funcnet.data import on_device
+from funcnet.data import on_device_of
 from funcnet.early_stopping import EarlyStopping
-from funcnet.errors import require
+from funcnet.errors import check_count, require
 from funcnet.fit_parts import Bar, History, Interrupt, Writer
 
 Step = Callable[[TrainState, Any], tuple[TrainState, dict[str, Tensor]]]
@@ -94,7 +94,8 @@ def fit(
     calls = [callbacks] if callable(callbacks) else list(callbacks)
     stoppers = dict(early_stopping or {})
     _check(step, train_state, batches, calls, stoppers, validation)
-    _check_numbers(epochs=epochs, steps=steps, every=every, validate_every=validate_every)
+    counts = {"epochs": epochs, "steps": steps, "every": every, "validate_every": validate_every}
+    check_count("fit", **{name: count for name, count in counts.items() if count is not None})
     require(not resume or checkpoint is not None, "fit: resume needs a checkpoint folder")
 
     begin = taken = _number(train_state.step)
@@ -151,7 +152,7 @@ def fit(
     first_key = train_state.key.reshape(-1, 2)[0]
     passes = _passes(batches, first_key, begin, length)
     stream = _stream(passes, length, taken - begin, ended, epochs, steps)
-    move = on_device(next((leaf.device for leaf in tree.leaves(train_state.params)), None))
+    move = on_device_of(train_state.params)
     with Writer(log_dir) as writer, Bar(total, progress) as bar, Interrupt() as interrupt:
         while not (stop or interrupt.asked):
             try:
@@ -302,12 +303,6 @@ def _check(
             raise TypeError(f"fit: expects fn.early_stopping(...) for {name!r}, got {got}")
         if name.startswith("val_") and validation is None:
             raise ValueError(f"fit: early stopping by {name!r} needs a validation")
-
-
-def _check_numbers(**numbers: Any) -> None:
-    for name, value in numbers.items():
-        whole = isinstance(value, int) and not isinstance(value, bool) and value >= 1
-        require(value is None or whole, f"fit: {name} must be an integer >= 1, got {value!r}")
 
 
 def _check_watched(names: Sequence[str], values: Logs) -> None:

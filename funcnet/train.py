@@ -20,7 +20,8 @@ from funcnet.core import (
     Tree,
     pull,
 )
-from funcnet.errors import check_kind, require
+from funcnet.data import pair
+from funcnet.errors import check_count, check_kind, require
 from funcnet.finite import detect_nonfinite, require_finite
 from funcnet.metrics.core import Metric, batch_function
 from funcnet.optimizers.lift import step_params
@@ -84,7 +85,7 @@ def _forward_backward(
         dvalue: float | Tensor = 1.0,
         sums: bool | Sums = True,
     ) -> tuple[Params, Params, Measured]:
-        x, target = _pair(batch)
+        x, target = pair(batch)
         prediction, pullback, state = model.forward(params, x, state, key, train)
         value, loss_pullback = loss.vjp(prediction, target)
         if value.dim():
@@ -110,14 +111,6 @@ def _forward_backward(
     return run
 
 
-def _pair(batch: Any) -> Batch:
-    """A batch ``(x, target)``; ValueError for what is no pair."""
-    if not isinstance(batch, (tuple, list)) or len(batch) != 2:
-        many = f"{len(batch)} things: " if isinstance(batch, (tuple, list)) else ""
-        raise ValueError(f"expects a batch (x, target), got {many}{tree.describe(batch)}")
-    return batch[0], batch[1]
-
-
 def _in_micro_batches(run: ForwardBackward, count: int) -> ForwardBackward:
     """The same of a batch in ``count`` parts: the mean of their gradients, one after another."""
 
@@ -129,7 +122,7 @@ def _in_micro_batches(run: ForwardBackward, count: int) -> ForwardBackward:
         train: bool,
         dvalue: float | Tensor = 1.0,
     ) -> tuple[Params, Params, Measured]:
-        parts = tree.map(_split(batch, count), _pair(batch))
+        parts = tree.map(_split(batch, count), pair(batch))
         keys = None if key is None else torch.arange(count, device=key.device)
 
         def body(carry: Tree, each: Tree) -> tuple[Tree, Measured]:
@@ -235,10 +228,7 @@ def train_step(
     (tensor(1), ['loss'])
     """
     check_kind("train_step", optimizer, Optimizer, "optimizer")
-    if isinstance(micro_batches, bool) or not isinstance(micro_batches, int) or micro_batches < 1:
-        raise ValueError(
-            f"train_step: micro_batches must be an integer of at least 1, got {micro_batches!r}"
-        )
+    check_count("train_step", micro_batches=micro_batches)
     loss_scale = optimizer.loss_scale
     require(
         not (check_finite and loss_scale),

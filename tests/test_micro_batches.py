@@ -190,7 +190,7 @@ def test_a_gradient_of_another_shape_is_told_and_not_broadcast():
 @pytest.mark.parametrize(
     ("count", "batch", "message"),
     [
-        (0, None, "micro_batches must be an integer of at least 1, got 0"),
+        (0, None, "micro_batches must be an integer >= 1, got 0"),
         (True, None, "micro_batches must be an integer of at least 1, got True"),
         (2.0, None, "micro_batches must be an integer of at least 1, got 2.0"),
         (3, ((8, 5), (8, 3)), "micro_batches: expects a batch of a multiple of 3, got 8"),

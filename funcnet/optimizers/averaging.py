@@ -4,7 +4,7 @@ The average is in the optimizer's state, so that it is saved, donated and mapped
 """
 
 import math
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import torch
@@ -12,8 +12,9 @@ from torch import Tensor
 
 from funcnet import tree
 from funcnet.core import Optimizer, Params, Tree
-from funcnet.errors import require
-from funcnet.optimizers.checks import Number, check_count, check_options, read_option
+from funcnet.errors import check_count, require
+from funcnet.optimizers.chains import find_states
+from funcnet.optimizers.checks import Number, check_options, read_option
 from funcnet.optimizers.leaves import at_least_float32, leafwise
 from funcnet.optimizers.lift import around, zero_step
 
@@ -58,19 +59,9 @@ def eval_params(opt_state: Tree, params: Params) -> Params:
     >>> params, eval_params(opt_state, params)
     ({'w': tensor([-2.])}, {'w': tensor([-1.5000])})
     """
-    found = list(_averaging(opt_state))
+    found = find_states(opt_state, lambda state: hasattr(state, "eval_params"))
     require(len(found) < 2, "eval_params: two optimizers of one chain keep params for evaluation")
     return found[0].eval_params(params) if found else params
-
-
-def _averaging(opt_state: Tree) -> Iterator[Any]:
-    """The states in a tree that keep other params for evaluation."""
-    if hasattr(opt_state, "eval_params"):
-        yield opt_state
-    elif isinstance(opt_state, (Mapping, tuple, list)):
-        children = opt_state.values() if isinstance(opt_state, Mapping) else opt_state
-        for child in children:
-            yield from _averaging(child)
 
 
 def params_ema(optimizer: Optimizer, decay: Number = 0.999, *, debias: bool = False) -> Optimizer:

@@ -1,6 +1,9 @@
 """One transform after another."""
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import optree
 
 from funcnet.core import EMPTY, Optimizer, Params, Tree
 from funcnet.errors import check_kind, locate
@@ -67,6 +70,17 @@ def check_states(name: str, children: Mapping[str, Optimizer], opt_state: Tree) 
         found = sorted(opt_state) if is_dict else type(opt_state).__name__
         expected = f"a dict of the states of {list(children)}"
         raise ValueError(f"{name}: expects {expected}, got {found}")
+
+
+def find_states(opt_state: Tree, wanted: Callable[[Any], bool]) -> list[Any]:
+    """The states for which ``wanted`` is true in the state of a whole optimizer; the outermost.
+
+    >>> nested = {"scale_by_adam": (1, 2), "others": {"inner": (3,)}}
+    >>> find_states(nested, lambda state: isinstance(state, tuple))
+    [(3,), (1, 2)]
+    """
+    leaves = optree.tree_leaves(opt_state, is_leaf=wanted)
+    return [*filter(wanted, leaves)]
 
 
 def present(states: Params) -> Params:

@@ -60,19 +60,6 @@ def _check_kind(name: str, option: str, given: Any, expected: str, *no: type) ->
         raise TypeError(f"{name}: {option} must be {expected}, got {given!r}")
 
 
-def check_count(name: str, least: int = 1, **options: int) -> None:
-    """Raise ValueError for an option that is no integer of at least ``least``.
-
-    >>> check_count("lookahead", k=0)
-    Traceback (most recent call last):
-    ...
-    ValueError: lookahead: k must be an integer >= 1, got 0
-    """
-    for option, value in options.items():
-        if isinstance(value, bool) or not isinstance(value, int) or value < least:
-            raise ValueError(f"{name}: {option} must be an integer >= {least}, got {value!r}")
-
-
 def read_option(value: Number) -> Any:
     """The value of a number or a 0-d tensor; None for a tensor that cannot be read for free."""
     return runtime.read(value) if isinstance(value, Tensor) else value

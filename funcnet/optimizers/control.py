@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from funcnet.core import Optimizer, Tree
-from funcnet.optimizers.checks import check_count
+from funcnet.errors import check_count
 from funcnet.optimizers.clipping import global_norm
 from funcnet.optimizers.leaves import at_least_float32, sum_into
 from funcnet.optimizers.lift import around, choose, zero_step

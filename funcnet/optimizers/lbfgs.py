@@ -8,7 +8,8 @@ from torch import Tensor
 
 from funcnet import runtime, tree
 from funcnet.core import Params, Tree
-from funcnet.optimizers.checks import Number, check_count, check_options, check_rate
+from funcnet.errors import check_count
+from funcnet.optimizers.checks import Number, check_options, check_rate
 from funcnet.optimizers.leaves import Leaves
 from funcnet.optimizers.lift import Trees, check_state, zero_step
 

@@ -6,7 +6,8 @@ import torch
 from torch import Tensor
 
 from funcnet.core import Optimizer, Params, Tree
-from funcnet.optimizers.checks import Number, check_count, check_options
+from funcnet.errors import check_count
+from funcnet.optimizers.checks import Number, check_options
 from funcnet.optimizers.lift import around, choose, zero_step
 
 

@@ -1,14 +1,14 @@
 """A loss scale for float16, whose gradients are 0 below 6e-8 and infinite above 65504."""
 
-from collections.abc import Iterator, Mapping
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from funcnet.core import Optimizer, Tree
-from funcnet.errors import check_kind, require
-from funcnet.optimizers.checks import check_count, check_options, check_positive
+from funcnet.errors import check_count, check_kind, require
+from funcnet.optimizers.chains import find_states
+from funcnet.optimizers.checks import check_options, check_positive
 from funcnet.optimizers.clipping import global_norm
 from funcnet.optimizers.lift import around, choose, paths, zero_step
 
@@ -102,13 +102,7 @@ def dynamic_loss_scale(
 
 def check_outermost(optimizer: Optimizer, opt_state: Tree) -> None:
     """Raise ValueError if a loss scale is inside of another optimizer, where nobody asks for it."""
-    if optimizer.loss_scale is None and any(_loss_scales(opt_state)):
+    scales = find_states(opt_state, lambda state: isinstance(state, LossScaleState))
+    if optimizer.loss_scale is None and scales:
         message = "dynamic_loss_scale must be around all other optimizers, not inside of"
         raise ValueError(f"{message} {optimizer.name}")
-
-
-def _loss_scales(opt_state: Tree) -> Iterator[bool]:
-    yield isinstance(opt_state, LossScaleState)
-    if isinstance(opt_state, (Mapping, tuple, list)):
-        for child in opt_state.values() if isinstance(opt_state, Mapping) else opt_state:
-            yield from _loss_scales(child)

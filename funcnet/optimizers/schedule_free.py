@@ -7,9 +7,9 @@ from torch import Tensor
 
 from funcnet import tree
 from funcnet.core import Optimizer, Params, Tree
-from funcnet.errors import check_kind
+from funcnet.errors import check_count, check_kind
 from funcnet.optimizers.chains import chained
-from funcnet.optimizers.checks import Number, check_count, check_options, is_on, read_option
+from funcnet.optimizers.checks import Number, check_options, is_on, read_option
 from funcnet.optimizers.lift import stateful, zero_step
 from funcnet.optimizers.named import check_betas, check_named, named_chain, rate_at
 from funcnet.optimizers.rms import scale_by_rms

@@ -6,8 +6,9 @@ import torch
 from torch import Tensor
 
 from funcnet.core import Optimizer, Tree
+from funcnet.errors import check_count
 from funcnet.optimizers import axes
-from funcnet.optimizers.checks import Number, check_count, check_options, is_on
+from funcnet.optimizers.checks import Number, check_options, is_on
 from funcnet.optimizers.each import each
 from funcnet.optimizers.leaves import at_least_float32
 from funcnet.optimizers.lift import choose, stateful, zero_step

@@ -9,6 +9,7 @@ from torch import Tensor
 
 from funcnet import tree
 from funcnet.core import Optimizer, Params, Tree
+from funcnet.optimizers.chains import find_states
 from funcnet.optimizers.checks import Number, check_options, is_on
 from funcnet.optimizers.lift import stateful, zero_step
 from funcnet.optimizers.named import check_betas, check_named, named_chain
@@ -114,8 +115,7 @@ def refresh_hessian(opt_state: Tree, estimate: Params) -> Any:
             )
         )
 
-    found = [*filter(is_ours, optree.tree_leaves(opt_state, is_leaf=is_ours))]
-    if not found:
+    if not find_states(opt_state, is_ours):
         raise ValueError(f"refresh_hessian: expects Sophia's state, got {tree.describe(opt_state)}")
     return optree.tree_map(refresh, opt_state, is_leaf=is_ours)
 

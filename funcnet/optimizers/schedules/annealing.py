@@ -6,7 +6,8 @@ from collections.abc import Callable, Iterable
 import torch
 from torch import Tensor
 
-from funcnet.optimizers.checks import Number, check_count
+from funcnet.errors import check_count
+from funcnet.optimizers.checks import Number
 from funcnet.optimizers.schedules.lift import (
     Schedule,
     between,

@@ -7,7 +7,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from funcnet.optimizers.checks import Number, check_count, check_options, read_option
+from funcnet.errors import check_count
+from funcnet.optimizers.checks import Number, check_options, read_option
 
 Schedule = Callable[[Any], Tensor]
 """A function of the number of steps so far, an int or a 0-d tensor, that gives a 0-d tensor."""

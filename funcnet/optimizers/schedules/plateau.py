@@ -7,7 +7,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from funcnet.optimizers.checks import Number, check_count
+from funcnet.errors import check_count
+from funcnet.optimizers.checks import Number
 from funcnet.optimizers.schedules.lift import (
     check_choice,
     check_numbers,
