@@ -1,4 +1,4 @@
-"""When to stop, and what was best so far: pure functions of the values that are watched."""
+"""When to stop, and the best so far: pure functions of a value, such as a validation loss."""
 
 from collections.abc import Callable
 from typing import NamedTuple
@@ -13,7 +13,7 @@ from funcnet.optimizers.checks import check_options
 
 
 class EarlyStoppingState(NamedTuple):
-    """The best value, how many values came since that, and whether to stop; 0-d tensors."""
+    """The best value, how many values came since then, and whether to stop; 0-d tensors."""
 
     best: Tensor
     wait: Tensor
@@ -34,8 +34,8 @@ def early_stopping(patience: int = 3, min_delta: float = 0.0, mode: str = "min")
     """Says to stop when a value, such as a validation loss, has not become better for a while.
 
     A value is better if it is below ``best - min_delta``, with ``mode="max"`` above
-    ``best + min_delta``; NaN never is. ``state.stop`` is true from the ``patience``-th value on
-    that comes in turn without a better one. Nothing waits for a device: it works under `jit`,
+    ``best + min_delta``; NaN never is. ``state.stop`` becomes true when ``patience`` values in a
+    row were not better, and stays so. Nothing waits for a device: it works under `jit`,
     `vmap` and `scan`, and `fn.fit` takes it.
 
     Args:

@@ -14,7 +14,7 @@ from torch import Tensor
 
 
 class History:
-    """The values of metrics at all steps; they are stacked from time to time."""
+    """The values of the metrics at all steps, stacked from time to time."""
 
     def __init__(self, before: Mapping[str, Tensor] | None = None) -> None:
         self.parts: dict[str, list[Tensor]] = {

@@ -1,4 +1,4 @@
-"""Steps of the size of the last ones: `adadelta`, `scale_by_adadelta`."""
+"""Steps as large as the running mean of the last steps: `adadelta`, `scale_by_adadelta`."""
 
 from typing import Any, NamedTuple
 
@@ -19,7 +19,7 @@ from funcnet.optimizers.transforms import (
 
 
 class AdadeltaState(NamedTuple):
-    """Running means of g^2 and of what was given for it squared, trees like params."""
+    """Running means of g^2 and of the squared updates u^2, trees like params."""
 
     nu: Tree
     delta: Tree

@@ -1,4 +1,4 @@
-"""Adafactor: the running mean of g^2 as an outer product of its rows' and its columns' means."""
+"""Adafactor: the running mean of g^2 as an outer product of row means and column means."""
 
 import math
 from typing import NamedTuple
@@ -29,7 +29,7 @@ class FactoredState(NamedTuple):
 
 
 def scale_by_factored_rms(beta2_decay: Number = -0.8, eps: Number | None = None) -> Optimizer:
-    """``g / sqrt(v)``, where a matrix v is known by the means of its rows and of its columns.
+    """``g / sqrt(v)``, where v of a matrix is estimated from means over its rows and its columns.
 
     At the update number t, with ``w = t^beta2_decay``::
 
@@ -116,7 +116,7 @@ def adafactor(
     *,
     maximize: bool = False,
 ) -> Optimizer:
-    """``p - rate u / max(1, rms(u) / d)`` with ``u = g / sqrt(v)`` of a factored v.
+    """``p - rate u / max(1, rms(u) / d)`` with ``u = g / sqrt(v)``, v factored.
 
     See `scale_by_factored_rms` for v, which takes the memory of a row and a column of a matrix.
     At the update number t ``rate = max(eps[1], rms(p)) min(lr, 1 / sqrt(t))``: steps are relative

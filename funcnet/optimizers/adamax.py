@@ -1,4 +1,4 @@
-"""Adam with the greatest gradient of late for a root mean square: `adamax`, `scale_by_adamax`."""
+"""Adam with a decaying maximum of ``|g|`` for its root mean square: `adamax`, `scale_by_adamax`."""
 
 from typing import Any, NamedTuple
 
@@ -18,7 +18,7 @@ from funcnet.optimizers.transforms import (
 
 
 class AdamaxState(NamedTuple):
-    """The number of updates so far, the running mean of g, and u, trees like params."""
+    """The number of updates so far; the running mean of g, and the maximum u, trees like params."""
 
     step: Tensor
     mu: Tree

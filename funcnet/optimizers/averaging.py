@@ -106,8 +106,8 @@ def params_ema(optimizer: Optimizer, decay: Number = 0.999, *, debias: bool = Fa
 def params_average(optimizer: Optimizer, start: int = 0, every: int = 1) -> Optimizer:
     """An optimizer that keeps the mean of the params it gives: stochastic weight averaging.
 
-    The params count after the updates number ``start + every``, ``start + 2 every``, ..., each
-    for the same. Up to the first of them the average is the params themselves.
+    It is the mean of the params after the updates number ``start + every``, ``start + 2 every``,
+    ..., with equal weights. Up to the first of these updates it is the params themselves.
 
     Args:
         optimizer: a whole optimizer: what it gives is added to the params.
@@ -115,7 +115,7 @@ def params_average(optimizer: Optimizer, start: int = 0, every: int = 1) -> Opti
         every: an integer >= 1, such as the steps of an epoch.
 
     State: `AveragedParamsState`. After the run, `eval_params` gives the mean; the running
-    statistics of a model with batch norm are then to be found anew, with a pass over the data.
+    statistics of a model with batch norm must then be computed again, by a pass over the data.
     Source: Izmailov et al. 2018; ``torch.optim.swa_utils.AveragedModel``.
 
     >>> optimizer = params_average(fn.sgd(1.0))

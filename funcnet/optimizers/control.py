@@ -13,7 +13,7 @@ from funcnet.optimizers.lift import around, choose, zero_step
 
 
 class AccumulateState(NamedTuple):
-    """The micro-batches since the last update, the sum of their gradients, and the inner state."""
+    """The micro-batches since the last update, counted; the sum of their gradients; inner state."""
 
     step: Tensor
     total: Tree
@@ -63,7 +63,7 @@ def accumulate(optimizer: Optimizer, k: int) -> Optimizer:
 
 
 class ApplyIfFiniteState(NamedTuple):
-    """Bad gradients in a row, in all, and whether the last was finite; and the inner state."""
+    """How many gradients in a row were not finite, whether the last was, how many in all; inner."""
 
     notfinite_count: Tensor
     last_finite: Tensor

@@ -1,4 +1,4 @@
-"""Formulas that see each leaf's shape, beside those that see all leaves as one."""
+"""Formulas that are computed leaf by leaf, because they depend on each leaf's shape."""
 
 from collections.abc import Callable
 from typing import Any

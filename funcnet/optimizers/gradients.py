@@ -1,4 +1,4 @@
-"""Transforms that change what gradients there are: without their mean, with noise, without NaN."""
+"""Transforms that centralize gradients, add noise to them, or replace NaN and all by 0."""
 
 from functools import partial
 from typing import Any, NamedTuple

@@ -14,7 +14,7 @@ from funcnet.optimizers.lift import around, choose, paths, zero_step
 
 
 class LossScaleState(NamedTuple):
-    """The scale, 0-d float32, the steps in turn that were finite, and the inner state."""
+    """The scale, 0-d float32; how many steps in a row were finite; and the inner state."""
 
     scale: Tensor
     good_steps: Tensor
@@ -33,12 +33,13 @@ def dynamic_loss_scale(
     `train_step` takes the scale from its state and multiplies the loss's cotangent by it. The
     optimizer divides the gradients by it again. If one of them is infinite or NaN, the step
     is skipped: the params and the inner state stay as they are, bit for bit, and the scale becomes
-    ``backoff * scale``. After ``interval`` steps in turn without that it becomes
+    ``backoff * scale``. After ``interval`` finite steps in a row it becomes
     ``growth * scale``. Nothing waits for a device.
 
     Args:
-        optimizer: the optimizer. The loss scale is around all others, as in
-            ``dynamic_loss_scale(params_ema(adam()))``: around it, none could undo a skipped step.
+        optimizer: the optimizer. The loss scale must be the outermost, as in
+            ``dynamic_loss_scale(params_ema(adam()))``: one around it would not see that a step was
+            skipped.
         initial: the first scale, a number > 0.
         growth: a number > 1.
         backoff: a number in (0, 1).

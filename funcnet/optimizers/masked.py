@@ -17,13 +17,13 @@ def masked(optimizer: Optimizer, where: Where, *, name: str = "masked") -> Optim
     """An optimizer of some of the leaves; the gradients of the others pass as they are.
 
     Args:
-        optimizer: sees the leaves that are meant as its params, without the others.
-        where: the leaves that are meant: a function of the dotted path, or the path of a leaf or
-            of a layer, or several, as for `freeze`.
+        optimizer: of the chosen leaves; it does not see the others.
+        where: chooses the leaves: a function of the dotted path, or the path of a leaf or of a
+            layer, or several, as for `freeze`.
         name: what errors and a chain's state call it.
 
     State: that of the optimizer, for those leaves.
-    Raises: ValueError if no leaf is meant, or a path is of none.
+    Raises: ValueError if no leaf is chosen, or a path is of none.
     Source: ``optax.masked``.
 
     >>> no_bias = masked(fn.optimizers.add_decayed_weights(0.1), lambda path: "bias" not in path)
@@ -56,9 +56,8 @@ def partition(optimizers: Mapping[str, Optimizer], rules: Mapping[str, Where]) -
 
     Args:
         optimizers: by label.
-        rules: for each label the leaves that are meant: a function of the dotted path, or the
-            path of a leaf or of a layer, or several, as for `freeze`. Each leaf must be meant by
-            exactly one of them.
+        rules: for each label which leaves it has: a function of the dotted path, or the path of a
+            leaf or of a layer, or several, as for `freeze`. Each leaf must match exactly one rule.
 
     State: ``{label: state of the optimizer}``, without those that have none.
     Raises: ValueError for a leaf that no rule or two rules match, a path that is of no leaf, and

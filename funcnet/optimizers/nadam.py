@@ -19,7 +19,7 @@ from funcnet.optimizers.transforms import (
 
 
 class NadamState(NamedTuple):
-    """The number of updates so far, the product of all mu, and running means like params."""
+    """The number of updates so far, the product of all mu(t), and running means like params."""
 
     step: Tensor
     mu_product: Tensor

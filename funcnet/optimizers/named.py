@@ -1,4 +1,4 @@
-"""What the named optimizers share: a chain of the transforms that are on, checks, the rate."""
+"""What the named optimizers share: chaining their transforms, checks, and the learning rate."""
 
 import math
 from typing import Any
@@ -26,7 +26,7 @@ def named_chain(name: str, *transforms: Optimizer | bool) -> Optimizer:
 
 
 def check_named(name: str, lr: LearningRate, **options: Any) -> None:
-    """Raise for a rate that is none, and for an option that is no number >= 0."""
+    """Raise for what is not a learning rate, and for an option that is not a number >= 0."""
     if not callable(lr):
         check_rate(name, lr)
     check_options(name, **options)

@@ -19,34 +19,34 @@ class Part:
     """
 
     def __init__(self, indices: Mapping[str, Any]) -> None:
-        """Take the index of each leaf that is meant by its dotted path."""
+        """Take the index of each chosen leaf, by its dotted path."""
         nested: Any = tree.from_dotted({**indices})
         self.indices: list[int]
         self.indices, self.treedef = tree.flatten(nested)
 
     def of(self, params: Params) -> Tree:
-        """The tree of the leaves that are meant."""
+        """The tree of the chosen leaves."""
         leaves = tree.leaves(params)
         return self.treedef.unflatten([leaves[index] for index in self.indices])
 
     def take(self, g: Leaves) -> Leaves:
-        """The leaves that are meant."""
+        """The chosen leaves."""
         return Leaves([g.tensors[index] for index in self.indices], g.fresh)
 
     def put(self, updates: Leaves, result: Leaves) -> Leaves:
-        """All leaves of ``result``, with ``updates`` for those that are meant."""
+        """All leaves of ``result``, with ``updates`` for the chosen ones."""
         tensors = [*result]
         for index, update in zip(self.indices, updates, strict=True):
             tensors[index] = update
         return Leaves(tensors, result.fresh and updates.fresh)
 
     def trees(self, trees: Trees) -> Trees:
-        """The params that are meant, as an update of them alone has them."""
+        """The chosen params, as an update of them alone takes them."""
         return trees.part(self.take(trees.params).tensors, self.treedef, donated=True)
 
 
 class Parts:
-    """The parts that some rules make of params, by label; found once for each structure."""
+    """The parts into which rules divide params, by label; found once for each structure."""
 
     def __init__(
         self, name: str, find: Callable[[Mapping[str, Any]], Mapping[str, Collection[str]]]

@@ -1,4 +1,4 @@
-"""Adam that trusts its v once it is of enough gradients: `radam`, `scale_by_radam`."""
+"""Rectified Adam, momentum alone for the first updates: `radam`, `scale_by_radam`."""
 
 from typing import Any, NamedTuple
 
@@ -29,8 +29,8 @@ class RadamState(NamedTuple):
 def scale_by_radam(betas: tuple[Number, Number] = (0.9, 0.999), eps: Number = 1e-8) -> Optimizer:
     """``m' r sqrt(1 - b2^t) / (sqrt(v) + eps)`` where ``rho > 5``, and before ``m'`` itself.
 
-    The running means are Adam's, ``m' = m / (1 - b1^t)`` at the update number t. Of how many
-    gradients v is the mean, about, is rho, and r puts the variance of the step right::
+    The running means are Adam's, ``m' = m / (1 - b1^t)`` at the update number t. rho is about how
+    many gradients v is a mean of, and r corrects the variance of the step::
 
         rho = rho_inf - 2 t b2^t / (1 - b2^t)                  rho_inf = 2 / (1 - b2) - 1
         r^2 = (rho - 4) (rho - 2) rho_inf / ((rho_inf - 4) (rho_inf - 2) rho)
@@ -80,7 +80,7 @@ def radam(
     *,
     maximize: bool = False,
 ) -> Optimizer:
-    """Rectified Adam: momentum alone at first, Adam when v is of enough gradients.
+    """Rectified Adam: momentum alone until v has seen enough gradients, then Adam.
 
     ``p - lr m' r sqrt(1 - b2^t) / (sqrt(v) + eps)``, or ``p - lr m'``; see `scale_by_radam`.
 

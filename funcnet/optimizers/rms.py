@@ -19,7 +19,7 @@ from funcnet.optimizers.transforms import (
 
 
 class RmsState(NamedTuple):
-    """Running means of g^2 and, if centered, of g, like params; the updates so far, if counted."""
+    """Running means of g^2 and, if centered, of g; with bias_correction the number of updates."""
 
     nu: Tree
     mu: Tree
@@ -35,8 +35,8 @@ def scale_by_rms(
 ) -> Optimizer:
     """``g / (sqrt(v) + eps)`` with ``v = alpha v + (1 - alpha) g^2``.
 
-    With ``centered``, v is less the square of the running mean of g, ``m = alpha m +
-    (1 - alpha) g``: the variance of g.
+    With ``centered`` it divides by the root of the variance of g, ``v - m^2``, with the running
+    mean ``m = alpha m + (1 - alpha) g``.
 
     Args:
         alpha: the decay of the running means, a number >= 0.

@@ -26,9 +26,9 @@ def scale_by_rprop(
 ) -> Optimizer:
     """``s sign(g)`` with a step size s for each element.
 
-    Where g has the sign that it had at the last update, s is first multiplied by etas[1]. Where
-    it has the other, s is multiplied by etas[0], and g is taken for 0. ``s`` stays between the
-    two step_sizes.
+    Where g has the same sign as at the last update, s is first multiplied by etas[1]. Where the
+    sign has changed, s is multiplied by etas[0], and g counts as 0. ``s`` stays between the two
+    step_sizes.
 
     Args:
         lr: the first step size, a number >= 0; no function of the step.

@@ -42,7 +42,7 @@ class ScheduleFreeState(NamedTuple):
 def average_schedule_free(
     lr: LearningRate, b1: Number = 0.9, weight_lr_power: Number = 2.0
 ) -> Optimizer:
-    """The second half of `schedule_free`: makes of another's update of z one of the params y.
+    """The second half of `schedule_free`: turns an update of z into one of the params y.
 
     Args:
         lr, b1, weight_lr_power: as for `schedule_free`.
@@ -88,8 +88,9 @@ def schedule_free(
 ) -> Optimizer:
     """Any optimizer without momentum, with averaging in place of a schedule that falls.
 
-    There are three sequences: z, which the optimizer steps; x, a mean of the z, to evaluate; and
-    the params y between them, at which gradients are taken. With the optimizer's update u::
+    There are three sequences of params: z, which the optimizer updates; x, a weighted mean of all
+    z so far, to evaluate with; and y between the two, which are the params of the train state,
+    where gradients are taken. With the optimizer's update u::
 
         z = z + u            y = (1 - b1) z + b1 x
         x = (1 - c) x + c z  c = w / (the sum of all w so far)    w = (greatest lr)^weight_lr_power

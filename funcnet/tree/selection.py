@@ -17,7 +17,7 @@ any characters, dots too; or a function of the path."""
 
 
 def selector(where: Where) -> Callable[[str], bool]:
-    """Whether a dotted path is of a leaf that is meant; see `Where`.
+    """Whether a dotted path is that of a chosen leaf; see `Where`.
 
     >>> chosen = selector(["0", "head.weight", "*.scale"])
     >>> chosen("0.bias"), chosen("head.weight"), chosen("head.bias"), chosen("1.norm.scale")
@@ -38,12 +38,12 @@ def selector(where: Where) -> Callable[[str], bool]:
 
 
 def named_paths(where: Where) -> tuple[str, ...]:
-    """The paths that are meant by name."""
+    """The paths that ``where`` names; none for a function."""
     return () if callable(where) else (where,) if isinstance(where, str) else tuple(where)
 
 
 def chosen_leaves(where: Where, tree: Any) -> list[str]:
-    """The dotted paths of the leaves that are meant; ValueError for a path that no leaf has."""
+    """The dotted paths of the chosen leaves; ValueError for a path that no leaf has."""
     return _chosen(where, list(to_dotted(tree)))
 
 
