@@ -66,7 +66,8 @@ def fit(
             value that is first in ``early_stopping``, or "val_loss".
         keep: how many of the last checkpoints are kept, beside that of the best score.
         resume: whether to go on from the last checkpoint in the folder, if there is one:
-            ``train_state`` and ``epochs`` or ``steps`` are those that the run began with. What
+            ``train_state`` and ``epochs`` or ``steps`` are those that the run began with; a folder
+            of a run with another key, or another model or optimizer, is an error. What
             comes is bit for bit what would have come, history and all, if the batches are a source,
             a list, or a loader that goes over the data in the same order again: batches that were
             taken are skipped. A ``DataLoader(shuffle=True)`` goes on in another order.
@@ -105,6 +106,7 @@ def fit(
     states = {name: stopping.init() for name, stopping in stoppers.items()}
     history, ended = History(), 0
     if checkpoint is not None:
+        os.makedirs(checkpoint, exist_ok=True)  # what cannot be a folder is an error at once
         found = checkpoints.latest(checkpoint)
         if found is not None and not resume:
             raise ValueError(
@@ -202,7 +204,15 @@ def _load(
     parts = checkpoints.load(path)
     if not isinstance(parts, Mapping) or parts.keys() != set(_PARTS):
         raise ValueError(f"fit: {path} is no checkpoint of fn.fit, which have {list(_PARTS)}")
+    begin = train_state
     train_state = checkpoints.load(path, like=train_state, at="train_state")
+    if not torch.equal(begin.key, train_state.key):
+        raise ValueError(f"fit: {path} is of a run with another key: take another folder")
+    if (begin.step > train_state.step).any():
+        raise ValueError(
+            f"fit: {path} is of a step before that of the train state, which it would replace: "
+            "resume with the train state that the run began with, or take another folder"
+        )
     if states:
         states = checkpoints.load(path, like=states, at="early_stopping")
     return train_state, states, History(parts["history"]), parts["epochs"]
@@ -235,9 +245,9 @@ def _stream(
     """The batches that are left after ``skip``, with a mark at the end of each epoch."""
     left = None if steps is None else steps - skip
     for epoch in range(epochs) if steps is None else count():
+        if left is not None and left <= 0:
+            return
         if length is None or skip < length:
-            if left == 0:
-                return
             seen = skip
             for number, batch in passes(epoch, skip):
                 yield batch

@@ -5,6 +5,7 @@ import signal
 import sys
 import types
 
+import numpy as np
 import pytest
 import torch
 from torch.utils.data import DataLoader, IterableDataset, TensorDataset
@@ -305,6 +306,13 @@ def test_tensorboard_gets_every_value(monkeypatch, tmp_path):
         fit(log_dir=tmp_path)
 
 
+OBJECTS = np.array([[None] * 3] * 20, dtype=object)
+
+
+def short_loader():
+    return DataLoader(TensorDataset(X, TARGET), 50, drop_last=True)
+
+
 def three_things():
     return DataLoader(TensorDataset(X, TARGET, TARGET), 5)
 
@@ -314,7 +322,11 @@ def three_things():
     [
         (ValueError, r"expects a batch \(x, target\), got 3 things", three_things(), {}),
         (ValueError, r"expects a batch \(x, target\), got float64 \(5, 3\)", [X[:5]], {}),
+        (ValueError, r"train_step: .* got 1 things: \(float64 \(5, 3\)\)", [[X[:5]]], {}),
         (TypeError, "tensors or arrays, got a str among them", [(X, "cat")], {}),
+        (TypeError, "arrays of numbers, got one of dtype object", [(OBJECTS, TARGET)], {}),
+        (ValueError, "at least one batch, got none", DataLoader(TensorDataset(X[:0])), {}),
+        (ValueError, "at least one batch, got none", short_loader(), {"steps": 5}),
         (TypeError, r"fit: expects batches, such as .* got \(float64", (X, TARGET), {}),
         (TypeError, "fit: expects batches, such as .* got float64", X, {}),
         (TypeError, "fit: expects batches, such as .* got int", 3, {}),
@@ -356,6 +368,33 @@ def test_a_checkpoint_of_another_model_is_refused(tmp_path):
     fn.checkpoint.save_step(tmp_path, 99, {"w": torch.ones(1)})
     with pytest.raises(ValueError, match=r"is no checkpoint of fn\.fit"):
         fit(checkpoint=tmp_path, resume=True)
+
+
+def test_a_run_that_has_taken_the_steps_is_not_gone_on_with(tmp_path):
+    common = {"checkpoint": tmp_path, "resume": True}
+    state, history = fit(steps=6, **common)
+    equal(fit(steps=5, **common), (state, history))
+    equal(fit(BATCHES, steps=2, **common), (state, history))
+    equal(fit(epochs=1, **common), (state, history))
+
+
+def test_the_folder_of_another_run_is_not_gone_on_with(tmp_path):
+    later, _ = fit(epochs=2)
+    state, _ = fit(epochs=1, checkpoint=tmp_path)
+    files = sorted(tmp_path.iterdir())
+    with pytest.raises(ValueError, match=r"fit: .*step_0000000004.* is of a run with another key"):
+        fit(state=start()._replace(key=fn.key(7)), checkpoint=tmp_path, resume=True)
+    with pytest.raises(ValueError, match="is of a step before that of the train state"):
+        fit(state=later, checkpoint=tmp_path, resume=True)
+    assert sorted(tmp_path.iterdir()) == files
+    equal(fn.load(files[0], like=start(), at="train_state"), state)
+
+
+def test_a_checkpoint_that_can_be_no_folder_is_an_error_before_the_first_step(tmp_path):
+    (tmp_path / "file").write_text("mine")
+    with pytest.raises(FileExistsError, match="file"):
+        fit(step=lambda *args: pytest.fail("a step was taken"), checkpoint=tmp_path / "file")
+    assert (tmp_path / "file").read_text() == "mine"
 
 
 def test_an_array_that_must_not_be_written_to_is_copied():
