@@ -7,7 +7,7 @@ import stat
 from collections.abc import Iterator
 from pathlib import Path
 from types import ModuleType
-from typing import IO
+from typing import IO, Any
 
 try:
     import fcntl as _fcntl
@@ -18,6 +18,13 @@ except ImportError:  # Windows
 
 _BUFFER = 2**17
 """Small tensors are written together, great ones without a copy."""
+
+
+def check_path(name: str, path: Any) -> None:
+    """Raise TypeError, before anything is done, for what is no path."""
+    if not isinstance(path, (str, os.PathLike)):
+        got = type(path).__name__
+        raise TypeError(f"{name}: expects a path as its first argument, got {got}")
 
 
 @contextlib.contextmanager

@@ -11,6 +11,7 @@ import optree
 import torch
 from torch import Tensor
 
+from funcnet.checkpoint.files import check_path
 from funcnet.checkpoint.safetensors import HEADER_LIMIT, Mapped, crc32, open_mapped, parse
 from funcnet.checkpoint.shards import index_of
 from funcnet.checkpoint.structure import (
@@ -58,6 +59,7 @@ def load(path: str | os.PathLike[str], like: Any = None, *, at: str = "") -> Any
     ValueError: load: .../net.safetensors is not like the tree `like`, a leaf differs:
       0.weight: float32 (2,) in the file, expected float32 (3,)
     """
+    check_path("load", path)
     target = Path(path)
     tensors, structure = open_checkpoint(target)
     names, values, nodes = (

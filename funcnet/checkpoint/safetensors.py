@@ -145,9 +145,13 @@ def open_mapped(path: Path) -> Mapped:
     with open(path, "rb", opener=_without_waiting) as file:
         found = os.fstat(file.fileno())
         require(stat.S_ISREG(found.st_mode), "not a file")
-        length = int.from_bytes(file.read(8), "little")
+        first = file.read(8)
+        pickled = first[:2] in (b"PK", b"\x80\x02", b"\x80\x04", b"\x80\x05")
+        length = int.from_bytes(first, "little")
         start = 8 + length
-        require(8 < start <= found.st_size, "a file of another kind, or cut")
+        if not 8 < start <= found.st_size:
+            hint = "; a pickle, as torch.save writes it, is torch.load's" if pickled else ""
+            raise ValueError(f"a file of another kind, or cut{hint}")
         require(length <= HEADER_LIMIT, f"a header of {length} bytes, more than {HEADER_LIMIT}")
         header = parse(file.read(length), "the header")
         metadata = header.pop(_METADATA, {})

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from funcnet import runtime
 from funcnet.checkpoint import safetensors
-from funcnet.checkpoint.files import replaced, synced
+from funcnet.checkpoint.files import check_path, replaced, synced
 from funcnet.checkpoint.shards import index_of, remove_shards, shard_paths
 from funcnet.checkpoint.structure import Structure, encode, parts_by_path
 from funcnet.errors import located, require
@@ -67,6 +67,7 @@ def write(
     score: float | None = None,
 ) -> None:
     """`save`, with a score beside the tree."""
+    check_path("save", path)
     target = Path(path)
     with located("save:"):
         require(sys.byteorder == "little", "needs a little-endian machine")
@@ -125,6 +126,8 @@ def _check_tensor(name: str, tensor: Tensor) -> None:
 def _check_value(name: str, value: Any) -> None:
     if type(value) not in (bool, int, float, str):
         advice = "; make a tensor of it" if hasattr(value, "__array__") else ""
+        if hasattr(value, "state_dict"):
+            advice = "; save its state_dict()"
         raise TypeError(
             "expects tensors, numbers, bools and strings as leaves, got "
             f"{type(value).__name__} at {name!r}{advice}"

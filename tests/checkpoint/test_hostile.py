@@ -40,8 +40,8 @@ TWICE = b'{"w":%b,"w":%b}' % ((json.dumps(W).encode(),) * 2)
 HOSTILE = {
     "an empty file": (b"", "another kind, or cut"),
     "seven bytes": (b"1234567", "another kind, or cut"),
-    "a pickle": (pickle.dumps({"w": print}), "another kind, or cut"),
-    "a zip": (archive(), "another kind, or cut"),
+    "a pickle": (pickle.dumps({"w": print}), "another kind, or cut; a pickle, .* torch.load"),
+    "a zip": (archive(), "another kind, or cut; a pickle, .* torch.load"),
     "a header longer than the file": (file({"w": W}, length=2**63), "another kind, or cut"),
     "a header of no length": (file(b""), "another kind, or cut"),
     "a header that is too long": (file(b" " * (2**24 + 1)), "a header of 16777217 bytes"),

@@ -298,6 +298,7 @@ def test_every_leaf_that_differs_is_named(tmp_path):
     [
         ({"a": {"f": print}}, TypeError, "got builtin_function_or_method at 'a.f'"),
         ({"a": torch.ones(2).numpy()}, TypeError, "got ndarray at 'a'; make a tensor of it"),
+        ({"a": torch.nn.ReLU()}, TypeError, r"got ReLU at 'a'; save its state_dict\(\)"),
         ({"a": 1j}, TypeError, "got complex at 'a'"),
         ({"a": torch.ones(2, 2).to_sparse()}, TypeError, "dense tensors, got a torch.sparse_coo"),
         ({"a": UNKNOWN}, TypeError, "no dtype for the torch.float4"),
@@ -322,6 +323,12 @@ def test_what_cannot_be_saved_is_an_error_that_names_it(tmp_path, tree, error, m
         fn.save(tmp_path / "t", tree)
     assert [*tmp_path.iterdir()] == [tmp_path / "t"]
     assert (tmp_path / "t").read_text() == "old"
+
+
+def test_a_tree_in_the_place_of_the_path_is_an_error(tmp_path):
+    for call in (fn.save, lambda tree, path: fn.load(tree, like=path)):
+        with pytest.raises(TypeError, match="expects a path as its first argument, got dict"):
+            call({"w": torch.ones(1)}, tmp_path / "t")
 
 
 def test_more_than_load_would_read_is_an_error(tmp_path):
