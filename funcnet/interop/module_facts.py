@@ -44,6 +44,9 @@ def what_it_has(module: nn.Module) -> str:
             for hook in each.values():
                 called = getattr(hook, "__qualname__", type(hook).__name__)
                 return f"has a {name}, {called}, which a layer does not have"
+    for name, parameter in module.named_parameters(recurse=False):
+        if parameter._backward_hooks or parameter._post_accumulate_grad_hooks:
+            return f"has a hook on the gradient of {name}, which a layer does not have"
     return ""
 
 

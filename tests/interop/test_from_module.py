@@ -265,6 +265,12 @@ def backward_hooked():
     return module
 
 
+def hooked_gradient(register):
+    module = nn.Sequential(nn.Linear(3, 3))
+    getattr(module[0].weight, register)(lambda p: None)
+    return module
+
+
 def parametrized():
     module = nn.Sequential(nn.Linear(3, 3))
     nn.utils.parametrize.register_parametrization(module[0], "weight", nn.Tanh())
@@ -311,6 +317,14 @@ def shared_state():
 
 BAD = {
     "a hook": (hooked, "'1' \\(Linear\\): has a forward hook, hooked"),
+    "a hook on a gradient": (
+        lambda: hooked_gradient("register_hook"),
+        "'0' \\(Linear\\): has a hook on the gradient of weight",
+    ),
+    "a hook after a gradient": (
+        lambda: hooked_gradient("register_post_accumulate_grad_hook"),
+        "'0' \\(Linear\\): has a hook on the gradient of weight",
+    ),
     "a backward hook": (backward_hooked, "'0' \\(Linear\\): has a backward hook"),
     "a parametrization": (parametrized, "'0' \\(ParametrizedLinear\\): .* parametrization Tanh"),
     "two modes": (mixed, "the module is in train mode, and \\['1'\\] are not"),
