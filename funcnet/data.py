@@ -56,6 +56,7 @@ def _check(name: str, data: Tree, batch_size: int) -> int:
         got = tree.describe(data)
         raise ValueError(f"{name}: expects tensors with one leading extent, got {got}")
     (size,) = extents.pop()
+    require(size, f"{name}: expects at least one example, got none")
     if isinstance(batch_size, bool) or not isinstance(batch_size, int):
         raise TypeError(f"{name}: expects an integer batch_size, got {batch_size!r}")
     if not 1 <= batch_size <= size:
@@ -216,23 +217,29 @@ def _hash(x: Tensor) -> Tensor:
     return (x >> 16) ^ x
 
 
-def pair(batch: Any) -> tuple[Tree, Tree]:
-    """The x and the target of a batch; ValueError for what is not such a pair."""
-    if not isinstance(batch, (tuple, list)) or len(batch) != 2:
-        many = f"{len(batch)} things: " if isinstance(batch, (tuple, list)) else ""
-        raise ValueError(f"expects a batch (x, target), got {many}{tree.describe(batch)}")
+def pair(name: str, batch: Any) -> tuple[Tree, Tree]:
+    """The x and the target of a batch."""
+    if not isinstance(batch, (tuple, list)):
+        got = tree.describe(batch)
+        raise ValueError(f"{name}: expects a batch (x, target), got {got}")
+    if len(batch) != 2:
+        raise ValueError(
+            f"{name}: expects a batch (x, target), got {len(batch)} things: "
+            f"{tree.describe(tuple(batch))}; several inputs are a tuple or a dict, ((a, b), target)"
+        )
     return batch[0], batch[1]
 
 
-def on_device_of(params: Tree) -> Callable[[Any], Tree]:
-    """``batch -> batch``: tensors and numpy arrays become tensors on the device of the params."""
-    device = next((leaf.device for leaf in tree.leaves(params)), None)
+def on_device(device: torch.device | None) -> Callable[[Any], Tree]:
+    """``batch -> batch`` of tensors on a device; of arrays of numpy, and of other tensors."""
 
     def moved(leaf: Any) -> Any:
         if not isinstance(leaf, Tensor):
             if not hasattr(leaf, "__array__"):
                 got = type(leaf).__name__
-                raise TypeError(f"expects batches of tensors or arrays, got a {got} among them")
+                raise TypeError(f"expects tensors or arrays, got a {got} among them")
+            if leaf.dtype.kind not in "biufc":
+                raise TypeError(f"expects arrays of numbers, got one of dtype {leaf.dtype}")
             # Torch warns of memory that must not be written to, such as a file's.
             leaf = torch.as_tensor(leaf if leaf.flags.writeable else leaf.copy())
         if device is None or leaf.device == device:
@@ -240,3 +247,8 @@ def on_device_of(params: Tree) -> Callable[[Any], Tree]:
         return leaf.to(device, non_blocking=True)
 
     return partial(tree.map, moved)
+
+
+def on_device_of(params: Tree) -> Callable[[Any], Tree]:
+    """`on_device` of the params."""
+    return on_device(next((leaf.device for leaf in tree.leaves(params)), None))

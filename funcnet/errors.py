@@ -4,6 +4,8 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
+import torch
+
 
 def require(condition: object, message: str, error: type[Exception] = ValueError) -> None:
     """Raise an error with a message unless a condition holds."""
@@ -11,14 +13,27 @@ def require(condition: object, message: str, error: type[Exception] = ValueError
         raise error(message)
 
 
+_INSTEAD_OF_TORCHS = {
+    "Layer": "make one of a module by fn.interop.from_module",
+    "Loss": "take one of funcnet's, such as fn.cross_entropy()",
+    "Optimizer": "take one of funcnet's, such as fn.adam(1e-3)",
+}
+
+
 def check_kind(name: str, found: Any, kind: type, role: str = "") -> None:
-    """Raise TypeError unless something is a ``kind``, such as a Layer, and not its constructor."""
-    if not isinstance(found, kind):
-        article = "an" if kind.__name__[0] in "AEIOU" else "a"
-        as_role = f" as {role}" if role else ""
-        hint = "; call its constructor" if callable(found) else ""
-        got = f"{type(found).__name__}{hint}"
-        raise TypeError(f"{name}: expects {article} {kind.__name__}{as_role}, got {got}")
+    """Raise TypeError, with what to do instead, for what is no Layer, Loss or Optimizer."""
+    if isinstance(found, kind):
+        return
+    of_torch = isinstance(found, (torch.nn.Module, torch.optim.Optimizer))
+    hint = ""
+    if of_torch or getattr(found, "__module__", "").startswith("torch."):
+        hint = f"; {_INSTEAD_OF_TORCHS[kind.__name__]}"
+    elif callable(found):
+        hint = "; call its constructor"
+    article = "an" if kind.__name__[0] in "AEIOU" else "a"
+    as_role = f" as {role}" if role else ""
+    got = f"{type(found).__name__}{hint}"
+    raise TypeError(f"{name}: expects {article} {kind.__name__}{as_role}, got {got}")
 
 
 def check_count(name: str, least: int = 1, **options: Any) -> None:

@@ -121,10 +121,7 @@ def _weighted(name: str, part: Any) -> Metric:
     if isinstance(part, Metric):
         add = part.update
         return part._replace(update=lambda acc, y, target, examples: add(acc, y, target))
-    try:
-        function = batch_function(part)
-    except TypeError as error:
-        raise TypeError(f"evaluate: metric {name!r}: {error}") from None
+    function = batch_function(part, f"evaluate: metric {name!r}:")
     mean = summed(name, lambda prediction, target, keep: prediction, mean_value, **MEAN)
 
     def update(acc: Any, prediction: Tree, target: Tree, examples: int) -> Any:
@@ -141,6 +138,7 @@ def _on_device(batches: Iterable[Any], params: Params) -> Iterator[tuple[Tree, T
     """The batches as pairs of trees of tensors, on the device of the params."""
     move = on_device_of(params)
     for batch in batches:
+        x, target = pair("evaluate", batch)
         with located("evaluate:"):
-            x, target = move(pair(batch))
+            x, target = move((x, target))
         yield x, target

@@ -20,7 +20,7 @@ from funcnet.core import (
     Tree,
     pull,
 )
-from funcnet.data import pair
+from funcnet.data import on_device, pair
 from funcnet.errors import check_count, check_kind, require
 from funcnet.finite import detect_nonfinite, require_finite
 from funcnet.metrics.core import Metric, batch_function
@@ -41,7 +41,7 @@ def init_train_state(model: Layer, optimizer: Optimizer, key: Tensor, x: Tree) -
         model: makes params and state, by ``init(key, x)``.
         optimizer: makes its state from the params.
         key: of the run; step t draws from ``fold_in(key, t)``.
-        x: an example input, of which only shape, dtype and device matter.
+        x: an example input, of which only shape, dtype and device matter; arrays of numpy too.
 
     >>> import funcnet as fn
     >>> start = init_train_state(fn.linear(2), fn.sgd(0.1), fn.key(0), torch.ones(5, 3))
@@ -50,7 +50,7 @@ def init_train_state(model: Layer, optimizer: Optimizer, key: Tensor, x: Tree) -
     """
     check_kind("init_train_state", model, Layer, "model")
     check_kind("init_train_state", optimizer, Optimizer, "optimizer")
-    params, state = model.init(key, x)
+    params, state = model.init(key, on_device(None)(x))
     opt_state = optimizer.init_state(params)
     check_outermost(optimizer, opt_state)
     step = torch.zeros((), dtype=torch.int64, device=key.device)
@@ -85,7 +85,7 @@ def _forward_backward(
         dvalue: float | Tensor = 1.0,
         sums: bool | Sums = True,
     ) -> tuple[Params, Params, Measured]:
-        x, target = pair(batch)
+        x, target = pair("train_step", batch)
         prediction, pullback, state = model.forward(params, x, state, key, train)
         value, loss_pullback = loss.vjp(prediction, target)
         if value.dim():
@@ -122,7 +122,7 @@ def _in_micro_batches(run: ForwardBackward, count: int) -> ForwardBackward:
         train: bool,
         dvalue: float | Tensor = 1.0,
     ) -> tuple[Params, Params, Measured]:
-        parts = tree.map(_split(batch, count), pair(batch))
+        parts = tree.map(_split(batch, count), pair("train_step", batch))
         keys = None if key is None else torch.arange(count, device=key.device)
 
         def body(carry: Tree, each: Tree) -> tuple[Tree, Measured]:
@@ -241,6 +241,9 @@ def train_step(
     takes_key = model.takes_key
 
     def step(train_state: TrainState, batch: Batch) -> tuple[TrainState, dict[str, Any]]:
+        if not isinstance(train_state, TrainState):
+            got = type(train_state).__name__
+            raise TypeError(f"train_step: expects a TrainState, got {got}; see init_train_state")
         params, state, opt_state, key, count = train_state
         step_key = fold_in(key, count) if takes_key else None
         dvalue = 1.0 if loss_scale is None else loss_scale(opt_state)
@@ -269,7 +272,9 @@ def _measures(
         raise ValueError("train_step: the metric 'loss' is there already, pick another name")
     sums = {name: metric for name, metric in given.items() if isinstance(metric, Metric)}
     functions = {
-        name: _accumulated(metric) if isinstance(metric, Metric) else batch_function(metric)
+        name: _accumulated(metric)
+        if isinstance(metric, Metric)
+        else batch_function(metric, f"train_step: metric {name!r}:")
         for name, metric in given.items()
     }
 

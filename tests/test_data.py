@@ -177,6 +177,7 @@ def test_arrays_of_numpy_are_not_read_where_the_step_is_hidden():
     [
         (ValueError, "batches: expects tensors with one leading", (torch.ones(3), [1]), 2, {}),
         (ValueError, "batches: expects a batch_size from 1 to 3", torch.ones(3), 4, {}),
+        (ValueError, "batches: expects at least one example", torch.ones(0), 4, {}),
         (TypeError, "batches: expects an integer batch_size", torch.ones(3), 2.0, {}),
         (TypeError, "expects a bool as shuffle, got 7", torch.ones(3), 2, {"shuffle": 7}),
         (TypeError, "expects a bool as drop_last", torch.ones(3), 2, {"drop_last": None}),

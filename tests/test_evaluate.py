@@ -1,5 +1,6 @@
 """evaluate: the numbers of the whole data set at once, whatever the batches are."""
 
+import numpy as np
 import pytest
 import torch
 from torch.utils.data import DataLoader, TensorDataset
@@ -183,6 +184,11 @@ REFUSED = [
         lambda: fn.evaluate(NET, LOSS, {"f": lambda y, t: 1.0}, cut(8))(trained()),
         TypeError,
         "metric 'f': expects a tensor, got float",
+    ),
+    (
+        lambda: fn.evaluate(NET, LOSS, {}, [(np.array([None]), TARGET)])(trained()),
+        TypeError,
+        "arrays of numbers, got one of dtype object",
     ),
     (
         lambda: fn.train_step(NET, LOSS, fn.sgd(0.1), metrics={"f": fn.metrics.f1}),

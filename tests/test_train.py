@@ -5,6 +5,7 @@ import subprocess
 import sys
 import weakref
 
+import numpy as np
 import optree
 import pytest
 import torch
@@ -585,6 +586,48 @@ def test_what_is_not_made_by_a_constructor_is_refused_with_a_hint():
         fn.train_step(net, optimizer, loss)
     with pytest.raises(TypeError, match=r"^init_train_state: expects a Layer as model"):
         fn.init_train_state(fn.linear, optimizer, fn.key(0), torch.ones(1, 2))
+    with pytest.raises(TypeError, match=r"metric 'acc': .* got accuracy; call it"):
+        fn.train_step(net, loss, optimizer, metrics={"acc": fn.metrics.accuracy})
+
+
+def test_what_is_pytorchs_is_refused_with_what_to_take():
+    net, loss, optimizer, module = fn.linear(2), fn.mse(), fn.sgd(0.1), torch.nn.Linear(2, 2)
+    adam = torch.optim.Adam(module.parameters())
+    with pytest.raises(TypeError, match=r"a Layer as model, got Linear; .*interop\.from_module"):
+        fn.train_step(module, loss, optimizer)
+    for its in (torch.nn.MSELoss(), torch.nn.functional.mse_loss):
+        with pytest.raises(TypeError, match=r"a Loss as loss, got .*; take one of funcnet's"):
+            fn.train_step(net, its, optimizer)
+    with pytest.raises(TypeError, match=r"an Optimizer as optimizer, got Adam; take one of fun"):
+        fn.train_step(net, loss, adam)
+
+
+def test_what_is_no_train_state_is_refused():
+    net, optimizer = fn.linear(2), fn.sgd(0.1)
+    params, _ = net.init(fn.key(0), X)
+    with pytest.raises(TypeError, match="train_step: expects a TrainState, got dict"):
+        fn.train_step(net, fn.mse(), optimizer)(params, (X, TARGET))
+
+
+def test_the_example_input_may_be_an_array():
+    state = fn.init_train_state(fn.linear(2), fn.sgd(0.1), fn.key(0), np.ones((3, 5), np.float32))
+    assert state.params["weight"].shape == (2, 5)
+
+
+def test_a_loss_without_a_reduction_is_none_to_train_on():
+    net, optimizer = fn.linear(3), fn.sgd(0.1)
+    state = fn.init_train_state(net, optimizer, fn.key(0), X)
+    target = torch.zeros(X.shape[0], 3, dtype=X.dtype)
+    with pytest.raises(ValueError, match=r"loss: expects a scalar .*; pass reduction='mean'"):
+        fn.train_step(net, fn.mse(reduction="none"), optimizer)(state, (X, target))
+
+
+def test_a_batch_on_another_device_is_an_error_with_the_path():
+    net, optimizer = fn.serial(fn.linear(3)), fn.sgd(0.1)
+    state = fn.init_train_state(net, optimizer, fn.key(0), X)
+    with pytest.raises(RuntimeError, match="device") as error:
+        fn.train_step(net, fn.mse(), optimizer)(state, (X.to("meta"), TARGET))
+    assert "serial['0']" in error.value.__notes__[0]
 
 
 def test_a_loss_is_a_metric():

@@ -180,7 +180,7 @@ def divide(a: Tensor, b: Tensor, zero_division: float | None = None) -> Tensor:
     return ratio if zero_division is None else torch.where(b == 0, zero_division, ratio)
 
 
-def batch_function(metric: Any) -> Callable[[Tree, Tree], Tensor]:
+def batch_function(metric: Any, where: str = "") -> Callable[[Tree, Tree], Tensor]:
     """The function ``(prediction, target) -> tensor`` of a `Metric`, a `Loss` or a function."""
     if isinstance(metric, Metric):
         return metric.of_batch
@@ -189,5 +189,6 @@ def batch_function(metric: Any) -> Callable[[Tree, Tree], Tensor]:
     made = getattr(metric, "__annotations__", {}).get("return")
     if not callable(metric) or made in (Metric, Loss):
         got = f"{metric.__name__}; call it" if callable(metric) else type(metric).__name__
-        raise TypeError(f"expects a Metric, a Loss or a function as a metric, got {got}")
+        message = f"{where} expects a Metric, a Loss or a function as a metric, got {got}"
+        raise TypeError(message.lstrip())
     return metric
