@@ -2,7 +2,7 @@
 
 import os
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from itertools import count, islice
+from itertools import count
 from typing import Any
 
 import torch
@@ -221,10 +221,10 @@ def _load(
 def _passes(
     batches: Any, key: Tensor, begin: int, length: int | None
 ) -> Callable[[int, int], Iterator[tuple[int, Any]]]:
-    """``(epoch, skip) -> batches``, with their numbers in the epoch, from one of them on."""
+    """``(epoch, skip) -> batches``, with their numbers in the epoch; of a source from skip on."""
 
     def of_iterable(epoch: int, skip: int) -> Iterator[tuple[int, Any]]:
-        return islice(enumerate(batches), skip, None)
+        return enumerate(batches)
 
     def of_source(epoch: int, skip: int) -> Iterator[tuple[int, Any]]:
         first = begin + epoch * (length or 0)
@@ -248,10 +248,12 @@ def _stream(
         if left is not None and left <= 0:
             return
         if length is None or skip < length:
-            seen = skip
+            seen = 0
             for number, batch in passes(epoch, skip):
-                yield batch
                 seen = number + 1
+                if number < skip:
+                    continue
+                yield batch
                 left = None if left is None else left - 1
                 if left == 0 and seen != length:
                     return

@@ -48,12 +48,22 @@ def by_hand(steps, batches=SOURCE):
 
 
 BATCHES = [(X[i : i + 5], TARGET[i : i + 5]) for i in (0, 5, 10, 15)]
+
+
+class Unsized(IterableDataset):
+    """Of a length that nobody knows before its end."""
+
+    def __iter__(self):
+        yield from zip(X, TARGET, strict=True)
+
+
 KINDS = {
     "source": (SOURCE, SOURCE),
     "function": (lambda key, step: BATCHES[step % 4], BATCHES),
     "list": (BATCHES, BATCHES),
     "arrays of numpy": ([(x.numpy(), target.numpy()) for x, target in BATCHES], BATCHES),
     "loader": (DataLoader(TensorDataset(X, TARGET), 5), BATCHES),
+    "unsized": (DataLoader(Unsized(), 5), BATCHES),
 }
 
 
@@ -148,7 +158,7 @@ class DiedError(Exception):
 
 
 @pytest.mark.cpu_only
-@pytest.mark.parametrize("kind", ["source", "list", "loader"])
+@pytest.mark.parametrize("kind", ["source", "list", "loader", "unsized"])
 @pytest.mark.parametrize(
     "options", [{"every": 3}, {"every": 4}, {}, {"every": 1, "validate_every": 3}]
 )
