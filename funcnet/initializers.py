@@ -225,7 +225,8 @@ def orthogonal(gain: float = 1.0) -> Initializer:
         # With the signs of r's diagonal, q is uniform over the orthogonal matrices.
         q = q * torch.sign(torch.diagonal(r))
         matrix = q if rows >= columns else q.mT
-        return (gain * matrix).reshape(shape)
+        # In rows, not in LAPACK's columns, as weights are when they come back from a file.
+        return (gain * matrix).contiguous().reshape(shape)
 
     return _rounded(draw)
 

@@ -330,7 +330,9 @@ def test_initializer_is_a_function_of_its_key(name):
     ids=str,
 )
 def test_orthogonal_has_orthogonal_rows_or_columns_of_length_gain(shape, gain):
-    matrix = draw(initializers.orthogonal(gain), shape).flatten(1)
+    weight = draw(initializers.orthogonal(gain), shape)
+    assert weight.is_contiguous()
+    matrix = weight.flatten(1)
     rows, columns = matrix.shape
     product = matrix @ matrix.T if rows <= columns else matrix.T @ matrix
     torch.testing.assert_close(
