@@ -32,8 +32,11 @@ def evaluate(
     The model is applied with ``train=False``. The values are those of all examples at once, also
     where the last batch is short: metrics of `fn.metrics` add up their counts, and the values of
     losses and functions are weighted by the number of examples of their batch, the extent of the
-    first dimension of x. Losses with ``reduction="none"`` are the mean over their elements, which
-    is exact where a batch's mean is no mean over examples, as with class weights.
+    first dimension of x. That is exact for what is a mean over the examples of a batch. It is not
+    for a loss that divides by something else, as with class weights or ``ignore_index``, unless
+    all is in one batch; and of ``reduction="sum"`` it is the mean of the batches' sums. Losses with
+    ``reduction="none"`` are the mean over all their elements, those that are ignored as well.
+    `fn.metrics.perplexity` has ``ignore_index``.
 
     Args:
         model, loss: as for `train_step`.

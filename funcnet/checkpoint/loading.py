@@ -33,10 +33,10 @@ def load(path: str | os.PathLike[str], like: Any = None, *, at: str = "") -> Any
         path: the file, or that which `save` was given for several. An index in the form of
             Hugging Face's may be named too.
         like: a tree of the same structure, shapes and dtypes, such as a new train state, whose
-            structure the result has, with its NamedTuples, on its devices. A tensor on meta gives
-            the shape and dtype only. Without it the result is as `save` was given it, but for
-            NamedTuples and other nodes, which are dicts of their fields; of another program's file
-            it is nested dicts by the parts of the dotted paths.
+            structure the result has, with its NamedTuples, on its devices, and in its strides, if
+            they leave no gaps. A tensor on meta gives no device. Without it the result is as
+            `save` was given it, but for NamedTuples and other nodes, which are dicts of their
+            fields; of another program's file it is nested dicts by the parts of the dotted paths.
         at: the dotted path of the part to load, such as "params" or "params.0.weight".
 
     Only what is used is read: tensors on the CPU are those of the file, mapped into memory, until
@@ -108,7 +108,7 @@ def _like(path: Path, found: Mapping[str, Any], like: Any) -> Any:
         message = f"load: {path} is not like the tree `like`, {count}:"
         raise ValueError("\n".join([message, *lines]))
     return optree.tree_structure(like).unflatten(
-        [_on_device(found[name], leaf) for name, leaf in expected.items()]
+        [_laid_out(_on_device(found[name], leaf), leaf) for name, leaf in expected.items()]
     )
 
 
@@ -121,6 +121,13 @@ def _same_kind(a: Any, b: Any) -> bool:
 def _on_device(leaf: Any, like: Any) -> Any:
     kept = not isinstance(leaf, Tensor) or like.is_cpu or like.is_meta
     return leaf if kept else leaf.to(like.device)
+
+
+def _laid_out(leaf: Any, like: Any) -> Any:
+    """A tensor in the strides of ``like``: kernels that are picked by them round differently."""
+    if not isinstance(leaf, Tensor) or like.is_contiguous():
+        return leaf
+    return torch.empty_like(like, device=leaf.device, requires_grad=False).copy_(leaf)
 
 
 def open_checkpoint(path: Path) -> tuple[dict[str, Mapped], Structure]:

@@ -259,6 +259,28 @@ def test_a_donated_tensor_cannot_be_saved(tmp_path):
         fn.save(tmp_path / "t", tree)
 
 
+@pytest.mark.cpu_only
+def test_what_is_loaded_has_the_strides_of_like_so_that_a_run_goes_on_bit_for_bit(tmp_path):
+    """Adam's kernel takes contiguous leaves alone, and its formula rounds otherwise."""
+    optimizer = fn.adamw(0.1)
+    params = {
+        "rows": torch.randn(4, 3).T,
+        "image": torch.randn(2, 3, 4, 4).to(memory_format=torch.channels_last),
+        "gaps": torch.randn(6)[::2],
+    }
+    step = params, optimizer.init_state(params)
+    for number in range(2):
+        params, opt_state = step
+        grads = fn.tree.map(lambda leaf, n=number: (leaf * (n + 3)).sin(), params)
+        updates, opt_state = optimizer.update(grads, opt_state, params)
+        step = fn.apply_updates(params, updates), opt_state
+        fn.save(tmp_path / "t", step)
+        loaded = fn.load(tmp_path / "t", like=step)
+        assert_same(loaded, step)
+        pairs = zip(optree.tree_leaves(loaded), optree.tree_leaves(step), strict=True)
+        assert all([a.stride() == b.stride() for a, b in pairs])
+
+
 def test_like_may_lie_on_meta(tmp_path):
     net = fn.serial(fn.linear(3), fn.linear(2))
     params, _ = net.init(fn.key(0), torch.ones(1, 4))
