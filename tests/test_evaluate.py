@@ -170,7 +170,7 @@ REFUSED = [
     (lambda: fn.evaluate(NET, LOSS, {}, X), TypeError, "a list of batches or the like"),
     (lambda: fn.evaluate(NET, LOSS, {}, None), TypeError, "got NoneType"),
     (lambda: fn.evaluate(NET, LOSS, {}, [])(trained()), ValueError, "at least one batch"),
-    (lambda: fn.evaluate(NET, LOSS, {}, (X, TARGET))(trained()), ValueError, "batch .x, target"),
+    (lambda: fn.evaluate(NET, LOSS, {}, (X, TARGET))(trained()), ValueError, "a batch .x, target"),
     (lambda: fn.evaluate(NET, LOSS, {}, [(X, X, X)])(trained()), ValueError, "got 3 things"),
     (lambda: fn.evaluate(NET, LOSS, {}, cut(8))(trained().params), TypeError, "a TrainState"),
     (lambda: fn.evaluate(NET, LOSS, [METRICS], cut(8)), TypeError, "dict of metrics, got list"),
