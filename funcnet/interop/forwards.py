@@ -313,26 +313,20 @@ def with_leaves(
         if target:
             places[name] = Ref(number + len(extra))
             extra.append(Step(name, "child", target, Ref(0), use=0))
+
+    def moved(argument: Any) -> Any:
+        """The frozen argument, whose refs to steps are moved past the extra ones."""
+        by = len(extra)
+        return frozen(
+            thawed(argument, lambda ref: Ref(ref.index + by) if ref.index >= number else ref)
+        )
+
     steps = []
     for step in program.steps:
         first = step.args[0] if type(step.args) is tuple and step.args else None
         if step.target == "operator:getitem" and first in (_OWN, _CONSTANTS):
             steps.append(step._replace(args=(places[first], *step.args[1:])))
             continue
-        args, kwargs = [frozen_map(each, number, len(extra)) for each in (step.args, step.kwargs)]
-        steps.append(step._replace(args=args, kwargs=kwargs))
+        steps.append(step._replace(args=moved(step.args), kwargs=moved(step.kwargs)))
     steps[number:number] = extra
-    return Program(tuple(steps), frozen_map(program.output, number, len(extra)))
-
-
-def frozen_map(argument: Any, start: int, by: int) -> Any:
-    """The frozen argument, whose refs from ``start`` on are moved up."""
-    if isinstance(argument, Ref):
-        return Ref(argument.index + by) if argument.index >= start else argument
-    if type(argument) is tuple:
-        return tuple([frozen_map(each, start, by) for each in argument])
-    if hasattr(argument, "items") and not callable(argument.items):
-        return type(argument)(frozen_map(argument.items, start, by))
-    if hasattr(argument, "parts"):
-        return type(argument)(frozen_map(argument.parts, start, by))
-    return argument
+    return Program(tuple(steps), moved(program.output))
