@@ -191,8 +191,8 @@ def test_a_gradient_of_another_shape_is_told_and_not_broadcast():
     ("count", "batch", "message"),
     [
         (0, None, "micro_batches must be an integer >= 1, got 0"),
-        (True, None, "micro_batches must be an integer of at least 1, got True"),
-        (2.0, None, "micro_batches must be an integer of at least 1, got 2.0"),
+        (True, None, "micro_batches must be an integer >= 1, got True"),
+        (2.0, None, "micro_batches must be an integer >= 1, got 2.0"),
         (3, ((8, 5), (8, 3)), "micro_batches: expects a batch of a multiple of 3, got 8"),
         (2, ((0, 5), (0, 3)), "micro_batches: expects a batch of a multiple of 2, got 0"),
         (2, ((8, 5), (4, 3)), "micro_batches: expects a batch of tensors with one leading extent"),
