@@ -5,10 +5,10 @@
 
 The net is an MLP of 8 linear layers, 1024 wide, with ReLU; the batch is 4096, float32, whole or in
 8 parts whose gradients are accumulated. Each run is a process of its own, which trains a small net
-first; its memory is its greatest resident set from then on less that before training, with data,
-params and funcnet's optimizer state, but not PyTorch's, which its first step makes. The runs take
-turns; each number is the median over the rounds. ``jit`` is ``fn.jit(step, donate=0)``, from the
-cache of compiled programs.
+first; its memory is its greatest resident set from then on, with params and the optimizer's state,
+less that before, with the data. The runs take turns; each number is the median over the rounds.
+``donated`` is ``train_step(..., donate=True)``, which updates in place as PyTorch does; ``jit`` is
+``fn.jit(step, donate=0)``, from the cache of compiled programs.
 """
 
 import argparse
@@ -24,7 +24,7 @@ sys.path.insert(0, str(Path(__file__).parent / "peers"))
 from worker import host_memory
 
 WIDTH, LAYERS, BATCH, STEPS = 1024, 8, 4096, 5
-PEERS = ("torch", "funcnet", "jit")
+PEERS = ("torch", "funcnet", "donated", "jit")
 ROWS = ("sgd 1", "adam 1", "sgd 8", "adam 8")
 
 
@@ -50,7 +50,7 @@ def train_torch(width: int, optimizer_name: str, parts: int) -> Callable[[Any, A
 
 
 def train_funcnet(
-    width: int, optimizer_name: str, parts: int, jit: bool
+    width: int, optimizer_name: str, parts: int, peer: str
 ) -> Callable[[Any, Any, int], None]:
     """``(x, target, steps)`` trains with funcnet."""
     layers: list[fn.Layer] = []
@@ -58,8 +58,9 @@ def train_funcnet(
         layers += [fn.linear(width), fn.relu()]
     net = fn.serial(*layers[:-1])
     optimizer = {"sgd": fn.sgd, "adam": fn.adam}[optimizer_name](1e-3)
-    step: Any = fn.train_step(net, fn.mse(), optimizer, micro_batches=parts)
-    step = fn.jit(step, donate=0) if jit else step
+    donate = peer == "donated"
+    step: Any = fn.train_step(net, fn.mse(), optimizer, micro_batches=parts, donate=donate)
+    step = fn.jit(step, donate=0) if peer == "jit" else step
     state = fn.init_train_state(net, optimizer, fn.key(0), torch.empty(1, width))
 
     def train(x: Any, target: Any, steps: int) -> None:
@@ -77,9 +78,9 @@ def run(peer: str, optimizer_name: str, parts: int) -> float:
     for width, batch in ((8, 8 * parts), (WIDTH, BATCH)):
         x, target = torch.randn(batch, width), torch.randn(batch, width)
         options = width, optimizer_name, parts
-        train = train_funcnet(*options, peer == "jit") if peer != "torch" else train_torch(*options)
         gc.collect()
         peak = host_memory()
+        train = train_torch(*options) if peer == "torch" else train_funcnet(*options, peer)
         train(x, target, STEPS)
         found = peak()
     return found
@@ -106,12 +107,12 @@ def main() -> None:
             result = subprocess.run(command, check=True, capture_output=True, text=True)
             if number:  # the first round compiles
                 found[row, peer].append(float(result.stdout))
-    print("| optimizer, parts | torch, MiB | funcnet, MiB | ratio | jit, MiB | ratio |")
-    print("|---|---|---|---|---|---|")
+    print("| optimizer, parts | " + " | ".join(f"{peer}, MiB" for peer in PEERS) + " |")
+    print("|---" * (1 + len(PEERS)) + "|")
     for row in options.rows:
-        theirs, ours, jit = (statistics.median(found[row, peer]) for peer in PEERS)
-        ratios = f"{ours:.1f} | {ours / theirs:.3f} | {jit:.1f} | {jit / theirs:.3f}"
-        print(f"| {row} | {theirs:.1f} | {ratios} |")
+        theirs, *ours = (statistics.median(found[row, peer]) for peer in PEERS)
+        cells = [f"{theirs:.1f}", *(f"{each:.1f} ({each / theirs:.2f})" for each in ours)]
+        print(f"| {row} | {' | '.join(cells)} |")
 
 
 if __name__ == "__main__":
