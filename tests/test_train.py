@@ -714,14 +714,16 @@ def test_a_plain_step_changes_nothing_that_it_is_given():
         assert [leaf._version for leaf in fn.tree.leaves(state)] == before
 
 
-def test_a_parameter_that_is_two_leaves_is_not_written_to():
+@pytest.mark.parametrize("again", [lambda leaf: leaf, lambda leaf: leaf.view(3, 3)])
+@pytest.mark.parametrize("optimizer", [fn.sgd(0.1), fn.adamw(0.1)], ids=["sgd", "adamw"])
+def test_a_parameter_that_is_two_leaves_is_not_written_to(optimizer, again):
     net = fn.serial(fn.linear(3, bias=False), fn.linear(3, bias=False))
     x, target = torch.randn(8, 3), torch.randn(8, 3)
     results = []
     for donate in (False, True):
-        state = fn.init_train_state(net, fn.sgd(0.1), fn.key(0), x)
-        state.params["1"]["weight"] = state.params["0"]["weight"]
-        step = fn.train_step(net, fn.mse(), fn.sgd(0.1), donate=donate)
+        state = fn.init_train_state(net, optimizer, fn.key(0), x)
+        state.params["1"]["weight"] = again(state.params["0"]["weight"])
+        step = fn.train_step(net, fn.mse(), optimizer, donate=donate)
         results.append(step(state, (x, target))[0].params)
     for one, other in zip(*map(fn.tree.leaves, results), strict=True):
         assert torch.equal(one, other)

@@ -224,6 +224,13 @@ def choose(condition: Tensor, yes: Callable[[], Tree], no: Callable[[], Tree]) -
     )
 
 
+def _places(leaves: list[Tensor]) -> list[int]:
+    """Where each leaf is in memory, or which tensor it is, if that has no memory of its own."""
+    if runtime.is_transformed(*leaves):
+        return [*map(id, leaves)]
+    return [leaf.data_ptr() or id(leaf) for leaf in leaves]
+
+
 class Trees:
     """The params of an update, flattened; takes trees like them apart and puts them together.
 
@@ -233,8 +240,8 @@ class Trees:
 
     def __init__(self, params: Params, donated: bool = False) -> None:
         leaves, treedef = _flatten(params)
-        # Two leaves that are one tensor would be written to twice.
-        self.donated = donated and len({*map(id, leaves)}) == len(leaves)
+        # Two leaves that are one tensor, or views of one, would be written to twice.
+        self.donated = donated and len({*_places(leaves)}) == len(leaves)
         self._set(leaves, treedef, self.donated)
 
     def _set(self, leaves: list[Tensor], treedef: Any, fresh: bool) -> None:
