@@ -34,7 +34,15 @@ Measure = Callable[[Tree, Tree], Any]
 Batch = tuple[Tree, Tree]
 
 
-def init_train_state(model: Layer, optimizer: Optimizer, key: Tensor, x: Tree) -> TrainState:
+def init_train_state(
+    model: Layer,
+    optimizer: Optimizer,
+    key: Tensor,
+    x: Tree = None,
+    *,
+    params: Params | None = None,
+    state: Params = EMPTY,
+) -> TrainState:
     """The state of a run before its first step.
 
     Args:
@@ -42,6 +50,9 @@ def init_train_state(model: Layer, optimizer: Optimizer, key: Tensor, x: Tree) -
         optimizer: makes its state from the params.
         key: of the run; step t draws from ``fold_in(key, t)``.
         x: an example input, of which only shape, dtype and device matter; arrays of numpy too.
+            It is not needed where ``params`` are given.
+        params, state: of a model that is trained already, such as `interop.from_module` gives, in
+            place of those that init makes.
 
     >>> import funcnet as fn
     >>> start = init_train_state(fn.linear(2), fn.sgd(0.1), fn.key(0), torch.ones(5, 3))
@@ -50,11 +61,14 @@ def init_train_state(model: Layer, optimizer: Optimizer, key: Tensor, x: Tree) -
     """
     check_kind("init_train_state", model, Layer, "model")
     check_kind("init_train_state", optimizer, Optimizer, "optimizer")
-    params, state = model.init(key, on_device(None)(x))
+    if params is None:
+        require(x is not None, "init_train_state: needs an example input x, or params", TypeError)
+        require(not state, "init_train_state: expects params beside state")
+        params, state = model.init(key, on_device(None)(x))
     opt_state = optimizer.init_state(params)
     check_outermost(optimizer, opt_state)
     step = torch.zeros((), dtype=torch.int64, device=key.device)
-    return TrainState(params, state, opt_state, key, step)
+    return TrainState(params, {**state}, opt_state, key, step)
 
 
 Measured = dict[str, Any]

@@ -614,6 +614,18 @@ def test_the_example_input_may_be_an_array():
     assert state.params["weight"].shape == (2, 5)
 
 
+def test_a_run_may_begin_with_params_that_are_given():
+    net, optimizer = fn.serial(fn.linear(2), fn.batch_norm()), fn.sgd(0.1)
+    params, state = net.init(fn.key(3), X)
+    start = fn.init_train_state(net, optimizer, fn.key(0), params=params, state=state)
+    assert_trees_equal(start.params, params)
+    assert_trees_equal(start.state, state)
+    with pytest.raises(TypeError, match="init_train_state: needs an example input x, or params"):
+        fn.init_train_state(net, optimizer, fn.key(0))
+    with pytest.raises(ValueError, match="init_train_state: expects params beside state"):
+        fn.init_train_state(net, optimizer, fn.key(0), X, state=state)
+
+
 def test_a_loss_without_a_reduction_is_none_to_train_on():
     net, optimizer = fn.linear(3), fn.sgd(0.1)
     state = fn.init_train_state(net, optimizer, fn.key(0), X)
