@@ -1,6 +1,7 @@
 """`fit`: the loop around a training step, with all that a run needs beside it."""
 
 import os
+import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from itertools import count
 from typing import Any
@@ -63,7 +64,8 @@ def fit(
         checkpoint: a folder for checkpoints of this run; see `fn.checkpoint.save_step`.
         every: the steps between checkpoints; by default they are at the end of each epoch. One
             more is at the end of the run. Those right after a validation have, as their score, the
-            value that is first in ``early_stopping``, or "val_loss".
+            value that is first in ``early_stopping``, or "val_loss". Where one cannot be written,
+            as on a full disk, it is a RuntimeWarning, and the run goes on.
         keep: how many of the last checkpoints are kept, beside that of the best score.
         resume: whether to go on from the last checkpoint in the folder, if there is one:
             ``train_state`` and ``epochs`` or ``steps`` are those that the run began with; a folder
@@ -145,9 +147,14 @@ def fit(
             return
         score = values.get(next(iter(stoppers), "val_loss")) if validated == taken else None
         parts = train_state, states, history.stacked(), ended
-        checkpoints.save_step(
-            checkpoint, taken, dict(zip(_PARTS, parts, strict=True)), keep=keep, score=score
-        )
+        content = dict(zip(_PARTS, parts, strict=True))
+        try:
+            checkpoints.save_step(checkpoint, taken, content, keep=keep, score=score)
+        except OSError as error:
+            # What is in memory would be lost with the error; the last checkpoint is there whole.
+            message = f"fit: no checkpoint of step {taken}, and the run goes on: {error}"
+            warnings.warn(message, RuntimeWarning, stacklevel=3)
+            return
         saved = taken
 
     total = steps if steps is not None or length is None else epochs * length
