@@ -226,7 +226,8 @@ def orthogonal(gain: float = 1.0) -> Initializer:
         q = q * torch.sign(torch.diagonal(r))
         matrix = q if rows >= columns else q.mT
         # In rows, not in LAPACK's columns, as weights are when they come back from a file.
-        return (gain * matrix).contiguous().reshape(shape)
+        rowwise = (gain * matrix).clone(memory_format=torch.contiguous_format)
+        return rowwise.reshape(shape)
 
     return _rounded(draw)
 

@@ -737,7 +737,7 @@ MISUSES = {
     ),
     "a child that is a module class": (
         lambda: fn.parallel(a=nn.ReLU), TypeError,
-        "parallel['a']: expects a Layer, got type; call its constructor",
+        "parallel['a']: expects a Layer, got type; make one of a module by fn.interop.from_module",
     ),
     "a child that is a number": (
         lambda: fn.branch(3), TypeError, "branch['0']: expects a Layer, got int",
