@@ -6,10 +6,9 @@ a key.
 
 import argparse
 import math
-import os
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import matplotlib.pyplot as plt
 import torch
@@ -205,11 +204,3 @@ def save(figure: Figure, path: Path) -> None:
     figure.savefig(path, dpi=150)
     plt.close(figure)
     print(f"wrote {path}")
-
-
-def write_whole(path: Path, value: Any) -> None:
-    """`torch.save`; the file is complete, old or new, whenever the program is stopped."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    unfinished = path.with_name(path.name + ".partial")
-    torch.save(value, unfinished)
-    os.replace(unfinished, path)

@@ -94,15 +94,10 @@ class Mapped(NamedTuple):
         return tensor.clone() if begin % _ALIGNMENT else tensor
 
 
-def nbytes(tensor: Tensor) -> int:
-    """The bytes of a tensor's elements."""
-    return tensor.numel() * tensor.element_size()
-
-
 def with_bytes(tensor: Tensor, function: Callable[[Any], Any]) -> Any:
     """What a function gives of the bytes of a tensor: of its memory, or of a contiguous copy."""
     tensor = tensor.detach().cpu().resolve_conj().resolve_neg().contiguous()
-    size = nbytes(tensor)
+    size = tensor.nbytes
     if size == 0:
         return function(b"")
     end = size + tensor.storage_offset() * tensor.element_size()
@@ -121,12 +116,12 @@ def write(file: IO[bytes], tensors: Mapping[str, Tensor], metadata: Mapping[str,
     # There must be no holes: those after which the next one is aligned go first.
     order = sorted(
         tensors,
-        key=lambda name: (nbytes(tensors[name]) % _ALIGNMENT != 0, -tensors[name].element_size()),
+        key=lambda name: (tensors[name].nbytes % _ALIGNMENT != 0, -tensors[name].element_size()),
     )
     end = 0
     for name in order:
         tensor, begin = tensors[name], end
-        end += nbytes(tensor)
+        end += tensor.nbytes
         dtype, shape = NAMES[tensor.dtype], [*tensor.shape]
         header[name] = {"dtype": dtype, "shape": shape, "data_offsets": [begin, end]}
     text = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode()

@@ -94,7 +94,7 @@ def write(
             sums = {name: safetensors.crc32(tensor) for name, tensor in tensors.items()}
         text = encode(Structure(nodes, dots, values, dtypes, sums, score))
         _check_size(tensors, text)
-    size = sum([safetensors.nbytes(tensor) for tensor in tensors.values()])
+    size = sum([tensor.nbytes for tensor in tensors.values()])
     try:
         if max_shard_bytes is None or size <= max_shard_bytes:
             with replaced(target) as file:
@@ -119,7 +119,7 @@ def _check_tensor(name: str, tensor: Tensor) -> None:
     if tensor.dtype not in safetensors.NAMES and tensor.dtype != torch.complex128:
         raise TypeError(f"the format has no dtype for the {tensor.dtype} at {name!r}")
     storage = tensor.untyped_storage()
-    if storage.device.type == "meta" or safetensors.nbytes(tensor) > 0 == storage.nbytes():
+    if storage.device.type == "meta" or tensor.nbytes > 0 == storage.nbytes():
         raise ValueError(f"expects values to write, got a tensor without any at {name!r}")
 
 
@@ -150,12 +150,12 @@ def _write_shards(target: Path, tensors: Mapping[str, Tensor], text: str, limit:
     shards: list[dict[str, Tensor]] = []
     left = -math.inf
     for name, tensor in tensors.items():
-        left -= safetensors.nbytes(tensor)
+        left -= tensor.nbytes
         if left < 0:
             shards.append({})
-            left = limit - safetensors.nbytes(tensor)
+            left = limit - tensor.nbytes
         shards[-1][name] = tensor
-    size = sum([safetensors.nbytes(tensor) for tensor in tensors.values()])
+    size = sum([tensor.nbytes for tensor in tensors.values()])
     target.parent.mkdir(parents=True, exist_ok=True)
     paths = shard_paths(target, len(shards))
     written: list[Path] = []

@@ -3,11 +3,10 @@
 from collections.abc import Iterator, Mapping
 from typing import Any, NamedTuple
 
-import torch
 from torch import Tensor
 
 from funcnet import tree
-from funcnet.core import EMPTY, Params, join_paths
+from funcnet.core import EMPTY, Params
 from funcnet.errors import require
 
 FROZEN = "frozen"
@@ -176,18 +175,3 @@ def _hint(known: set[str], state_dict: Mapping[str, Tensor]) -> str:
                     f"\nall keys begin with {prefix!r}: take it away, then {len(cut & known)} fit"
                 )
     return ""
-
-
-def by_key(module: torch.nn.Module) -> dict[str, str]:
-    """From each key of a module's ``state_dict()`` to the first one of the same tensor.
-
-    A module that is used under two names, and parameters that are tied, have several keys.
-    """
-    first: dict[int, str] = {}
-    keys: dict[str, str] = {}
-    for name, child in module.named_modules(remove_duplicate=False):
-        for tensors in (child.named_parameters, child.named_buffers):
-            for leaf_name, leaf in tensors(recurse=False):
-                key = join_paths(name, leaf_name)
-                keys[key] = first.setdefault(id(leaf), key)
-    return keys
