@@ -50,12 +50,7 @@ def epoch_batches(key: Tensor | None, data: Tree, batch_size: int) -> Tree:
 
 def _check(name: str, data: Tree, batch_size: int) -> int:
     """The number of examples; raises unless batches of this size can be made of the data."""
-    leaves = tree.leaves(data)
-    extents = {tuple(getattr(leaf, "shape", ()))[:1] for leaf in leaves}
-    if len(extents) != 1 or () in extents:
-        got = tree.describe(data)
-        raise ValueError(f"{name}: expects tensors with one leading extent, got {got}")
-    (size,) = extents.pop()
+    size = leading_extent(name, data)
     require(size, f"{name}: expects at least one example, got none")
     if isinstance(batch_size, bool) or not isinstance(batch_size, int):
         raise TypeError(f"{name}: expects an integer batch_size, got {batch_size!r}")
@@ -65,6 +60,15 @@ def _check(name: str, data: Tree, batch_size: int) -> int:
             f"got {batch_size}"
         )
     return size
+
+
+def leading_extent(name: str, data: Tree, what: str = "tensors") -> int:
+    """The extent of the first dimension, which all leaves must have in common."""
+    extents = {tuple(getattr(leaf, "shape", ()))[:1] for leaf in tree.leaves(data)}
+    if len(extents) != 1 or () in extents:
+        got = tree.describe(data)
+        raise ValueError(f"{name}: expects {what} with one leading extent, got {got}")
+    return int(extents.pop()[0])
 
 
 class Batches:

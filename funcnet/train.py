@@ -20,7 +20,7 @@ from funcnet.core import (
     Tree,
     pull,
 )
-from funcnet.data import on_device, pair
+from funcnet.data import leading_extent, on_device, pair
 from funcnet.errors import check_count, check_kind, require
 from funcnet.finite import detect_nonfinite, require_finite
 from funcnet.metrics.core import Metric, batch_function
@@ -156,13 +156,7 @@ def _in_micro_batches(run: ForwardBackward, count: int) -> ForwardBackward:
 
 
 def _split(batch: Batch, count: int) -> Callable[[Tensor], Tensor]:
-    extents = {leaf.shape[:1] for leaf in tree.leaves(batch)}
-    if len(extents) != 1 or () in extents:
-        raise ValueError(
-            "micro_batches: expects a batch of tensors with one leading extent, "
-            f"got {tree.describe(batch)}"
-        )
-    (size,) = extents.pop()
+    size = leading_extent("micro_batches", batch, "a batch of tensors")
     if size % count or not size:
         raise ValueError(f"micro_batches: expects a batch of a multiple of {count}, got {size}")
     return lambda leaf: leaf.unflatten(0, (count, size // count))

@@ -18,8 +18,6 @@ from funcnet.optimizers.checks import Number, check_options, read_option
 from funcnet.optimizers.leaves import at_least_float32, leafwise
 from funcnet.optimizers.lift import around, zero_step
 
-_ONE = torch.ones((), dtype=torch.int64, device="cpu")
-
 
 class AveragedParamsState(NamedTuple):
     """The number of updates so far, an average like params, and the wrapped optimizer's state.
@@ -147,7 +145,7 @@ def _averaged(name: str, optimizer: Optimizer, weight: Callable[[Tensor], Tensor
 
     def update(g: Any, state: AveragedParamsState, p: Any, inner_update: Any) -> Any:
         updates, inner = inner_update(g, state.inner)
-        step = state.step + _ONE
+        step = state.step + 1
         # Leaf by leaf, so that the new params are in memory one at a time.
         average: Any = leafwise(_toward, state.average, p, updates, weight(step))
         return updates, AveragedParamsState(step, average, inner)

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from funcnet.core import Optimizer, Params, Tree
-from funcnet.errors import check_kind, locate, require
+from funcnet.errors import check_kind, located, require
 from funcnet.optimizers.leaves import Leaves
 from funcnet.optimizers.lift import (
     Trees,
@@ -98,11 +98,8 @@ def inject_hyperparams(
                 expected = f"expects the hyperparams {list(injected)}, got {list(kept)}"
                 raise ValueError(f"{_NAME}: {expected}")
             hyperparams = {o: _now(o, given, kept[o], step) for o, given in injected.items()}
-            try:
+            with located(_NAME):
                 updates, inner = leaves_update(made(hyperparams))(g, inner, trees)
-            except Exception as error:
-                locate(error, _NAME)
-                raise
             return updates, InjectHyperparamsState(step + 1, hyperparams, inner)
 
         return lifted(_NAME, init_state, update_leaves)

@@ -12,7 +12,7 @@ from torch import Tensor
 from funcnet import runtime, tree
 from funcnet.compiler.loops import without_values
 from funcnet.core import EMPTY, Box, Optimizer, Params, Tree, function_name
-from funcnet.errors import check_kind, locate, refuse_state
+from funcnet.errors import check_kind, located, refuse_state
 from funcnet.optimizers.each import Shaped
 from funcnet.optimizers.leaves import Applied, Leaves, sum_into
 
@@ -198,11 +198,8 @@ def _update_inside(
 ) -> tuple[Leaves, Tree]:
     # The formula may use g again, which the optimizer inside may write to, or let go.
     given = Leaves(g.tensors)
-    try:
+    with located(name):
         return leaves_update(optimizer)(given, opt_state, trees.within(donated))
-    except Exception as error:
-        locate(error, name)
-        raise
 
 
 def choose(condition: Tensor, yes: Callable[[], Tree], no: Callable[[], Tree]) -> Tree:

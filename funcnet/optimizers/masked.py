@@ -5,7 +5,7 @@ from typing import Any
 
 from funcnet import tree
 from funcnet.core import EMPTY, Optimizer, Params, Tree
-from funcnet.errors import check_kind, locate, require
+from funcnet.errors import check_kind, located, require
 from funcnet.optimizers.chains import check_states, present
 from funcnet.optimizers.leaves import Leaves
 from funcnet.optimizers.lift import Trees, leaves_update, lifted
@@ -41,11 +41,8 @@ def masked(optimizer: Optimizer, where: Where, *, name: str = "masked") -> Optim
 
     def update_leaves(g: Leaves, opt_state: Tree, trees: Trees) -> tuple[Leaves, Tree]:
         part = parts(trees.treedef)[""]
-        try:
+        with located(name):
             updates, opt_state = inside(part.take(g), opt_state, part.trees(trees))
-        except Exception as error:
-            locate(error, name)
-            raise
         return part.put(updates, g.to_dtypes(trees.params)), opt_state
 
     return lifted(name, init_state, update_leaves)
@@ -98,13 +95,10 @@ def partition(optimizers: Mapping[str, Optimizer], rules: Mapping[str, Where]) -
         found, states, result = parts(trees.treedef), {}, Leaves([*g], True)
         for label, update in updates_of.items():
             part = found[label]
-            try:
+            with located(f"partition[{label!r}]"):
                 updates, states[label] = update(
                     part.take(g), opt_state.get(label, EMPTY), part.trees(trees)
                 )
-            except Exception as error:
-                locate(error, f"partition[{label!r}]")
-                raise
             result = part.put(updates, result)
         return result, present(states)
 
