@@ -10,6 +10,7 @@ from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from funcnet import tree
+from funcnet.compiler.user_code import calling_line, note_line
 
 aten = torch.ops.aten
 
@@ -94,7 +95,9 @@ class PurityGuard(TorchDispatchMode):
         if torch.Tag.data_dependent_output in operator.tags and any([*map(_is_real, args)]):
             raise DataDependentOutputException(operator)
         _check_as_kernels_do(operator, args)
-        return operator(*args, **(kwargs or {}))
+        result = operator(*args, **(kwargs or {}))
+        note_line(calling_line())
+        return result
 
 
 def _draws(operator: Any, args: Any, kwargs: Any) -> bool:

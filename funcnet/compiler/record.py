@@ -33,6 +33,7 @@ from funcnet.compiler.promotion import numbers_meet_tensors
 from funcnet.compiler.signature import check_tensor
 from funcnet.compiler.small_convolutions import make_products
 from funcnet.compiler.specs import InputSpec, spec_of
+from funcnet.compiler.user_code import Rerecorded
 
 aten = torch.ops.aten
 
@@ -249,7 +250,8 @@ def _recorded_again(module: fx.GraphModule) -> fx.GraphModule:
     examples = [
         spec_of(value_of(node)).empty() for node in module.graph.nodes if node.op == "placeholder"
     ]
-    pure = make_fx(torch.func.functionalize(module, remove="mutations"))(*examples)
+    again = Rerecorded(module).run
+    pure = make_fx(torch.func.functionalize(again, remove="mutations"))(*examples)
     inputs = [node for node in pure.graph.nodes if node.op == "placeholder"]
     for node in pure.graph.nodes:
         if _writes(node):
