@@ -16,6 +16,8 @@ from funcnet.compiler.nodes import (
     break_before,
     contiguous_copy,
     graph_break,
+    is_called,
+    is_dense,
     is_free,
     memory_order,
     primitive_of,
@@ -95,7 +97,7 @@ def _make_contiguous(graph: Graph) -> None:
             while (base := view_base(root)) is not None:
                 root = base
             constant = root.op == "call_function" and not root.all_input_nodes
-            dense = value_of(root).permute(memory_order(value_of(root))).is_contiguous()
+            dense = is_dense(value_of(root))
             if dense and takes_order(node, value_of(value)) and (not constant or graph_break(root)):
                 return value
             with graph.inserting_before(node):
@@ -103,6 +105,7 @@ def _make_contiguous(graph: Graph) -> None:
             return copies[value]
 
         node.args = fx.node.map_arg(node.args, settle)
+        node.kwargs = fx.node.map_arg(node.kwargs, settle)
 
 
 def _innermost(homes: list[Block], stack: list[tuple[Block, Any]]) -> Block:
@@ -142,23 +145,26 @@ def _cut(block: Block, operators: dict[Block, list[Any]], for_one: bool) -> None
     for piece in pieces:
         if isinstance(piece, list):
             runs = parts(piece, updates) if for_one else [piece]
-            block.steps += [_segment(run) for run in runs if run]
+            block.steps += [segment_of(run) for run in runs if run]
         else:
             block.steps.append(piece)
 
 
 def _primitive_step(primitive: Primitive, node: Node) -> PrimitiveStep:
+    single = isinstance(value_of(node), Tensor)
+    results = {0: node} if single else {user.args[1]: user for user in node.users}
+    if is_called(node):
+        return PrimitiveStep(primitive, node.all_input_nodes, {}, results, node)
     arguments = arguments_of(node)
     for name in primitive.only_shape:
         arguments[name] = tuple(value_of(arguments[name]).shape)
     operands = [value for value in arguments.values() if isinstance(value, fx.Node)]
     options = {name: each for name, each in arguments.items() if not isinstance(each, fx.Node)}
-    single = isinstance(value_of(node), Tensor)
-    results = {0: node} if single else {user.args[1]: user for user in node.users}
-    return PrimitiveStep(primitive, operands, options, results)
+    return PrimitiveStep(primitive, operands, options, results, node)
 
 
-def _segment(run: list[Node]) -> Segment:
+def segment_of(run: list[Node]) -> Segment:
+    """A run of operators without a graph break as a segment."""
     inside = set(run)
     graph: Graph = fx.Graph()
     copies: dict[Node, Node] = {}
@@ -196,7 +202,8 @@ def _segment(run: list[Node]) -> Segment:
         results.append(result)
     graph.output(results)
     given = [node for node in graph.nodes if node.op == "placeholder"]
-    return Segment([inputs[node] for node in given], outputs, graph)
+    origins = {copies[node]: node for node in run}
+    return Segment([inputs[node] for node in given], outputs, graph, origins)
 
 
 def _permuted(graph: Graph, node: Node, order: list[int]) -> Node:

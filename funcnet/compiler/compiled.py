@@ -16,17 +16,21 @@ from funcnet import tree
 from funcnet.compiler import cache
 from funcnet.compiler.blocks import Block, blocks
 from funcnet.compiler.build import load, text_key
+from funcnet.compiler.calls import Calls, call_sites
 from funcnet.compiler.donation import pair
 from funcnet.compiler.errors import (
     BuildError,
     NoCompilerError,
+    NoKernelError,
     UnknownTorchError,
     UnsupportedError,
     say_once,
     say_unknown,
 )
 from funcnet.compiler.inductor import writing
-from funcnet.compiler.nodes import through_barriers
+from funcnet.compiler.instructions import Kernels
+from funcnet.compiler.missing import mark_alike, mark_missing
+from funcnet.compiler.nodes import is_called, mark_called, through_barriers
 from funcnet.compiler.numbers import NUMBERS, Arithmetic
 from funcnet.compiler.plan import Plan
 from funcnet.compiler.program import program_text
@@ -73,6 +77,8 @@ class Lowered(NamedTuple):
             of the workspace its offset, its size, the statements of the code between which it is
             alive, and its values. Empty where there is no single program.
         code: the C++ program, or what Inductor wrote where segments run one by one.
+        called: the operators that the program calls through PyTorch, as there is no kernel for
+            them: how often, how long a call took in the runs so far, and for which line of yours.
         why_not_one: the reason why there is no single program; None where there is one.
     """
 
@@ -80,6 +86,7 @@ class Lowered(NamedTuple):
     blocks: str
     buffers: str
     code: str
+    called: tuple[str, ...]
     why_not_one: str | None
 
 
@@ -146,6 +153,7 @@ class Compiled:
         self.run: Callable[[int, int], int] | None = None
         self.error: Callable[[], bytes] | None = None
         self._clear: Callable[[], None] | None = None
+        self.calls: Calls | None = None
         self.staged: Staged | None = None
         self.why_not_one: str | None = None
         self.why_not_built: str | None = None
@@ -168,36 +176,51 @@ class Compiled:
         deterministic = torch.are_deterministic_algorithms_enabled()
         made_for = f"{self.threads} {torch.get_default_dtype()} {deterministic} {others}"
         key = text_key(str(self.recorded), repr((self.reused, self.passed)), made_for)
-        if refused := cache.find_text(f"{key}.refused"):
-            self.why_not_one = refused
-            return
         try:
             library = load(self._text(key), self.threads)
             self.run, self.error = library.funcnet_run, library.funcnet_error
             self._clear = library.funcnet_clear
             weakref.finalize(self, self._clear).atexit = False
-        except UnknownTorchError as reason:
-            self.why_not_one = str(reason)
         except UnsupportedError as reason:
             self.why_not_one = str(reason)
-            cache.keep(f"{key}.refused", str(reason).encode())
         except BuildError as reason:
             say_once("jit: functions run eagerly, as no program can be made", reason)
             self.why_not_one = self.why_not_built = str(reason)
 
     def _text(self, key: str) -> str:
         """The C++ text: from disk, or written, which takes Inductor seconds."""
+        graph = self.recorded.graph
         text = cache.find_text(f"{key}.cpp")
         if text is None:
-            text = program_text(self._plan(blocks(self.recorded, for_one=True)))
+            text = program_text(self._plan()[1])
+            called = " ".join([node.name for node in graph.nodes if is_called(node)])
+            text = f"// called: {called}\n{text}"
             cache.keep(f"{key}.cpp", text.encode())
+        names = text[: text.index("\n")].removeprefix("// called: ").split()
+        for node in graph.nodes if names else ():
+            if node.name in names:
+                mark_called(node)
+        sites = call_sites(blocks(self.recorded, for_one=True)) if names else []
+        self.calls = Calls(sites) if sites else None
         return text
 
-    def _plan(self, program: Block) -> Plan:
+    def _plan(self) -> tuple[Block, Plan]:
+        """The blocks and the memory plan of the program."""
+        kernels: dict[Any, Kernels] = {}
+        graph, inputs = self.recorded.graph, self.recorded.inputs
         try:
             with writing(), settings_of_programs():
-                inputs = self.recorded.inputs
-                return Plan(program, inputs, self.reused, self.passed, self.threads)
+                mark_missing(graph)
+                while True:
+                    program = blocks(self.recorded, for_one=True)
+                    try:
+                        plan = Plan(
+                            program, inputs, self.reused, self.passed, self.threads, kernels
+                        )
+                    except NoKernelError as missing:
+                        mark_alike(graph, missing.nodes)
+                    else:
+                        return program, plan
         except (UnsupportedError, BuildError, NoCompilerError):
             raise
         except Exception as error:
@@ -206,15 +229,14 @@ class Compiled:
 
     def lowered(self) -> Lowered:
         """What each stage made of the function."""
-        program = blocks(self.recorded, for_one=self.run is not None)
-        buffers = code = ""
-        if self.run is not None:
-            plan = self._plan(program)
-            buffers = "\n".join([*self._ends(), str(plan)])
-            code = program_text(plan)
-        elif self.staged is not None:
-            code = self.staged.code()
-        return Lowered(str(self.recorded), str(program), buffers, code, self.why_not_one)
+        graph, called = str(self.recorded), self.calls.described() if self.calls else ()
+        if self.run is None:
+            program = blocks(self.recorded, for_one=False)
+            code = "" if self.staged is None else self.staged.code()
+            return Lowered(graph, str(program), "", code, called, self.why_not_one)
+        program, plan = self._plan()
+        buffers = "\n".join([*self._ends(), str(plan)])
+        return Lowered(graph, str(program), buffers, program_text(plan), called, None)
 
     def _ends(self) -> list[str]:
         """The program's inputs and outputs, and which share memory, as text."""
@@ -273,9 +295,15 @@ class Compiled:
             for index in self.fresh:
                 spec = self.specs[index]
                 outputs[index] = torch.empty(spec.shape, dtype=spec.dtype, device=spec.device)
-            ins = array("Q", addresses)
             outs = array("Q", [0 if each is None else each.data_ptr() for each in outputs])
-            if self.run(ins.buffer_info()[0], outs.buffer_info()[0]):
+            if self.calls is None:
+                ins = array("Q", addresses)
+                failed = self.run(ins.buffer_info()[0], outs.buffer_info()[0])
+            else:
+                ins = array("Q", [*addresses, self.calls.address])
+                with settings_of_programs():
+                    failed = self.run(ins.buffer_info()[0], outs.buffer_info()[0])
+            if failed:
                 self._raise(given)
             for index, source in self.reused.items():
                 # As detach gives it, and faster.
@@ -334,10 +362,14 @@ class Compiled:
     def _raise(self, given: Sequence[Tensor]) -> None:
         assert self.error is not None
         message = _plain(self.error().decode())
+        failure = self.calls and self.calls.failure()
         if self.donated:
             # Some of it may hold new values and some old ones.
             message += "; what was donated is lost"
             self._give_away(given)
+        if failure:
+            # As the operator raises it eagerly.
+            raise failure
         raise RuntimeError(f"{self.name}: {message}")
 
     def _check_overlap(self, addresses: list[int]) -> None:

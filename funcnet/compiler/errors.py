@@ -1,12 +1,22 @@
 """Why a function cannot be one program, as exceptions and warnings."""
 
 import warnings
+from collections.abc import Sequence
+from typing import Any
 
 import torch
 
 
 class UnsupportedError(Exception):
     """A graph that cannot be one C++ program, and why: it runs by `Staged` instead."""
+
+
+class NoKernelError(UnsupportedError):
+    """Operators of a graph for which there is no kernel: a program calls them through PyTorch."""
+
+    def __init__(self, nodes: Sequence[Any], why: object) -> None:
+        super().__init__(str(why))
+        self.nodes = nodes
 
 
 class UnknownTorchError(UnsupportedError):

@@ -24,7 +24,7 @@ from torch.fx.experimental.proxy_tensor import make_fx
 
 from funcnet.compiler.blocks import Segment
 from funcnet.compiler.build import compiler
-from funcnet.compiler.errors import BuildError, UnsupportedError
+from funcnet.compiler.errors import BuildError, NoKernelError, UnsupportedError
 from funcnet.compiler.instructions import (
     Allocate,
     Call,
@@ -35,6 +35,7 @@ from funcnet.compiler.instructions import (
     Rename,
     View,
 )
+from funcnet.compiler.user_code import Rerecorded, origin_of
 
 aten = torch.ops.aten
 
@@ -84,7 +85,7 @@ def decomposed(segment: Segment) -> fx.GraphModule:
     examples = [node.meta["val"] for node in segment.graph.nodes if node.op == "placeholder"]
     module = fx.GraphModule(torch.nn.Module(), segment.graph)
     with torch.no_grad():
-        retraced = make_fx(module, decomposition_table=table)(*examples)
+        retraced = make_fx(Rerecorded(module).run, decomposition_table=table)(*examples)
     retraced.graph.eliminate_dead_code()
     return retraced
 
@@ -252,6 +253,7 @@ def kernels(
         lowering.bw_donated_idxs = dying
         with V.set_graph_handler(lowering):
             lowering.run(*examples)
+            _check_operations(lowering, segment)
             lowering.device_type = "cpu"
             lowering.device_ops = get_device_op_overrides("cpu")
             lowering.wrapper_code = CppWrapperCpu()
@@ -297,6 +299,37 @@ def _is_scalar(node: fx.Node) -> bool:
     return isinstance(value, Tensor) and value.dim() == 0
 
 
+def _check_operations(lowering: Any, segment: Segment) -> None:
+    """Raise NoKernelError for operators that Inductor would call."""
+    from torch._inductor import ir
+
+    outside = [
+        each
+        for each in lowering.operations
+        if isinstance(each, ir.ExternKernel) and not isinstance(each, ir.NopKernel)
+    ]
+    if outside:
+        origins = [origin_of(node) for each in outside for node in each.origins]
+        # Views that lead to an operator are among its origins.
+        found = {segment.origins[node]: None for node in origins if node in segment.origins}
+        raise NoKernelError([*found], f"no kernel for {', '.join([*map(str, found)])}")
+
+
+@functools.cache
+def has_kernel(operator: Any) -> bool:
+    """Whether Inductor knows an operator otherwise than as one to call.
+
+    It may still call it for some arguments: that shows when it writes the kernel.
+    """
+    from torch._inductor.decomposition import select_decomp_table
+    from torch._inductor.lowering import lowerings
+
+    if operator in select_decomp_table() or operator in _CORRECTED:
+        return True
+    lower = lowerings.get(operator)
+    return lower is not None and not getattr(lower, "_is_fallback_handler", False)
+
+
 def _instructions(lowering: Any) -> tuple[dict[str, str], list[Instruction]]:
     sources: dict[str, str] = {}
     instructions: list[Instruction] = []
@@ -323,8 +356,6 @@ def _instructions(lowering: Any) -> tuple[dict[str, str], list[Instruction]]:
                 layout = line.layout.view.get_layout()
                 offset = int(layout.offset) * layout.dtype.itemsize
                 instructions.append(View(line.reused_as.get_name(), line.node.get_name(), offset))
-            case "ExternKernelOutLine":
-                raise UnsupportedError(f"the operator {line.node.op_overload}")
             case "LineContext" | "CommentLine" | "AssertSizeStrideLine" | "NullLine":
                 pass
             case "str":

@@ -10,6 +10,8 @@ from typing import Any
 import torch
 from torch import Tensor, fx
 
+from funcnet import tree
+from funcnet.compiler.calls import called
 from funcnet.compiler.loops import CONTROL
 from funcnet.compiler.primitives import PRIMITIVES, Primitive
 from funcnet.compiler.specs import spec_of
@@ -38,14 +40,67 @@ def graph_break(node: Node) -> str | None:
     """The name of an operator at which segments end, such as ``aten::sort``; None for others."""
     if isinstance(node.target, torch._ops.OpOverload):
         name = node.target._schema.name
-        if name in CONTROL or name in PRIMITIVES:
+        if name in CONTROL or name in PRIMITIVES or is_called(node):
             return name
     return None
 
 
 def primitive_of(node: Node) -> Primitive | None:
     """The primitive that a node calls; None for others."""
-    return PRIMITIVES.get(str(graph_break(node)))
+    if not isinstance(node.target, torch._ops.OpOverload):
+        return None
+    return called(node) if is_called(node) else PRIMITIVES.get(node.target._schema.name)
+
+
+def signature(node: Node) -> str:
+    """The same text for nodes that do the same with tensors of the same kinds."""
+    return str(
+        fx.node.map_arg((node.target, node.args, node.kwargs), lambda each: spec_of(value_of(each)))
+    )
+
+
+def mark_called(node: Node) -> None:
+    """Have a program call this operator through PyTorch."""
+    node.meta[_CALLED] = True
+    shared = {_storage(value_of(each)) for each in node.all_input_nodes}
+
+    def apart(value: Any) -> Any:
+        """Memory without gaps, which it shares with nothing."""
+        if value is None or (is_dense(value) and _storage(value) not in shared):
+            return value
+        with value.fake_mode:
+            return spec_of(value).empty()
+
+    values = value_of(node)
+    single = isinstance(values, Tensor)
+    node.meta["val"] = apart(values) if single else [*map(apart, values)]
+
+
+def is_called(node: Node) -> bool:
+    """Whether a program calls an operator through PyTorch: a marked one, or of complex numbers."""
+    if _CALLED not in node.meta:
+        node.meta[_CALLED] = False
+        is_operator = isinstance(node.target, torch._ops.OpOverload)
+        if is_operator and _is_of_complex_numbers(node):
+            mark_called(node)
+    return bool(node.meta[_CALLED])
+
+
+_CALLED = "funcnet_called"
+
+
+def _is_of_complex_numbers(node: Node) -> bool:
+    """Whether an operator reads or gives complex numbers, for which there are no kernels."""
+    if node.target._schema.name in CONTROL:
+        return False
+    values = [value_of(each) for each in (node, *node.all_input_nodes)]
+    tensors = [each for each in tree.leaves(values) if isinstance(each, Tensor)]
+    if not any([each.is_complex() for each in tensors]):
+        return False
+    # A view is an address, whatever its numbers are.
+    return len({_storage(each) for each in tensors}) > 1 or not all(
+        [each.is_complex() for each in tensors]
+    )
 
 
 def arguments_of(node: Node) -> dict[str, Any]:
@@ -139,6 +194,11 @@ def memory_order(value: Tensor) -> list[int]:
     if value.is_contiguous() or not value.permute(order).is_contiguous():
         return list(range(value.dim()))
     return order
+
+
+def is_dense(value: Tensor) -> bool:
+    """Whether there are no gaps between a tensor's numbers in memory."""
+    return value.permute(memory_order(value)).is_contiguous()
 
 
 def contiguous_copy(graph: Graph, node: Node) -> Node:

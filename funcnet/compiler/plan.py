@@ -9,6 +9,8 @@ from collections.abc import Sequence
 from math import prod
 from typing import Any
 
+from funcnet.compiler.calls import CALLS, call_sites, call_text
+from funcnet.compiler.errors import NoKernelError, UnsupportedError
 from funcnet.compiler.instructions import Kernels
 from funcnet.compiler.memory import Address, Arena, Frame, Target, Values, aligned
 from funcnet.compiler.nodes import Node, memory_of, size_of, value_of
@@ -35,6 +37,7 @@ class Plan:
         donated: dict[int, int],
         passed: dict[int, int],
         threads: int,
+        kernels: dict[Any, Kernels],
     ) -> None:
         """Plan a program.
 
@@ -44,9 +47,13 @@ class Plan:
             donated: for outputs, by index, the input whose memory each takes.
             passed: for outputs, by index, the input that each is, for which nothing is done.
             threads: how many threads may run.
+            kernels: those that were made before, by segment.
         """
         self.threads = threads
-        self._kernels: dict[Any, Kernels] = {}
+        self.inputs = len(inputs)
+        # The operators that are called through PyTorch.
+        self.calls = [site.step.node for site in call_sites(program)]
+        self._kernels = kernels
         self._offsets: list[list[int] | None] = []
         self._make(program, inputs, donated, passed)
         # Once more, with the lives of all buffers known, if they take less memory so.
@@ -154,7 +161,16 @@ class Plan:
             index: Operand(str(self._values.addresses[node]), value_of(node))
             for index, node in item.results.items()
         }
-        frame.statements.append(Apply(item.primitive, operands, results, item.options))
+        if item.is_called:
+            text, header = call_text(self.calls.index(item.node), operands, results), CALLS
+        else:
+            try:
+                text = item.primitive.call(operands, results, item.options)
+            except UnsupportedError as reason:
+                raise NoKernelError([item.node], reason) from reason
+            header = f"primitives/{item.primitive.header}"
+        if text:
+            frame.statements.append(Apply(text, header))
 
     def _loop(self, frame: Frame, item: LoopStep, step: int) -> None:
         self._loops += 1

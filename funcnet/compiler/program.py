@@ -31,10 +31,15 @@ class _Writer:
         includes += [f'"{header}"' for header in sorted(self._headers)]
         head = [f"#include {header}" for header in includes]
         kernels = [text.replace(" @(", f" {name}(") for text, name in self._names.items()]
+        callback = []
+        if plan.calls:
+            # What the program is called with last.
+            callback = [f"const auto callback = (funcnet::Callback)in[{plan.inputs}];"]
         run = [
             'extern "C" int funcnet_run(char** in, char** out) {',
             f"try {{ Workspace workspace({plan.workspace}); char* const w0 = workspace.start;",
             f"constexpr int threads = {plan.threads}; (void)threads;",
+            *callback,
             *lines,
             "} catch (const std::exception& error) {",
             "  return fail(error.what());",
@@ -55,10 +60,9 @@ class _Writer:
             case Launch(name, source, arguments):
                 given = [f"({c_type})({address})" for c_type, address in arguments]
                 return [f"{self._kernel(name, source)}({', '.join(given)});"]
-            case Apply(primitive, operands, results, options):
-                self._headers.add(f"primitives/{primitive.header}")
-                call = primitive.call(operands, results, options)
-                return [call] if call else []
+            case Apply(text, header):
+                self._headers.add(header)
+                return [text]
             case Iterate():
                 return self._iterate(statement)
 

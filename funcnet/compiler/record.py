@@ -143,7 +143,13 @@ def record(
             changed = _copy_operands_of_primitives(module.graph)
             changed |= any([_writes(node) for node in module.graph.nodes])
             changed |= not all([tensor.is_contiguous() for tensor in captured])
-            if changed:
+            reads_otherwise = [node.target for node in module.graph.nodes if node.target in _COPIES]
+            if changed or reads_otherwise:
+                module = _recorded_again(module)
+            if reads_otherwise:
+                # Now that nothing is written in place, a copy does.
+                for node in module.graph.nodes:
+                    node.target = (_COPIES | ANY_LAYOUT).get(node.target, node.target)
                 module = _recorded_again(module)
     _drop_unused(module.graph)
     watched = [*({id(each): each for each in captured} | layout.met).values()]
@@ -258,6 +264,19 @@ def _recorded_again(module: fx.GraphModule) -> fx.GraphModule:
             raise WritesToArgumentError(inputs.index(node.args[0]))
     return pure
 
+
+# Views that read the numbers in memory otherwise.
+_COPIES = {
+    aten._conj.default: aten.conj_physical.default,
+    aten._neg_view.default: aten.neg.default,
+    aten.view_as_real.default: aten.view_as_real_copy.default,
+    aten.view_as_complex.default: aten.view_as_complex_copy.default,
+}
+ANY_LAYOUT = {
+    aten.view.default: aten.reshape.default,
+    aten._unsafe_view.default: aten.reshape.default,
+}
+"""Operators for operands whose strides may differ from those that were recorded."""
 
 _IN_PLACE_NAMES = {
     "aten::__iand__": "bitwise_and_",

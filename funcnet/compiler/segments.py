@@ -2,10 +2,10 @@
 
 from typing import Any
 
-from funcnet.compiler.errors import UnsupportedError
-from funcnet.compiler.inductor import kernels
+from funcnet.compiler.errors import NoKernelError
 from funcnet.compiler.instructions import Allocate, Call, Free, Kernels, Rename, View
 from funcnet.compiler.memory import Address, Frame, Values
+from funcnet.compiler.missing import kernels_or_missing
 from funcnet.compiler.nodes import Node, memory_of, size_of, value_of
 from funcnet.compiler.progress import stage
 from funcnet.compiler.statements import Copy, Launch
@@ -87,7 +87,7 @@ class Segments:
         key = segment.key(), threads, *in_place, *dying
         if key not in self._made:
             stage(f"Inductor writes kernels, {len(self._made)} segments are done")
-            self._made[key] = kernels(segment, threads, in_place, dying)
+            self._made[key] = kernels_or_missing(segment, threads, in_place, dying)
         return self._made[key]
 
     def _dying_inputs(self, frame: Frame, segment: Segment, step: int) -> list[int]:
@@ -172,7 +172,7 @@ class Segments:
             if place is None:
                 continue
             if place.offset or not place.is_contiguous():
-                raise UnsupportedError(f"an output with strides {place.stride}")
+                raise NoKernelError([node], f"an output with strides {place.stride}")
             buffer = first.get(place.buffer, place.buffer)
             target = frame.free_target(node, step)
             if target is not None and buffer not in where and sizes.get(buffer) == size_of(node):

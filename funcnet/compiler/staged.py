@@ -15,10 +15,8 @@ from torch.fx.experimental.proxy_tensor import make_fx
 from funcnet.compiler.errors import BuildError, NoCompilerError, say_once, say_unknown
 from funcnet.compiler.inductor import compiled, writing
 from funcnet.compiler.nodes import Node, memory_of, memory_order, through_barriers, value_of
-from funcnet.compiler.record import settings_of_programs
+from funcnet.compiler.record import ANY_LAYOUT, settings_of_programs
 from funcnet.compiler.steps import Block, LoopStep, PrimitiveStep, Segment, reads
-
-aten = torch.ops.aten
 
 
 class _Value(NamedTuple):
@@ -203,8 +201,7 @@ def _of_any_layout(graph: fx.Graph) -> fx.Graph:
     copy = fx.Graph()
     copy.output(copy.graph_copy(graph, {}))
     for node in copy.nodes:
-        if node.target in (aten.view.default, aten._unsafe_view.default):
-            node.target = aten.reshape.default
+        node.target = ANY_LAYOUT.get(node.target, node.target)
     return copy
 
 

@@ -1,9 +1,8 @@
 """What a program does, statement by statement; `program` writes each as C++."""
 
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 from funcnet.compiler.memory import Address
-from funcnet.compiler.primitives import Operand, Primitive
 
 
 class Copy(NamedTuple):
@@ -23,12 +22,10 @@ class Launch(NamedTuple):
 
 
 class Apply(NamedTuple):
-    """Call a primitive."""
+    """Call a primitive: a C++ statement, and the header that it needs."""
 
-    primitive: Primitive
-    operands: list[Operand]
-    results: dict[int, Operand]
-    options: dict[str, Any]
+    text: str
+    header: str
 
 
 class Iterate(NamedTuple):

@@ -7,6 +7,7 @@ from typing import Any
 
 from torch import fx
 
+from funcnet.compiler.calls import CALLS
 from funcnet.compiler.loops import Loop
 from funcnet.compiler.nodes import Graph, Node, line_of, memory_of, value_of
 from funcnet.compiler.primitives import Primitive
@@ -15,11 +16,15 @@ from funcnet.compiler.specs import spec_of
 
 @dataclass(eq=False)
 class Segment:
-    """Operators without a graph break, as a function of ``inputs`` that gives ``outputs``."""
+    """Operators without a graph break, as a function of ``inputs`` that gives ``outputs``.
+
+    ``origins`` are the nodes of the program of which those of ``graph`` are copies.
+    """
 
     inputs: list[Node]
     outputs: list[Node]
     graph: Graph
+    origins: dict[Node, Node]
 
     def key(self) -> str:
         """The same text for segments that compute the same of tensors of the same kinds."""
@@ -68,18 +73,25 @@ class LoopStep:
 
 @dataclass(eq=False)
 class PrimitiveStep:
-    """A call of a primitive; results that nothing reads are missing."""
+    """A call of a primitive by a node; results that nothing reads are missing."""
 
     primitive: Primitive
     operands: list[Node]
     options: dict[str, Any]
     results: dict[int, Node]
+    node: Node
+
+    @property
+    def is_called(self) -> bool:
+        """Whether PyTorch runs it, and not a kernel."""
+        return self.primitive.header == CALLS
 
     def __str__(self) -> str:
         options = [f"{name}={value!r}" for name, value in self.options.items()]
         given = _listed([*map(str, self.operands), *options])
         results = _listed(map(str, self.results.values()))
-        return f"primitive {self.primitive.operator} ({given}) -> ({results})"
+        kind = "call of PyTorch's" if self.is_called else "primitive"
+        return f"{kind} {self.primitive.operator} ({given}) -> ({results})"
 
 
 Step = Segment | LoopStep | PrimitiveStep

@@ -58,13 +58,16 @@ def calling_line() -> Line | None:
     return Line(file, number, linecache.getline(file, number, frame.f_globals).strip())
 
 
-def note_line(line: Line | None) -> None:
-    """Note the line of the operators that were recorded since the last call; `line_of` reads it."""
+_LINE, _ORIGIN = "funcnet_line", "funcnet_origin"
+
+
+def note_line(line: Line | None, origin: fx.Node | None = None) -> None:
+    """Note where the operators come from that were recorded since the last call."""
     mode = get_proxy_mode()
     for node in () if mode is None else reversed(mode.tracer.graph.nodes):
         if node.op in ("root", "placeholder") or _LINE in node.meta:
             break
-        node.meta[_LINE] = line
+        node.meta[_LINE], node.meta[_ORIGIN] = line, origin
 
 
 def line_of(node: fx.Node) -> Line | None:
@@ -72,13 +75,15 @@ def line_of(node: fx.Node) -> Line | None:
     return node.meta.get(_LINE)
 
 
-_LINE = "funcnet_line"
+def origin_of(node: fx.Node) -> fx.Node | None:
+    """The node of which this one was made when a graph was recorded again."""
+    return node.meta.get(_ORIGIN)
 
 
 class Rerecorded(fx.Interpreter):
-    """Runs a graph again under ``make_fx``: what is recorded has the lines of its operators."""
+    """Runs a graph again under ``make_fx``; what is recorded knows the line and the node before."""
 
     def run_node(self, node: fx.Node) -> object:
         result = super().run_node(node)
-        note_line(line_of(node))
+        note_line(line_of(node), node)
         return result

@@ -19,9 +19,20 @@ def _c_type(value: Tensor) -> str:
     return C_TYPES[value.dtype]
 
 
+def _check_order(*operands: Operand) -> None:
+    """Raise UnsupportedError unless the axes of all lie in memory in one order."""
+    values = [operand.value for operand in operands]
+    last = torch.channels_last
+    if not all([each.is_contiguous() for each in values]) and not all(
+        [each.dim() == 4 and each.is_contiguous(memory_format=last) for each in values]
+    ):
+        raise UnsupportedError("pooling of images whose axes lie in memory in another order")
+
+
 def _forward(
     operands: Sequence[Operand], results: dict[int, Operand], options: dict[str, Any]
 ) -> str:
+    _check_order(*operands, *results.values())
     x, value = operands[0]
     size = options["kernel_size"]
     y = next(iter(results.values())).value
@@ -52,6 +63,7 @@ def _backward(
     operands: Sequence[Operand], results: dict[int, Operand], options: dict[str, Any]
 ) -> str:
     dy, indices = operands
+    _check_order(dy, indices, results[0])
     c_type, shape = _c_type(dy.value), dy.value.shape
     # A plane of an image is an image of one channel, which is the last one too.
     is_plane = dy.value.is_contiguous()

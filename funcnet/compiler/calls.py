@@ -1,0 +1,171 @@
+"""Operators that a program calls through PyTorch, because there is no kernel for them.
+
+The C++ program hands a function in Python the number of a call, and the addresses of its operands
+and results; the function makes tensors of them and runs PyTorch's operator. That takes a few
+microseconds, as the operator does eagerly. All else stays what it is in the program: loops are
+loops, values have their places, and what is donated is written over.
+"""
+
+import ctypes
+import functools
+import time
+from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+import torch
+from torch import Tensor, fx
+
+from funcnet.compiler.primitives import Operand, Primitive
+from funcnet.compiler.user_code import Line, line_of
+
+if TYPE_CHECKING:
+    from funcnet.compiler.steps import Block, PrimitiveStep
+
+CALLS = "headers/calls.h"
+"""The header of a program that calls operators through PyTorch."""
+
+_FUNCTION = ctypes.CFUNCTYPE(ctypes.c_int, ctypes.c_int, ctypes.POINTER(ctypes.c_size_t))
+# So many tensors are kept for each operand: the slices of a short loop.
+_KEPT = 64
+
+
+def called(node: Any) -> Primitive:
+    """A primitive that calls the operator of a node through PyTorch."""
+    formula = functools.partial(_formula, node)
+    return Primitive(node.target._schema.name, formula, _no_text, CALLS, takes=_any)
+
+
+def _formula(node: Any, *operands: Tensor) -> Any:
+    values = dict(zip(node.all_input_nodes, operands, strict=True))
+    args, kwargs = fx.node.map_arg((node.args, node.kwargs), values.__getitem__)
+    return node.target(*args, **kwargs)
+
+
+def _any(value: Tensor) -> bool:
+    return True
+
+
+def _no_text(*_: Any) -> str:
+    raise AssertionError("the plan numbers calls, and writes them")
+
+
+def call_text(number: int, operands: Sequence[Operand], results: dict[int, Operand]) -> str:
+    """The C++ statement for the call of this number."""
+    places = [*operands, *[results[index] for index in sorted(results)]]
+    addresses = ", ".join([f"(const char*)({place.address})" for place in places])
+    return f"funcnet::call(callback, {number}, {{{addresses}}});"
+
+
+class CallSite(NamedTuple):
+    """A call in a program, and how often a run of the program makes it."""
+
+    step: "PrimitiveStep"
+    times: int
+
+    @property
+    def line(self) -> Line | None:
+        """The line of the user's code that it comes from."""
+        return line_of(self.step.node)
+
+
+def call_sites(block: "Block", times: int = 1) -> list[CallSite]:
+    """The calls of a program, in the order of their numbers."""
+    from funcnet.compiler.steps import LoopStep, PrimitiveStep
+
+    found: list[CallSite] = []
+    for step in block.steps:
+        if isinstance(step, LoopStep):
+            found += call_sites(step.body, times * step.loop.length)
+        elif isinstance(step, PrimitiveStep) and step.is_called:
+            found.append(CallSite(step, times))
+    return found
+
+
+class Calls:
+    """The calls of a program.
+
+    Attributes:
+        address: of the function that the program calls.
+    """
+
+    def __init__(self, sites: Sequence[CallSite]) -> None:
+        self._sites = sites
+        self._runs = [_Call(site.step) for site in sites]
+        self._failures: list[BaseException] = []
+        self._function = _FUNCTION(functools.partial(_run, self._runs, self._failures))
+        self.address = ctypes.cast(self._function, ctypes.c_void_p).value or 0
+
+    def failure(self) -> BaseException | None:
+        """What a call raised, once."""
+        return self._failures.pop() if self._failures else None
+
+    def described(self) -> tuple[str, ...]:
+        """What is called, how often and, after a run of the program, how long a call took."""
+        lines = []
+        for site, run in zip(self._sites, self._runs, strict=True):
+            often = "once" if site.times == 1 else f"{site.times} times"
+            took = f", {run.seconds / run.count * 1e6:.1f} us each" if run.count else ""
+            lines.append(f"{site.step.primitive.operator}, {often} a run{took}, for {site.line}")
+        return tuple(lines)
+
+
+def _run(
+    runs: Sequence["_Call"], failures: list[BaseException], number: int, addresses: Any
+) -> int:
+    try:
+        runs[number](addresses)
+    except BaseException as error:
+        failures.append(error)
+        return 1
+    return 0
+
+
+class _Call:
+    """Runs an operator on memory of a program, and says how long that took."""
+
+    def __init__(self, step: "PrimitiveStep") -> None:
+        self._formula: Callable[..., Any] = step.primitive.formula
+        self._operands = [_Place(node.meta["val"]) for node in step.operands]
+        self._single = isinstance(step.node.meta["val"], Tensor)
+        values = [step.results[index].meta["val"] for index in sorted(step.results)]
+        self._results = [*zip(sorted(step.results), map(_Place, values), strict=True)]
+        self.count = 0
+        self.seconds = 0.0
+
+    def __call__(self, addresses: Any) -> None:
+        start = time.perf_counter()
+        operands = [place(addresses[index]) for index, place in enumerate(self._operands)]
+        results = self._formula(*operands)
+        if self._single:
+            results = (results,)
+        for position, (index, place) in enumerate(self._results, len(operands)):
+            place(addresses[position]).copy_(results[index])
+        self.count += 1
+        self.seconds += time.perf_counter() - start
+
+
+class _Place:
+    """Makes tensors like a given one at addresses of a program."""
+
+    def __init__(self, like: Tensor) -> None:
+        self._shape, self._strides = tuple(like.shape), tuple(like.stride())
+        self._dtype = like.dtype
+        steps = zip(self._shape, self._strides, strict=True)
+        last = sum([(size - 1) * step for size, step in steps])
+        self._bytes = (1 + last) * like.element_size() if like.numel() else 0
+        self._made: dict[int, Tensor] = {}
+
+    def __call__(self, address: int) -> Tensor:
+        tensor = self._made.get(address)
+        if tensor is None:
+            if len(self._made) >= _KEPT:
+                self._made.clear()
+            tensor = self._made[address] = self._make(address)
+        return tensor
+
+    def _make(self, address: int) -> Tensor:
+        if not self._bytes:
+            return torch.empty(self._shape, dtype=self._dtype)
+        memory = (ctypes.c_char * self._bytes).from_address(address)
+        numbers = torch.frombuffer(memory, dtype=self._dtype)
+        return numbers.as_strided(self._shape, self._strides)
