@@ -82,6 +82,7 @@ from funcnet.data import (
     batches as batches,
     epoch_batches as epoch_batches,
 )
+from funcnet.debug import debug_print as debug_print
 from funcnet.early_stopping import (
     best_so_far as best_so_far,
     early_stopping as early_stopping,

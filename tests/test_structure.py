@@ -15,7 +15,7 @@ ORDER = [
     {"errors", "runtime", "tree", "random", "threefry"},
     {"compiler"},
     {"pullbacks"},
-    {"core", "control_flow"},
+    {"core", "control_flow", "debug"},
     {"initializers", "params", "lift"},
     {"combinators"},
     {"layers"},

@@ -21,6 +21,7 @@ from funcnet.compiler.nodes import (
     is_free,
     memory_order,
     primitive_of,
+    prints,
     takes_order,
     through_barriers,
     unread,
@@ -75,6 +76,10 @@ def blocks(recorded: Recorded, for_one: bool) -> Block:
             at_begin = break_before(node) == "funcnet::begin"
             (step.slices if at_begin else step.results)[node.args[1]] = node
             home[node] = home[node.args[0]]
+        elif prints(node):
+            # In each iteration, also of what was there before the loop.
+            home[node] = stack[-1][0]
+            operators[home[node]].append(node)
         else:
             home[node] = _innermost([home[each] for each in node.all_input_nodes], stack)
             if not is_free(node):

@@ -15,6 +15,8 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import torch
 from torch import Tensor, fx
 
+from funcnet.compiler.errors import say_once
+from funcnet.compiler.loops import PRINTS
 from funcnet.compiler.primitives import Operand, Primitive
 from funcnet.compiler.user_code import Line, line_of
 
@@ -25,14 +27,17 @@ CALLS = "headers/calls.h"
 """The header of a program that calls operators through PyTorch."""
 
 _FUNCTION = ctypes.CFUNCTYPE(ctypes.c_int, ctypes.c_int, ctypes.POINTER(ctypes.c_size_t))
+# So many calls in a run take milliseconds.
+_OFTEN = 1000
 # So many tensors are kept for each operand: the slices of a short loop.
 _KEPT = 64
 
 
 def called(node: Any) -> Primitive:
     """A primitive that calls the operator of a node through PyTorch."""
-    formula = functools.partial(_formula, node)
-    return Primitive(node.target._schema.name, formula, _no_text, CALLS, takes=_any)
+    name, formula = node.target._schema.name, functools.partial(_formula, node)
+    # Those that print do so in order.
+    return Primitive(name, formula, _no_text, CALLS, has_threads=name == PRINTS, takes=_any)
 
 
 def _formula(node: Any, *operands: Tensor) -> Any:
@@ -81,6 +86,20 @@ def call_sites(block: "Block", times: int = 1) -> list[CallSite]:
     return found
 
 
+def say_if_often(name: str, sites: Sequence[CallSite]) -> None:
+    """Warn of operators that a run of a program calls so often that it is slow."""
+    for site in sites:
+        operator = site.step.primitive.operator
+        if site.times >= _OFTEN and operator != PRINTS:
+            where = f" for {site.line}" if site.line else ""
+            say_once(
+                f"{name}: a run calls {operator} {site.times} times{where}",
+                "there is no kernel for it, so each call goes through PyTorch and takes "
+                "microseconds where a kernel may take nanoseconds; if that is too slow, take it "
+                "out of the loop, or write it with operators that lower(...).called does not list",
+            )
+
+
 class Calls:
     """The calls of a program.
 
@@ -105,7 +124,8 @@ class Calls:
         for site, run in zip(self._sites, self._runs, strict=True):
             often = "once" if site.times == 1 else f"{site.times} times"
             took = f", {run.seconds / run.count * 1e6:.1f} us each" if run.count else ""
-            lines.append(f"{site.step.primitive.operator}, {often} a run{took}, for {site.line}")
+            where = f", for {site.line}" if site.line else ""
+            lines.append(f"{site.step.primitive.operator}, {often} a run{took}{where}")
         return tuple(lines)
 
 

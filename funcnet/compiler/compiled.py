@@ -16,7 +16,7 @@ from funcnet import tree
 from funcnet.compiler import cache
 from funcnet.compiler.blocks import Block, blocks
 from funcnet.compiler.build import load, text_key
-from funcnet.compiler.calls import Calls, call_sites
+from funcnet.compiler.calls import Calls, call_sites, say_if_often
 from funcnet.compiler.donation import pair
 from funcnet.compiler.errors import (
     BuildError,
@@ -202,6 +202,7 @@ class Compiled:
                 mark_called(node)
         sites = call_sites(blocks(self.recorded, for_one=True)) if names else []
         self.calls = Calls(sites) if sites else None
+        say_if_often(self.name, sites)
         return text
 
     def _plan(self) -> tuple[Block, Plan]:
@@ -273,7 +274,7 @@ class Compiled:
         leaves, captured = given, self.captured
         if self.recorded.storage_read or not plain:
             self._check_layout(given)
-            leaves = [leaf.contiguous().resolve_neg() for leaf in leaves]
+            leaves = [*map(_as_in_memory, leaves)]
         if captured:
             captured = self._settled()
         inputs = [
@@ -332,7 +333,7 @@ class Compiled:
                     "away"
                 )
         self._check_layout(self.captured, len(self.indices))
-        return [tensor.contiguous().resolve_neg() for tensor in self.captured]
+        return [*map(_as_in_memory, self.captured)]
 
     def _check_layout(self, tensors: Sequence[Tensor], first: int = 0) -> None:
         """Refuse views if the function asks for what a program knows of contiguous tensors alone.
@@ -412,7 +413,13 @@ def name_of(treedef: optree.PyTreeSpec, index: int) -> str:
 
 def _state_of(tensor: Tensor) -> Any:
     """What must not change of a tensor that a function closes over, but for its values."""
-    return input_spec(tensor), tensor.stride(), tensor.is_neg(), type(tensor)
+    seen_through = tensor.is_conj(), tensor.is_neg()
+    return input_spec(tensor), tensor.stride(), seen_through, type(tensor)
+
+
+def _as_in_memory(tensor: Tensor) -> Tensor:
+    """A tensor as programs read it: contiguous, and no conjugated or negated view."""
+    return tensor.contiguous().resolve_conj().resolve_neg()
 
 
 def _extent(tensor: Tensor) -> int:

@@ -19,6 +19,9 @@ from funcnet.compiler.specs import Spec, spec_of
 CONTROL = ("funcnet::begin", "funcnet::end", "funcnet::barrier")
 """The names of these operators."""
 
+PRINTS = "funcnet::debug_print"
+"""The name of the operator that a program is to call although nothing reads what it gives."""
+
 
 @dataclass(eq=False)
 class Loop:
@@ -54,27 +57,29 @@ class Loop:
 
 
 _functional_level = torch._C._functorch.peek_interpreter_stack
-_library = torch.library.Library("funcnet", "FRAGMENT")
+library = torch.library.Library("funcnet", "FRAGMENT")
+"""Where operators of funcnet are registered."""
+
 # The tag keeps make_fx from calling them at once on small constants.
 for _schema in (
     "begin(Tensor[] operands, int loop) -> Tensor[]",
     "end(Tensor[] results, int loop) -> Tensor[]",
     "barrier(Tensor[] values) -> Tensor[]",
 ):
-    _library.define(_schema, tags=torch.Tag.nondeterministic_seeded)
+    library.define(_schema, tags=torch.Tag.nondeterministic_seeded)
 
 
-@torch.library.register_fake("funcnet::begin", lib=_library)
+@torch.library.register_fake("funcnet::begin", lib=library)
 def _begin(operands: list[Tensor], loop: int) -> list[Tensor]:
     return [spec.empty() for spec in _recorded()[loop].inner]
 
 
-@torch.library.register_fake("funcnet::end", lib=_library)
+@torch.library.register_fake("funcnet::end", lib=library)
 def _end(results: list[Tensor], loop: int) -> list[Tensor]:
     return [spec.empty() for spec in _recorded()[loop].outer]
 
 
-@torch.library.register_fake("funcnet::barrier", lib=_library)
+@torch.library.register_fake("funcnet::barrier", lib=library)
 def _barrier(values: list[Tensor]) -> list[Tensor]:
     return [torch.empty_like(value, memory_format=torch.contiguous_format) for value in values]
 

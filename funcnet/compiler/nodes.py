@@ -12,7 +12,7 @@ from torch import Tensor, fx
 
 from funcnet import tree
 from funcnet.compiler.calls import called
-from funcnet.compiler.loops import CONTROL
+from funcnet.compiler.loops import CONTROL, PRINTS
 from funcnet.compiler.primitives import PRIMITIVES, Primitive
 from funcnet.compiler.specs import spec_of
 
@@ -73,7 +73,7 @@ def mark_called(node: Node) -> None:
 
     values = value_of(node)
     single = isinstance(values, Tensor)
-    node.meta["val"] = apart(values) if single else [*map(apart, values)]
+    node.meta["val"] = apart(values) if single else [*map(apart, values or ())]
 
 
 def is_called(node: Node) -> bool:
@@ -81,7 +81,7 @@ def is_called(node: Node) -> bool:
     if _CALLED not in node.meta:
         node.meta[_CALLED] = False
         is_operator = isinstance(node.target, torch._ops.OpOverload)
-        if is_operator and _is_of_complex_numbers(node):
+        if is_operator and (prints(node) or _is_of_complex_numbers(node)):
             mark_called(node)
     return bool(node.meta[_CALLED])
 
@@ -89,18 +89,22 @@ def is_called(node: Node) -> bool:
 _CALLED = "funcnet_called"
 
 
+def prints(node: Node) -> bool:
+    """Whether a node prints, so that it is called although it gives nothing."""
+    return isinstance(node.target, torch._ops.OpOverload) and node.target._schema.name == PRINTS
+
+
 def _is_of_complex_numbers(node: Node) -> bool:
     """Whether an operator reads or gives complex numbers, for which there are no kernels."""
     if node.target._schema.name in CONTROL:
         return False
-    values = [value_of(each) for each in (node, *node.all_input_nodes)]
-    tensors = [each for each in tree.leaves(values) if isinstance(each, Tensor)]
-    if not any([each.is_complex() for each in tensors]):
+    made = tree.leaves(value_of(node))
+    read = tree.leaves([value_of(each) for each in node.all_input_nodes])
+    if not any([isinstance(each, Tensor) and each.is_complex() for each in (*made, *read)]):
         return False
     # A view is an address, whatever its numbers are.
-    return len({_storage(each) for each in tensors}) > 1 or not all(
-        [each.is_complex() for each in tensors]
-    )
+    shared = {_storage(each) for each in read if each.is_complex()}
+    return not all([each.is_complex() and _storage(each) in shared for each in made])
 
 
 def arguments_of(node: Node) -> dict[str, Any]:

@@ -17,7 +17,7 @@ from torch.fx.experimental.proxy_tensor import make_fx
 
 from funcnet.compiler.guards import LayoutReads, PurityGuard
 from funcnet.compiler.layout import channels_last
-from funcnet.compiler.loops import CONTROL, Loop, recording
+from funcnet.compiler.loops import CONTROL, PRINTS, Loop, recording
 from funcnet.compiler.nodes import (
     Graph,
     Node,
@@ -288,10 +288,11 @@ _IN_PLACE_NAMES = {
 
 
 def _drop_unused(graph: Graph) -> None:
-    """Remove what no output needs; a loop goes as a whole."""
+    """Remove what no output needs; a loop goes as a whole, unless it prints."""
     dead: set[int] = set()
+    printing = _loops_that_print(graph)
     while True:
-        graph.eliminate_dead_code(functools.partial(_is_kept, dead))
+        graph.eliminate_dead_code(functools.partial(_is_kept, dead, printing))
         ends = _loops_at(graph, "funcnet::end")
         begins = _loops_at(graph, "funcnet::begin")
         if begins <= ends:
@@ -303,8 +304,26 @@ def _loops_at(graph: Graph, operator: str) -> set[int]:
     return {node.args[1] for node in graph.nodes if graph_break(node) == operator}
 
 
-def _is_kept(dead: set[int], node: Node) -> bool:
+def _loops_that_print(graph: Graph) -> set[int]:
+    """The loops in which something is printed."""
+    found: set[int] = set()
+    around: list[int] = []
+    for node in graph.nodes:
+        match graph_break(node):
+            case "funcnet::begin":
+                around.append(node.args[1])
+            case "funcnet::end":
+                around.pop()
+            case name if name == PRINTS:
+                found.update(around)
+    return found
+
+
+def _is_kept(dead: set[int], printing: set[int], node: Node) -> bool:
     """Whether a node that nothing reads is kept: the start of a loop is, until its end is gone."""
-    if graph_break(node) == "funcnet::begin":
+    operator = graph_break(node)
+    if operator == "funcnet::begin":
         return node.args[1] not in dead
-    return node.op in ("placeholder", "output")
+    if operator == "funcnet::end" and node.args[1] in printing:
+        return True
+    return operator == PRINTS or node.op in ("placeholder", "output")

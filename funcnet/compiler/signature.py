@@ -150,16 +150,14 @@ def check_tensor(tensor: Tensor, where: Callable[[], str]) -> None:
             f"jit: expects plain tensors, got {where()} as a {type(tensor).__qualname__}; pass "
             ".as_subclass(torch.Tensor) of it"
         )
-    if tensor.is_complex():
-        raise TypeError(f"jit: expects real tensors, got {where()} complex")
     if tensor.layout is not torch.strided or tensor.is_quantized or tensor.is_nested:
         what = "quantized" if tensor.is_quantized else f"in the layout {tensor.layout}"
         raise TypeError(f"jit: expects dense tensors, got {where()} {what}")
 
 
 def is_plain(tensor: Tensor) -> bool:
-    """Whether a program can read a tensor as it is: contiguous, and no negated view."""
-    return tensor.is_contiguous() and not tensor.is_neg()
+    """Whether a program can read a tensor as it is: contiguous, and what is in memory."""
+    return tensor.is_contiguous() and not tensor.is_neg() and not tensor.is_conj()
 
 
 class Recognizer:

@@ -106,6 +106,8 @@ class Staged:
         levels: list[int],
         tensors: list[Tensor],
     ) -> Any:
+        if isinstance(step, PrimitiveStep) and step.is_called:
+            return self._batched(step, flags, levels)
         with writing():
             graph = self._graph(step, flags, levels, tensors)
         self._codes.append(graph.code)
@@ -129,6 +131,18 @@ class Staged:
         tensors: list[Tensor],
     ) -> fx.GraphModule:
         """A step as a graph of its own, batched over the maps at these levels."""
+        function = self._batched(step, flags, levels)
+        # A tensor may come in twice, as two carries at the start of a scan, and would be one input.
+        apart = [torch.empty_like(tensor) for tensor in tensors]
+        return make_fx(lambda *inputs: _tuple(function(*inputs)), tracing_mode="fake")(*apart)
+
+    def _batched(
+        self,
+        step: Segment | PrimitiveStep,
+        flags: tuple[tuple[bool, ...], ...],
+        levels: list[int],
+    ) -> Any:
+        """A step as a function, batched over the maps at these levels."""
         if isinstance(step, Segment):
             function: Any = fx.GraphModule(torch.nn.Module(), _of_any_layout(step.graph))
         else:
@@ -136,9 +150,7 @@ class Staged:
         for level in reversed(levels):
             axes = tuple([0 if batched[level] else None for batched in flags])
             function = torch.vmap(function, in_dims=axes, randomness="different")
-        # A tensor may come in twice, as two carries at the start of a scan, and would be one input.
-        apart = [torch.empty_like(tensor) for tensor in tensors]
-        return make_fx(lambda *inputs: _tuple(function(*inputs)), tracing_mode="fake")(*apart)
+        return function
 
     def _loop(self, step: LoopStep, values: Values, lengths: tuple[int, ...]) -> None:
         operands = [_read(node, values) for node in step.operands]
@@ -229,6 +241,8 @@ def _in_memory_order(step: PrimitiveStep) -> Callable[..., tuple[Tensor, ...]]:
 
 
 def _tuple(results: Any) -> tuple[Tensor, ...]:
+    if results is None:
+        return ()
     return (results,) if isinstance(results, Tensor) else tuple(results)
 
 
