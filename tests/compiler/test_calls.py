@@ -123,12 +123,9 @@ def test_a_donated_argument_is_written_over():
 def test_a_call_that_is_made_often_is_said_once_with_its_line(monkeypatch):
     monkeypatch.setattr(errors, "_said", set())
     rows = torch.ones(1000, 2, 2)
-    with pytest.warns(
-        RuntimeWarning, match=r"calls aten::_linalg_svd 1000 times for .*svd"
-    ) as said:
+    with pytest.warns(RuntimeWarning, match=r"calls aten::_linalg_svd 1000 times for .*svd"):
         fn.jit(along)(rows)
-        fn.jit(along)(rows)
-    assert len(said) == 1
+    fn.jit(along)(rows)  # a second warning would be an error
 
 
 def test_autocast_around_a_call_changes_nothing():
