@@ -96,6 +96,12 @@ from funcnet.finite import (
 from funcnet.fit import (
     fit as fit,
 )
+from funcnet.indexing import (
+    dynamic_slice as dynamic_slice,
+    dynamic_slice_in_dim as dynamic_slice_in_dim,
+    dynamic_update_slice as dynamic_update_slice,
+    dynamic_update_slice_in_dim as dynamic_update_slice_in_dim,
+)
 from funcnet.layers.activations import (
     celu as celu,
     elu as elu,

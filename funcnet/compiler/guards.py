@@ -10,6 +10,7 @@ from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from funcnet import tree
+from funcnet.compiler.indexing import note_copy
 from funcnet.compiler.user_code import calling_line, note_line
 
 aten = torch.ops.aten
@@ -87,6 +88,11 @@ class PurityGuard(TorchDispatchMode):
                 f"jit: the function draws from torch's generator ({operator}), whose state is "
                 "hidden; draw from a key with funcnet.random"
             )
+        if operator is aten.native_batch_norm.default and args[3] is not None and args[5]:
+            raise ValueError(
+                "jit: native_batch_norm writes running averages in place, which are arguments of "
+                "its own: use funcnet's batch_norm, or torch.nn.functional.batch_norm without them"
+            )
         if operator._schema.is_mutable and args and _is_real(args[0]):
             raise ValueError(
                 f"jit: the function writes in place to a tensor it closes over ({operator}); a "
@@ -96,6 +102,7 @@ class PurityGuard(TorchDispatchMode):
             raise DataDependentOutputException(operator)
         _check_as_kernels_do(operator, args)
         result = operator(*args, **(kwargs or {}))
+        note_copy(operator, args, result)
         note_line(calling_line())
         return result
 

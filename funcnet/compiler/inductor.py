@@ -35,6 +35,7 @@ from funcnet.compiler.instructions import (
     Rename,
     View,
 )
+from funcnet.compiler.reinplace import write_in_place
 from funcnet.compiler.user_code import Rerecorded, origin_of
 
 aten = torch.ops.aten
@@ -230,9 +231,14 @@ def kernels(
     result = next(node for node in graph.nodes if node.op == "output")
     returned = list(result.args[0])
     written = {output for _, output in in_place}
+    copied = [
+        (placeholders[source], returned[output])
+        for source, output in in_place
+        if not write_in_place(graph, placeholders[source], returned[output])
+    ]
     with graph.inserting_before(result):
-        for source, output in in_place:
-            graph.call_function(aten.copy_.default, (placeholders[source], returned[output]))
+        for source, value in copied:
+            graph.call_function(aten.copy_.default, (source, value))
     kept = [value for output, value in enumerate(returned) if output not in written]
     result.args = (kept,)
     module.recompile()

@@ -16,6 +16,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode, unset_fake_temporarily
 from torch.fx.experimental.proxy_tensor import make_fx
 
 from funcnet.compiler.guards import LayoutReads, PurityGuard
+from funcnet.compiler.indexing import tensors_as_positions
 from funcnet.compiler.layout import channels_last
 from funcnet.compiler.loops import CONTROL, PRINTS, Loop, recording
 from funcnet.compiler.nodes import (
@@ -123,7 +124,7 @@ def record(
     mode = FakeTensorMode(allow_non_fake_inputs=True)
 
     def guarded(*inputs: Tensor) -> list[Tensor]:
-        with PurityGuard(), numbers_meet_tensors(arithmetic), layout:
+        with PurityGuard(), numbers_meet_tensors(arithmetic), layout, tensors_as_positions():
             return function(*inputs)
 
     with mode, recording(loops):
