@@ -120,6 +120,10 @@ def refused_by_page() -> dict[str, str]:
     return found
 
 
+def _file(case: Case) -> str:
+    return f"<{case}>"
+
+
 def _prepare(case: Case) -> _Prepared:
     op = database()[case.name]
     # The same sample whatever else is drawn.
@@ -130,12 +134,15 @@ def _prepare(case: Case) -> _Prepared:
     leaves, treedef = tree.flatten((sample.input, tuple(sample.args), dict(sample.kwargs)))
     indices = [index for index, leaf in enumerate(leaves) if isinstance(leaf, Tensor)]
 
+    # The line that an operator comes from, in the text that `lower` gives, names the case.
+    text = "lambda op, x, args, kwargs: op(x, *args, **kwargs)"
+    call = eval(compile(text, _file(case), "eval"))
+
     def function(*tensors: Tensor) -> Any:
         given = [*leaves]
         for index, tensor in zip(indices, tensors, strict=True):
             given[index] = tensor
-        x, args, kwargs = treedef.unflatten(given)
-        return op(x, *args, **kwargs)
+        return call(op, *treedef.unflatten(given))
 
     # No two arguments are the same tensor, and none is written.
     tensors = [leaves[index].detach() for index in indices]
@@ -181,18 +188,14 @@ def _run(prepared: Sequence[_Prepared]) -> tuple[list[Any], Any]:
     return results, compiled.lower(given)
 
 
-def _check(case: Case, prepared: _Prepared) -> Found:
-    try:
-        (result,), lowered = _run([prepared])
-    except Exception as error:
-        return _refusal(case, error)
+def _judged(case: Case, prepared: _Prepared, result: Any, lowered: Any) -> Found:
+    """What came of a case, in a program of it and perhaps others."""
     if differs := _differences(case.name, result, prepared.expected):
         return Found("wrong", differs)
     if lowered.why_not_one is not None:
         return Found("staged", " ".join(lowered.why_not_one.split())[:160])
-    if called := getattr(lowered, "called", None):
-        return Found("called", " ".join("; ".join(map(str, called)).split())[:160])
-    return Found("pass")
+    called = [text.partition(",")[0] for text in lowered.called if f"for {_file(case)}" in text]
+    return Found("called", " ".join(called)) if called else Found("pass")
 
 
 def _refusal(case: Case, error: Exception) -> Found:
@@ -219,25 +222,29 @@ def outcomes(batch: Sequence[Case]) -> Iterator[tuple[Case, Found]]:
         except Exception as error:
             yield case, Found("skipped", f"{type(error).__name__}: {str(error)[:100]}")
     page = refused_by_page()
-    together = [(case, each) for case, each in ready if case.name not in page]
-    alone = [(case, each) for case, each in ready if case.name in page]
-    results: list[Any] = []
+    yield from _together([each for each in ready if each[0].name not in page])
+    for each in ready:
+        if each[0].name in page:
+            yield from _together([each])
+
+
+def _together(ready: Sequence[tuple[Case, _Prepared]]) -> Iterator[tuple[Case, Found]]:
+    """What comes of cases in one program; by halves where one of them has none."""
+    if not ready:
+        return
     try:
-        if len(together) > 1:
-            results, lowered = _run([each for _, each in together])
-            if lowered.why_not_one or getattr(lowered, "called", None):
-                results = []
-    except Exception:
-        results = []
-    if not results:
-        together, alone = [], ready
-    for (case, each), result in zip(together, results, strict=True):
-        if _differences(case.name, result, each.expected):
-            alone.append((case, each))
-        else:
-            yield case, Found("pass")
-    for case, each in alone:
-        yield case, _check(case, each)
+        results, lowered = _run([prepared for _, prepared in ready])
+    except Exception as error:
+        if len(ready) == 1:
+            yield ready[0][0], _refusal(ready[0][0], error)
+            return
+        results, lowered = [], None
+    if len(ready) > 1 and (lowered is None or lowered.why_not_one is not None):
+        yield from _together(ready[: len(ready) // 2])
+        yield from _together(ready[len(ready) // 2 :])
+        return
+    for (case, prepared), result in zip(ready, results, strict=True):
+        yield case, _judged(case, prepared, result, lowered)
 
 
 def _work(receive: Any, send: Any) -> None:
