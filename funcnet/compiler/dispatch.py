@@ -18,6 +18,7 @@ from funcnet.compiler.compiled import Compiled, Donated, Lowered, name_of, where
 from funcnet.compiler.inductor import compiling
 from funcnet.compiler.numbers import NUMBERS, Arithmetic
 from funcnet.compiler.progress import shown, stage
+from funcnet.compiler.reads import needs_value
 from funcnet.compiler.record import WritesToArgumentError, record
 from funcnet.compiler.signature import (
     Recognizer,
@@ -206,7 +207,7 @@ class Dispatcher:
         arithmetic = Arithmetic(call.numbers, names)
         out_treedef: Any = None
 
-        def flat(*inputs: Tensor) -> list[Tensor]:
+        def traced_function(*inputs: Tensor) -> list[Tensor]:
             nonlocal out_treedef
             leaves = [*call.leaves]
             for index, given in zip(call.indices, inputs, strict=True):
@@ -226,18 +227,10 @@ class Dispatcher:
         stage("recording its operators")
         try:
             with compiling():
-                recorded = record(flat, [*map(input_spec, call.tensors)], arithmetic)
-        except DynamicOutputShapeException as error:
-            raise TypeError(
-                f"{self._name}: the shape of a result of {error.func} depends on the values of a "
-                "tensor, which a compiled program does not know yet: choose with torch.where"
-            ) from error
-        except DataDependentOutputException as error:
-            raise TypeError(
-                f"{self._name}: the function reads the value of a tensor, which a compiled program "
-                "does not know yet. Name a number that shapes or Python's control flow depend on "
-                "in static=, or choose between tensors with torch.where"
-            ) from error
+                recorded = record(traced_function, [*map(input_spec, call.tensors)], arithmetic)
+        except (DynamicOutputShapeException, DataDependentOutputException) as error:
+            dynamic = isinstance(error, DynamicOutputShapeException)
+            raise needs_value(str(error.func), of_shape=dynamic) from None
         except TypeError as error:
             # Python raises an error of its own instead of the TypeError from n - tensor.
             if "TracedNumber" in str(error) and arithmetic.refusal:

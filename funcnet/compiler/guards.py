@@ -9,9 +9,9 @@ from torch._subclasses.fake_tensor import DataDependentOutputException, FakeTens
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from funcnet import tree
 from funcnet.compiler.indexing import note_copy
-from funcnet.compiler.user_code import calling_line, note_line
+from funcnet.compiler.reads import with_reasons
+from funcnet.compiler.user_code import at_line, calling_line, note_line
 
 aten = torch.ops.aten
 
@@ -40,21 +40,16 @@ class LayoutReads(TorchFunctionMode):
         by_user = sys._getframe(1).f_globals.get("__name__", "").partition(".")[0] != "torch"
         real = [each for each in args if _is_real(each) and each.layout is torch.strided]
         self.met.update({id(each): each for each in real})
-        # torch.tensor reads the values of tensors in a list, and copies one that is alone.
-        listed = func in _FROM_LISTS and args and isinstance(args[0], (list, tuple))
-        read = tree.leaves(args[0]) if listed or func in _VALUES else []
-        if any([*map(_is_real, read)]):
-            raise DataDependentOutputException(func)
         if by_user and func in _HIDDEN:
             raise TypeError(
                 f"jit: the function reads or sets Tensor.{_HIDDEN[func]}, which is no value of "
-                "its arguments: pass what it needs as one"
+                f"its arguments: pass what it needs as one{at_line()}"
             )
         if by_user and func in _STRIDES and self.asked is None:
             self.asked = func.__name__
         if by_user and func in _STORAGE:
             self.asked, self.of_storage = func.__name__, True
-        return func(*args, **(kwargs or {}))
+        return with_reasons(func, args, kwargs or {})
 
 
 _STRIDES = {Tensor.stride, Tensor.is_contiguous, Tensor.is_neg}
@@ -63,8 +58,6 @@ _STORAGE = {
     *(Tensor.as_strided_, Tensor.as_strided_scatter, Tensor.storage_offset),
     *(Tensor.untyped_storage, Tensor.storage),
 }
-_FROM_LISTS = {torch.tensor, torch.as_tensor, torch.asarray}
-_VALUES = {Tensor.tolist, Tensor.numpy, Tensor.__array__}
 _HIDDEN = {
     cast(Any, Tensor.grad).__get__: "grad",
     cast(Any, Tensor._version).__get__: "_version",
@@ -72,6 +65,7 @@ _HIDDEN = {
     cast(Any, Tensor.grad_fn).__get__: "grad_fn",
     cast(Any, Tensor.is_leaf).__get__: "is_leaf",
     cast(Any, Tensor.data).__set__: "data",
+    Tensor.data_ptr: "data_ptr",
     Tensor.is_inference: "is_inference",
     Tensor.is_shared: "is_shared",
 }
@@ -86,7 +80,7 @@ class PurityGuard(TorchDispatchMode):
         if _draws(operator, args, kwargs or {}):
             raise ValueError(
                 f"jit: the function draws from torch's generator ({operator}), whose state is "
-                "hidden; draw from a key with funcnet.random"
+                f"hidden; draw from a key with funcnet.random{at_line()}"
             )
         if operator is aten.native_batch_norm.default and args[3] is not None and args[5]:
             raise ValueError(
@@ -96,7 +90,7 @@ class PurityGuard(TorchDispatchMode):
         if operator._schema.is_mutable and args and _is_real(args[0]):
             raise ValueError(
                 f"jit: the function writes in place to a tensor it closes over ({operator}); a "
-                "pure function writes to tensors of its own only"
+                f"pure function writes to tensors of its own only{at_line()}"
             )
         if torch.Tag.data_dependent_output in operator.tags and any([*map(_is_real, args)]):
             raise DataDependentOutputException(operator)
@@ -134,11 +128,22 @@ def _check_as_kernels_do(operator: Any, args: Any) -> None:
             "to invert a mask, use the `~` or `logical_not()` operator instead."
         )
 
+    if operator in _PRODUCTS and len({each.dtype for each in args if _is_tensor(each)}) > 1:
+        raise RuntimeError("expected m1 and m2 to have the same dtype")
 
+
+_PRODUCTS = {
+    *(aten.mm.default, aten.bmm.default, aten.mv.default, aten.dot.default, aten.vdot.default),
+    *(aten.addmm.default, aten.baddbmm.default, aten.addmv.default, aten.addbmm.default),
+}
 _SUBTRACTIONS = {
     *(aten.sub.Tensor, aten.sub.Scalar, aten.rsub.Tensor, aten.rsub.Scalar),
     *(aten.sub_.Tensor, aten.sub_.Scalar),
 }
+
+
+def _is_tensor(operand: Any) -> bool:
+    return isinstance(operand, Tensor)
 
 
 def _is_bool(operand: Any) -> bool:

@@ -34,6 +34,7 @@ from funcnet.compiler.promotion import numbers_meet_tensors
 from funcnet.compiler.signature import check_tensor
 from funcnet.compiler.small_convolutions import make_products
 from funcnet.compiler.specs import InputSpec, spec_of
+from funcnet.compiler.tracebacks import quiet
 from funcnet.compiler.user_code import Rerecorded
 
 aten = torch.ops.aten
@@ -128,7 +129,7 @@ def record(
             return function(*inputs)
 
     with mode, recording(loops):
-        with _settings_of_caller():
+        with _settings_of_caller(), quiet():
             examples = [spec.example() for spec in inputs]
             module = make_fx(guarded, _allow_non_fake_inputs=True)(*examples)
         # From here on nothing but what was recorded is run.

@@ -1,5 +1,6 @@
 """Where in the user's own code an operator comes from, for errors and for what `lower` says."""
 
+import ast
 import functools
 import linecache
 import os
@@ -7,7 +8,7 @@ import sys
 import sysconfig
 from pathlib import Path
 from types import FrameType
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import optree
 import torch
@@ -40,22 +41,84 @@ class Line(NamedTuple):
 
 
 @functools.cache
+def is_library(file: str) -> bool:
+    """Whether a file is torch's or funcnet's."""
+    return file.startswith(_LIBRARIES)
+
+
+@functools.cache
 def is_users(file: str) -> bool:
     """Whether a file is neither torch's, nor funcnet's, nor of Python's standard library."""
-    if file.startswith(_LIBRARIES) or file.startswith("<frozen"):
+    if is_library(file) or file.startswith("<frozen"):
         return False
     return file.startswith(_PACKAGES) or not file.startswith(_STANDARD)
 
 
+def is_users_frame(frame: FrameType) -> bool:
+    """Whether a function is the user's, and none that torch makes of a text."""
+    return is_users(frame.f_code.co_filename) and "__name__" in frame.f_globals
+
+
+def calling_frame() -> FrameType | None:
+    """The user's function that is being run; None if there is none."""
+    frame: FrameType | None = sys._getframe(1)
+    while frame is not None and not is_users_frame(frame):
+        frame = frame.f_back
+    return frame
+
+
 def calling_line() -> Line | None:
     """The line of the user's code that is being run; None if there is none."""
-    frame: FrameType | None = sys._getframe(1)
-    while frame is not None and not is_users(frame.f_code.co_filename):
-        frame = frame.f_back
+    frame = calling_frame()
     if frame is None:
         return None
     file, number = frame.f_code.co_filename, frame.f_lineno
     return Line(file, number, linecache.getline(file, number, frame.f_globals).strip())
+
+
+def at_line() -> str:
+    """The line of the user's code that is being run, for the end of an error's message."""
+    line = calling_line()
+    return f"\n  {line}" if line else ""
+
+
+def enclosing(frame: FrameType) -> list[ast.AST]:
+    """The expression that a function is computing, then what is around it, outwards.
+
+    It is empty where there is no source, as for functions that `exec` made.
+    """
+    try:
+        positions = [*frame.f_code.co_positions()][frame.f_lasti // 2]
+        first, last, start, end = positions
+        lines = linecache.getlines(frame.f_code.co_filename, frame.f_globals)
+        tree = ast.parse("".join(lines))
+    except (IndexError, SyntaxError, ValueError):
+        return []
+    if first is None or last is None or start is None or end is None:
+        return []
+    return _around(tree, (first, start), (last, end))
+
+
+def _around(node: ast.AST, start: tuple[int, int], end: tuple[int, int]) -> list[ast.AST]:
+    """The innermost node that has these two places in it, then what is around it."""
+    for child in ast.iter_child_nodes(node):
+        found = []
+        if not hasattr(child, "lineno"):  # such as what stands for the arguments of a function
+            inside = _around(child, start, end)
+            found = inside if len(inside) > 1 else []
+        elif _start(child) <= start and end <= _end(child):
+            found = _around(child, start, end)
+        if found:
+            return [*found, node]
+    return [node]
+
+
+def _start(node: Any) -> tuple[int, int]:
+    return node.lineno, node.col_offset
+
+
+def _end(node: Any) -> tuple[int, int]:
+    return node.end_lineno, node.end_col_offset
 
 
 _LINE, _ORIGIN = "funcnet_line", "funcnet_origin"

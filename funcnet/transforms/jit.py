@@ -58,7 +58,11 @@ class Jitted:
                 return program(leaves, (), plain)
         if self._dispatcher is None:
             return self._function(*args, **kwargs)
-        result = self._dispatcher(args, kwargs)
+        try:
+            result = self._dispatcher(args, kwargs)
+        except Exception as error:
+            _trim(error)
+            raise
         self._last = self._dispatcher.last
         return result
 
@@ -68,7 +72,11 @@ class Jitted:
             raise RuntimeError(
                 "jit: the compiler does not know this PyTorch: functions run eagerly"
             )
-        return self._dispatcher.lower(args, kwargs)
+        try:
+            return self._dispatcher.lower(args, kwargs)
+        except Exception as error:
+            _trim(error)
+            raise
 
     def clear(self) -> None:
         """Free the memory that the programs keep from call to call."""
@@ -113,6 +121,12 @@ class Jitted:
         )
         donate, static = without_self(self._donate), without_self(self._static)
         return Jitted(method, donate, static, reference)
+
+
+def _trim(error: Exception) -> None:
+    from funcnet.compiler.tracebacks import trim
+
+    trim(error)
 
 
 def _itself(instance: Any) -> Any:
