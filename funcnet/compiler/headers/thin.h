@@ -2,19 +2,32 @@
 
 #pragma once
 
+#include <ATen/cpu/vec/functional_bfloat16.h>
 #include <ATen/cpu/vec/vec.h>
 #include <algorithm>
 #include <cstdint>
 #include <omp.h>
+#include <type_traits>
 #include <vector>
 
 namespace funcnet {
 
-template <typename T, int ROWS>
+// Of numbers From, which are summed as T: another type than From for bfloat16 and half.
+template <typename T, int ROWS, typename From = T>
 struct Thin {
   using Vec = at::vec::Vectorized<T>;
   static constexpr int64_t LANES = Vec::size();
   static constexpr int64_t COLUMNS = 4;
+
+  static Vec read(const From* from) {
+    if constexpr (std::is_same_v<T, From>) {
+      return Vec::loadu(from);
+    } else {
+      Vec found;
+      at::vec::load_to_float<From>(from, found);
+      return found;
+    }
+  }
 
   static T total(const Vec& sums) {
     T each[LANES], sum = 0;
@@ -27,7 +40,7 @@ struct Thin {
 
   // WIDTH columns of B, each contiguous: inner products with the rows of A, `step` apart.
   template <int64_t WIDTH>
-  static void inner(const T* a, int64_t step, const T* b, int64_t bn, int64_t k, T* found) {
+  static void inner(const T* a, int64_t step, const From* b, int64_t bn, int64_t k, T* found) {
     Vec sums[ROWS][WIDTH][2];
     for (auto& row : sums) {
       for (auto& column : row) {
@@ -38,7 +51,7 @@ struct Thin {
     for (; i + 2 * LANES <= k; i += 2 * LANES) {
 #pragma GCC unroll 4
       for (int64_t j = 0; j < WIDTH; ++j) {
-        const Vec left = Vec::loadu(b + j * bn + i), right = Vec::loadu(b + j * bn + i + LANES);
+        const Vec left = read(b + j * bn + i), right = read(b + j * bn + i + LANES);
 #pragma GCC unroll 4
         for (int r = 0; r < ROWS; ++r) {
           sums[r][j][0] = at::vec::fmadd(Vec::loadu(a + r * step + i), left, sums[r][j][0]);
@@ -51,7 +64,7 @@ struct Thin {
       for (int64_t j = 0; j < WIDTH; ++j) {
         T sum = total(sums[r][j][0] + sums[r][j][1]);
         for (int64_t rest = i; rest < k; ++rest) {
-          sum += a[r * step + rest] * b[j * bn + rest];
+          sum += a[r * step + rest] * static_cast<T>(b[j * bn + rest]);
         }
         found[r * WIDTH + j] = sum;
       }
@@ -60,7 +73,7 @@ struct Thin {
 
   // WIDTH vectors of columns of B, whose rows are contiguous, `bk` apart.
   template <int64_t WIDTH>
-  static void outer(const T* a, int64_t step, const T* b, int64_t bk, int64_t k, T* found) {
+  static void outer(const T* a, int64_t step, const From* b, int64_t bk, int64_t k, T* found) {
     Vec sums[ROWS][WIDTH];
     for (auto& row : sums) {
       for (auto& column : row) {
@@ -70,7 +83,7 @@ struct Thin {
     for (int64_t i = 0; i < k; ++i) {
 #pragma GCC unroll 4
       for (int64_t j = 0; j < WIDTH; ++j) {
-        const Vec right = Vec::loadu(b + i * bk + j * LANES);
+        const Vec right = read(b + i * bk + j * LANES);
 #pragma GCC unroll 4
         for (int r = 0; r < ROWS; ++r) {
           sums[r][j] = at::vec::fmadd(Vec(a[r * step + i]), right, sums[r][j]);
@@ -84,15 +97,19 @@ struct Thin {
     }
   }
 
-  static void product(int64_t n, int64_t k, const T* a, int64_t am, int64_t ak, const T* b,
-                      int64_t bk, int64_t bn, const T* bias, int64_t dm, int64_t dn, T* c,
-                      int64_t cm, int threads) {
+  static void product(int64_t n, int64_t k, const From* given, int64_t am, int64_t ak,
+                      const From* b, int64_t bk, int64_t bn, const From* bias, int64_t dm,
+                      int64_t dn, From* c, int64_t cm, T alpha, T beta, int threads) {
     std::vector<T> rows;
-    if (ak != 1) {
+    const T* a = nullptr;
+    if constexpr (std::is_same_v<T, From>) {
+      a = ak == 1 ? given : nullptr;
+    }
+    if (a == nullptr) {
       rows.resize(ROWS * k);
       for (int64_t r = 0; r < ROWS; ++r) {
         for (int64_t i = 0; i < k; ++i) {
-          rows[r * k + i] = a[r * am + i * ak];
+          rows[r * k + i] = static_cast<T>(given[r * am + i * ak]);
         }
       }
       a = rows.data();
@@ -108,8 +125,10 @@ struct Thin {
       const auto keep = [&](int64_t from, int64_t count) {
         for (int r = 0; r < ROWS; ++r) {
           for (int64_t j = 0; j < count; ++j) {
-            const T base = bias == nullptr ? T(0) : bias[r * dm + (from + j) * dn];
-            c[r * cm + from + j] = base + found[r * count + j];
+            const int64_t column = from + j;
+            const T base =
+                bias == nullptr ? T(0) : T(beta * static_cast<T>(bias[r * dm + column * dn]));
+            c[r * cm + column] = static_cast<From>(base + alpha * found[r * count + j]);
           }
         }
       };
@@ -129,7 +148,7 @@ struct Thin {
           for (int r = 0; r < ROWS; ++r) {
             found[r] = T(0);
             for (int64_t i = 0; i < k; ++i) {
-              found[r] += a[r * am + i] * b[i * bk + column];
+              found[r] += a[r * am + i] * static_cast<T>(b[i * bk + column]);
             }
           }
           keep(column, 1);

@@ -9,17 +9,32 @@ from funcnet.compiler.errors import UnsupportedError
 from funcnet.compiler.primitives import C_TYPES, Operand, Primitive
 
 aten = torch.ops.aten
-_DTYPES = (torch.float32, torch.float64)
 
 
-def _call(operands: Sequence[Operand], results: dict[int, Operand], options: dict[str, Any]) -> str:
+def _product(
+    operands: Sequence[Operand], results: dict[int, Operand], options: dict[str, Any]
+) -> str:
+    return _call("product", operands, results, options)
+
+
+def _summed(
+    operands: Sequence[Operand], results: dict[int, Operand], options: dict[str, Any]
+) -> str:
+    return _call("summed_products", operands, results, options)
+
+
+def _call(
+    function: str, operands: Sequence[Operand], results: dict[int, Operand], options: dict[str, Any]
+) -> str:
     *biases, a, b = operands
     (c,) = results.values()
     dtype = c.value.dtype
-    if dtype not in _DTYPES:
+    if dtype not in C_TYPES or dtype == torch.bool or options.keys() - {"alpha", "beta"}:
         raise UnsupportedError(f"a product in {dtype}")
-    if any([factor != 1 for factor in options.values()]):
-        raise UnsupportedError("a product with alpha or beta")
+    alpha, beta = [_factor(options.get(name, 1), dtype) for name in ("alpha", "beta")]
+    if beta == 0:
+        # Then it is not read, whatever it holds.
+        biases = []
     *stack, m, k = a.value.shape
     n = b.value.shape[-1]
     if not c.value.numel():
@@ -28,13 +43,31 @@ def _call(operands: Sequence[Operand], results: dict[int, Operand], options: dic
     *of_c, by_column = _strides(c.value)
     if by_column != 1 and n > 1:
         raise UnsupportedError(f"a product with strides {c.value.stride()}")
+    if function == "summed_products" and not stack[0]:
+        # The sum of no products is one of no columns.
+        stack, k = [1], 0
     strides = [*_strides(a.value), *_strides(b.value), *of_bias, *of_c]
     sizes = ", ".join(map(str, [*(stack or [1]), m, n, k, *strides]))
     c_type, has_bias = C_TYPES[dtype], "true" if biases else "false"
     inputs = [f"(const {c_type}*)({each.address})" for each in (a, b, *biases)]
-    pointers = ", ".join([*inputs, "nullptr"][:3])
-    function = f"funcnet::product<{c_type}, {has_bias}, {sizes}, threads>"
-    return f"{function}({pointers}, ({c_type}*)({c.address}));"
+    pointers = [*inputs, "nullptr"][:3] + [f"({c_type}*)({c.address})"]
+    if function != "product" or alpha != 1 or (biases and beta != 1):
+        pointers += map(repr, (alpha, beta))
+    return f"funcnet::{function}<{c_type}, {has_bias}, {sizes}, threads>({', '.join(pointers)});"
+
+
+def _factor(given: Any, dtype: torch.dtype) -> Any:
+    """A factor as it stands in C++; torch refuses numbers that are no numbers of the dtype."""
+    if dtype.is_floating_point:
+        number = float(given)
+        return number if abs(number) < float("inf") else _refuse(given)
+    limits = torch.iinfo(dtype)
+    integer = isinstance(given, int) and limits.min < int(given) <= limits.max
+    return int(given) if integer else _refuse(given)
+
+
+def _refuse(given: Any) -> Any:
+    raise UnsupportedError(f"a product with a factor {given}")
 
 
 def _strides(value: torch.Tensor) -> tuple[int, ...]:
@@ -46,10 +79,10 @@ PRIMITIVES = [
     Primitive(
         f"aten::{name}",
         getattr(aten, name).default,
-        _call,
+        _summed if name == "addbmm" else _product,
         "product.h",
         takes=lambda operand: True,
-        is_inductors=True,
+        is_inductors=name != "addbmm",
     )
-    for name in ("mm", "addmm", "bmm", "baddbmm")
+    for name in ("mm", "addmm", "bmm", "baddbmm", "addbmm")
 ]
