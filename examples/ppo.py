@@ -3,8 +3,8 @@
     python examples/ppo.py
     python examples/ppo.py --output examples/figures/ppo.png
 
-A run is a pure function of its key: 16 carts are pushed for 64 steps (`fn.vmap` of `fn.scan`), the
-advantages are computed backwards in time (`fn.scan` with ``reverse=True``), and four epochs of four
+A run is a pure function of its key: 32 carts are pushed for 64 steps (`fn.vmap` of `fn.scan`), the
+advantages are computed backwards in time (`fn.scan` with ``reverse=True``), and four epochs of eight
 minibatches improve the policy and the value of what is observed (`fn.train_step`, scanned over
 `fn.epoch_batches`). `fn.vmap` over keys makes a population of runs, which the program divides among
 the cores.
@@ -14,7 +14,7 @@ an entropy bonus. Its derivative stands beside it. That of the clipped objective
 policy gradient, the derivative of ``-log p(action)`` with a cotangent, ``ratio * advantage`` or, if
 the ratio is clipped, 0.
 
-Prints and draws the mean return of 100 episodes after every 10 updates, of each seed, and the steps
+Prints and draws the mean return of 100 episodes after every 5 updates, of each seed, and the steps
 of the environment in a second, beside those of the same run in plain PyTorch.
 """
 
@@ -32,9 +32,9 @@ from torch import Tensor, nn
 
 import funcnet as fn
 
-CARTS, STEPS = 16, 64
-EPOCHS, MINIBATCHES = 4, 4
-EVERY = 10
+CARTS, STEPS = 32, 64
+EPOCHS, MINIBATCHES = 4, 8
+EVERY = 5
 """Updates of one call of the program, after which the policy is measured."""
 UNITS, RATE, MAX_NORM = 64, 2.5e-3, 0.5
 DISCOUNT, TRACE = 0.99, 0.95
@@ -210,7 +210,7 @@ def start(optimizer: fn.Optimizer, key: Tensor) -> Run:
 
 
 def make_advance(optimizer: fn.Optimizer) -> Callable[[Run], tuple[Run, Tensor]]:
-    """Ten updates of a run, and the mean return after them."""
+    """Five updates of a run, and the mean return after them."""
     update = make_update(optimizer)
 
     def advance(run: Run) -> tuple[Run, Tensor]:
@@ -307,7 +307,7 @@ def parse() -> argparse.Namespace:
     add = parser.add_argument
     add("--seed", type=int, default=0, help="of the nets, the carts and the actions")
     add("--seeds", type=int, default=16, metavar="N", help="runs of the population")
-    add("--updates", type=int, default=100, help=f"of each run, a multiple of {EVERY}")
+    add("--updates", type=int, default=60, help=f"of each run, a multiple of {EVERY}")
     add("--quick", action="store_true", help=f"two runs of {2 * EVERY} updates, for a test")
     add("--output", type=Path, default=Path("ppo.png"), help="the figure's file")
     options = parser.parse_args()

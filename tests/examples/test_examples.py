@@ -47,6 +47,8 @@ OPTIONS = {
     "deep_ensemble": ("--seed", "--members", "--epochs", "--output"),
     "digits_cnn": ("--seed", "--epochs", "--images", "--output"),
     "fit_dataloader": ("--epochs", "--images", "--workers", "--checkpoint"),
+    "policy_gradient": ("--seed", "--updates", "--quick", "--output"),
+    "ppo": ("--seed", "--seeds", "--updates", "--quick", "--output"),
     "population_sweep": (
         "--seed",
         "--repetitions",
@@ -149,6 +151,8 @@ def test_disk_classifier_takes_other_settings(options: tuple[object, ...], tmp_p
         ("report_tables", ("--table", "none")),
         ("digits_cnn", ("--epochs", 0)),
         ("sequence_lstm", ("--places", 0)),
+        ("policy_gradient", ("--updates", 15)),
+        ("ppo", ("--seeds", 0)),
         ("digits_cnn", ("--images", 50)),
         ("digits_cnn", ("--images", 5001)),
         ("char_lm", ("--steps", 30)),
