@@ -6,10 +6,12 @@ microseconds, as the operator does eagerly. All else stays what it is in the pro
 loops, values have their places, and what is donated is written over.
 """
 
+import contextlib
 import ctypes
 import functools
+import operator
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
@@ -35,15 +37,40 @@ _KEPT = 64
 
 def called(node: Any) -> Primitive:
     """A primitive that calls the operator of a node through PyTorch."""
-    name, formula = node.target._schema.name, functools.partial(_formula, node)
+    name, formula = node.target._schema.name, _function_of(node)
     # Those that print do so in order.
     return Primitive(name, formula, _no_text, CALLS, has_threads=name == PRINTS, takes=_any)
 
 
-def _formula(node: Any, *operands: Tensor) -> Any:
-    values = dict(zip(node.all_input_nodes, operands, strict=True))
-    args, kwargs = fx.node.map_arg((node.args, node.kwargs), values.__getitem__)
-    return node.target(*args, **kwargs)
+def _function_of(node: Any) -> Callable[..., Any]:
+    """What a node calls, as a function of its operands alone."""
+    nodes = node.all_input_nodes
+    fill = _filled((node.args, node.kwargs), {each: place for place, each in enumerate(nodes)})
+
+    def function(*operands: Tensor) -> Any:
+        args, kwargs = fill(operands)
+        return node.target(*args, **kwargs)
+
+    return function
+
+
+def _filled(given: Any, places: dict[Any, int]) -> Callable[[Sequence[Any]], Any]:
+    """A function that puts operands in their places in what an operator is given."""
+    if isinstance(given, fx.Node):
+        return operator.itemgetter(places[given])
+    if isinstance(given, (tuple, list)) and _has_nodes(given):
+        parts = [_filled(each, places) for each in given]
+        return lambda operands: [part(operands) for part in parts]
+    if isinstance(given, dict) and _has_nodes(given):
+        named = {name: _filled(each, places) for name, each in given.items()}
+        return lambda operands: {name: part(operands) for name, part in named.items()}
+    return lambda operands: given
+
+
+def _has_nodes(given: Any) -> bool:
+    if isinstance(given, (tuple, list, dict)):
+        return any([*map(_has_nodes, given.values() if isinstance(given, dict) else given)])
+    return isinstance(given, fx.Node)
 
 
 def _any(value: Tensor) -> bool:
@@ -89,11 +116,11 @@ def call_sites(block: "Block", times: int = 1) -> list[CallSite]:
 def say_if_often(name: str, sites: Sequence[CallSite]) -> None:
     """Warn of operators that a run of a program calls so often that it is slow."""
     for site in sites:
-        operator = site.step.primitive.operator
-        if site.times >= _OFTEN and operator != PRINTS:
+        name_of_operator = site.step.primitive.operator
+        if site.times >= _OFTEN and name_of_operator != PRINTS:
             where = f" for {site.line}" if site.line else ""
             say_once(
-                f"{name}: a run calls {operator} {site.times} times{where}",
+                f"{name}: a run calls {name_of_operator} {site.times} times{where}",
                 "there is no kernel for it, so each call goes through PyTorch and takes "
                 "microseconds where a kernel may take nanoseconds; if that is too slow, take it "
                 "out of the loop, or write it with operators that lower(...).called does not list",
@@ -127,6 +154,14 @@ class Calls:
             where = f", for {site.line}" if site.line else ""
             lines.append(f"{site.step.primitive.operator}, {often} a run{took}{where}")
         return tuple(lines)
+
+
+@contextlib.contextmanager
+def calling() -> Iterator[None]:
+    """The settings to run a program with calls under: what the caller's did is in the graph."""
+    no_autocast = torch._C._DisableAutocast()
+    with torch.no_grad(), no_autocast, torch._C.DisableTorchFunction():
+        yield
 
 
 def _run(
@@ -188,4 +223,6 @@ class _Place:
             return torch.empty(self._shape, dtype=self._dtype)
         memory = (ctypes.c_char * self._bytes).from_address(address)
         numbers = torch.frombuffer(memory, dtype=self._dtype)
+        if len(self._shape) == 1 and self._strides[0] == 1:
+            return numbers
         return numbers.as_strided(self._shape, self._strides)

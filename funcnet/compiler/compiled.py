@@ -16,7 +16,7 @@ from funcnet import tree
 from funcnet.compiler import cache
 from funcnet.compiler.blocks import Block, blocks
 from funcnet.compiler.build import load, text_key
-from funcnet.compiler.calls import Calls, call_sites, say_if_often
+from funcnet.compiler.calls import Calls, call_sites, calling, say_if_often
 from funcnet.compiler.donation import pair
 from funcnet.compiler.errors import (
     BuildError,
@@ -302,7 +302,7 @@ class Compiled:
                 failed = self.run(ins.buffer_info()[0], outs.buffer_info()[0])
             else:
                 ins = array("Q", [*addresses, self.calls.address])
-                with settings_of_programs():
+                with calling():
                     failed = self.run(ins.buffer_info()[0], outs.buffer_info()[0])
             if failed:
                 self._raise(given)
