@@ -7,10 +7,13 @@ header of the same name if its C++ is ours. To add one, add a file: all files he
 import importlib
 import pkgutil
 from collections.abc import Callable, Sequence
+from math import prod
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
+
+from funcnet.compiler.errors import UnsupportedError
 
 
 class Operand(NamedTuple):
@@ -76,6 +79,35 @@ C_TYPES = {
     torch.bool: "bool",
 }
 """The types of numbers in C++."""
+
+
+def c_type(value: Tensor) -> str:
+    """The type in C++ of a tensor's numbers.
+
+    Raises:
+        UnsupportedError: the kernels of this folder do not compute with such numbers.
+    """
+    if value.dtype not in C_TYPES:
+        raise UnsupportedError(f"numbers of {value.dtype}")
+    return C_TYPES[value.dtype]
+
+
+def lines(value: Tensor, dim: int) -> str:
+    """How many lines lie before an axis of a contiguous tensor, its length, and how many after."""
+    shape = tuple(value.shape) or (1,)
+    axis = dim % len(shape)
+    return f"{prod(shape[:axis])}, {shape[axis]}, {prod(shape[axis + 1 :])}"
+
+
+def pointers(operands: Sequence[Operand], results: dict[int, Operand], count: int) -> str:
+    """Arguments in C++: the operands, and so many results, of which those unread are null."""
+    given = [f"(const {c_type(each.value)}*)({each.address})" for each in operands]
+    made = [results.get(index) for index in range(count)]
+    given += [
+        "nullptr" if each is None else f"({c_type(each.value)}*)({each.address})" for each in made
+    ]
+    return ", ".join(given)
+
 
 PRIMITIVES: dict[str, Primitive] = {
     primitive.operator: primitive
