@@ -37,19 +37,28 @@ def size_of(node: Node) -> int:
 
 
 def graph_break(node: Node) -> str | None:
-    """The name of an operator at which segments end, such as ``aten::sort``; None for others."""
-    if isinstance(node.target, torch._ops.OpOverload):
-        name = node.target._schema.name
-        if name in CONTROL or name in PRIMITIVES or is_called(node):
-            return name
-    return None
+    """The name of an operator at which segments end, such as ``aten::sort``; None for others.
+
+    Where only one overload is a primitive, the name has that: ``aten::scatter.reduce``.
+    """
+    if not isinstance(node.target, torch._ops.OpOverload):
+        return None
+    name = _kernel_name(node) or node.target._schema.name
+    return name if name in CONTROL or name in PRIMITIVES or is_called(node) else None
 
 
 def primitive_of(node: Node) -> Primitive | None:
     """The primitive that a node calls; None for others."""
     if not isinstance(node.target, torch._ops.OpOverload):
         return None
-    return called(node) if is_called(node) else PRIMITIVES.get(node.target._schema.name)
+    return called(node) if is_called(node) else PRIMITIVES.get(str(_kernel_name(node)))
+
+
+def _kernel_name(node: Node) -> str | None:
+    """The name of the primitive that computes an operator, or an overload of it, if there is one."""
+    name = node.target._schema.name
+    names = (name, f"{name}.{node.target._overloadname}")
+    return next((each for each in names if each in PRIMITIVES), None)
 
 
 def signature(node: Node) -> str:
