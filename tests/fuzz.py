@@ -382,22 +382,21 @@ def main() -> int:
         deadline = started + 60 * options.minutes
         while start is not None and start < options.stop and time.time() < deadline:
             start = _supervise(options, start, deadline, tally)
-        reasons = Counter([_reason(path) for path in Path(folder).glob("*.refused")])
+        called = Counter([name for path in Path(folder).glob("*.cpp") for name in _called(path)])
     print(
         f"seed {options.seed}: {tally['programs']} programs, {tally['calls']} calls of compiled "
         f"functions, {tally['refused']} refused, {tally['skipped']} skipped, {tally['wrong']} wrong"
     )
     if options.verbose:
         print(f"{tally['programs'] / (time.time() - started) * 60:.1f} programs a minute")
-        print(f"programs in stages, and why: {dict(reasons)}")
+        print(f"programs that call operators, by operator: {dict(called)}")
     return int(tally["wrong"] > 0)
 
 
-def _reason(path: Path) -> str:
-    """Why a program runs in stages, in short."""
-    text = (cache.content(path) or b"").decode()
-    operator = re.search(r"aten\.\w+", text)
-    return operator[0] if operator else text[:60]
+def _called(path: Path) -> set[str]:
+    """The operators that a program calls through PyTorch."""
+    first = (cache.content(path) or b"\n").decode().splitlines()[0]
+    return {re.sub(r"_\d+$", "", name) for name in first.removeprefix("// called:").split()}
 
 
 def _supervise(
