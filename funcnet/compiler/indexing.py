@@ -6,6 +6,7 @@ is not known, so that ``x[i]`` becomes the operator ``aten::index``, and ``x[i] 
 elements: to write to it in place, which would write to x, is refused.
 """
 
+import functools
 import operator
 import threading
 from collections.abc import Callable, Iterator, Sequence
@@ -16,6 +17,7 @@ import torch
 from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
+from funcnet.compiler.composites import FORMULAS
 from funcnet.compiler.numbers import is_traced
 from funcnet.compiler.user_code import calling_line
 
@@ -333,10 +335,15 @@ def _has_axes(index: Any) -> bool:
     return isinstance(index, Tensor) and index.dim() > 0
 
 
+def _in_its_place(formula: Callable[..., Any], _: Any, *args: Any, **options: Any) -> Any:
+    return formula(*args, **options)
+
+
 _RULES: dict[Any, Callable[..., Any]] = {
     Tensor.__getitem__: _get,
     Tensor.__setitem__: _set,
     **dict.fromkeys((torch.select, Tensor.select), _select),
     **dict.fromkeys((torch.select_scatter, Tensor.select_scatter), _select_scatter),
     **dict.fromkeys((torch.narrow, Tensor.narrow), _narrow),
+    **{func: functools.partial(_in_its_place, formula) for func, formula in FORMULAS.items()},
 }
