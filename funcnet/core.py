@@ -21,10 +21,11 @@
 """
 
 from collections.abc import Callable, Mapping
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, NoReturn
 
 from torch import Tensor
 
+from funcnet.constructors import Call, Constructed, call_of
 from funcnet.pullbacks import (
     Box as Box,
     LossPullback as LossPullback,
@@ -58,7 +59,7 @@ class _Triple(NamedTuple):
     vjp: Callable[..., tuple[Tree, "Pullback", Params]]
 
 
-class Layer(_Triple):
+class Layer(Constructed, _Triple):
     """Three pure functions, ``(init, apply, vjp)``; see the module's docstring for the protocol.
 
     A layer is made by a constructor such as `linear`, by a combinator such as `serial`, by
@@ -86,6 +87,7 @@ class Layer(_Triple):
     children: Mapping[str, "Layer"]
     rebuild: Callable[[Mapping[str, "Layer"]], "Layer"] | None
     takes_key: bool
+    call: Call | None
 
     def __new__(
         cls,
@@ -105,31 +107,63 @@ class Layer(_Triple):
         )
         layer.name = name or function_name(apply)
         layer.children, layer.rebuild, layer.takes_key = children, rebuild, takes_key
+        layer.call = call_of(layer.name)
         return layer
+
+    def __call__(self, *args: Any, **kwargs: Any) -> NoReturn:
+        """Raise TypeError: a layer is three functions, and none of them is the one to call."""
+        raise TypeError(
+            f"{self.name}: a layer is not called, its functions are: "
+            "y, state = net.apply(params, x, state), or y, pullback, state = net.vjp(params, x)"
+        )
 
     def _replace(self, **functions: Any) -> "Layer":
         """The layer with other functions, under the same name.
 
         It has no children any more: a layer that is rebuilt of them would lose the new functions.
         """
-        return Layer(*super()._replace(**functions), name=self.name, takes_key=self.takes_key)
-
-    def __repr__(self) -> str:
-        inside = ", ".join(
-            f"{child}={layer!r}" if child and isinstance(child, str) else repr(layer)
-            for child, layer in self.children.items()
-        )
-        return f"{self.name}({inside})"
+        layer = Layer(*super()._replace(**functions), name=self.name, takes_key=self.takes_key)
+        layer.call = self.call
+        return layer
 
 
-class Loss(NamedTuple):
-    """Two pure functions, ``(apply, vjp)``, of a prediction and a target.
-
-    The value is a scalar, which one can train on, or has one number per element.
-    """
-
+class _LossFunctions(NamedTuple):
     apply: Callable[[Tree, Tree], Tensor]
     vjp: Callable[[Tree, Tree], tuple[Tensor, "LossPullback"]]
+
+
+class Loss(Constructed, _LossFunctions):
+    """Two pure functions, ``(apply, vjp)``, of a prediction and a target.
+
+    The value is a scalar, which one can train on, or has one number per element. ``name`` is what
+    errors call the loss; by default the name of the constructor that defines ``apply``.
+    """
+
+    name: str
+    call: Call | None
+
+    def __new__(
+        cls,
+        apply: Callable[[Tree, Tree], Tensor],
+        vjp: Callable[[Tree, Tree], tuple[Tensor, "LossPullback"]],
+        name: str | None = None,
+    ) -> "Loss":
+        loss = super().__new__(cls, apply, vjp)
+        loss.name = name or function_name(apply)
+        loss.call = call_of(loss.name)
+        return loss
+
+    def __call__(self, *args: Any, **kwargs: Any) -> NoReturn:
+        """Raise TypeError: a loss is two functions, and none of them is the one to call."""
+        raise TypeError(
+            f"{self.name}: a loss is not called, its functions are: "
+            "value = loss.apply(prediction, target), or value, pullback = loss.vjp(...)"
+        )
+
+    def _replace(self, **changes: Any) -> "Loss":
+        loss = Loss(*super()._replace(**changes), name=self.name)
+        loss.call = self.call
+        return loss
 
 
 class _OptimizerFunctions(NamedTuple):
@@ -137,7 +171,7 @@ class _OptimizerFunctions(NamedTuple):
     update: Callable[[Tree, Tree, Params], tuple[Tree, Tree]]
 
 
-class Optimizer(_OptimizerFunctions):
+class Optimizer(Constructed, _OptimizerFunctions):
     """Two pure functions, ``(init_state, update)``: from gradients to what is added to params.
 
     ``name`` is what errors, and the state of a `chain`, call the optimizer; by default it is the
@@ -150,6 +184,7 @@ class Optimizer(_OptimizerFunctions):
     name: str
     update_leaves: Callable[..., Any] | None
     loss_scale: Callable[[Tree], Tensor] | None
+    call: Call | None
 
     def __new__(
         cls,
@@ -162,11 +197,21 @@ class Optimizer(_OptimizerFunctions):
         optimizer = super().__new__(cls, init_state, update)
         optimizer.name, optimizer.update_leaves = name or function_name(update), update_leaves
         optimizer.loss_scale = loss_scale
+        optimizer.call = call_of(optimizer.name)
         return optimizer
+
+    def __call__(self, *args: Any, **kwargs: Any) -> NoReturn:
+        """Raise TypeError: an optimizer is two functions, and none of them is the one to call."""
+        raise TypeError(
+            f"{self.name}: an optimizer is not called, its functions are: "
+            "updates, opt_state = optimizer.update(grads, opt_state, params)"
+        )
 
     def _replace(self, **changes: Any) -> "Optimizer":
         functions = super()._replace(**changes)
-        return Optimizer(*functions, self.name, loss_scale=self.loss_scale)
+        optimizer = Optimizer(*functions, self.name, loss_scale=self.loss_scale)
+        optimizer.call = self.call
+        return optimizer
 
 
 class TrainState(NamedTuple):
@@ -203,13 +248,28 @@ def map_layers(function: Callable[[str, Layer], Layer], layer: Layer, path: str 
     ['0', '1', '']
     """
     if layer.rebuild is not None:
-        layer = layer.rebuild(
+        layer = rebuilt(
+            layer,
             {
                 name: map_layers(function, child, join_paths(path, name))
                 for name, child in layer.children.items()
-            }
+            },
         )
     return function(path, layer)
+
+
+def rebuilt(layer: Layer, children: Mapping[str, Layer]) -> Layer:
+    """The same layer of other children, by ``layer.rebuild``; it keeps its repr.
+
+    >>> import funcnet as fn
+    >>> rebuilt(fn.residual(fn.relu()), {"": fn.tanh()})
+    residual(tanh())
+    """
+    assert layer.rebuild is not None
+    made = layer.rebuild(children)
+    if layer.call is not None:
+        made.call = layer.call.of_others(layer.children.values(), children.values())
+    return made
 
 
 def join_paths(path: str, name: str | tuple[str, ...]) -> str:
@@ -239,21 +299,23 @@ def wrap(layer: Layer, functions: Callable[[Layer], Layer]) -> Layer:
     ...     return layer._replace(apply=apply)
     >>> net = wrap(fn.serial(fn.relu()), halved)
     >>> net, net.apply({}, torch.ones(1))[0]
-    (serial(0=relu()), tensor([0.5000]))
+    (serial(relu()), tensor([0.5000]))
     """
     rebuild = layer.rebuild
 
-    def rebuilt(children: Mapping[str, Layer]) -> Layer:
+    def wrapped(children: Mapping[str, Layer]) -> Layer:
         assert rebuild is not None
         return wrap(rebuild(children), functions)
 
-    return Layer(
+    made = Layer(
         *functions(layer),
         name=layer.name,
         children=layer.children,
-        rebuild=None if rebuild is None else rebuilt,
+        rebuild=None if rebuild is None else wrapped,
         takes_key=layer.takes_key,
     )
+    made.call = layer.call
+    return made
 
 
 def around(layer: Layer, rebuild: Callable[[Layer], Layer]) -> dict[str, Any]:
@@ -272,5 +334,6 @@ def around(layer: Layer, rebuild: Callable[[Layer], Layer]) -> dict[str, Any]:
 
 
 def function_name(function: Callable[..., Any]) -> str:
-    """``linear`` for the function ``linear.<locals>.apply``."""
-    return getattr(function, "__qualname__", type(function).__name__).split(".")[0]
+    """``linear`` for the function ``linear.<locals>.apply``: what defines it, or its own name."""
+    path = getattr(function, "__qualname__", type(function).__name__).split(".<locals>.")
+    return path[-2].rpartition(".")[2] if len(path) > 1 else path[0].split(".")[0]

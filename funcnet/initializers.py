@@ -300,6 +300,7 @@ def _rounded(draw: Callable[..., Tensor]) -> Initializer:
         wide = torch.float64 if dtype == torch.float64 else torch.float32
         return draw(key, shape, dtype=wide, device=device).to(dtype)
 
+    initialize.__qualname__ = draw.__qualname__
     return initialize
 
 

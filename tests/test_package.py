@@ -50,11 +50,6 @@ def test_layers_losses_and_optimizers_unpack_into_their_functions():
     assert all(map(callable, (apply, vjp, init_state, update)))
 
 
-def test_a_model_prints_its_structure():
-    net = fn.serial(fn.linear(2), fn.residual(fn.relu()))
-    assert repr(net) == "serial(0=linear(), 1=residual(relu()))"
-
-
 def test_a_replaced_rule_survives_every_rebuild():
     twice = fn.serial(fn.linear(2))
     edited = twice._replace(vjp=lambda *args, **kwargs: "mine")

@@ -12,7 +12,7 @@ PACKAGE = Path(fn.__file__).parent
 MODULES = sorted(PACKAGE.rglob("*.py"))
 # Each group may import from the ones before it, and within itself.
 ORDER = [
-    {"errors", "runtime", "tree", "random", "threefry"},
+    {"errors", "runtime", "tree", "random", "threefry", "constructors"},
     {"compiler"},
     {"pullbacks"},
     {"core", "control_flow", "debug", "indexing"},

@@ -78,7 +78,7 @@ def from_module(
     ...         return torch.cat([x, self.body(x)], 1)
     >>> layer, params, state = from_module(Block())
     >>> layer, list(fn.tree.to_dotted(params))
-    (block(body=serial(0=linear(), 1=relu())), ['body.0.weight', 'body.0.bias'])
+    (block(body=serial(linear(4), relu())), ['body.0.weight', 'body.0.bias'])
     >>> layer.apply(params, torch.ones(2, 4))[0].shape
     torch.Size([2, 8])
     >>> from_module(torch.nn.Sequential(torch.nn.Linear(4, 4), torch.nn.CTCLoss()))

@@ -55,6 +55,7 @@ def spatial(make: Callable[Concatenate[int, P], Layer], dims: int) -> Callable[P
         return make(dims, *args, **options)
 
     constructor.__name__ = constructor.__qualname__ = name
+    constructor.__code__ = constructor.__code__.replace(co_name=name, co_qualname=name)
     constructor.__module__ = make.__module__
     text, prompt, example = (make.__doc__ or "").partition(">>>")
     text = text.replace("2d", f"{dims}d").replace(NAMES[2], NAMES[dims])

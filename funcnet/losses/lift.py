@@ -82,7 +82,7 @@ def loss_of(
     def apply(prediction: Tree, target: Tree) -> Tensor:
         return vjp(prediction, target)[0]
 
-    return Loss(apply, vjp)
+    return Loss(apply, vjp, name)
 
 
 def from_formulas(

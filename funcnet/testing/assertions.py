@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from funcnet import tree
-from funcnet.core import EMPTY, Pullback, Tree
+from funcnet.core import EMPTY, Layer, Pullback, Tree
 
 
 def list_of_laws(laws: Mapping[str, Callable[..., None]]) -> str:
@@ -105,7 +105,8 @@ def alike(
 
 def module_level(pullback: Pullback) -> None:
     """The rule, and each function among its static arguments, can be imported by its name."""
-    for function in (pullback.rule, *filter(callable, pullback.static)):
+    static = [each for each in pullback.static if not isinstance(each, Layer)]
+    for function in (pullback.rule, *filter(callable, static)):
         name = getattr(function, "__qualname__", "<object>")
         require("<" not in name, f"the rule's function {name} is a module-level function")
     hash(pullback.static)

@@ -19,6 +19,7 @@ from funcnet.core import (
     around,
     join_paths,
     pull,
+    rebuilt,
 )
 from funcnet.lift import stateful
 
@@ -87,12 +88,11 @@ def _partly(layer: Layer, path: str, keeps: Callable[[str, Layer], bool]) -> Lay
         return layer
     if not _keeps_some(layer, path, keeps):
         return _whole(layer)
-    assert layer.rebuild is not None
     if layer.name == "serial":
         return _in_groups(layer, path, keeps)
     children = layer.children.items()
-    return layer.rebuild(
-        {name: _partly(child, join_paths(path, name), keeps) for name, child in children}
+    return rebuilt(
+        layer, {name: _partly(child, join_paths(path, name), keeps) for name, child in children}
     )
 
 

@@ -163,7 +163,7 @@ def test_it_is_part_of_other_modules_copied_and_compiled():
     with torch.inference_mode():
         torch.testing.assert_close(twice(X), expected)
     layer, params, _ = fn.interop.from_module(model)
-    assert repr(layer).startswith("serial(0=serial(0=linear()")
+    assert repr(layer).startswith("serial(serial(linear(")
     assert list(fn.tree.to_dotted(params)) == [name for name, _ in model.named_parameters()]
 
 

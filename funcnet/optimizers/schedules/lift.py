@@ -24,7 +24,11 @@ def schedule_of(formula: Callable[[Tensor], Tensor]) -> Schedule:
     tensor(0.2500, dtype=torch.float64)
     """
 
-    return lambda step: formula(steps_of(step).double())
+    def schedule(step: Any) -> Tensor:
+        return formula(steps_of(step).double())
+
+    schedule.__qualname__ = formula.__qualname__
+    return schedule
 
 
 def steps_of(step: Any) -> Tensor:
