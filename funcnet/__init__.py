@@ -62,8 +62,11 @@ from funcnet.combinators.weight_norm import (
     weight_norm as weight_norm,
 )
 from funcnet.control_flow import (
+    cond as cond,
     fori as fori,
     scan as scan,
+    switch as switch,
+    while_loop as while_loop,
 )
 from funcnet.core import (
     Layer as Layer,

@@ -1,17 +1,25 @@
-"""Control flow that is compiled as such: `scan`, a loop with a carry, and `fori`."""
+"""Control flow that is compiled as such: `scan` and `fori`, `while_loop`, `cond` and `switch`."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from funcnet import tree
-from funcnet.compiler.loops import is_recording, record_loop, without_values
+from funcnet import runtime, tree
+from funcnet.compiler.loops import (
+    is_recording,
+    record_branches,
+    record_loop,
+    record_while,
+    without_values,
+)
 from funcnet.compiler.specs import spec_of
 from funcnet.core import Tree
 
 Body = Callable[[Tree, Tree], tuple[Tree, Tree]]
+Function = Callable[..., Tree]
 
 
 def scan(
@@ -81,6 +89,193 @@ def fori(lower: int, upper: int, body: Callable[[Tensor, Tree], Tree], carry: Tr
     return scan(lambda carry, i: (body(i, carry), None), carry, steps)[0]
 
 
+def while_loop(condition: Function, body: Callable[[Tree], Tree], carry: Tree) -> Tree:
+    """``while condition(carry): carry = body(carry)``; gives the last carry.
+
+    Eagerly this is that loop; under `jit` it is one compiled loop, whose body is compiled once and
+    which ends when its condition does. Under `vmap` each member has as many iterations as its own
+    condition says: eagerly all go on until the last is done, and those that are done keep their
+    carry, whatever the body gives for it; under jit each member has a loop of its own.
+
+    Args:
+        condition: ``carry -> bool``, a 0-d tensor or a Python bool.
+        body: ``carry -> carry``, of the same structure, shapes and dtypes.
+        carry: the first one; it is the result if the condition does not hold for it.
+
+    Eagerly, derivatives go through the iterations that were done. Under jit they cannot, as their
+    number is not known: use `scan` or `fori` there.
+
+    Raises:
+        ValueError: the carry changes, or the condition is not one number.
+        TypeError: the condition or the body cannot be called.
+
+    Source: ``jax.lax.while_loop``.
+
+    >>> while_loop(lambda x: x < 100, lambda x: 2 * x, torch.tensor(3))
+    tensor(192)
+    >>> halve = lambda x: while_loop(lambda x: x % 2 == 0, lambda x: x // 2, x)
+    >>> torch.vmap(halve)(torch.tensor([12, 7, 64]))
+    tensor([3, 7, 1])
+    """
+    _check_callable("while_loop", condition=condition, body=body)
+    carry = tree.map(_as_tensor, carry)
+
+    def holds(carry: Tree) -> Tensor:
+        return _flag("while_loop: expects the condition to give", condition(carry))
+
+    def after(carry: Tree) -> Tree:
+        return _same("while_loop", carry, body(carry))
+
+    if is_recording():
+        return _recorded_while(holds, after, carry)
+    while runtime.holds_anywhere(flag := holds(carry)):
+        carry = _where(flag, after(carry), carry)
+    return carry
+
+
+def cond(predicate: Tensor | bool, on_true: Function, on_false: Function, *operands: Tree) -> Tree:
+    """``on_true(*operands) if predicate else on_false(*operands)``.
+
+    Eagerly this is that; under `jit` it is a branch in the compiled program, which computes nothing
+    of the one that is not taken, whether it needs its operands or what is around it. Under `vmap`
+    each member takes its own: eagerly both are computed for all members, and ``torch.where``
+    chooses; under jit each member runs one. Where ``torch.where`` chooses, a derivative is NaN if
+    the branch that is not taken has no finite one.
+
+    Args:
+        predicate: a 0-d tensor, of any dtype, or a Python bool.
+        on_true, on_false: functions of the operands, which may read any other tensor as well. They
+            give tensors of one structure, with the same shapes and dtypes.
+        operands: what they are called with.
+
+    Raises:
+        ValueError: the predicate is not one number, or where both branches are looked at, as under
+            jit, they differ in what they give.
+        TypeError: a branch cannot be called.
+
+    Source: ``jax.lax.cond``.
+
+    >>> absolute = lambda x: cond(x < 0, lambda x: -x, lambda x: x, x)
+    >>> absolute(torch.tensor(-2.0)), torch.vmap(absolute)(torch.tensor([-1.0, 3.0]))
+    (tensor(2.), tensor([1., 3.]))
+    """
+    _check_callable("cond", on_true=on_true, on_false=on_false)
+    flag = _flag("cond: expects a predicate that is", predicate)
+    return _branch("cond", flag, {"on_true": on_true, "on_false": on_false}, operands)
+
+
+def switch(index: Tensor | int, branches: Sequence[Function], *operands: Tree) -> Tree:
+    """``branches[index](*operands)``, of which one is computed as in `cond`.
+
+    Args:
+        index: a 0-d integer tensor or a Python int. One below 0 is taken for 0, and one beyond the
+            last branch for the last.
+        branches: functions of the operands; see `cond`.
+        operands: what they are called with.
+
+    Raises:
+        ValueError: there are no branches, or as in `cond`.
+        TypeError: the index is not an integer, or a branch cannot be called.
+
+    Source: ``jax.lax.switch``.
+
+    >>> switch(torch.tensor(1), [torch.sin, torch.square, torch.neg], torch.tensor(3.0))
+    tensor(9.)
+    """
+    names = {f"branches[{number}]": branch for number, branch in enumerate(branches)}
+    if not names:
+        raise ValueError("switch: expects at least one branch")
+    _check_callable("switch", **names)
+    position = torch.as_tensor(index)
+    integers = not position.is_floating_point() and not position.is_complex()
+    if not integers or position.dtype == torch.bool:
+        raise TypeError(f"switch: expects an integer index, got {tree.describe(index)}")
+    if position.dim():
+        raise ValueError(f"switch: expects a 0-d index, got {tree.describe(index)}")
+    if len(names) == 1:
+        return tree.map(_as_tensor, branches[0](*operands))
+    position = position.clamp(0, len(names) - 1).long()
+    return _branch("switch", position, names, operands)
+
+
+def _check_callable(name: str, **functions: Any) -> None:
+    for argument, function in functions.items():
+        if not callable(function):
+            raise TypeError(
+                f"{name}: expects {argument} to be a function, got {tree.describe(function)}"
+            )
+
+
+def _flag(what: str, value: Any) -> Tensor:
+    """A 0-d bool tensor for a number or a 0-d tensor."""
+    if not isinstance(value, (Tensor, bool, int, float)):
+        raise TypeError(f"{what} a 0-d tensor or a bool, got {tree.describe(value)}")
+    flag = torch.as_tensor(value)
+    if flag.dim():
+        raise ValueError(f"{what} a 0-d tensor or a bool, got {tree.describe(flag)}")
+    return flag if flag.dtype == torch.bool else flag != 0
+
+
+def _branch(name: str, selector: Tensor, branches: dict[str, Function], operands: Any) -> Tree:
+    """What the branch gives that the selector says: a number, or a bool, True for the first."""
+    functions = [*branches.values()]
+    if not is_recording() and runtime.has_one_value(selector):
+        value = selector.item()
+        position = int(1 - value if selector.dtype == torch.bool else value)
+        return tree.map(_as_tensor, functions[position](*operands))
+    results: list[Tree] = []
+
+    def run(function: Function) -> list[Tensor]:
+        result = tree.map(_as_tensor, function(*operands))
+        if results and not tree.alike(results[0], result):
+            one, *_, other = [*branches][: len(results) + 1]
+            raise ValueError(
+                f"{name}: expects all branches to give one structure, with the same shapes and "
+                f"dtypes: {one} gives {tree.describe(results[0])}, {other} gives "
+                f"{tree.describe(result)}"
+            )
+        results.append(result)
+        return tree.leaves(result)
+
+    if is_recording():
+        leaves = record_branches(selector, [partial(run, each) for each in functions])
+        return tree.flatten(results[0])[1].unflatten(leaves)
+    for function in functions:
+        run(function)
+    if selector.dtype == torch.bool:
+        return _where(selector, *results)
+    chosen = results[-1]
+    for number, result in enumerate(results[:-1]):
+        chosen = _where(selector == number, result, chosen)
+    return chosen
+
+
+def _where(flag: Tensor, yes: Tree, no: Tree) -> Tree:
+    """``yes if flag else no``, under vmap for each member."""
+    if runtime.has_one_value(flag):
+        return yes if flag else no
+    return tree.map(
+        lambda one, other: one if one is other else torch.where(flag, one, other), yes, no
+    )
+
+
+def _recorded_while(
+    holds: Callable[[Tree], Tensor], after: Callable[[Tree], Tree], carry: Tree
+) -> Tree:
+    leaves, treedef = tree.flatten(carry)
+    flag: Any = None
+
+    def condition(inputs: list[Tensor]) -> Tensor:
+        nonlocal flag
+        flag = holds(treedef.unflatten(inputs))
+        return flag
+
+    def body(inputs: list[Tensor]) -> list[Tensor]:
+        return treedef.flatten_up_to(after(treedef.unflatten(inputs)))
+
+    return treedef.unflatten(record_while(leaves, condition, body))
+
+
 def _iterations(xs: Tree, length: int | None) -> int:
     leaves, treedef = tree.flatten(xs)
     if length is not None and (isinstance(length, bool) or not isinstance(length, int)):
@@ -104,13 +299,18 @@ def _call(f: Body, carry: Tree, x: Tree) -> tuple[Tree, Tree]:
     result = f(carry, x)
     if not isinstance(result, tuple) or len(result) != 2:
         raise TypeError(f"scan: f must return (carry, y), got {tree.describe(result)}")
-    after = tree.map(_as_tensor, result[0])
+    return _same("scan", carry, result[0]), tree.map(_as_tensor, result[1])
+
+
+def _same(name: str, carry: Tree, after: Tree) -> Tree:
+    """The new carry, which must be like the old one."""
+    after = tree.map(_as_tensor, after)
     if not tree.alike(carry, after):
         raise ValueError(
-            "scan: the carry must keep its structure, shapes and dtypes, came in as "
+            f"{name}: the carry must keep its structure, shapes and dtypes, came in as "
             f"{tree.describe(carry)} and went out as {tree.describe(after)}"
         )
-    return after, tree.map(_as_tensor, result[1])
+    return after
 
 
 def _loop(f: Body, carry: Tree, xs: Tree, order: Any, reverse: bool) -> tuple[Tree, Tree]:

@@ -11,9 +11,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-_interpreter = torch._C._functorch.peek_interpreter_stack
-_interpreters = torch._C._functorch.get_interpreter_stack
-_DERIVATIVES = (torch._C._functorch.TransformType.Grad, torch._C._functorch.TransformType.Jvp)
+_functorch = torch._C._functorch
+_interpreter = _functorch.peek_interpreter_stack
+_interpreters = _functorch.get_interpreter_stack
+_DERIVATIVES = (_functorch.TransformType.Grad, _functorch.TransformType.Jvp)
 _forward_ad = torch.autograd.forward_ad
 _dispatch_modes = torch._C._len_torch_dispatch_stack
 
@@ -73,7 +74,7 @@ def is_forward_mode() -> bool:
     """Whether a derivative is taken by forward mode, ``torch.func.jvp`` or ``jacfwd``."""
     if _forward_ad._current_level >= 0:
         return True
-    jvp = torch._C._functorch.TransformType.Jvp
+    jvp = _functorch.TransformType.Jvp
     return any([level.key() == jvp for level in _interpreters() or ()])
 
 
@@ -101,6 +102,27 @@ def read(tensor: Tensor) -> Any:
         return tensor.tolist()
     except RuntimeError:  # under vmap a tensor stands for those of all members
         return None
+
+
+def has_one_value(tensor: Tensor) -> bool:
+    """Whether a tensor has a value that Python can read, if need be by waiting for its device.
+
+    It has not while operators are traced, and under vmap, where it stands for those of all members.
+    """
+    if is_tracing() or tensor.is_meta:
+        return False
+    while _functorch.is_functorch_wrapped_tensor(tensor):
+        if _functorch.is_batchedtensor(tensor):
+            return False
+        tensor = _functorch.get_unwrapped(tensor)
+    return True
+
+
+def holds_anywhere(flag: Tensor) -> bool:
+    """Whether a bool is True, under vmap for any of the members."""
+    while _functorch.is_functorch_wrapped_tensor(flag):
+        flag = _functorch.get_unwrapped(flag)
+    return bool(flag.any())
 
 
 def storage_id(tensor: Tensor) -> int:

@@ -1,13 +1,17 @@
-"""Blocks: a graph as nested lists of steps, which are segments, loops and primitives.
+"""Blocks: a graph as nested lists of steps: segments, primitives, loops and branches.
 
 A segment is a run of operators between two graph breaks; Inductor makes kernels of it. An operator
 belongs to the innermost loop of whose slices it needs one; what needs none is done before the loop.
+One that was recorded in a branch belongs to it, so that it is not done if the branch is not taken.
 """
 
-from typing import Any
+from collections import defaultdict
+from collections.abc import Iterator
+from typing import Any, NamedTuple
 
 from torch import Tensor, fx
 
+from funcnet.compiler.loops import PARTS, Branches, Control, Loop, WhileLoop
 from funcnet.compiler.nodes import (
     Graph,
     Node,
@@ -32,7 +36,17 @@ from funcnet.compiler.primitives import Primitive
 from funcnet.compiler.record import Recorded
 from funcnet.compiler.schedule import Piece, Run, move_up, parts
 from funcnet.compiler.specs import spec_of
-from funcnet.compiler.steps import Block, LoopStep, PrimitiveStep, Segment
+from funcnet.compiler.steps import (
+    Block,
+    BranchStep,
+    LoopStep,
+    PrimitiveStep,
+    RepeatStep,
+    Segment,
+    Step,
+    WhileStep,
+    blocks_of,
+)
 
 
 def blocks(recorded: Recorded, for_one: bool) -> Block:
@@ -48,44 +62,103 @@ def blocks(recorded: Recorded, for_one: bool) -> Block:
     _make_contiguous(graph)
     program = Block()
     # The operators of each block, loops among them; segments are made of them below.
-    operators: dict[Block, list[Any]] = {program: []}
+    operators: dict[Block, list[Any]] = defaultdict(list)
     home: dict[Node, Block] = {}
-    stack: list[tuple[Block, LoopStep | None]] = [(program, None)]
-    loop_of: dict[Node, LoopStep] = {}
+    stack = [_Open(program, None)]
+    parts_of: dict[Step, Iterator[list[_Open]]] = {}
+    step_of: dict[Node, Any] = {}
     for node in graph.nodes:
         operator = graph_break(node)
+        inner = _innermost([home[each] for each in node.all_input_nodes], stack)
         if node.op == "placeholder":
             home[node] = program
         elif node.op == "output":
             program.outputs = list(node.args[0])
-        elif operator == "funcnet::begin":
-            step = LoopStep(recorded.loops[node.args[1]], list(node.args[0]), {}, Block(), {})
-            loop_of[node] = step
-            stack.append((step.body, step))
-            operators[step.body] = []
-            home[node] = step.body
-        elif operator == "funcnet::end":
-            block, closed = stack.pop()
-            assert closed is not None
-            block.outputs = list(node.args[0])
-            loop_of[node] = closed
-            home[node] = stack[-1][0]
-            operators[stack[-1][0]].append(closed)
-        elif break_before(node) in ("funcnet::begin", "funcnet::end"):
-            step = loop_of[node.args[0]]
-            at_begin = break_before(node) == "funcnet::begin"
-            (step.slices if at_begin else step.results)[node.args[1]] = node
+        elif operator in PARTS:
+            if operator == "funcnet::begin":
+                step = _step(recorded.loops[node.args[1]], list(node.args[0]))
+                parts_of[step] = iter(_parts(step))
+            else:
+                step = _closed(stack, list(node.args[0]))
+            if operator == "funcnet::end":
+                operators[stack[-1].block].append(step)
+                if isinstance(step, WhileStep):
+                    operators[step.entered].append(step.repeated)
+            else:
+                stack += next(parts_of[step])
+            step_of[node] = step
+            home[node] = stack[-1].block
+        elif (part := break_before(node)) in PARTS:
+            _given(step_of[node.args[0]], part)[node.args[1]] = node
             home[node] = home[node.args[0]]
         elif prints(node):
             # In each iteration, also of what was there before the loop.
             home[node] = stack[-1][0]
             operators[home[node]].append(node)
         else:
-            home[node] = _innermost([home[each] for each in node.all_input_nodes], stack)
+            home[node] = inner
             if not is_free(node):
                 operators[home[node]].append(node)
     _cut(program, operators, for_one)
     return program
+
+
+class _Open(NamedTuple):
+    """A block whose operators are being read.
+
+    Attributes:
+        block: the block.
+        step: the loop or the branches whose part it is.
+        is_conditional: whether it may not be run: then all that is recorded in it is done in it,
+            also what depends on nothing in it.
+    """
+
+    block: Block
+    step: Any
+    is_conditional: bool = False
+
+
+def _step(control: Control, operands: list[Node]) -> LoopStep | WhileStep | BranchStep:
+    """The step that begins with these operands."""
+    match control:
+        case Loop():
+            return LoopStep(control, operands, {}, Block(), {})
+        case WhileLoop():
+            repeated = RepeatStep({}, Block())
+            return WhileStep(control, operands, {}, Block(), Block(), repeated, {})
+        case Branches(count):
+            return BranchStep(control, operands[0], [Block() for _ in range(count)], {})
+
+
+def _parts(step: LoopStep | WhileStep | BranchStep) -> list[list[_Open]]:
+    """The blocks that are open in each part of a step."""
+    match step:
+        case LoopStep():
+            return [[_Open(step.body, step)]]
+        case WhileStep():
+            body = [_Open(step.entered, step, True), _Open(step.repeated.body, step)]
+            return [[_Open(step.condition, step)], body]
+        case BranchStep():
+            return [[_Open(block, step, True)] for block in step.blocks]
+
+
+def _closed(stack: list[_Open], outputs: list[Node]) -> Any:
+    """The step of which a part is now at its end, with these outputs."""
+    block, step, _ = stack[-1]
+    is_condition = isinstance(step, WhileStep) and block is step.condition
+    block.outputs = outputs[:1] if is_condition else outputs
+    while stack[-1].step is step:
+        stack.pop()
+    return step
+
+
+def _given(step: Any, part: str | None) -> dict[int, Node]:
+    """Where a step keeps the results of an operator at which a part begins or ends."""
+    if part == "funcnet::end":
+        return step.results
+    if part == "funcnet::next":
+        return step.repeated.slices
+    return step.tested if isinstance(step, WhileStep) else step.slices
 
 
 def _make_contiguous(graph: Graph) -> None:
@@ -113,15 +186,16 @@ def _make_contiguous(graph: Graph) -> None:
         node.kwargs = fx.node.map_arg(node.kwargs, settle)
 
 
-def _innermost(homes: list[Block], stack: list[tuple[Block, Any]]) -> Block:
-    """The innermost of the blocks that hold the operands."""
-    order = [block for block, _ in stack]
+def _innermost(homes: list[Block], stack: list[_Open]) -> Block:
+    """The innermost of the blocks that hold the operands, or one inside it that may not be run."""
+    order = [block for block, _, _ in stack]
     if not all([home in order for home in homes]):
         raise ValueError(
-            "jit: a value from the body of a scan or vmap is used outside it; was a tensor from "
-            "outside written in place?"
+            "jit: a value from the body of a scan, vmap, while_loop or cond is used outside it; "
+            "was a tensor from outside written in place?"
         )
-    return order[max([order.index(home) for home in homes], default=0)]
+    conditional = [index for index, each in enumerate(stack) if each.is_conditional]
+    return order[max([0, *map(order.index, homes), *conditional[-1:]])]
 
 
 def _cut(block: Block, operators: dict[Block, list[Any]], for_one: bool) -> None:
@@ -130,10 +204,11 @@ def _cut(block: Block, operators: dict[Block, list[Any]], for_one: bool) -> None
     run: Run = []
     barriers = set()
     for entry in operators[block]:
-        if isinstance(entry, LoopStep):
+        if not isinstance(entry, fx.Node):
             pieces += [run, entry]
             run = []
-            _cut(entry.body, operators, for_one)
+            for inner in blocks_of(entry):
+                _cut(inner, operators, for_one)
         elif graph_break(entry) == "funcnet::barrier":
             barriers.add(len(pieces))
             pieces.append(run)

@@ -7,6 +7,7 @@ stay contiguous, as is what a loop carries.
 
 import torch
 
+from funcnet.compiler.loops import PARTS
 from funcnet.compiler.nodes import Graph, Node, graph_break, unread, value_of
 
 aten = torch.ops.aten
@@ -42,7 +43,7 @@ def channels_last(graph: Graph) -> bool:
     for node in list(graph.nodes):
         if node.target in _RESHAPES:
             node.target = aten.reshape.default
-        elif node.op == "output" or graph_break(node) in ("funcnet::begin", "funcnet::end"):
+        elif node.op == "output" or graph_break(node) in PARTS:
             for value in node.all_input_nodes:
                 if isinstance(value_of(value), torch.Tensor) and value_of(value).is_contiguous():
                     _order(graph, node, value)

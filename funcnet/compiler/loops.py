@@ -1,8 +1,13 @@
-"""Operators that say how a graph runs: the two ends of a loop, and a barrier.
+"""Operators that say how a graph runs: the ends of loops and of branches, and a barrier.
 
 `scan` and `vmap` run their body once, on tensors that the operator ``funcnet::begin`` gives, and
 hand its results to ``funcnet::end``. What lies between the two and depends on the first is the body
 of the loop; what does not is computed once, before it. So the body may close over any tensor.
+
+``funcnet::next`` ends one part and begins the next: the condition of a `while_loop` and its body,
+or two branches of a `cond`. What is recorded in a branch is computed in it, on whatever it depends,
+so that a branch that is not taken costs nothing; likewise what a body computes once, if the
+condition never holds.
 """
 
 import threading
@@ -16,8 +21,10 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 
 from funcnet.compiler.specs import Spec, spec_of
 
-CONTROL = ("funcnet::begin", "funcnet::end", "funcnet::barrier")
-"""The names of these operators."""
+PARTS = ("funcnet::begin", "funcnet::next", "funcnet::end")
+"""The names of those at which a loop or a branch, or a part of it, begins or ends."""
+CONTROL = (*PARTS, "funcnet::barrier")
+"""The names of all these operators."""
 
 PRINTS = "funcnet::debug_print"
 """The name of the operator that a program is to call although nothing reads what it gives."""
@@ -56,6 +63,59 @@ class Loop:
         return f"{self}, ({inner}) -> ({outer})"
 
 
+@dataclass(eq=False)
+class WhileLoop:
+    """A loop that goes on while a condition of what it carries holds.
+
+    Attributes:
+        inner: the tensors that it carries, which are its operands and its results.
+    """
+
+    inner: list[Spec]
+    is_map = False
+
+    @property
+    def carried(self) -> int:
+        """How many tensors are carried."""
+        return len(self.inner)
+
+    @property
+    def outer(self) -> list[Spec]:
+        """The results of the whole loop."""
+        return self.inner
+
+    def __str__(self) -> str:
+        return f"while loop, {self.carried} carried"
+
+    def signature(self) -> str:
+        """What it carries."""
+        return f"{self}, ({', '.join(map(str, self.inner))})"
+
+
+@dataclass(eq=False)
+class Branches:
+    """Branches of which one is run: the first if its operand is True, or the one of that number.
+
+    Attributes:
+        count: how many there are.
+        outer: the results, which all branches give alike.
+    """
+
+    count: int
+    outer: list[Spec] = field(default_factory=list)
+    inner: tuple[Spec, ...] = ()
+    is_map = False
+
+    def __str__(self) -> str:
+        return f"one of {self.count} branches"
+
+    def signature(self) -> str:
+        """What they give."""
+        return f"{self} -> ({', '.join(map(str, self.outer))})"
+
+
+Control = Loop | WhileLoop | Branches
+
 _functional_level = torch._C._functorch.peek_interpreter_stack
 library = torch.library.Library("funcnet", "FRAGMENT")
 """Where operators of funcnet are registered."""
@@ -63,6 +123,7 @@ library = torch.library.Library("funcnet", "FRAGMENT")
 # The tag keeps make_fx from calling them at once on small constants.
 for _schema in (
     "begin(Tensor[] operands, int loop) -> Tensor[]",
+    "next(Tensor[] results, int loop) -> Tensor[]",
     "end(Tensor[] results, int loop) -> Tensor[]",
     "barrier(Tensor[] values) -> Tensor[]",
 ):
@@ -71,6 +132,11 @@ for _schema in (
 
 @torch.library.register_fake("funcnet::begin", lib=library)
 def _begin(operands: list[Tensor], loop: int) -> list[Tensor]:
+    return [spec.empty() for spec in _recorded()[loop].inner]
+
+
+@torch.library.register_fake("funcnet::next", lib=library)
+def _next(results: list[Tensor], loop: int) -> list[Tensor]:
     return [spec.empty() for spec in _recorded()[loop].inner]
 
 
@@ -85,22 +151,22 @@ def _barrier(values: list[Tensor]) -> list[Tensor]:
 
 
 class _Recording(threading.local):
-    """The loops that this thread has recorded so far; None while it records nothing."""
+    """The loops and branches that this thread has recorded so far; None while it records none."""
 
-    loops: list[Loop] | None = None
+    loops: list[Control] | None = None
 
 
 _recording = _Recording()
 
 
-def _recorded() -> list[Loop]:
+def _recorded() -> list[Control]:
     assert _recording.loops is not None
     return _recording.loops
 
 
 @contextmanager
-def recording(loops: list[Loop]) -> Iterator[None]:
-    """Let this thread add the loops that it meets to a list."""
+def recording(loops: list[Control]) -> Iterator[None]:
+    """Let this thread add the loops and branches that it meets to a list."""
     before, _recording.loops = _recording.loops, loops
     try:
         yield
@@ -133,8 +199,7 @@ def record_loop(
     inner = [spec_of(leaf) for leaf in carry]
     inner += [Spec(tuple(x.shape[1:]), x.dtype, x.device) for x in xs]
     loop = Loop(is_map, length, len(carry), inner)
-    index = len(_recorded())
-    _recorded().append(loop)
+    index = _added(loop)
     results = body(torch.ops.funcnet.begin([*carry, *xs], index))
     for position, result in enumerate(results):
         spec = spec_of(result)
@@ -142,6 +207,41 @@ def record_loop(
             spec = spec._replace(shape=(length, *spec.shape))
         loop.outer.append(spec)
     return torch.ops.funcnet.end(results, index)
+
+
+def record_while(
+    carry: Sequence[Tensor],
+    condition: Callable[[list[Tensor]], Tensor],
+    body: Callable[[list[Tensor]], list[Tensor]],
+) -> list[Tensor]:
+    """Record ``while condition(carry): carry = body(carry)``; the condition is a 0-d bool."""
+    index = _added(WhileLoop([spec_of(leaf) for leaf in carry]))
+    tested = torch.ops.funcnet.begin(list(carry), index)
+    holds = condition(tested)
+    return torch.ops.funcnet.end(body(torch.ops.funcnet.next([holds, *tested], index)), index)
+
+
+def record_branches(
+    selector: Tensor, branches: Sequence[Callable[[], list[Tensor]]]
+) -> list[Tensor]:
+    """Record ``branches[selector]()``, or ``branches[0 if selector else 1]()`` for a 0-d bool.
+
+    They must give tensors of the same shapes and dtypes.
+    """
+    record = Branches(len(branches))
+    index = _added(record)
+    torch.ops.funcnet.begin([selector], index)
+    for branch in branches[:-1]:
+        torch.ops.funcnet.next(branch(), index)
+    results = branches[-1]()
+    record.outer = [*map(spec_of, results)]
+    return torch.ops.funcnet.end(results, index)
+
+
+def _added(control: Control) -> int:
+    """The index of a loop or branches, which are recorded from here on."""
+    _recorded().append(control)
+    return len(_recorded()) - 1
 
 
 def barrier(values: list[Tensor]) -> list[Tensor]:

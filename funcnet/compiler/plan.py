@@ -6,7 +6,6 @@ in a donated argument, the new carry of a loop in the old one, a slice of a stac
 """
 
 from collections.abc import Sequence
-from math import prod
 from typing import Any
 
 from funcnet.compiler.calls import CALLS, call_sites, call_text
@@ -15,13 +14,18 @@ from funcnet.compiler.instructions import Kernels
 from funcnet.compiler.memory import Address, Arena, Frame, Target, Values, aligned
 from funcnet.compiler.nodes import Node, memory_of, size_of, value_of
 from funcnet.compiler.primitives import Operand
+from funcnet.compiler.results import Results
 from funcnet.compiler.segments import Segments
-from funcnet.compiler.statements import Apply, Copy, Iterate, Statement
+from funcnet.compiler.statements import Apply, Choose, Copy, Iterate, Nest, Repeat, Statement
 from funcnet.compiler.steps import (
     Block,
+    BranchStep,
     LoopStep,
     PrimitiveStep,
+    RepeatStep,
     Segment,
+    WhileStep,
+    blocks_of,
     reads,
     reads_inside,
 )
@@ -70,6 +74,9 @@ class Plan:
     ) -> None:
         self._values = Values()
         self._segments = Segments(self._values, self._kernels)
+        self._results = Results(self._values)
+        # The memory of what each while loop carries.
+        self._carries: dict[RepeatStep, list[Address]] = {}
         self.frames: list[Frame] = []
         self._loops = 0
         given = [Address(f"in[{index}]") for index in range(len(inputs))]
@@ -123,6 +130,12 @@ class Plan:
                     self._segments.plan(frame, step, index)
                 case LoopStep():
                     self._loop(frame, step, index)
+                case WhileStep():
+                    self._while(frame, step, index)
+                case RepeatStep():
+                    self._iteration(frame, step)
+                case BranchStep():
+                    self._branches(frame, step, index)
                 case PrimitiveStep():
                     self._primitive(frame, step, index)
             frame.free_dead(index)
@@ -179,26 +192,15 @@ class Plan:
         loop = item.loop
         inside = reads_inside(item)
         owned: dict[Node, int | None] = {}
-        targets: list[Target] = []
-        taken: set[Node] = set()
-        given: dict[Node, Address] = {}
-        for position, operand in enumerate(item.operands[: loop.carried]):
-            carry = self._carry(frame, item, position, operand, step, inside, taken)
-            if position in item.slices:
-                node = item.slices[position]
-                given[node] = carry
-                owned[node] = None
-                targets.append(Target(carry, node))
-            else:
-                # Nothing reads this carry: its memory may be written at any time.
-                targets.append(Target(carry))
+        carries = self._results.carries(frame, item, step)
+        targets, given = _new_carries(carries, item.slices, owned)
         for position, operand in enumerate(item.operands):
             if position >= loop.carried and position in item.slices:
                 node = item.slices[position]
                 given[node] = self._values.address(operand).slice(index, size_of(node))
         self._values.addresses.update(given)
         for position in range(loop.carried, len(loop.outer)):
-            targets.append(self._stack(frame, item, position, index, step, inside, owned))
+            targets.append(self._results.stack(frame, item, position, index, step, inside, owned))
         has_threads = any([_starts_threads(each) for each in item.body.steps])
         parallel = loop.is_map and frame.threads != 1 and not has_threads
         threads = 1 if loop.is_map else frame.threads
@@ -222,100 +224,80 @@ class Plan:
         )
         frame.free(offset)
 
-    def _carry(
-        self,
-        frame: Frame,
-        item: LoopStep,
-        position: int,
-        operand: Node,
-        step: int,
-        inside: set[Node],
-        taken: set[Node],
-    ) -> Address:
-        """The memory of a carry, with its first value in it."""
-        root, offset = memory_of(operand)
-        result = item.results.get(position)
-        target = frame.targets.get(result)
-        size = size_of(operand)
-        dies = (
-            root in frame.owned
-            and frame.last_use.get(root) == step
-            and root not in inside
-            and root not in taken
-            and offset == 0
-            and size_of(root) == size
-            and sum(memory_of(other)[0] is root for other in item.operands) == 1
-        )
-        # A key for the carry's memory, also where no one reads the last value.
-        owner = result if result is not None else _Unread(f"carry {position}")
-        if dies and (target is None or target.owner in (root, None)):
-            taken.add(root)
-            self._values.reuse(frame, root, owner, step)
-            return self._values.addresses[owner]
-        slot = frame.free_target(result, step)
-        if slot is None:
-            slot = frame.own(owner, size, step)
-        if result is not None:
-            self._values.put(frame, result, slot)
-        if size and slot != self._values.address(operand):
-            frame.statements.append(Copy(slot, self._values.address(operand), size))
-        return slot
+    def _while(self, frame: Frame, item: WhileStep, step: int) -> None:
+        carries = self._results.carries(frame, item, step)
+        self._carries[item.repeated] = carries
+        flag = frame.allocate(1, "whether the loop goes on")
+        holds = frame.address(flag)
+        given = {node: carries[position] for position, node in item.tested.items()}
+        self._values.addresses.update(given)
+        parts = [
+            (item.condition, f"the condition of a {item.loop}", [Target(holds)], given),
+            (item.entered, f"the body of a {item.loop}", [], {}),
+        ]
+        nests, offsets = [], [flag]
+        for block, title, targets, seen in parts:
+            base = self._next_base()
+            inner = self._block(block, base, title, frame.threads, targets, {}, seen)
+            what = f"{base}, the workspace of {title}"
+            offsets.append(frame.allocate(inner.arena.size, what))
+            nests.append(Nest(base, frame.address(offsets[-1]), inner.statements))
+        condition, entered = nests
+        frame.statements.append(Repeat(f"first_{condition.base}", condition, holds, entered))
+        for offset in offsets:
+            frame.free(offset)
 
-    def _stack(
-        self,
-        frame: Frame,
-        item: LoopStep,
-        position: int,
-        index: str,
-        step: int,
-        inside: set[Node],
-        owned: dict[Node, int | None],
-    ) -> Target:
-        """Where the iterations of a loop put what is stacked."""
-        result = item.results.get(position)
-        spec = item.loop.outer[position]
-        size = prod(spec.shape) * spec.dtype.itemsize
-        each = size // max(item.loop.length, 1)
-        target = frame.targets.get(result)
-        base = frame.free_target(result, step)
-        if target is not None and base is None:
-            owner = target.owner
-            roots = [memory_of(operand) for operand in item.operands]
-            sources = [number for number, (root, _) in enumerate(roots) if root is owner]
-            if (
-                item.loop.is_map
-                and owner in frame.owned
-                and frame.last_use[owner] == step
-                and owner not in inside
-                and len(sources) == 1
-                and roots[sources[0]][1] == 0
-                and sources[0] in item.slices
-                and size_of(item.operands[sources[0]]) == size_of(owner)
-            ):
-                # Each member overwrites its own slice, when it has been read.
-                node = item.slices[sources[0]]
-                owned[node] = None
-                self._values.put(frame, result, target.address)
-                return Target(target.address.slice(index, each), node)
-        if base is None:
-            base = frame.own(result if result is not None else _Unread("stack"), size, step)
-        if result is not None:
-            self._values.put(frame, result, base)
-        return Target(base.slice(index, each))
+    def _iteration(self, frame: Frame, item: RepeatStep) -> None:
+        owned: dict[Node, int | None] = {}
+        targets, given = _new_carries(self._carries[item], item.slices, owned)
+        self._values.addresses.update(given)
+        base, title = self._next_base(), "each iteration"
+        body = self._block(item.body, base, title, frame.threads, targets, owned, given)
+        offset = frame.allocate(body.arena.size, f"{base}, the workspace of {title}")
+        frame.statements.append(Nest(base, frame.address(offset), body.statements))
+        frame.free(offset)
+
+    def _branches(self, frame: Frame, item: BranchStep, step: int) -> None:
+        # Where the branch is chosen, the selector is still what it was.
+        selector, is_bool = self._values.address(item.selector), item.is_bool
+        owned: dict[Node, int | None] = {}
+        targets = [
+            self._results.of_branches(frame, item, position, step, owned)
+            for position in range(len(item.branches.outer))
+        ]
+        made = []
+        for name, block in zip(item.names, item.blocks, strict=True):
+            base, title = self._next_base(), f"branch {name}"
+            inner = self._block(block, base, title, frame.threads, targets, owned, {})
+            made.append((base, inner))
+        bases = " and ".join([base for base, _ in made])
+        size = max([inner.arena.size for _, inner in made])
+        offset = frame.allocate(size, f"{bases}, the workspaces of the branches")
+        nests = [Nest(base, frame.address(offset), inner.statements) for base, inner in made]
+        frame.statements.append(Choose(selector, is_bool, nests))
+        frame.free(offset)
+
+    def _next_base(self) -> str:
+        self._loops += 1
+        return f"w{self._loops}"
 
 
-class _Unread:
-    """A key for the memory of a result that nothing reads."""
-
-    def __init__(self, name: str) -> None:
-        self._name = name
-
-    def __str__(self) -> str:
-        return f"{self._name}, not read"
+def _new_carries(
+    carries: Sequence[Address], slices: dict[int, Node], owned: dict[Node, int | None]
+) -> tuple[list[Target], dict[Node, Address]]:
+    """Where an iteration puts the new carries, and where it finds the old ones, which it owns."""
+    # What no iteration reads may be written at any time.
+    targets = [Target(carry, slices.get(position)) for position, carry in enumerate(carries)]
+    given = {
+        node: carries[position] for position, node in slices.items() if position < len(carries)
+    }
+    owned.update(dict.fromkeys(given))
+    return targets, given
 
 
 def _starts_threads(step: Any) -> bool:
     """Whether a primitive in a step has threads of its own: in a parallel loop it would hang."""
-    if isinstance(step, LoopStep):
-        return any([_starts_threads(each) for each in step.body.steps])
-    return isinstance(step, PrimitiveStep) and step.primitive.has_threads
+    inside = [each for block in blocks_of(step) for each in block.steps]
+    return any([_starts_threads(each) for each in inside]) or (
+        isinstance(step, PrimitiveStep) and step.primitive.has_threads
+    )

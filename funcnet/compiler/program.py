@@ -7,8 +7,18 @@ results are pointers, loops are loops, and products of small matrices are inline
 import re
 from collections.abc import Sequence
 
+from funcnet.compiler.memory import Address
 from funcnet.compiler.plan import Plan
-from funcnet.compiler.statements import Apply, Copy, Iterate, Launch, Statement
+from funcnet.compiler.statements import (
+    Apply,
+    Choose,
+    Copy,
+    Iterate,
+    Launch,
+    Nest,
+    Repeat,
+    Statement,
+)
 
 
 def program_text(plan: Plan) -> str:
@@ -65,6 +75,41 @@ class _Writer:
                 return [text]
             case Iterate():
                 return self._iterate(statement)
+            case Nest():
+                return ["{", *self._nest(statement), "}"]
+            case Repeat():
+                return self._repeat(statement)
+            case Choose():
+                return self._choose(statement)
+
+    def _nest(self, nest: Nest) -> list[str]:
+        return [_workspace(nest.base, nest.workspace), *self._lines(nest.body)]
+
+    def _repeat(self, loop: Repeat) -> list[str]:
+        condition, (base, workspace, entered) = self._nest(loop.condition), loop.entered
+        once, body = self._lines(entered[:-1]), self._lines(entered[-1:])
+        if once:
+            once = [f"if ({loop.counter}) {{", *once, "}"]
+        return [
+            f"{{ {_workspace(base, workspace)}",
+            f"for (bool {loop.counter} = true;; {loop.counter} = false) {{",
+            *["{", *condition, "}"],
+            f"if (!*(const bool*)({loop.holds})) {{ break; }}",
+            *once,
+            *body,
+            "} }",
+        ]
+
+    def _choose(self, choice: Choose) -> list[str]:
+        branches = [self._nest(branch) for branch in choice.branches]
+        if choice.is_bool:
+            yes, no = branches
+            test = f"if (*(const bool*)({choice.selector})) {{"
+            return [test, *yes, "} else {", *no, "}"]
+        lines = [f"switch (*(const int64_t*)({choice.selector})) {{"]
+        for number, branch in enumerate(branches[:-1]):
+            lines += [f"case {number}: {{", *branch, "break; }"]
+        return [*lines, "default: {", *branches[-1], "} }"]
 
     def _kernel(self, name: str, source: str) -> str:
         """The name of a kernel in the program, in which each text occurs once."""
@@ -79,10 +124,9 @@ class _Writer:
         if around != loop.threads:
             body.insert(0, f"constexpr int threads = {loop.threads}; (void)threads;")
         self._threads = around
-        # The address without its parentheses, as the start of a sum.
-        start = str(loop.workspace)[1:-1]
+        start = _sum(loop.workspace)
         if loop.workers == 1:
-            return [f"{{ char* const {base} = {start}; (void){base};", head, *body, "} }"]
+            return [f"{{ {_workspace(base, loop.workspace)}", head, *body, "} }"]
         return [
             "{ funcnet::Failure failure;",
             f"#pragma omp parallel for num_threads({loop.workers})",
@@ -93,6 +137,15 @@ class _Writer:
             "} catch (const std::exception& error) { failure.keep(error); } }",
             "failure.rethrow(); }",
         ]
+
+
+def _sum(address: Address) -> str:
+    """An address in a workspace without its parentheses, as the start of a sum."""
+    return str(address)[1:-1]
+
+
+def _workspace(base: str, address: Address) -> str:
+    return f"char* const {base} = {_sum(address)}; (void){base};"
 
 
 def _tidy(source: str) -> str:

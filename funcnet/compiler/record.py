@@ -18,7 +18,7 @@ from torch.fx.experimental.proxy_tensor import make_fx
 from funcnet.compiler.guards import LayoutReads, PurityGuard
 from funcnet.compiler.indexing import tensors_as_positions
 from funcnet.compiler.layout import channels_last
-from funcnet.compiler.loops import CONTROL, PRINTS, Loop, recording
+from funcnet.compiler.loops import CONTROL, PRINTS, Control, recording
 from funcnet.compiler.nodes import (
     Graph,
     Node,
@@ -45,7 +45,7 @@ class Recorded(NamedTuple):
 
     Attributes:
         graph: its operators.
-        loops: its loops, by the index that their operators name.
+        loops: its loops and branches, by the index that their operators name.
         captured: the tensors that it closes over.
         layout_read: what it asked of how a tensor lies in memory, if it did.
         storage_read: whether that was about memory beyond the tensor's own.
@@ -53,7 +53,7 @@ class Recorded(NamedTuple):
     """
 
     graph: Graph
-    loops: list[Loop]
+    loops: list[Control]
     captured: list[Tensor]
     layout_read: str | None
     storage_read: bool
@@ -120,7 +120,7 @@ def record(
             draws from torch's own generator.
         TypeError: it closes over tensors that are complex, sparse or of a class of their own.
     """
-    loops: list[Loop] = []
+    loops: list[Control] = []
     layout = LayoutReads()
     mode = FakeTensorMode(allow_non_fake_inputs=True)
 
@@ -324,7 +324,7 @@ def _loops_that_print(graph: Graph) -> set[int]:
 def _is_kept(dead: set[int], printing: set[int], node: Node) -> bool:
     """Whether a node that nothing reads is kept: the start of a loop is, until its end is gone."""
     operator = graph_break(node)
-    if operator == "funcnet::begin":
+    if operator in ("funcnet::begin", "funcnet::next"):
         return node.args[1] not in dead
     if operator == "funcnet::end" and node.args[1] in printing:
         return True

@@ -10,12 +10,12 @@ import torch
 from torch import Tensor
 
 from funcnet.compiler.nodes import Node, graph_break, is_free, through_barriers, value_of
-from funcnet.compiler.steps import LoopStep, PrimitiveStep, reads
+from funcnet.compiler.steps import BranchStep, LoopStep, PrimitiveStep, RepeatStep, WhileStep, reads
 
 Run = list[Node]
 """Operators without a graph break between them."""
 
-Piece = Run | LoopStep | PrimitiveStep
+Piece = Run | LoopStep | WhileStep | RepeatStep | BranchStep | PrimitiveStep
 
 
 def move_up(pieces: list[Piece], barriers: set[int]) -> set[Node]:
@@ -88,7 +88,7 @@ def _only_for_outputs(nodes: set[Node]) -> set[Node]:
         return set()
     final: dict[Node, bool] = {}
     for node in reversed(next(iter(nodes)).graph.nodes):
-        ends = node.op == "output" or graph_break(node) == "funcnet::end"
+        ends = node.op == "output" or graph_break(node) in ("funcnet::next", "funcnet::end")
         inner = is_free(node) or (node in nodes and _is_pointwise(node))
         final[node] = ends or (inner and all([final[user] for user in node.users]))
     return {node for node in nodes if final[node]}

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from funcnet.compiler.loops import Loop
+from funcnet.compiler.loops import Control
 from funcnet.compiler.nodes import Graph, Node, graph_break, value_of
 
 aten = torch.ops.aten
@@ -19,7 +19,7 @@ _MOST = 2**18
 """The greatest number of values in the windows of all images, 1 MiB of float32."""
 
 
-def make_products(graph: Graph, loops: list[Loop]) -> bool:
+def make_products(graph: Graph, loops: list[Control]) -> bool:
     """Have small convolutions in maps computed by products; whether there are any.
 
     The graph is to be recorded anew then: their nodes call a function of this module.

@@ -2,10 +2,13 @@
 
 It serves other devices than the CPU, dtypes such as bfloat16 in products, and operators for which
 Inductor has no kernel. Scans loop in Python, and each segment is compiled once. Maps do not loop:
-their segments are batched by `torch.vmap`.
+their segments are batched by `torch.vmap`. While loops and branches read their conditions, for
+which a device is waited for; where the members of a map differ in them, all go on until the last is
+done, or through every branch, and `torch.where` chooses.
 """
 
 from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Any, NamedTuple
 
 import torch
@@ -16,7 +19,16 @@ from funcnet.compiler.errors import BuildError, NoCompilerError, say_once, say_u
 from funcnet.compiler.inductor import compiled, writing
 from funcnet.compiler.nodes import Node, memory_of, memory_order, through_barriers, value_of
 from funcnet.compiler.record import ANY_LAYOUT, settings_of_programs
-from funcnet.compiler.steps import Block, LoopStep, PrimitiveStep, Segment, reads
+from funcnet.compiler.steps import (
+    Block,
+    BranchStep,
+    LoopStep,
+    PrimitiveStep,
+    RepeatStep,
+    Segment,
+    WhileStep,
+    reads,
+)
 
 
 class _Value(NamedTuple):
@@ -51,7 +63,14 @@ class Staged:
         """The graphs of the segments that were compiled so far."""
         return "\n\n".join(self._codes)
 
-    def _block(self, block: Block, values: Values, lengths: tuple[int, ...]) -> list[_Value]:
+    def _block(
+        self,
+        block: Block,
+        values: Values,
+        lengths: tuple[int, ...],
+        repeat: Callable[[Values], None] = dict.clear,
+    ) -> list[_Value]:
+        """The outputs of a block; ``repeat`` is what its `RepeatStep` does, if it has one."""
         last_use: dict[Node, int] = {}
         for index, step in enumerate(block.steps):
             last_use.update(dict.fromkeys(reads(step), index))
@@ -67,6 +86,14 @@ class Staged:
                     made.update(step.results.values())
                 case LoopStep():
                     self._loop(step, values, lengths)
+                    made.update(step.results.values())
+                case WhileStep():
+                    self._while(step, values, lengths)
+                    made.update(step.results.values())
+                case RepeatStep():
+                    repeat(values)
+                case BranchStep():
+                    self._branches(step, values, lengths)
                     made.update(step.results.values())
             # What this block made and nothing needs any more goes at once.
             for node in [node for node in made if last_use.get(node, -1) <= index]:
@@ -206,6 +233,60 @@ class Staged:
                 spec = loop.outer[index]
                 whole = torch.empty((*lengths, *spec.shape), dtype=spec.dtype, device=spec.device)
             values[node] = _Value(whole, everywhere)
+
+    def _while(self, step: WhileStep, values: Values, lengths: tuple[int, ...]) -> None:
+        given = [_expand(_read(node, values), lengths) for node in step.operands]
+        # A result shares no memory with what was given.
+        carry = [_Value(value.tensor.clone(), value.batched) for value in given]
+        holds: _Value
+
+        def tested() -> _Value:
+            inner = values | {node: carry[index] for index, node in step.tested.items()}
+            return self._block(step.condition, inner, lengths)[0]
+
+        def repeat(around: Values) -> None:
+            nonlocal carry, holds
+            while holds.tensor.any():
+                slices = {node: carry[index] for index, node in step.repeated.slices.items()}
+                results = self._block(step.repeated.body, around | slices, lengths)
+                after = [_expand(result, lengths) for result in results]
+                if any(holds.batched):
+                    flag = _expand(holds, lengths).tensor
+                    after = [*map(partial(_where, flag), after, carry)]
+                carry = after
+                holds = tested()
+
+        holds = tested()
+        if holds.tensor.any():
+            self._block(step.entered, dict(values), lengths, repeat)
+        values.update({node: carry[index] for index, node in step.results.items()})
+
+    def _branches(self, step: BranchStep, values: Values, lengths: tuple[int, ...]) -> None:
+        selector = _read(step.selector, values)
+        if any(selector.batched):
+            number = _expand(selector, lengths).tensor
+            number = (~number).long() if step.is_bool else number
+            *others, results = [
+                [_expand(result, lengths) for result in self._block(block, dict(values), lengths)]
+                for block in step.blocks
+            ]
+            for index, each in enumerate(others):
+                results = [*map(partial(_where, number == index), each, results)]
+        else:
+            taken = int(selector.tensor.item())
+            block = step.blocks[1 - taken if step.is_bool else taken]
+            results = self._block(block, dict(values), lengths)
+            # What a branch gives as it was given is not to share memory with the result.
+            for index, node in enumerate(block.outputs):
+                if memory_of(node)[0] in values:
+                    results[index] = _Value(results[index].tensor.clone(), results[index].batched)
+        values.update({node: results[index] for index, node in step.results.items()})
+
+
+def _where(flag: Tensor, yes: _Value, no: _Value) -> _Value:
+    """``yes`` for the members for which the flag is True, of values that are batched everywhere."""
+    flag = flag.reshape(*flag.shape, *[1] * (yes.tensor.dim() - flag.dim()))
+    return yes._replace(tensor=torch.where(flag, yes.tensor, no.tensor))
 
 
 def _of_any_layout(graph: fx.Graph) -> fx.Graph:

@@ -52,4 +52,48 @@ class Iterate(NamedTuple):
     body: list["Statement"]
 
 
-Statement = Copy | Launch | Apply | Iterate
+class Nest(NamedTuple):
+    """Statements with a workspace of their own.
+
+    Attributes:
+        base: the name of the workspace.
+        workspace: its address.
+        body: the statements.
+    """
+
+    base: str
+    workspace: Address
+    body: list["Statement"]
+
+
+class Repeat(NamedTuple):
+    """A while loop.
+
+    Attributes:
+        counter: the name of a flag that is True in the first iteration.
+        condition: what computes whether there is another iteration.
+        holds: where it puts that, a bool.
+        entered: what the first iteration does first, and then the body.
+    """
+
+    counter: str
+    condition: Nest
+    holds: Address
+    entered: Nest
+
+
+class Choose(NamedTuple):
+    """Branches, of which one is run.
+
+    Attributes:
+        selector: where it says which, as a number, or a bool, of which True is the first.
+        is_bool: whether it is a bool.
+        branches: what each does.
+    """
+
+    selector: Address
+    is_bool: bool
+    branches: list[Nest]
+
+
+Statement = Copy | Launch | Apply | Iterate | Nest | Repeat | Choose

@@ -1,14 +1,15 @@
-"""What the blocks of a program consist of: segments, loops and primitives."""
+"""What the blocks of a program consist of: segments, primitives, loops and branches."""
 
 import textwrap
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
+import torch
 from torch import fx
 
 from funcnet.compiler.calls import CALLS
-from funcnet.compiler.loops import Loop
+from funcnet.compiler.loops import Branches, Loop, WhileLoop
 from funcnet.compiler.nodes import Graph, Node, line_of, memory_of, value_of
 from funcnet.compiler.primitives import Primitive
 from funcnet.compiler.specs import spec_of
@@ -72,6 +73,91 @@ class LoopStep:
 
 
 @dataclass(eq=False)
+class RepeatStep:
+    """What a while loop does in each iteration; ``slices`` are what it carries."""
+
+    slices: dict[int, Node]
+    body: "Block"
+
+    @property
+    def results(self) -> dict[int, Node]:
+        """None: those of the loop are results of the `WhileStep`."""
+        return {}
+
+    def __str__(self) -> str:
+        return str(self.body)
+
+
+@dataclass(eq=False)
+class WhileStep:
+    """A while loop: its operands, its condition and body, and its results.
+
+    Attributes:
+        loop: the loop.
+        operands: the first values of what it carries.
+        tested: what the condition sees of them.
+        condition: gives whether there is another iteration.
+        entered: what is done once, if there is any iteration, and last of all a `RepeatStep`.
+        results: the last values.
+    """
+
+    loop: WhileLoop
+    operands: list[Node]
+    tested: dict[int, Node]
+    condition: "Block"
+    entered: "Block"
+    repeated: RepeatStep
+    results: dict[int, Node]
+
+    def __str__(self) -> str:
+        seen = [
+            f"{slices[index]} from {operand}"
+            for slices in (self.tested, self.repeated.slices)
+            for index, operand in enumerate(self.operands)
+            if index in slices
+        ]
+        outputs = self.repeated.body.outputs
+        results = [f"{node} is the last {outputs[index]}" for index, node in self.results.items()]
+        parts: dict[str, Sequence[Any]] = {"condition": [self.condition]}
+        if len(self.entered.steps) > 1:
+            parts["once"] = self.entered.steps[:-1]
+        parts["each time"] = [self.repeated]
+        lines = [f"{self.loop}: {_listed(seen)}"]
+        for name, steps in parts.items():
+            lines.append(f"  {name}:\n{_indented([str(each) for each in steps])}")
+        return "\n".join([*lines, f"    results: {_listed(results)}"])
+
+
+@dataclass(eq=False)
+class BranchStep:
+    """Branches, of which the selector says which one is run, and their results."""
+
+    branches: Branches
+    selector: Node
+    blocks: list["Block"]
+    results: dict[int, Node]
+
+    @property
+    def is_bool(self) -> bool:
+        """Whether the selector is a bool, which is True for the first branch."""
+        return bool(value_of(self.selector).dtype == torch.bool)
+
+    @property
+    def names(self) -> list[str]:
+        """What the selector is for each branch."""
+        return ["True", "False"] if self.is_bool else [*map(str, range(len(self.blocks)))]
+
+    def __str__(self) -> str:
+        parts = [
+            f"  {name}:\n{_indented([str(block)])}"
+            for name, block in zip(self.names, self.blocks, strict=True)
+        ]
+        results = [f"{node} is output {index}" for index, node in sorted(self.results.items())]
+        head = f"{self.branches}, by {self.selector}:"
+        return "\n".join([head, *parts, f"    results: {_listed(results)}"])
+
+
+@dataclass(eq=False)
 class PrimitiveStep:
     """A call of a primitive by a node; results that nothing reads are missing."""
 
@@ -94,7 +180,7 @@ class PrimitiveStep:
         return f"{kind} {self.primitive.operator} ({given}) -> ({results})"
 
 
-Step = Segment | LoopStep | PrimitiveStep
+Step = Segment | LoopStep | WhileStep | RepeatStep | BranchStep | PrimitiveStep
 
 
 @dataclass(eq=False)
@@ -105,7 +191,10 @@ class Block:
     outputs: list[Node] = field(default_factory=list)
 
     def __str__(self) -> str:
-        return "\n".join([*map(str, self.steps), f"outputs: {_listed(map(str, self.outputs))}"])
+        lines = [*map(str, self.steps)]
+        if self.outputs:
+            lines.append(f"outputs: {_listed(map(str, self.outputs))}")
+        return "\n".join(lines)
 
 
 def _listed(parts: Iterable[str]) -> str:
@@ -118,21 +207,52 @@ def _indented(lines: Iterable[str]) -> str:
 
 def reads(step: Step) -> set[Node]:
     """The values from outside that a step reads."""
-    if isinstance(step, Segment):
-        return _memories(step.inputs)
-    if isinstance(step, PrimitiveStep):
-        return _memories(step.operands)
-    return _memories(step.operands) | reads_inside(step)
+    match step:
+        case Segment():
+            return _memories(step.inputs)
+        case PrimitiveStep():
+            return _memories(step.operands)
+        case LoopStep() | WhileStep():
+            return _memories(step.operands) | reads_inside(step)
+        case BranchStep():
+            return _memories([step.selector]) | reads_inside(step)
+        case RepeatStep():
+            return reads_inside(step)
 
 
-def reads_inside(step: LoopStep) -> set[Node]:
-    """The values from outside that the body of a loop reads, its operands' slices aside."""
-    made = set(step.slices.values())
-    read = _memories(step.body.outputs)
-    for inner in step.body.steps:
-        read |= reads(inner)
-        made |= set(inner.outputs if isinstance(inner, Segment) else inner.results.values())
+def reads_inside(step: LoopStep | WhileStep | RepeatStep | BranchStep) -> set[Node]:
+    """The values from outside that the blocks of a step read, its operands' slices aside."""
+    match step:
+        case LoopStep() | RepeatStep():
+            return _reads_of(step.body) - set(step.slices.values())
+        case WhileStep():
+            tested = _reads_of(step.condition) - set(step.tested.values())
+            return tested | _reads_of(step.entered)
+        case BranchStep():
+            return {node for block in step.blocks for node in _reads_of(block)}
+
+
+def _reads_of(block: Block) -> set[Node]:
+    """The values that a block reads and does not make."""
+    made: set[Node] = set()
+    read = _memories(block.outputs)
+    for step in block.steps:
+        read |= reads(step)
+        made |= set(step.outputs if isinstance(step, Segment) else step.results.values())
     return read - made
+
+
+def blocks_of(step: Step) -> list[Block]:
+    """The blocks inside a step."""
+    match step:
+        case LoopStep() | RepeatStep():
+            return [step.body]
+        case WhileStep():
+            return [step.condition, step.entered]
+        case BranchStep():
+            return step.blocks
+        case _:
+            return []
 
 
 def _memories(nodes: Sequence[Node]) -> set[Node]:
