@@ -25,6 +25,7 @@ import random
 import re
 import sys
 import time
+import traceback
 import warnings
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
@@ -199,16 +200,11 @@ def _judged(case: Case, prepared: _Prepared, result: Any, lowered: Any) -> Found
 
 
 def _refusal(case: Case, error: Exception) -> Found:
-    """What an error is: a refusal is raised by the library, as an error of the user's."""
-    text = f"{type(error).__name__}: {' '.join(str(error).split())[:400]}"
-    frame = error.__traceback__
-    while frame is not None and frame.tb_next is not None:
-        frame = frame.tb_next
-    assert frame is not None
-    ours = Path(frame.tb_frame.f_code.co_filename).is_relative_to(Path(fn.__file__).parent)
-    if not (ours and isinstance(error, (TypeError, ValueError))):
-        where = f"{Path(frame.tb_frame.f_code.co_filename).name}:{frame.tb_lineno}"
-        return Found("crashed", f"{text} ({where})")
+    """What an error is: a refusal is one of jit's own."""
+    text = f"{type(error).__name__}: {' '.join(str(error).split())[:300]}"
+    if not (isinstance(error, (TypeError, ValueError)) and str(error).startswith("jit")):
+        frame = traceback.extract_tb(error.__traceback__)[-1]
+        return Found("crashed", f"{text} ({Path(frame.filename).name}:{frame.lineno})")
     expected = refused_by_page().get(case.name)
     return Found("refused", expected) if expected else Found("refused?", text)
 

@@ -96,6 +96,11 @@ class PurityGuard(TorchDispatchMode):
             raise DataDependentOutputException(operator)
         _check_as_kernels_do(operator, args)
         result = operator(*args, **(kwargs or {}))
+        if isinstance(result, Tensor) and result.layout is not torch.strided:
+            raise TypeError(
+                f"jit: the function makes a tensor in the layout {result.layout} ({operator}); "
+                f"programs have dense tensors{at_line()}"
+            )
         note_copy(operator, args, result)
         note_line(calling_line())
         return result

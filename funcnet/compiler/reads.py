@@ -103,6 +103,7 @@ _INSTEAD: dict[str, str] = {
     "unique_consecutive": "x[1:] != x[:-1] says where the next run begins",
     "bincount": "torch.nn.functional.one_hot(x, n).sum(0), or torch.zeros(n).index_add(0, x, "
     "weights)",
+    "tensor_split": f"pass Python numbers; {_STATIC}",
     "repeat_interleave": "pass output_size, or a Python number of repeats",
 }
 """What to write, by the name of torch's function."""
@@ -126,6 +127,7 @@ _UNREADABLE = (
     "data-dependent control flow",
     "calling .item()",
     "not supported for tensor subclasses",
+    "its data is not allocated yet",
     "dynamic shape",
 )
 """What torch says of the same under ``torch.vmap``, and of what has no operator."""
