@@ -45,8 +45,8 @@ _INCLUDES_OF_KERNELS = ("<torch/csrc/inductor/cpp_prefix.h>", '"headers/failure.
 _NO_WRITERS = frozenset(
     [
         *("__init__.py", "__main__.py", "build.py", "cache.py", "compiled.py", "dispatch.py"),
-        *("errors.py", "methods.py", "prefix.py", "progress.py", "reads.py", "signature.py"),
-        *("staged.py", "tracebacks.py", "user_code.py"),
+        *("errors.py", "escaped.py", "methods.py", "prefix.py", "progress.py", "reads.py"),
+        *("signature.py", "staged.py", "tracebacks.py", "user_code.py"),
     ]
 )
 

@@ -15,6 +15,7 @@ from torch._subclasses.fake_tensor import DataDependentOutputException, DynamicO
 from funcnet import tree
 from funcnet.compiler.build import compiler
 from funcnet.compiler.compiled import Compiled, Donated, Lowered, name_of, where
+from funcnet.compiler.escaped import Escaped
 from funcnet.compiler.inductor import compiling
 from funcnet.compiler.numbers import NUMBERS, Arithmetic
 from funcnet.compiler.progress import shown, stage
@@ -120,7 +121,7 @@ class Dispatcher:
         numbers: list[Any] = []
         flags: list[bool] = []
         for index, leaf in enumerate(leaves):
-            if isinstance(leaf, Donated):
+            if isinstance(leaf, (Donated, Escaped)):
                 _ = leaf.shape  # raises
             if type(leaf) is bool:
                 flags.append(leaf)
@@ -227,7 +228,9 @@ class Dispatcher:
         stage("recording its operators")
         try:
             with compiling():
-                recorded = record(traced_function, [*map(input_spec, call.tensors)], arithmetic)
+                recorded = record(
+                    traced_function, [*map(input_spec, call.tensors)], arithmetic, self._name
+                )
         except (DynamicOutputShapeException, DataDependentOutputException) as error:
             dynamic = isinstance(error, DynamicOutputShapeException)
             raise needs_value(str(error.func), of_shape=dynamic) from None

@@ -9,6 +9,7 @@ from torch._subclasses.fake_tensor import DataDependentOutputException, FakeTens
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from funcnet.compiler.escaped import Made
 from funcnet.compiler.indexing import note_copy
 from funcnet.compiler.reads import with_reasons
 from funcnet.compiler.user_code import at_line, calling_line, note_line
@@ -72,7 +73,15 @@ _HIDDEN = {
 
 
 class PurityGuard(TorchDispatchMode):
-    """Refuses, before it happens, what a pure function does not do to the world outside it."""
+    """Refuses, before it happens, what a pure function does not do to the world outside it.
+
+    Attributes:
+        made: the tensors that the function makes.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.made = Made()
 
     def __torch_dispatch__(
         self, operator: Any, types: Any, args: Any = (), kwargs: Any = None
@@ -102,7 +111,9 @@ class PurityGuard(TorchDispatchMode):
                 f"programs have dense tensors{at_line()}"
             )
         note_copy(operator, args, result)
-        note_line(calling_line())
+        line = calling_line()
+        note_line(line)
+        self.made.note(result, line)
         return result
 
 

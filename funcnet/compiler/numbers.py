@@ -18,6 +18,8 @@ from typing import Any, NamedTuple, NoReturn
 import torch
 from torch import Tensor
 
+from funcnet.compiler.escaped import escape_of
+
 NUMBERS = {bool: torch.bool, int: torch.int64, float: torch.float64}
 """The types that count as numbers, and the dtype in which each is an input of a program."""
 
@@ -74,10 +76,12 @@ class Arithmetic:
         self.inputs: dict[int, int] = {}
         self.tensors: dict[int, Tensor] = {}
         self.refusal = ""
+        self.escape = ""
         self.given = [TracedNumber(self, index) for index in range(len(given))]
 
     def record(self, function: Callable[..., Any], *operands: Any) -> Any:
         """Do a step now, and whenever the program runs."""
+        self.check_is_traced()
         recorded = tuple([_Value(each._index) if is_traced(each) else each for each in operands])
         try:
             result = function(*[value_of_number(each) for each in operands])
@@ -95,12 +99,14 @@ class Arithmetic:
 
     def read(self, number: "TracedNumber", read: Callable[[Any], Any]) -> Any:
         """``read(value)``, on which the function now depends."""
+        self.check_is_traced()
         found = read(number._value)
         self.steps.append(_Condition(read, _Value(number._index), found))
         return found
 
     def input(self, number: "TracedNumber") -> Tensor:
         """The tensor for a number that meets tensors."""
+        self.check_is_traced()
         index = number._index
         if index not in self.tensors:
             dtype = NUMBERS[type(number._value)]
@@ -131,6 +137,16 @@ class Arithmetic:
                 return None
             values.append(result)
         return [values[index] for index in self.inputs]
+
+    def let_go(self, name: str) -> None:
+        """The function has been traced: what is left of its numbers may not be used."""
+        self.escape = escape_of(name, None, "number")
+        self.tensors.clear()
+
+    def check_is_traced(self) -> None:
+        """Raise RuntimeError for what is done with a number after the function was traced."""
+        if self.escape:
+            raise RuntimeError(self.escape)
 
     def _sources(self, operands: Sequence[Any]) -> set[str]:
         indices = [each._index for each in operands if is_traced(each)]
@@ -181,6 +197,8 @@ class TracedNumber:
         return bool(self._arithmetic.read(self, bool))
 
     def __repr__(self) -> str:
+        if self._arithmetic.escape:
+            return "<a number without a value, made while a function was traced>"
         return str(self._arithmetic.read(self, repr))
 
     __str__ = __repr__

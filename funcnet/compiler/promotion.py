@@ -50,6 +50,7 @@ def call_with_numbers(func: Any, args: Any, kwargs: Any) -> Any:
     """``func`` of tensors and traced numbers: what it gives for the numbers themselves."""
     numbers = _numbers_in((args, kwargs))
     arithmetic = numbers[0]._arithmetic
+    arithmetic.check_is_traced()
     name = getattr(func, "__name__", str(func))
     # What it gives eagerly is the measure, and what it does not take is an error here too.
     expected = _eager(func, args, kwargs)

@@ -245,11 +245,16 @@ def _situations(around: list[ast.AST]) -> list[str]:
     return [*dict.fromkeys(found)]
 
 
+_PASSED = (
+    *(__name__, "funcnet.compiler.guards", "funcnet.compiler.indexing"),
+    *("torch.overrides", "torch._tensor"),
+)
+
+
 def _asking_frame() -> FrameType | None:
     """The function that asks, below those by which torch finds what answers."""
     frame: FrameType | None = sys._getframe(1)
-    passed = (__name__, "funcnet.compiler.guards", "torch.overrides", "torch._tensor")
-    while frame is not None and frame.f_globals.get("__name__") in passed:
+    while frame is not None and frame.f_globals.get("__name__") in _PASSED:
         frame = frame.f_back
     return frame
 

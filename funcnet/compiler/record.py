@@ -107,6 +107,7 @@ def record(
     function: Callable[..., list[Tensor]],
     inputs: Sequence[InputSpec],
     arithmetic: Arithmetic,
+    name: str = "a function",
 ) -> Recorded:
     """Run a function of tensors on fake ones and record what it does.
 
@@ -114,18 +115,20 @@ def record(
         function: takes and gives tensors.
         inputs: what it is called with.
         arithmetic: the Python numbers that it is called with.
+        name: of the function, for errors.
 
     Raises:
         ValueError: the function writes to an argument or to a tensor that it closes over, or
             draws from torch's own generator.
         TypeError: it closes over tensors that are complex, sparse or of a class of their own.
     """
-    loops: list[Control] = []
-    layout = LayoutReads()
+loops: list[Control] = []
+    layout, guard = LayoutReads(), PurityGuard()
     mode = FakeTensorMode(allow_non_fake_inputs=True)
 
     def guarded(*inputs: Tensor) -> list[Tensor]:
-        with PurityGuard(), numbers_meet_tensors(arithmetic), layout, tensors_as_positions():
+        guard.made.note(inputs, None)
+        with guard, numbers_meet_tensors(arithmetic), layout, tensors_as_positions():
             return function(*inputs)
 
     with mode, recording(loops):
@@ -154,6 +157,9 @@ def record(
                     node.target = (_COPIES | ANY_LAYOUT).get(node.target, node.target)
                 module = _recorded_again(module)
     _drop_unused(module.graph)
+    del examples
+    guard.made.let_go(name)
+    arithmetic.let_go(name)
     watched = [*({id(each): each for each in captured} | layout.met).values()]
     return Recorded(module.graph, loops, captured, layout.asked, layout.of_storage, watched)
 
