@@ -55,7 +55,7 @@ def primitive_of(node: Node) -> Primitive | None:
 
 
 def _kernel_name(node: Node) -> str | None:
-    """The name of the primitive that computes an operator, or an overload of it, if there is one."""
+    """The name of the primitive that computes an operator or an overload of it."""
     name = node.target._schema.name
     names = (name, f"{name}.{node.target._overloadname}")
     return next((each for each in names if each in PRIMITIVES), None)
