@@ -122,7 +122,7 @@ def record(
             draws from torch's own generator.
         TypeError: it closes over tensors that are complex, sparse or of a class of their own.
     """
-loops: list[Control] = []
+    loops: list[Control] = []
     layout, guard = LayoutReads(), PurityGuard()
     mode = FakeTensorMode(allow_non_fake_inputs=True)
 
