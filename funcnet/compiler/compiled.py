@@ -1,10 +1,11 @@
 """A function compiled for one signature, and how it is called."""
 
+import contextlib
 import functools
 import re
 import weakref
 from array import array
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from operator import methodcaller
 from typing import Any, NamedTuple
 
@@ -209,24 +210,17 @@ class Compiled:
         """The blocks and the memory plan of the program."""
         kernels: dict[Any, Kernels] = {}
         graph, inputs = self.recorded.graph, self.recorded.inputs
-        try:
-            with writing(), settings_of_programs():
-                mark_missing(graph)
-                while True:
-                    program = blocks(self.recorded, for_one=True)
-                    try:
-                        plan = Plan(
-                            program, inputs, self.reused, self.passed, self.threads, kernels
-                        )
-                    except NoKernelError as missing:
-                        mark_alike(graph, missing.nodes)
-                    else:
-                        return program, plan
-        except (UnsupportedError, BuildError, NoCompilerError):
-            raise
-        except Exception as error:
-            say_unknown("functions run in segments, which is slower", error)
-            raise UnknownTorchError(f"{type(error).__name__}: {error}") from error
+        with _of_known_torch():
+            mark_missing(graph)
+        while True:
+            program = blocks(self.recorded, for_one=True)
+            try:
+                with _of_known_torch():
+                    plan = Plan(program, inputs, self.reused, self.passed, self.threads, kernels)
+            except NoKernelError as missing:
+                mark_alike(graph, missing.nodes)
+            else:
+                return program, plan
 
     def lowered(self) -> Lowered:
         """What each stage made of the function."""
@@ -396,6 +390,19 @@ class Compiled:
     def where(self, source: int) -> str:
         """How errors call an input."""
         return where(self.treedef, self.indices, source)
+
+
+@contextlib.contextmanager
+def _of_known_torch() -> Iterator[None]:
+    """Make what another PyTorch explains alone an `UnknownTorchError`, and say it once."""
+    try:
+        with writing(), settings_of_programs():
+            yield
+    except (UnsupportedError, BuildError, NoCompilerError):
+        raise
+    except Exception as error:
+        say_unknown("functions run in segments, which is slower", error)
+        raise UnknownTorchError(f"{type(error).__name__}: {error}") from error
 
 
 def where(treedef: optree.PyTreeSpec, indices: Sequence[int], source: int) -> str:

@@ -350,7 +350,8 @@ def test_the_code_that_keys_leave_out_makes_no_programs():
             imported = set(re.findall(r"^from funcnet\.compiler\.(\w+)", path.read_text(), re.M))
             # Exceptions, checks that refuse, what is shown while they work or fail, and the name
             # of the compiler, which is hashed.
-            told = {"errors", "signature", "progress", "build", "user_code", "reads", "tracebacks"}
+            told = {"errors", "escaped", "signature", "progress", "build", "reads"}
+            told |= {"user_code", "tracebacks"}
             assert imported & left_out <= told, path.name
 
 
