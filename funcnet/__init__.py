@@ -1,17 +1,30 @@
-"""funcnet: deep learning in which training is a pure function.
+"""Deep learning on PyTorch tensors in which training is a pure function.
 
-The protocol is in `funcnet.core`; all public names are here, each once. ``import a as a`` tells
-type checkers that a name is public.
+Layers, losses and optimizers are small tuples of pure functions. Parameters, state, gradients and
+residuals are trees of tensors. A training step takes a value and returns one, so that it can be
+compiled, looped and mapped over a population.
+
+>>> import funcnet as fn
+>>> x = fn.random.uniform(fn.key(1), (100, 2))
+>>> target = ((x - 0.5).norm(dim=1) < 0.4).long()
+>>> net = fn.serial(fn.linear(25), fn.tanh(), fn.linear(2))
+>>> optimizer = fn.adam(1e-2)
+>>> step = fn.train_step(net, fn.cross_entropy(), optimizer)
+>>> train_state = fn.init_train_state(net, optimizer, fn.key(0), x)
+>>> train_state, metrics = step(train_state, (x, target))
 """
 
+# ``import a as a`` tells type checkers that a name is public.
 from funcnet import (
     checkpoint as checkpoint,
+    core as _core,
     initializers as initializers,
     interop as interop,
     losses as losses,
     metrics as metrics,
     optimizers as optimizers,
     random as random,
+    reference as _reference,
     testing as testing,
     tree as tree,
 )
@@ -73,10 +86,8 @@ from funcnet.core import (
     Loss as Loss,
     LossPullback as LossPullback,
     Optimizer as Optimizer,
-    Params as Params,
     Pullback as Pullback,
     TrainState as TrainState,
-    Tree as Tree,
     map_layers as map_layers,
     sum_cotangents as sum_cotangents,
     wrap as wrap,
@@ -86,17 +97,13 @@ from funcnet.data import (
     epoch_batches as epoch_batches,
 )
 from funcnet.debug import debug_print as debug_print
-from funcnet.early_stopping import (
-    best_so_far as best_so_far,
-    early_stopping as early_stopping,
-)
-from funcnet.evaluate import (
+from funcnet.evaluation import (
     evaluate as evaluate,
 )
 from funcnet.finite import (
     detect_nonfinite as detect_nonfinite,
 )
-from funcnet.fit import (
+from funcnet.fitting import (
     fit as fit,
 )
 from funcnet.indexing import (
@@ -190,6 +197,10 @@ from funcnet.layers.layer_norm import (
 from funcnet.layers.linear import (
     linear as linear,
 )
+from funcnet.layers.linear_biases import (
+    alibi as alibi,
+    alibi_bias as alibi_bias,
+)
 from funcnet.layers.lp_pool import (
     lp_pool1d as lp_pool1d,
     lp_pool2d as lp_pool2d,
@@ -246,8 +257,6 @@ from funcnet.layers.pixels import (
     pixel_unshuffle as pixel_unshuffle,
 )
 from funcnet.layers.positions import (
-    alibi as alibi,
-    alibi_bias as alibi_bias,
     learned_positions as learned_positions,
     rotary as rotary,
     rotate as rotate,
@@ -385,7 +394,11 @@ from funcnet.random import (
     fold_in as fold_in,
     key as key,
 )
-from funcnet.summary import (
+from funcnet.stopping import (
+    best_so_far as best_so_far,
+    early_stopping as early_stopping,
+)
+from funcnet.summaries import (
     summary as summary,
 )
 from funcnet.train import (
@@ -404,4 +417,13 @@ from funcnet.transforms.vmap import (
     vmap as vmap,
 )
 
+Params = _core.Params
+"""A nested dict with string keys and tensor leaves, such as the params or the state of a layer."""
+
+Tree = _core.Tree
+"""A tree of tensors: a tensor, or tuples, lists, dicts and NamedTuples of trees."""
+
+__docformat__ = "google"
+__doc__ = _reference.described(__name__, f"{__doc__}\n{_core.__doc__}")
+__all__ = _reference.names(__name__)
 __version__ = "0.1.0"

@@ -1,7 +1,5 @@
 """The protocol: what a layer, a loss, an optimizer and a training state are.
 
-::
-
     Layer      = (init, apply, vjp)
       init (key, x)                                         -> (params, state)
       apply(params, x, state={}, *, key=None, train=False)  -> (y, state)
@@ -18,6 +16,11 @@
     Optimizer  = (init_state, update)
       init_state(params)                                    -> opt_state
       update(grads, opt_state, params)                      -> (updates, opt_state)
+
+    train_step(model, loss, optimizer, ...)                 -> step
+      step(train_state, batch)                              -> (train_state, metrics)
+
+A batch is ``(x, target)``. The key of a step is ``fold_in(train_state.key, train_state.step)``.
 """
 
 from collections.abc import Callable, Mapping
@@ -56,25 +59,18 @@ result: a caller owns what is returned, and may write to it."""
 class _Triple(NamedTuple):
     init: Callable[..., tuple[Params, Params]]
     apply: Callable[..., tuple[Tree, Params]]
-    vjp: Callable[..., tuple[Tree, "Pullback", Params]]
+    vjp: Callable[..., tuple[Tree, Pullback, Params]]
 
 
 class Layer(Constructed, _Triple):
-    """Three pure functions, ``(init, apply, vjp)``; see the module's docstring for the protocol.
+    """Three pure functions, ``(init, apply, vjp)``.
+
+    ``init`` reads only shape, dtype and device of x. ``vjp`` gives the y of ``apply``, and a
+    `Pullback` from the cotangent of y to those of params and x. State is returned, not changed.
 
     A layer is made by a constructor such as `linear`, by a combinator such as `serial`, by
     `stateless` or `stateful` from formulas, or directly: ``Layer(init, apply, vjp)``. It unpacks
     into its three functions. Beside them it carries metadata, for code that walks a model.
-
-    Args:
-        init, apply, vjp: the functions.
-        forward: ``vjp`` with all arguments by position, and a pullback that checks no dy: what
-            combinators call. `stateful` gives it; default ``vjp`` itself.
-        name: what errors and summaries call the layer; default the name of its constructor.
-        children: the layers that it is made of, by name. A child named "" has the very params
-            and state of its parent.
-        rebuild: makes the same layer of other children.
-        takes_key: False for a layer that ignores the key, so that nobody need make one for it.
 
     >>> import funcnet as fn
     >>> net = fn.serial(fn.linear(3), fn.relu())
@@ -82,20 +78,42 @@ class Layer(Constructed, _Triple):
     ('serial', ['0', '1'], False)
     """
 
-    forward: Callable[..., tuple[Tree, "Pullback", Params]]
+    init: Callable[..., tuple[Params, Params]]
+    """``init(key, x) -> (params, state)``."""
+
+    apply: Callable[..., tuple[Tree, Params]]
+    """``apply(params, x, state={}, *, key=None, train=False) -> (y, state)``."""
+
+    vjp: Callable[..., tuple[Tree, Pullback, Params]]
+    """``vjp(params, x, state={}, *, key=None, train=True) -> (y, pullback, state)``."""
+
+    forward: Callable[..., tuple[Tree, Pullback, Params]]
+    """``vjp`` with all arguments by position, and a pullback that checks no dy: what combinators call.
+    `stateful` gives it; default ``vjp`` itself."""
+
     name: str
+    """What errors and summaries call the layer; default the name of its constructor."""
+
     children: Mapping[str, "Layer"]
+    """The layers that it is made of, by name. A child named "" has the very params and state of its
+    parent."""
+
     rebuild: Callable[[Mapping[str, "Layer"]], "Layer"] | None
+    """Makes the same layer of other children."""
+
     takes_key: bool
+    """False for a layer that ignores the key, so that nobody need make one for it."""
+
     call: Call | None
+    """The call of the constructor that made it, which is its ``repr``, or None."""
 
     def __new__(
         cls,
         init: Callable[..., tuple[Params, Params]],
         apply: Callable[..., tuple[Tree, Params]],
-        vjp: Callable[..., tuple[Tree, "Pullback", Params]],
+        vjp: Callable[..., tuple[Tree, Pullback, Params]],
         *,
-        forward: Callable[..., tuple[Tree, "Pullback", Params]] | None = None,
+        forward: Callable[..., tuple[Tree, Pullback, Params]] | None = None,
         name: str | None = None,
         children: Mapping[str, "Layer"] = EMPTY,
         rebuild: Callable[[Mapping[str, "Layer"]], "Layer"] | None = None,
@@ -129,7 +147,7 @@ class Layer(Constructed, _Triple):
 
 class _LossFunctions(NamedTuple):
     apply: Callable[[Tree, Tree], Tensor]
-    vjp: Callable[[Tree, Tree], tuple[Tensor, "LossPullback"]]
+    vjp: Callable[[Tree, Tree], tuple[Tensor, LossPullback]]
 
 
 class Loss(Constructed, _LossFunctions):
@@ -137,15 +155,29 @@ class Loss(Constructed, _LossFunctions):
 
     The value is a scalar, which one can train on, or has one number per element. ``name`` is what
     errors call the loss; by default the name of the constructor that defines ``apply``.
+
+    >>> import funcnet as fn
+    >>> value, pullback = fn.mse().vjp(torch.tensor([1.0, 3.0]), torch.tensor([1.0, 1.0]))
+    >>> value, pullback()
+    (tensor(2.), tensor([0., 2.]))
     """
 
+    apply: Callable[[Tree, Tree], Tensor]
+    """``apply(prediction, target) -> value``."""
+
+    vjp: Callable[[Tree, Tree], tuple[Tensor, LossPullback]]
+    """``vjp(prediction, target) -> (value, pullback)``."""
+
     name: str
+    """What errors call it."""
+
     call: Call | None
+    """The call of the constructor that made it, which is its ``repr``, or None."""
 
     def __new__(
         cls,
         apply: Callable[[Tree, Tree], Tensor],
-        vjp: Callable[[Tree, Tree], tuple[Tensor, "LossPullback"]],
+        vjp: Callable[[Tree, Tree], tuple[Tensor, LossPullback]],
         name: str | None = None,
     ) -> "Loss":
         loss = super().__new__(cls, apply, vjp)
@@ -181,10 +213,23 @@ class Optimizer(Constructed, _OptimizerFunctions):
     the loss times this 0-d tensor, and `train_step` computes those.
     """
 
+    init_state: Callable[[Params], Tree]
+    """``init_state(params) -> opt_state``."""
+
+    update: Callable[[Tree, Tree, Params], tuple[Tree, Tree]]
+    """``update(grads, opt_state, params) -> (updates, opt_state)``."""
+
     name: str
+    """What errors, and the state of a `chain`, call it."""
+
     update_leaves: Callable[..., Any] | None
+    """``update`` on flattened trees, or None."""
+
     loss_scale: Callable[[Tree], Tensor] | None
+    """``opt_state -> scale``, or None."""
+
     call: Call | None
+    """The call of the constructor that made it, which is its ``repr``, or None."""
 
     def __new__(
         cls,
@@ -222,10 +267,19 @@ class TrainState(NamedTuple):
     """
 
     params: Params
+    """What is learned: a nested dict of tensors."""
+
     state: Params
+    """What layers keep besides, such as running statistics."""
+
     opt_state: Tree
+    """What the optimizer keeps."""
+
     key: Tensor
+    """The key of the run."""
+
     step: Tensor
+    """How many steps were taken."""
 
 
 Applied = tuple[Tree, Params]

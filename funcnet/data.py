@@ -128,7 +128,8 @@ def batches(
 
     Epoch e is the steps from ``e * source.steps_per_epoch`` on. It goes over the data in an order
     of its own, which the key and e determine. So there is nothing to save but the step, and a run
-    that is resumed sees the batches that it would have seen. `fn.fit` takes a source for batches.
+    that is resumed sees the batches that it would have seen. `funcnet.fit` takes a source for
+    batches.
 
     Args:
         data: a tree, such as ``(x, target)``, of tensors or numpy arrays of shape (n, ...). Of

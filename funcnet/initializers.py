@@ -1,19 +1,30 @@
 """Initializers: constructors of functions ``(key, shape, dtype, device) -> tensor``.
 
-Shapes have PyTorch's layout, (out, in, *kernel), so ``fan_in`` is ``in * prod(kernel)`` and
+Shapes have PyTorch's layout, ``(out, in, *kernel)``, so ``fan_in`` is ``in * prod(kernel)`` and
 ``fan_out`` is ``out * prod(kernel)``.
 """
 
 import math
 from collections.abc import Callable
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
 
-from funcnet import random
+from funcnet import random, reference
 
-Initializer = Callable[[Tensor, tuple[int, ...], torch.dtype, torch.device], Tensor]
+__docformat__ = "google"
+__doc__ = reference.described(__name__, __doc__)
+__all__ = reference.names(__name__)
+
+
+class Initializer(Protocol):
+    """A function ``(key, shape, dtype, device) -> tensor``: what a parameter starts with."""
+
+    def __call__(
+        self, key: Tensor, shape: tuple[int, ...], dtype: torch.dtype, device: torch.device, /
+    ) -> Tensor:
+        """The tensor."""
 
 
 def zeros() -> Initializer:
@@ -277,7 +288,7 @@ def gain(nonlinearity: str, param: float | None = None) -> float:
 
 
 def fans(shape: tuple[int, ...]) -> tuple[int, int]:
-    """``(fan_in, fan_out)`` of a weight of shape (out, in, *kernel).
+    """``(fan_in, fan_out)`` of a weight of shape ``(out, in, *kernel)``.
 
     >>> fans((8, 3, 5, 5))
     (75, 200)

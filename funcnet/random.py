@@ -18,8 +18,13 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import Tensor
 
+from funcnet import reference
 from funcnet.runtime import is_tracing, read
 from funcnet.threefry import MASK, counters, signed, threefry_ints, threefry_tensors
+
+__docformat__ = "google"
+__doc__ = reference.described(__name__, __doc__)
+__all__ = reference.names(__name__)
 
 Shape = Sequence[int]
 Device = torch.device | str | None

@@ -51,8 +51,8 @@ def init_train_state(
         key: of the run; step t draws from ``fold_in(key, t)``.
         x: an example input, of which only shape, dtype and device matter; arrays of numpy too.
             It is not needed where ``params`` are given.
-        params, state: of a model that is trained already, such as `interop.from_module` gives, in
-            place of those that init makes.
+        params, state: of a model that is trained already, such as `funcnet.interop.from_module`
+            gives, in place of those that init makes.
 
     >>> import funcnet as fn
     >>> start = init_train_state(fn.linear(2), fn.sgd(0.1), fn.key(0), torch.ones(5, 3))
@@ -209,9 +209,9 @@ def train_step(
 
     Args:
         model, loss, optimizer: what the step is made of. The loss's value is a scalar.
-        metrics: metrics of `fn.metrics`, losses, or functions ``(prediction, target) -> tensor``,
-            by name: their values for the batch; beside the "loss", which is that of the params
-            before the update.
+        metrics: metrics of `funcnet.metrics`, losses, or functions
+            ``(prediction, target) -> tensor``, by name: their values for the batch; beside the
+            "loss", which is that of the params before the update.
         micro_batches: k, to compute the batch in k equal parts of its leading extent, one after
             another, with the memory of one part and one tree of gradients. Their mean is taken,
             of the gradients, the loss and metrics that are functions: for a loss that is a mean

@@ -12,7 +12,7 @@ PACKAGE = Path(fn.__file__).parent
 MODULES = sorted(PACKAGE.rglob("*.py"))
 # Each group may import from the ones before it, and within itself.
 ORDER = [
-    {"errors", "runtime", "tree", "random", "threefry", "constructors"},
+    {"errors", "reference", "runtime", "tree", "random", "threefry", "constructors"},
     {"compiler"},
     {"pullbacks"},
     {"core", "control_flow", "debug", "indexing"},
@@ -21,8 +21,8 @@ ORDER = [
     {"layers"},
     {"losses", "optimizers", "finite", "data", "metrics", "train"},
     {"transforms"},
-    {"checkpoint", "early_stopping", "evaluate", "interop", "summary", "testing"},
-    {"fit", "fit_parts"},
+    {"checkpoint", "evaluation", "interop", "stopping", "summaries", "testing"},
+    {"fitting", "fit_parts"},
 ]
 
 

@@ -1,10 +1,15 @@
 """Checkpoints: `save` and `load` of trees of tensors, and a folder of the last ones of a run."""
 
-from funcnet.checkpoint.loading import load as load
-from funcnet.checkpoint.saving import save as save
-from funcnet.checkpoint.steps import (
+from funcnet import reference as _reference
+from funcnet.checkpoint.folder import (
     best as best,
     latest as latest,
     save_step as save_step,
     steps as steps,
 )
+from funcnet.checkpoint.loading import load as load
+from funcnet.checkpoint.saving import save as save
+
+__docformat__ = "google"
+__doc__ = _reference.described(__name__, __doc__)
+__all__ = _reference.names(__name__)

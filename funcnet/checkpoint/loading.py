@@ -46,8 +46,9 @@ def load(path: str | os.PathLike[str], like: Any = None, *, at: str = "") -> Any
     ``fn.tree.map(torch.clone, tree)``. A tensor that does not start at a multiple of 64 bytes,
     such as those of other programs, or small ones, is copied.
 
-    Raises: ValueError for a file that is damaged, or is no safetensors file; and, naming all paths
-        that differ, for one that is not like ``like``. No code of a file is ever run.
+    Raises:
+        ValueError: a file that is damaged, or is no safetensors file; and, naming all paths
+            that differ, for one that is not like ``like``. No code of a file is ever run.
 
     >>> import tempfile
     >>> with tempfile.TemporaryDirectory() as folder:
@@ -56,7 +57,7 @@ def load(path: str | os.PathLike[str], like: Any = None, *, at: str = "") -> Any
     ...     fn.load(f"{folder}/net.safetensors", like={"0": {"weight": torch.ones(3)}})
     Traceback (most recent call last):
     ...
-    ValueError: load: .../net.safetensors is not like the tree `like`, a leaf differs:
+    ValueError: load: .../net.safetensors is not like the tree ``like``, a leaf differs:
       0.weight: float32 (2,) in the file, expected float32 (3,)
     """
     check_path("load", path)
@@ -133,7 +134,9 @@ def _laid_out(leaf: Any, like: Any) -> Any:
 def open_checkpoint(path: Path) -> tuple[dict[str, Mapped], Structure]:
     """The file of each tensor, by name, and the rest of a checkpoint.
 
-    Raises: ValueError for no checkpoint; OSError, such as FileNotFoundError.
+    Raises:
+        ValueError: no checkpoint.
+        OSError, such as FileNotFoundError.
     """
     index = path if path.name.endswith(".json") else index_of(path)
     if index != path and (path.exists() or not index.exists()):

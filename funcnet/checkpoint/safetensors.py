@@ -135,7 +135,9 @@ def write(file: IO[bytes], tensors: Mapping[str, Tensor], metadata: Mapping[str,
 def open_mapped(path: Path) -> Mapped:
     """A file's header, and the rest as memory that is its own: what is written there stays there.
 
-    Raises: ValueError for no such file; OSError.
+    Raises:
+        ValueError: no such file.
+        OSError.
     """
     with open(path, "rb", opener=_without_waiting) as file:
         found = os.fstat(file.fileno())

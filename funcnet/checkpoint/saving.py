@@ -46,7 +46,8 @@ def save(
         checksum: also write a CRC-32 of each tensor, which `load` then checks. It takes a third
             of a second for each gigabyte, at both ends, and the tensors are read at once.
 
-    Raises: ValueError or TypeError for what cannot be written, naming the path of the leaf;
+    Raises:
+        ValueError, TypeError: what cannot be written; they name the path of the leaf.
         OSError, such as of a full disk.
 
     >>> import tempfile

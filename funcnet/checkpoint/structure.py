@@ -64,8 +64,9 @@ class Parts(NamedTuple):
 def parts_by_path(tree: Any) -> Parts:
     """A tree by dotted path.
 
-    Raises: ValueError for two leaves of one path, or one below another; TypeError for a key that
-    is no name.
+    Raises:
+        ValueError: two leaves of one path, or one below another.
+        TypeError: a key that is no name.
 
     >>> parts_by_path({"w": (1, 2), "state": {}})
     Parts(leaves={'w.0': 1, 'w.1': 2}, nodes={'state': 'dict', 'w': 'tuple'}, dots={})
@@ -127,7 +128,8 @@ def encode(structure: Structure) -> str:
 def decode(text: str) -> Structure:
     """The structure of a text, which may be anybody's.
 
-    Raises: ValueError.
+    Raises:
+        ValueError.
     """
     found = parse(text.encode(), "the description")
     version = found.pop("version", None)

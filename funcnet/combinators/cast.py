@@ -25,7 +25,9 @@ def cast(layer: Layer, dtype: torch.dtype) -> Layer:
         dtype: what to compute in, such as ``torch.bfloat16``.
 
     Params, State: those of the layer.
-    VJP: that of the layer in ``dtype``.
+    VJP:
+        that of the layer in ``dtype``.
+
     Source: Micikevicius et al. 2018; ``torch.autocast``, which chooses by operator.
 
     >>> layer = cast(fn.linear(3), torch.bfloat16)

@@ -71,7 +71,8 @@ def combine(
     to the next, and gradients are summed. ``pull(child, dy, needed=False)`` does not compute the
     child's dx; ``pull.x`` tells whether the combinator's own dx is asked for.
 
-    Raises: the children's errors, with their path in front.
+    Raises:
+        the children's errors, with their path in front.
 
     >>> import funcnet as fn
     >>> def gated_forward(run, x):

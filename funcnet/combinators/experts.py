@@ -28,9 +28,10 @@ def dispatched(choices: Tensor, n: int, size: int | None) -> dict[str, Tensor]:
         size: the rows of an expert's batch. With None there are enough: as many as there are
             tokens or, where values can be read, as the most that one expert has.
 
-    Returns: ``load``, the tokens that chose each expert, (n,); ``slot``, the row of each choice,
-    (tokens, top_k), which is the number of rows of all experts where the choice is dropped;
-    ``token`` of each row, (n, size), which is the number of tokens where the row is empty.
+    Returns:
+        ``load``, the tokens that chose each expert, (n,); ``slot``, the row of each choice,
+        (tokens, top_k), which is the number of rows of all experts where the choice is dropped;
+        ``token`` of each row, (n, size), which is the number of tokens where the row is empty.
     """
     tokens, top_k = choices.shape
     in_order = choices.t().reshape(-1)
@@ -163,7 +164,7 @@ def experts(
     is the balance ``n sum_i f_i P_i``, with f_i the share of the choices that are expert i and P_i
     the mean probability of it: it is 1 where all experts are chosen as often, and more where not.
     It is a metric, ``lambda prediction, target: prediction[1]["balance"]``, and
-    `losses.auxiliary` adds it to a loss.
+    `funcnet.losses.auxiliary` adds it to a loss.
 
     Each expert works on a batch of tokens of one size, so that shapes depend on no value. With a
     capacity that is ``ceil(capacity tokens top_k / n)``. Without one nothing is dropped, so it is
@@ -180,12 +181,18 @@ def experts(
             that add nothing to y. First choices come before second ones, and tokens in their order.
         n: the number of copies, where ``layers`` is one layer.
 
-    Inputs: x of shape (*, features), floating.
-    Returns: y = (output, {"balance": balance}) of shapes (*, out_features) and ().
-    Params: ``router``; ``experts``, by position or name, or stacked.
-    VJP: of the output through the experts, ``gate_i dy``, and through the gates, ``dgate_i = dy .
-    expert_i(x)``; of the balance ``dP_i = n f_i``. Choices are constants.
-    Raises: ValueError for more choices than experts, and another number of logits.
+    Inputs:
+        x of shape ``(*, features)``, floating.
+    Returns:
+        y = (output, {"balance": balance}) of shapes ``(*, out_features)`` and ().
+    Learned params:
+        ``router``; ``experts``, by position or name, or stacked.
+    VJP:
+        of the output through the experts, ``gate_i dy``, and through the gates,
+        ``dgate_i = dy . expert_i(x)``; of the balance ``dP_i = n f_i``. Choices are constants.
+    Raises:
+        ValueError: more choices than experts, and another number of logits.
+
     Source: Shazeer et al. 2017; Fedus et al. 2022 (Switch) for capacity and balance; Jiang et al.
     2024 (Mixtral) for the gates.
 

@@ -25,14 +25,19 @@ def freeze(layer: Layer, predicate: Where) -> Layer:
         predicate: which parameters: a function of the dotted path, or a path of a leaf or of a
             layer, or several of them.
 
-    Params: those of the layer that are left.
-    State: the layer's, and ``frozen``, a parameter tree.
-    VJP: that of the layer, without the gradients of the frozen leaves; where all leaves of a layer
-    are frozen, that half of its pullback does not run.
-    Raises: ValueError for a path that no leaf has.
+    Learned params:
+        those of the layer that are left.
+    State:
+        the layer's, and ``frozen``, a parameter tree.
+    VJP:
+        that of the layer, without the gradients of the frozen leaves; where all leaves of a layer
+        are frozen, that half of its pullback does not run.
+    Raises:
+        ValueError: a path that no leaf has.
+
     Source: ``torch.Tensor.requires_grad_(False)``; ``optax.set_to_zero``.
 
-    To freeze params that were learned, divide them with `fn.tree.partition`:
+    To freeze params that were learned, divide them with `funcnet.tree.partition`:
 
     >>> net = fn.serial(fn.linear(3), fn.tanh(), fn.linear(1))
     >>> params, _ = net.init(fn.key(0), torch.ones(4, 2))

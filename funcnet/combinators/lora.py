@@ -30,10 +30,15 @@ def lora(layer: Layer, rank: int = 8, alpha: float = 16.0, where: Where | None =
             the weights of all `linear` layers. A weight of more than two dimensions, such as that
             of a convolution, counts as a matrix of (outputs, all else).
 
-    Params: for each weight, in its place, ``lora_A`` (rank, in) and ``lora_B`` (out, rank).
-    State: the layer's, and ``frozen``, a tree of all its parameters.
-    VJP: ``dB = alpha / rank dW A^T``, ``dA = alpha / rank B^T dW``. No other gradient is computed.
-    Raises: ValueError for a path that no leaf has, or a leaf that is not a matrix.
+    Learned params:
+        for each weight, in its place, ``lora_A`` (rank, in) and ``lora_B`` (out, rank).
+    State:
+        the layer's, and ``frozen``, a tree of all its parameters.
+    VJP:
+        ``dB = alpha / rank dW A^T``, ``dA = alpha / rank B^T dW``. No other gradient is computed.
+    Raises:
+        ValueError: a path that no leaf has, or a leaf that is not a matrix.
+
     Source: Hu et al. 2021; the names are those of the package peft.
 
     >>> net = fn.serial(fn.linear(64), fn.relu(), fn.linear(10))

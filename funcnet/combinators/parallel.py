@@ -54,10 +54,14 @@ def parallel_backward(pull: Pull, dy: Tree, residuals: Mapping[str, Tree]) -> Tr
 def parallel(*layers: Layer, **named: Layer) -> Layer:
     """Layers side by side: the i-th layer is applied to the i-th input.
 
-    Inputs: x, a tuple with one tree a layer, or, for named layers, a dict with their names.
-    Returns: y, a tuple or dict like x.
-    Params: ``{name: params of the child}``.
-    VJP: the children's, side by side.
+    Inputs:
+        x, a tuple with one tree a layer, or, for named layers, a dict with their names.
+    Returns:
+        y, a tuple or dict like x.
+    Learned params:
+        ``{name: params of the child}``.
+    VJP:
+        the children's, side by side.
 
     >>> import torch
     >>> import funcnet as fn
@@ -84,9 +88,12 @@ def branch_backward(pull: Pull, dy: Tree, residuals: Mapping[str, Tree]) -> Tree
 def branch(*layers: Layer, **named: Layer) -> Layer:
     """Several layers of one input: ``y = (f_1(x), ..., f_n(x))``.
 
-    Returns: y, a tuple, or for named layers a dict.
-    Params: ``{name: params of the child}``.
-    VJP: dx is the sum of the children's.
+    Returns:
+        y, a tuple, or for named layers a dict.
+    Learned params:
+        ``{name: params of the child}``.
+    VJP:
+        dx is the sum of the children's.
 
     >>> import torch
     >>> import funcnet as fn

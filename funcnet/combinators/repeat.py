@@ -25,8 +25,11 @@ def repeat(layer: Layer, n: int) -> Layer:
         n: the number of copies.
 
     Params, State: those of the layer, stacked: each leaf has a first dimension of size n.
-    VJP: that of the layer, in a loop from the last copy to the first.
-    Raises: ValueError where y is not like x.
+    VJP:
+        that of the layer, in a loop from the last copy to the first.
+    Raises:
+        ValueError: y is not like x.
+
     Source: ``jax.lax.scan`` over layers; ``flax.linen.scan``.
 
     >>> net = repeat(fn.residual(fn.linear(2)), 3)
@@ -47,10 +50,13 @@ def stacked(layer: Layer, n: int) -> Layer:
         layer: any layer.
         n: the number of copies.
 
-    Inputs: x, a tree of tensors with a first dimension of size n.
-    Returns: y, likewise.
-    Params, State: those of the layer, stacked: each leaf has a first dimension of size n.
-    VJP: that of the layer for each copy.
+    Inputs:
+        x, a tree of tensors with a first dimension of size n.
+    Returns:
+        y, likewise. Params, State: those of the layer, stacked: each leaf has a first dimension of
+        size n.
+    VJP:
+        that of the layer for each copy.
 
     >>> net = stacked(fn.linear(5), 3)
     >>> params, _ = net.init(fn.key(0), torch.ones(3, 4, 2))

@@ -29,7 +29,9 @@ def residual(layer: Layer) -> Layer:
     """``y = x + f(x)``, for a layer that keeps the shape.
 
     Params, state and key: those of the layer, with nothing in between.
-    VJP: ``dx = dy + df(dy)``.
+    VJP:
+        ``dx = dy + df(dy)``.
+
     Source: He et al. 2016.
 
     >>> import funcnet as fn

@@ -34,9 +34,13 @@ def serial(*layers: Layer, **named: Layer) -> Layer:
         layers: children, named "0", "1", ... as in ``torch.nn.Sequential``; or
         named: children by name.
 
-    Params: ``{name: params of the child}``, so that dotted paths are Sequential's.
-    VJP: the children's pullbacks, last to first.
-    Raises: the children's errors, with ``serial['name']`` in front.
+    Learned params:
+        ``{name: params of the child}``, so that dotted paths are Sequential's.
+    VJP:
+        the children's pullbacks, last to first.
+    Raises:
+        the children's errors, with ``serial['name']`` in front.
+
     Source: ``torch.nn.Sequential``.
 
     >>> import torch

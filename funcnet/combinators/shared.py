@@ -25,10 +25,15 @@ def shared(layer: Layer) -> Layer:
 
     State passes from one use to the next; the key is folded by the index of the input.
 
-    Inputs: x, a tuple of trees of one shape.
-    Returns: y, a tuple.
-    Params: those of the layer.
-    VJP: ``dparams`` is the sum over the uses.
+    Inputs:
+        x, a tuple of trees of one shape.
+    Returns:
+        y, a tuple.
+    Learned params:
+        those of the layer.
+    VJP:
+        ``dparams`` is the sum over the uses.
+
     Source: siamese networks, Bromley et al. 1993.
 
     >>> import torch

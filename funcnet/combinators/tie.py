@@ -19,10 +19,14 @@ def tie(layer: Layer, paths: Mapping[str, str]) -> Layer:
         layer: any layer.
         paths: from the dotted path of a leaf to that of the leaf which it is to be.
 
-    Params: those of the layer without the leaves that are tied to another.
-    VJP: the gradients of leaves that are one are summed.
-    Raises: ValueError for a path that no leaf has, a leaf tied to one that is tied itself, or
-    leaves of different shapes or dtypes.
+    Learned params:
+        those of the layer without the leaves that are tied to another.
+    VJP:
+        the gradients of leaves that are one are summed.
+    Raises:
+        ValueError: a path that no leaf has, a leaf tied to one that is tied itself, or leaves
+            of different shapes or dtypes.
+
     Source: Press and Wolf 2017, for the embedding and the output of a language model.
 
     >>> net = fn.serial(embed=fn.embedding(5, 3), head=fn.linear(5, bias=False))

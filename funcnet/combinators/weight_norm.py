@@ -39,11 +39,15 @@ def weight_norm(layer: Layer, name: str = "weight", dim: int | None = 0) -> Laye
         name: the dotted path of the weight.
         dim: the dimension of which each slice has a norm; None for one norm of the whole.
 
-    Params: those of the layer, with ``parametrizations.weight.original0`` (g, of size 1 but for
-    ``dim``) and ``original1`` (v) in the place of the weight. They start so that the weight is
-    that of the layer's init.
-    VJP: with ``u = v / |v|``, ``dg = sum dweight u``, ``dv = g / |v| (dweight - u sum dweight u)``.
-    Raises: ValueError for a path that no leaf has.
+    Learned params:
+        those of the layer, with ``parametrizations.weight.original0`` (g, of size 1 but for
+        ``dim``) and ``original1`` (v) in the place of the weight. They start so that the weight is
+        that of the layer's init.
+    VJP:
+        with ``u = v / |v|``, ``dg = sum dweight u``, ``dv = g / |v| (dweight - u sum dweight u)``.
+    Raises:
+        ValueError: a path that no leaf has.
+
     Source: ``torch.nn.utils.parametrizations.weight_norm``; Salimans and Kingma 2016.
 
     >>> layer = weight_norm(fn.linear(3))
@@ -114,12 +118,16 @@ def spectral_norm(
         dim: the dimension of the outputs in the weight, whose rest is flattened; default 0, and 1
             for a transposed convolution.
 
-    Params: those of the layer, with ``parametrizations.weight.original`` in the place of the
-    weight.
-    State: ``parametrizations.weight.0._u`` and ``_v``, the estimates of the singular vectors.
-    VJP: with ``s = u^T W v``, ``dW = (dweight - <dweight, W / s> u v^T) / s``; u and v are
-    constants.
-    Raises: ValueError for a path that no leaf has.
+    Learned params:
+        those of the layer, with ``parametrizations.weight.original`` in the place of the weight.
+    State:
+        ``parametrizations.weight.0._u`` and ``_v``, the estimates of the singular vectors.
+    VJP:
+        with ``s = u^T W v``, ``dW = (dweight - <dweight, W / s> u v^T) / s``; u and v are
+        constants.
+    Raises:
+        ValueError: a path that no leaf has.
+
     Source: ``torch.nn.utils.parametrizations.spectral_norm``; Miyato et al. 2018.
 
     >>> layer = spectral_norm(fn.linear(3, bias=False))

@@ -1,5 +1,6 @@
 """The bridge to PyTorch and other libraries: modules, their tensors, and exported programs."""
 
+from funcnet import reference as _reference
 from funcnet.interop.arrays import (
     from_dlpack as from_dlpack,
     from_numpy as from_numpy,
@@ -22,3 +23,7 @@ from funcnet.interop.state_dicts import (
     from_state_dict as from_state_dict,
     to_state_dict as to_state_dict,
 )
+
+__docformat__ = "google"
+__doc__ = _reference.described(__name__, __doc__)
+__all__ = _reference.names(__name__)

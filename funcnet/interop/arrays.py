@@ -38,10 +38,14 @@ def to_numpy(tensors: Tree) -> Tree:
     Args:
         tensors: any tree.
 
-    Returns: arrays that share the memory of tensors on the CPU: do not write to them. Tensors of
-    other devices are copied.
-    Raises: TypeError, with its path, for a leaf that is no tensor, or of a dtype that numpy does
-    not have, such as bfloat16. ImportError without numpy.
+    Returns:
+        arrays that share the memory of tensors on the CPU: do not write to them. Tensors of other
+        devices are copied.
+    Raises:
+        TypeError: a leaf that is no tensor, or of a dtype that numpy does not have, such as
+            bfloat16; with its path.
+        ImportError: without numpy.
+
     Source: ``torch.Tensor.numpy``.
 
     >>> to_numpy({"weight": torch.ones(2)})
@@ -64,10 +68,13 @@ def from_numpy(arrays: Tree) -> Tree:
     Args:
         arrays: any tree of arrays, numpy's scalars and Python numbers.
 
-    Returns: tensors that share the memory of the arrays; an array that cannot be written to, or
-    has a negative stride or another byte order, is copied.
-    Raises: TypeError, with its path, for a dtype that torch does not have, such as that of
-    strings. ImportError without numpy.
+    Returns:
+        tensors that share the memory of the arrays; an array that cannot be written to, or has a
+        negative stride or another byte order, is copied.
+    Raises:
+        TypeError: a dtype that torch does not have, such as that of strings; with its path.
+        ImportError: without numpy.
+
     Source: ``torch.from_numpy``.
 
     >>> import numpy as np
@@ -99,10 +106,13 @@ def to_dlpack(tensors: Tree, from_dlpack: Callable[[Tensor], Any]) -> Tree:
         from_dlpack: the other library's, such as ``np.from_dlpack``, ``jax.dlpack.from_dlpack``
             or ``cupy.from_dlpack``.
 
-    Returns: arrays that share the memory of the tensors, if the library does not copy: neither
-    may be written to while the other is in use. Where the arrays cannot change, as in JAX, the
-    tensors must not.
-    Raises: the library's errors, with the leaf's path in front.
+    Returns:
+        arrays that share the memory of the tensors, if the library does not copy: neither may be
+        written to while the other is in use. Where the arrays cannot change, as in JAX, the tensors
+        must not.
+    Raises:
+        the library's errors, with the leaf's path in front.
+
     Source: https://dmlc.github.io/dlpack, ``torch.Tensor.__dlpack__``.
 
     >>> import numpy as np
@@ -118,9 +128,12 @@ def from_dlpack(arrays: Tree) -> Tree:
     Args:
         arrays: any tree of arrays with a method ``__dlpack__``: of numpy, JAX, CuPy, ...
 
-    Returns: tensors that share the memory of the arrays, if the library does not copy. Clone them
-    before anything writes to them, ``jit(..., donate=)`` included.
-    Raises: TypeError, with its path, for a leaf without ``__dlpack__``.
+    Returns:
+        tensors that share the memory of the arrays, if the library does not copy. Clone them before
+        anything writes to them, ``jit(..., donate=)`` included.
+    Raises:
+        TypeError: a leaf without ``__dlpack__``; with its path.
+
     Source: ``torch.from_dlpack``.
 
     >>> import numpy as np

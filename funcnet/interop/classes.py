@@ -142,7 +142,8 @@ def layer_for(module: nn.Module, options: Mapping[str, Any]) -> Layer:
         module: where its options are.
         options: of the call, such as ``need_weights``.
 
-    Raises: ValueError for an option that the layer does not have.
+    Raises:
+        ValueError: an option that the layer does not have.
     """
     import funcnet
 

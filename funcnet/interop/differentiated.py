@@ -26,22 +26,26 @@ def autodiff(
     """A layer of any pure function in torch's operators: autograd computes its pullback.
 
     For what has no layer here: write f alone, and leave the rule to PyTorch. The residuals are
-    params, x, state and key: the pullback computes f again, as `remat` does, and then its
+    params, x, state and key: the pullback computes f again, as `funcnet.remat` does, and then its
     derivative.
 
     Args:
         f: ``(params, x) -> y`` or, without ``init``, ``x -> y``. It must be pure, and made of
             operators that `torch.func.vjp` takes: no in-place operation on its arguments, no
             ``.item()``, no random numbers but those of ``fn.random``.
-        init: ``(key, x) -> params``, or what `declare` makes of a declaration; default none.
+        init: ``(key, x) -> params``, or what `funcnet.declare` makes of a declaration; default
+            none.
         stateful: f is ``(params, x, state, key, train) -> (y, state)`` and ``init`` gives
-            ``(params, state)``, as those of `fn.stateful`.
+            ``(params, state)``, as those of `funcnet.stateful`.
         keyed: with ``stateful``, whether f draws random numbers when ``train=True``: a call
             without a key is then an error.
         name: what errors and summaries call the layer; default the function's name.
 
-    VJP: ``torch.func.vjp(f, params, x)``, of the floating-point tensors among them.
-    Raises: TypeError where f returns anything but a tree of tensors.
+    VJP:
+        ``torch.func.vjp(f, params, x)``, of the floating-point tensors among them.
+    Raises:
+        TypeError: f returns anything but a tree of tensors.
+
     Source: ``torch.func.vjp``.
 
     >>> import funcnet as fn

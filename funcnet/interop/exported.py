@@ -32,10 +32,14 @@ def export(
             least 2, may have any size.
         onnx: the path of an ONNX file to write, too. It needs the packages onnx and onnxscript.
 
-    Returns: a ``torch.export.ExportedProgram``; ``.module()`` runs it, ``torch.export.save`` saves
-    it, and its ``state_dict`` has the dotted paths of params and state as keys.
-    Raises: ImportError where a package is missing; ValueError where the size of the batch matters
-    for what is computed, with dynamic_batch; torch's errors for what cannot be exported.
+    Returns:
+        a ``torch.export.ExportedProgram``; ``.module()`` runs it, ``torch.export.save`` saves it,
+        and its ``state_dict`` has the dotted paths of params and state as keys.
+    Raises:
+        ImportError: a package is missing.
+        ValueError: the size of the batch matters for what is computed, with dynamic_batch;
+            torch's errors for what cannot be exported.
+
     Source: ``torch.export.export``, ``torch.onnx.export``.
 
     >>> import funcnet as fn

@@ -43,8 +43,8 @@ def from_module(
     """An ``nn.Module`` as a layer, and the params and state that the module has now.
 
     The layer gives what the module gives, and its pullback what autograd gives, to rounding. A
-    module of a class of torch.nn becomes the layer of its name, a Sequential a `serial`. The
-    forward of any other class is traced with torch.fx: it may call modules and the functions of
+    module of a class of torch.nn becomes the layer of its name, a Sequential a `funcnet.serial`.
+    The forward of any other class is traced with torch.fx: it may call modules and the functions of
     torch in any order, add, multiply, concatenate, reshape, index, and read sizes.
 
     Args:
@@ -56,17 +56,20 @@ def from_module(
             "autodiff" makes a layer of it by `autodiff`: autograd computes its pullback, and
             random numbers in it are torch's, of a seed from the layer's key, in eager mode alone.
 
-    Returns: ``(layer, params, state)``. Params and state are copies; their dotted paths are the
-    keys of ``module.state_dict()``, so `from_state_dict` loads other ones, and `to_state_dict`
-    gives what the module loads. Parameters with ``requires_grad=False`` are in
-    ``state["frozen"]``, as `freeze` has them, and so are those that forward does not use. Tied
-    parameters are one, by `tie`, under the first of their names; ``init`` of the layer makes new
-    params, but for those that forward reads itself, which start as they are in the module.
+    Returns:
+        ``(layer, params, state)``. Params and state are copies; their dotted paths are the keys of
+        ``module.state_dict()``, so `from_state_dict` loads other ones, and `to_state_dict` gives
+        what the module loads. Parameters with ``requires_grad=False`` are in ``state["frozen"]``,
+        as `funcnet.freeze` has them, and so are those that forward does not use. Tied parameters
+        are one, by `funcnet.tie`, under the first of their names; ``init`` of the layer makes new
+        params, but for those that forward reads itself, which start as they are in the module.
 
-    Raises: ValueError that names all that cannot be converted, each with its path, its class and
-    why: a class without a layer, a hook, a parametrization but weight_norm and spectral_norm,
-    forward's control flow by values, in-place operations on inputs, parameters or buffers, modules
-    with running statistics at several places, submodules in different modes.
+    Raises:
+        ValueError: it names all that cannot be converted, each with its path, its class and
+            why: a class without a layer, a hook, a parametrization but weight_norm and
+            spectral_norm, forward's control flow by values, in-place operations on inputs,
+            parameters or buffers, modules with running statistics at several places, submodules in
+            different modes.
 
     >>> import torch
     >>> import funcnet as fn

@@ -23,7 +23,7 @@ def to_module(layer: Layer, params: Params, state: Params = EMPTY) -> nn.Module:
     The module:
 
     - has the parameters and buffers of `to_state_dict`, so that ``state_dict()`` has the dotted
-      paths as keys. What `freeze` keeps are parameters with ``requires_grad=False``.
+      paths as keys. What `funcnet.freeze` keeps are parameters with ``requires_grad=False``.
     - takes x as its argument; a tuple x as several arguments, and a dict x by name, too.
     - runs the layer with ``train=self.training``. The new state goes into the buffers.
     - draws the key of a call in training mode from torch's generator for the device, as
@@ -37,8 +37,10 @@ def to_module(layer: Layer, params: Params, state: Params = EMPTY) -> nn.Module:
 
     `from_module` gives the layer back, with the parameters and buffers of the time.
 
-    Raises: TypeError for what is not a layer; ValueError where a name among the paths is that of
-    an attribute of ``nn.Module``, such as "forward".
+    Raises:
+        TypeError: what is not a layer.
+        ValueError: a name among the paths is that of an attribute of ``nn.Module``, such as
+            "forward".
 
     >>> import funcnet as fn
     >>> net = fn.serial(fn.linear(3), fn.tanh())

@@ -26,7 +26,8 @@ def leaves_rule(residuals: Any, dy: Any, names: tuple[str, ...], *, params: bool
 def leaves(params: Mapping[str, Tensor], state: Mapping[str, Tensor]) -> Layer:
     """A layer whose y is a dict of its params and its state, which start as they are given.
 
-    Inputs: x, whose device alone is read.
+    Inputs:
+        x, whose device alone is read.
     """
 
     def init(key: Tensor, x: Tree) -> tuple[Params, Params]:

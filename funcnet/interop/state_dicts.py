@@ -74,13 +74,16 @@ def to_state_dict(params: Params, state: Params = EMPTY) -> dict[str, Tensor]:
 
     Args:
         params: a nested dict of tensors.
-        state: running statistics and such, which are torch's buffers. What `freeze` keeps in
-            ``state["frozen"]`` gets the keys of the parameters that they are.
+        state: running statistics and such, which are torch's buffers. What `funcnet.freeze` keeps
+            in ``state["frozen"]`` gets the keys of the parameters that they are.
 
-    Returns: the very tensors, by dotted path: params, then state. A module that loads them copies
-    them. Leaves that `tie` made one have one key, where torch has one for each name.
-    Raises: TypeError for what is not a nested dict of tensors; ValueError where two leaves have
-    the same key.
+    Returns:
+        the very tensors, by dotted path: params, then state. A module that loads them copies them.
+        Leaves that `funcnet.tie` made one have one key, where torch has one for each name.
+    Raises:
+        TypeError: what is not a nested dict of tensors.
+        ValueError: two leaves have the same key.
+
     Source: ``torch.nn.Module.state_dict``.
 
     >>> import funcnet as fn
@@ -106,10 +109,13 @@ def from_state_dict(
         strict: False keeps ``like``'s values at paths that are missing, and leaves out the ones
             that it does not have.
 
-    Returns: ``(params, state)``, copies with the structure, dtypes and devices of ``like``, as
-    ``load_state_dict`` gives a module. They share no memory with the module's tensors.
-    Raises: ValueError that names every path that is missing, not expected, or has another shape;
-    TypeError that names those that are not tensors.
+    Returns:
+        ``(params, state)``, copies with the structure, dtypes and devices of ``like``, as
+        ``load_state_dict`` gives a module. They share no memory with the module's tensors.
+    Raises:
+        ValueError: it names every path that is missing, not expected, or has another shape.
+        TypeError: it names those that are not tensors.
+
     Source: ``torch.nn.Module.load_state_dict``.
 
     >>> import funcnet as fn

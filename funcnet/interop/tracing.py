@@ -102,7 +102,8 @@ def trace(module: nn.Module, constants: dict[str, Any], train: bool) -> tuple[fx
         constants: arguments of forward that are not inputs.
         train: the mode.
 
-    Raises: Refused.
+    Raises:
+        Refused.
     """
     tracer, before = Tracer(), module.training
     kept = [(each, *_attributes(each)) for each in module.modules()]

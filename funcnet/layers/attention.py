@@ -10,8 +10,8 @@ from funcnet.core import Forward, Grads, Key, Layer, Params, Pullback, Tree
 from funcnet.errors import require
 from funcnet.layers.arguments import Form, in_form, parts_of
 from funcnet.layers.embedding import is_index
+from funcnet.layers.linear_biases import alibi_bias
 from funcnet.layers.masks import Shape, additive, both, require_broadcast, visible
-from funcnet.layers.positions import alibi_bias
 from funcnet.lift import fastest, stateful, with_kernel
 from funcnet.params import Param, declare
 
@@ -253,18 +253,24 @@ def scaled_dot_product_attention(
             has heads, in dimension -3.
         need_weights: whether the weights, after dropout, are an output too.
 
-    Inputs: x, a tuple ``(query, key, value)`` or ``(query, key, value, attn_mask)``, or a dict with
-    these names: query (*, L, features), key (*, S, features), value (*, S, values), floating;
-    attn_mask, which broadcasts to (*, L, S), is bool, True where a query sees a key, or is of
-    query's dtype and is added. The dict may have query_positions (L,) and key_positions (S,), for
-    is_causal, window and alibi; default the indices. A key when ``train=True`` and dropout_p > 0.
-    Returns: y of shape (*, L, values), or (y, weights), weights of shape (*, L, S). A query that
-    sees no key has zeros.
-    VJP: with ``dp = dy value^T`` and ``ds = p (dp - sum dp p)`` for the weights p: ``dquery =
-    scale ds key``, ``dkey = scale ds^T query``, ``dvalue = p^T dy``, ``dattn_mask = ds``, None for
-    bool.
-    Raises: ValueError for shapes that do not fit, a dropout_p outside of [0, 1] or a window below
-    1; TypeError for a mask of another dtype.
+    Inputs:
+        x, a tuple ``(query, key, value)`` or ``(query, key, value, attn_mask)``, or a dict with
+        these names: query ``(*, L, features)``, key ``(*, S, features)``, value ``(*, S, values)``,
+        floating; attn_mask, which broadcasts to ``(*, L, S)``, is bool, True where a query sees a
+        key, or is of query's dtype and is added. The dict may have query_positions (L,) and
+        key_positions (S,), for is_causal, window and alibi; default the indices. A key when
+        ``train=True`` and dropout_p > 0.
+    Returns:
+        y of shape ``(*, L, values)``, or (y, weights), weights of shape ``(*, L, S)``. A query that
+        sees no key has zeros.
+    VJP:
+        with ``dp = dy value^T`` and ``ds = p (dp - sum dp p)`` for the weights p:
+        ``dquery = scale ds key``, ``dkey = scale ds^T query``, ``dvalue = p^T dy``,
+        ``dattn_mask = ds``, None for bool.
+    Raises:
+        ValueError: shapes that do not fit, a dropout_p outside of [0, 1] or a window below 1.
+        TypeError: a mask of another dtype.
+
     Source: ``torch.nn.functional.scaled_dot_product_attention``; Vaswani et al. 2017. PyTorch's
     flash kernels (Dao et al. 2022) are used for x of four dimensions without dropout and weights.
 

@@ -107,9 +107,13 @@ def _avg_pool(
         count_include_pad: whether the zeros of the padding count.
         divisor_override: what the sums are divided by; default the number of points that count.
 
-    Inputs: x of shape (batch, channels, height, width) or without a batch, floating.
-    VJP: dy, divided as y is, is added to all values of its window.
-    Raises: ValueError where no window fits into x with its padding.
+    Inputs:
+        x of shape (batch, channels, height, width) or without a batch, floating.
+    VJP:
+        dy, divided as y is, is added to all values of its window.
+    Raises:
+        ValueError: no window fits into x with its padding.
+
     Source: ``torch.nn.AvgPool2d``.
 
     >>> fn.avg_pool2d(2).apply({}, torch.arange(16.0).reshape(1, 1, 4, 4))[0]
@@ -169,8 +173,11 @@ def _adaptive_avg_pool(dims: int, output_size: Size | Sequence[int | None] | Non
     Args:
         output_size: (height, width) of y, or one int for all; None stands for the size of x.
 
-    Inputs: x of shape (batch, channels, height, width) or without a batch, floating.
-    VJP: dy, divided by the points of its window, is added to all values of the window.
+    Inputs:
+        x of shape (batch, channels, height, width) or without a batch, floating.
+    VJP:
+        dy, divided by the points of its window, is added to all values of the window.
+
     Source: ``torch.nn.AdaptiveAvgPool2d``.
 
     >>> fn.adaptive_avg_pool2d((1, 2)).apply({}, torch.arange(9.0).reshape(1, 1, 3, 3))[0]

@@ -195,14 +195,20 @@ def batch_norm(
 
     The number of channels is found by init; there is no argument for it.
 
-    Inputs: x of shape (batch, channels, *), floating, any rank from 2.
-    Params: ``weight`` (ones) and ``bias`` (zeros), each (channels,).
-    State: ``running_mean`` (zeros) and ``running_var`` (ones), each (channels,), and
-    ``num_batches_tracked``, an int64 scalar.
-    VJP: in training, with ``n`` the normalized x, ``g = dy weight`` and means over a channel,
-    ``dx = (g - mean g - n mean(g n)) / sqrt(var + eps)``; ``dweight = sum dy n``,
-    ``dbias = sum dy``. Else ``dx = g / sqrt(running_var + eps)``.
-    Raises: ValueError for one value a channel in training.
+    Inputs:
+        x of shape ``(batch, channels, *)``, floating, any rank from 2.
+    Learned params:
+        ``weight`` (ones) and ``bias`` (zeros), each (channels,).
+    State:
+        ``running_mean`` (zeros) and ``running_var`` (ones), each (channels,), and
+        ``num_batches_tracked``, an int64 scalar.
+    VJP:
+        in training, with ``n`` the normalized x, ``g = dy weight`` and means over a channel,
+        ``dx = (g - mean g - n mean(g n)) / sqrt(var + eps)``; ``dweight = sum dy n``,
+        ``dbias = sum dy``. Else ``dx = g / sqrt(running_var + eps)``.
+    Raises:
+        ValueError: one value a channel in training.
+
     Source: ``torch.nn.BatchNorm1d`` to ``3d``; Ioffe and Szegedy 2015.
 
     >>> import funcnet as fn

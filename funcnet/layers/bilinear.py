@@ -51,12 +51,19 @@ def bilinear(
         bias_init: default the same U(-b, b).
         dtype: of the parameters; default that of x.
 
-    Inputs: x = (x1, x2) of shapes (*, in1_features) and (*, in2_features), floating.
-    Returns: y of shape (*, out_features).
-    Params: ``weight`` (out_features, in1_features, in2_features), ``bias`` (out_features,).
-    VJP: ``dweight_o = sum_* dy_o x1 x2^T``, ``dbias = sum_* dy``,
-    ``dx1 = sum_o dy_o weight_o x2``, ``dx2 = sum_o dy_o weight_o^T x1``.
-    Raises: ValueError for other shapes, TypeError for other dtypes.
+    Inputs:
+        x = (x1, x2) of shapes ``(*, in1_features)`` and ``(*, in2_features)``, floating.
+    Returns:
+        y of shape ``(*, out_features)``.
+    Learned params:
+        ``weight`` (out_features, in1_features, in2_features), ``bias`` (out_features,).
+    VJP:
+        ``dweight_o = sum_* dy_o x1 x2^T``, ``dbias = sum_* dy``, ``dx1 = sum_o dy_o weight_o x2``,
+        ``dx2 = sum_o dy_o weight_o^T x1``.
+    Raises:
+        ValueError: other shapes.
+        TypeError: other dtypes.
+
     Source: ``torch.nn.Bilinear``.
 
     >>> import funcnet as fn

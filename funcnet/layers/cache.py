@@ -16,12 +16,17 @@ from funcnet.params import Param, State, declare
 def counter(max_len: int) -> Layer:
     """The positions of the next tokens, from 0 on, at most ``max_len`` of them in all.
 
-    Inputs: x of shape (*, tokens, features).
-    Returns: int64 positions of shape (tokens,).
-    State: ``length``, how many tokens came before.
-    VJP: dx is zero.
-    Raises: ValueError for no token, and for more tokens than max_len. Where values cannot be
-    read, under `jit` and `vmap`, the positions that are too many are max_len and above.
+    Inputs:
+        x of shape ``(*, tokens, features)``.
+    Returns:
+        int64 positions of shape (tokens,).
+    State:
+        ``length``, how many tokens came before.
+    VJP:
+        dx is zero.
+    Raises:
+        ValueError: no token, and more tokens than max_len. Where values cannot be read, under
+            `jit` and `vmap`, the positions that are too many are max_len and above.
     """
 
     def declaration(x: Tensor) -> dict[str, Param]:
@@ -52,11 +57,15 @@ def counter_rule(
 def key_value_cache(max_len: int) -> Layer:
     """The keys and values of all tokens up to now, from those of the next ones.
 
-    Inputs: x, a tuple (key, value, positions): of shape (*, tokens, features) and (tokens,).
-    Returns: y, a tuple (key, value), of shape (*, max_len, features); zeros beyond the last token.
-    State: ``key`` and ``value``, like y.
-    VJP: ``dkey`` and ``dvalue``, those of y at the positions; the state is a constant.
-    A position of max_len or above, which only `jit` and `vmap` let pass, makes all of y NaN.
+    Inputs:
+        x, a tuple (key, value, positions): of shape ``(*, tokens, features)`` and (tokens,).
+    Returns:
+        y, a tuple (key, value), of shape ``(*, max_len, features)``; zeros beyond the last token.
+    State:
+        ``key`` and ``value``, like y.
+    VJP:
+        ``dkey`` and ``dvalue``, those of y at the positions; the state is a constant. A position of
+        max_len or above, which only `jit` and `vmap` let pass, makes all of y NaN.
     """
 
     def declaration(x: Tree) -> dict[str, Param]:

@@ -138,12 +138,18 @@ def _conv(
         bias_init: default the same U(-b, b).
         dtype: of the parameters; default that of x.
 
-    Inputs: x of shape (batch, channels, height, width) or without a batch, floating.
-    Returns: y of shape (batch, out_channels, *size'), with
-    ``size' = floor((size + 2 padding - dilation (kernel - 1) - 1) / stride) + 1``.
-    Params: ``weight`` (out_channels, channels / groups, *kernel_size), ``bias`` (out_channels,).
-    VJP: dweight is x correlated with dy, dx is dy convolved with the weight, ``dbias = sum dy``.
-    Raises: ValueError for another rank or number of channels.
+    Inputs:
+        x of shape (batch, channels, height, width) or without a batch, floating.
+    Returns:
+        y of shape ``(batch, out_channels, *size')``, with
+        ``size' = floor((size + 2 padding - dilation (kernel - 1) - 1) / stride) + 1``.
+    Learned params:
+        ``weight`` ``(out_channels, channels / groups, *kernel_size)``, ``bias`` (out_channels,).
+    VJP:
+        dweight is x correlated with dy, dx is dy convolved with the weight, ``dbias = sum dy``.
+    Raises:
+        ValueError: another rank or number of channels.
+
     Source: ``torch.nn.Conv2d``.
 
     >>> layer = fn.conv2d(8, 3, padding="same")
@@ -222,12 +228,18 @@ def _conv_transpose(
         bias_init: default the same U(-b, b).
         dtype: of the parameters; default that of x.
 
-    Inputs: x of shape (batch, channels, height, width) or without a batch, floating.
-    Returns: y of shape (batch, out_channels, *size'), with
-    ``size' = (size - 1) stride - 2 padding + dilation (kernel - 1) + output_padding + 1``.
-    Params: ``weight`` (channels, out_channels / groups, *kernel_size), ``bias`` (out_channels,).
-    VJP: dx is dy correlated with the weight, dweight is dy correlated with x, ``dbias = sum dy``.
-    Raises: ValueError for another rank or number of channels, or an impossible output_size.
+    Inputs:
+        x of shape (batch, channels, height, width) or without a batch, floating.
+    Returns:
+        y of shape ``(batch, out_channels, *size')``, with
+        ``size' = (size - 1) stride - 2 padding + dilation (kernel - 1) + output_padding + 1``.
+    Learned params:
+        ``weight`` ``(channels, out_channels / groups, *kernel_size)``, ``bias`` (out_channels,).
+    VJP:
+        dx is dy correlated with the weight, dweight is dy correlated with x, ``dbias = sum dy``.
+    Raises:
+        ValueError: another rank or number of channels, or an impossible output_size.
+
     Source: ``torch.nn.ConvTranspose2d``.
 
     >>> layer = fn.conv_transpose2d(8, 2, stride=2)

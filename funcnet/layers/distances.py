@@ -57,11 +57,16 @@ def cosine_similarity(dim: int = 1, eps: float = 1e-8) -> Layer:
         dim: the dimension of the vectors, in the shape that x1 and x2 are broadcast to.
         eps: the least norm that is divided by.
 
-    Inputs: x = (x1, x2) of shapes that broadcast, floating.
-    Returns: y, of the shape without ``dim``.
-    VJP: ``dx1 = dy (x2 / |x2| - y x1 / |x1|) / |x1|``, and likewise dx2; each summed to the
-    shape of its input.
-    Raises: ValueError for shapes that do not broadcast, or have no dimension ``dim``.
+    Inputs:
+        x = (x1, x2) of shapes that broadcast, floating.
+    Returns:
+        y, of the shape without ``dim``.
+    VJP:
+        ``dx1 = dy (x2 / |x2| - y x1 / |x1|) / |x1|``, and likewise dx2; each summed to the shape of
+        its input.
+    Raises:
+        ValueError: shapes that do not broadcast, or have no dimension ``dim``.
+
     Source: ``torch.nn.CosineSimilarity``.
 
     >>> import funcnet as fn
@@ -122,11 +127,16 @@ def pairwise_distance(p: float = 2.0, eps: float = 1e-6, keepdim: bool = False) 
         eps: added to each difference.
         keepdim: whether the last dimension stays, with size 1.
 
-    Inputs: x = (x1, x2) of shapes (*, features) that broadcast, floating.
-    Returns: y of shape (*) or (*, 1).
-    VJP: with ``d = x1 - x2 + eps``: ``dx1 = dy sign(d) (|d| / y)^(p - 1) = -dx2``, 0 where d is
-    0; each summed to the shape of its input.
-    Raises: ValueError for shapes that do not broadcast.
+    Inputs:
+        x = (x1, x2) of shapes ``(*, features)`` that broadcast, floating.
+    Returns:
+        y of shape ``(*)`` or ``(*, 1)``.
+    VJP:
+        with ``d = x1 - x2 + eps``: ``dx1 = dy sign(d) (|d| / y)^(p - 1) = -dx2``, 0 where d is 0;
+        each summed to the shape of its input.
+    Raises:
+        ValueError: shapes that do not broadcast.
+
     Source: ``torch.nn.PairwiseDistance``.
 
     >>> import funcnet as fn

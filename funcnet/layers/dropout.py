@@ -85,9 +85,13 @@ def dropout(p: float = 0.5) -> Layer:
     Args:
         p: the probability that a value is dropped, as in torch, not that it is kept.
 
-    Inputs: x of any shape, floating; a key when ``train=True``.
-    VJP: ``dx = dy [kept] / (1 - p)``; the residual is the mask.
-    Raises: ValueError without a key.
+    Inputs:
+        x of any shape, floating; a key when ``train=True``.
+    VJP:
+        ``dx = dy [kept] / (1 - p)``; the residual is the mask.
+    Raises:
+        ValueError: without a key.
+
     Source: ``torch.nn.Dropout``; Srivastava et al. 2014.
 
     >>> import funcnet as fn
@@ -105,11 +109,15 @@ def _dropout(dims: int, p: float = 0.5) -> Layer:
     Args:
         p: the probability that a channel is dropped.
 
-    Inputs: x of shape (batch, channels, height, width), floating; a key when ``train=True``.
-    `dropout1d` and `dropout3d` take one without the batch too. In torch, and here, `dropout2d`
-    takes three dimensions for (batch, channels, length).
-    VJP: ``dx = dy [kept] / (1 - p)``; the residual is the mask, (batch, channels, 1, 1).
-    Raises: ValueError without a key, or for an x of another number of dimensions.
+    Inputs:
+        x of shape (batch, channels, height, width), floating; a key when ``train=True``.
+        `dropout1d` and `dropout3d` take one without the batch too. In torch, and here, `dropout2d`
+        takes three dimensions for (batch, channels, length).
+    VJP:
+        ``dx = dy [kept] / (1 - p)``; the residual is the mask, (batch, channels, 1, 1).
+    Raises:
+        ValueError: without a key, or for an x of another number of dimensions.
+
     Source: ``torch.nn.Dropout2d``; Tompson et al. 2015.
 
     >>> import funcnet as fn
@@ -145,9 +153,13 @@ def alpha_dropout(p: float = 0.5) -> Layer:
     Args:
         p: the probability that a value is dropped; with 1 all values are 0.
 
-    Inputs: x of any shape, floating; a key when ``train=True``.
-    VJP: ``dx = a dy [kept]``; the residual is the mask.
-    Raises: ValueError without a key.
+    Inputs:
+        x of any shape, floating; a key when ``train=True``.
+    VJP:
+        ``dx = a dy [kept]``; the residual is the mask.
+    Raises:
+        ValueError: without a key.
+
     Source: ``torch.nn.AlphaDropout``; Klambauer et al. 2017.
 
     >>> import funcnet as fn
@@ -165,10 +177,14 @@ def feature_alpha_dropout(p: float = 0.5) -> Layer:
     Args:
         p: the probability that a channel is dropped; with 1 all values are 0.
 
-    Inputs: x of shape (batch, channels, *), floating; a key when ``train=True``.
-    VJP: ``dx = a dy [kept]``, with the a of `alpha_dropout`; the residual is the mask,
-    (batch, channels, 1, ...).
-    Raises: ValueError without a key, or for fewer than two dimensions.
+    Inputs:
+        x of shape ``(batch, channels, *)``, floating; a key when ``train=True``.
+    VJP:
+        ``dx = a dy [kept]``, with the a of `alpha_dropout`; the residual is the mask, (batch,
+        channels, 1, ...).
+    Raises:
+        ValueError: without a key, or for fewer than two dimensions.
+
     Source: ``torch.nn.FeatureAlphaDropout``; Klambauer et al. 2017.
 
     >>> import funcnet as fn
@@ -195,9 +211,13 @@ def drop_path(p: float = 0.1, mode: str = "row") -> Layer:
         p: the probability that an example is dropped.
         mode: "row" draws for each example, "batch" once for all of them.
 
-    Inputs: x of shape (batch, *), floating; a key when ``train=True``.
-    VJP: ``dx = dy [kept] / (1 - p)``; the residual is the mask.
-    Raises: ValueError without a key.
+    Inputs:
+        x of shape ``(batch, *)``, floating; a key when ``train=True``.
+    VJP:
+        ``dx = dy [kept] / (1 - p)``; the residual is the mask.
+    Raises:
+        ValueError: without a key.
+
     Source: ``torchvision.ops.StochasticDepth``, ``timm.layers.DropPath``; Huang et al. 2016.
 
     >>> import funcnet as fn

@@ -107,11 +107,18 @@ def embedding(
         weight_init: default N(0, 1).
         dtype: of the weight, since x has none to give.
 
-    Inputs: x of shape (*), int32 or int64.
-    Returns: y of shape (*, embedding_dim).
-    Params: ``weight`` (num_embeddings, embedding_dim).
-    VJP: ``dweight[i] = sum dy[x = i]``; dx is None.
-    Raises: TypeError for x that is not an integer, ValueError for an index out of range.
+    Inputs:
+        x of shape ``(*)``, int32 or int64.
+    Returns:
+        y of shape ``(*, embedding_dim)``.
+    Learned params:
+        ``weight`` (num_embeddings, embedding_dim).
+    VJP:
+        ``dweight[i] = sum dy[x = i]``; dx is None.
+    Raises:
+        TypeError: x that is not an integer.
+        ValueError: an index out of range.
+
     Source: ``torch.nn.Embedding``.
 
     >>> import funcnet as fn

@@ -274,17 +274,24 @@ def embedding_bag(
         weight_init: default N(0, 1).
         dtype: of the weight; default that of per_sample_weights, or float32.
 
-    Inputs: indices, int32 or int64, of shape (batch, length), each row a bag; or a tuple
-    (indices, offsets) of shapes (n,) and (batch,), where offsets are the first places of the
-    bags, in order from 0; or (indices, offsets or None, per_sample_weights), where the last,
-    for sums only, has the shape of the indices: what each row is multiplied by.
-    Returns: y of shape (batch, embedding_dim); zeros for an empty bag.
-    Params: ``weight`` (num_embeddings, embedding_dim).
-    VJP: ``dweight[i]`` is the sum of dy over the bags that i is in, each times i's weight there,
-    or divided by the bag's length, or where i is the (first) greatest.
-    ``dper_sample_weights = dy . weight[i]``; the rest of dx is None.
-    Raises: TypeError for what is no integer, ValueError for indices out of range, and for
-    offsets that are not sorted, do not start at 0 or go beyond the indices.
+    Inputs:
+        indices, int32 or int64, of shape (batch, length), each row a bag; or a tuple (indices,
+        offsets) of shapes (n,) and (batch,), where offsets are the first places of the bags, in
+        order from 0; or (indices, offsets or None, per_sample_weights), where the last, for sums
+        only, has the shape of the indices: what each row is multiplied by.
+    Returns:
+        y of shape (batch, embedding_dim); zeros for an empty bag.
+    Learned params:
+        ``weight`` (num_embeddings, embedding_dim).
+    VJP:
+        ``dweight[i]`` is the sum of dy over the bags that i is in, each times i's weight there, or
+        divided by the bag's length, or where i is the (first) greatest.
+        ``dper_sample_weights = dy . weight[i]``; the rest of dx is None.
+    Raises:
+        TypeError: what is no integer.
+        ValueError: indices out of range, and offsets that are not sorted, do not start at 0 or
+            go beyond the indices.
+
     Source: ``torch.nn.EmbeddingBag``.
 
     >>> import funcnet as fn

@@ -29,9 +29,13 @@ def unfold(kernel_size: Size, dilation: Size = 1, padding: Size = 0, stride: Siz
         padding: zeros on each side of the image.
         stride: the step between windows.
 
-    Inputs: x of shape (batch, channels, height, width) or without a batch, floating.
-    Returns: y of shape (batch, channels * points of a window, windows).
-    VJP: `fold`: the values of the windows, added up where they came from.
+    Inputs:
+        x of shape (batch, channels, height, width) or without a batch, floating.
+    Returns:
+        y of shape ``(batch, channels * points of a window, windows)``.
+    VJP:
+        `fold`: the values of the windows, added up where they came from.
+
     Source: ``torch.nn.Unfold``.
 
     >>> fn.unfold(2).apply({}, torch.arange(9.0).reshape(1, 1, 3, 3))[0]
@@ -70,10 +74,15 @@ def fold(
         padding: of the image on each side, which is left out of y.
         stride: the step between windows.
 
-    Inputs: x of shape (batch, channels * points of a window, windows) or without a batch.
-    Returns: y of shape (batch, channels, *output_size).
-    VJP: `unfold`: the windows of dy.
-    Raises: ValueError where the number of windows is not that of such an image.
+    Inputs:
+        x of shape ``(batch, channels * points of a window, windows)`` or without a batch.
+    Returns:
+        y of shape ``(batch, channels, *output_size)``.
+    VJP:
+        `unfold`: the windows of dy.
+    Raises:
+        ValueError: the number of windows is not that of such an image.
+
     Source: ``torch.nn.Fold``.
 
     >>> fn.fold((1, 3), (1, 2)).apply({}, torch.ones(1, 2, 2))[0]

@@ -101,11 +101,15 @@ def _fractional_max_pool(
         random_samples: the samples, in the place of drawn ones: of shape (batch or more, channels,
             2), where that of the width comes before that of the height in 2 dimensions.
 
-    Inputs: x of shape (batch, channels, height, width) or without a batch, floating; a key when
+    Inputs:
+        x of shape (batch, channels, height, width) or without a batch, floating; a key when
         ``train=True``, unless the samples are given.
-    VJP: dy goes to where the maximum was found; the residual is these indices.
-    Raises: ValueError without a key, or where ``kernel + output_size - 1`` is more than the size
-        of x, or as much, in 3 dimensions.
+    VJP:
+        dy goes to where the maximum was found; the residual is these indices.
+    Raises:
+        ValueError: without a key, or where ``kernel + output_size - 1`` is more than the size
+            of x, or as much, in 3 dimensions.
+
     Source: ``torch.nn.FractionalMaxPool2d``; Graham 2014, "Fractional max-pooling".
 
     >>> fn.fractional_max_pool2d(2, 3).apply({}, torch.arange(25.0).reshape(1, 5, 5))[0]

@@ -21,7 +21,8 @@ def glu_backward(dy: Tensor, dim: int, x: Tensor) -> Tensor:
 def glu(dim: int = -1) -> Layer:
     """``y = a sigmoid(b)``, where a and b are the halves of x along ``dim``.
 
-    Inputs: x with an even size along ``dim``. Source: ``torch.nn.GLU``; Dauphin et al. 2016.
+    Inputs:
+        x with an even size along ``dim``. Source: ``torch.nn.GLU``; Dauphin et al. 2016.
 
     >>> glu().apply({}, torch.tensor([3.0, 0.0]))[0]
     tensor([1.5000])

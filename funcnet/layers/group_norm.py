@@ -69,13 +69,18 @@ def group_norm(
 
     The number of channels is found by init; there is no argument for it.
 
-    Inputs: x of shape (batch, channels, *), floating, any rank from 2.
-    Params: ``weight`` (ones) and ``bias`` (zeros), each (channels,).
-    VJP: with ``n`` the normalized x, ``g = dy weight`` and means over a group,
-    ``dx = (g - mean g - n mean(g n)) / sqrt(var + eps)``; ``dweight = sum dy n``,
-    ``dbias = sum dy``.
-    Raises: ValueError for channels that ``num_groups`` does not divide, and for one example with
-    one value a group.
+    Inputs:
+        x of shape ``(batch, channels, *)``, floating, any rank from 2.
+    Learned params:
+        ``weight`` (ones) and ``bias`` (zeros), each (channels,).
+    VJP:
+        with ``n`` the normalized x, ``g = dy weight`` and means over a group,
+        ``dx = (g - mean g - n mean(g n)) / sqrt(var + eps)``; ``dweight = sum dy n``,
+        ``dbias = sum dy``.
+    Raises:
+        ValueError: channels that ``num_groups`` does not divide, and one example with one value
+            a group.
+
     Source: ``torch.nn.GroupNorm``; Wu and He 2018.
 
     >>> import funcnet as fn

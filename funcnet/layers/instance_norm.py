@@ -68,15 +68,21 @@ def instance_norm(
 
     The number of channels is found by init; there is no argument for it.
 
-    Inputs: x of shape (batch, channels, *), floating, any rank from 3. An input without a batch is
-    taken by `instance_norm1d`, `instance_norm2d` and `instance_norm3d`, which know its rank.
-    Params: ``weight`` (ones) and ``bias`` (zeros), each (channels,).
-    State: ``running_mean`` (zeros) and ``running_var`` (ones), each (channels,), and
-    ``num_batches_tracked``, an int64 scalar, which stays 0 as in torch.
-    VJP: with ``n`` the normalized x, ``g = dy weight`` and means over a channel of an example,
-    ``dx = (g - mean g - n mean(g n)) / sqrt(var + eps)``; ``dweight = sum dy n``,
-    ``dbias = sum dy``. With running statistics ``dx = g / sqrt(running_var + eps)``.
-    Raises: ValueError for one value a channel, unless running statistics are used.
+    Inputs:
+        x of shape ``(batch, channels, *)``, floating, any rank from 3. An input without a batch is
+        taken by `instance_norm1d`, `instance_norm2d` and `instance_norm3d`, which know its rank.
+    Learned params:
+        ``weight`` (ones) and ``bias`` (zeros), each (channels,).
+    State:
+        ``running_mean`` (zeros) and ``running_var`` (ones), each (channels,), and
+        ``num_batches_tracked``, an int64 scalar, which stays 0 as in torch.
+    VJP:
+        with ``n`` the normalized x, ``g = dy weight`` and means over a channel of an example,
+        ``dx = (g - mean g - n mean(g n)) / sqrt(var + eps)``; ``dweight = sum dy n``,
+        ``dbias = sum dy``. With running statistics ``dx = g / sqrt(running_var + eps)``.
+    Raises:
+        ValueError: one value a channel, unless running statistics are used.
+
     Source: ``torch.nn.InstanceNorm1d`` to ``3d``; Ulyanov, Vedaldi and Lempitsky 2016.
 
     >>> import funcnet as fn

@@ -86,12 +86,17 @@ def layer_norm(
         bias: False for a weight without a bias.
         dtype: of the parameters; default that of x.
 
-    Inputs: x of shape (*, *normalized_shape), floating.
-    Params: ``weight`` (ones), ``bias`` (zeros), each of shape ``normalized_shape``.
-    VJP: with ``n`` the normalized x and ``g = dy weight``,
-    ``dx = (g - mean g - n mean(g n)) / sqrt(var + eps)``, ``dweight = sum dy n``,
-    ``dbias = sum dy``.
-    Raises: ValueError for other last dimensions.
+    Inputs:
+        x of shape ``(*, *normalized_shape)``, floating.
+    Learned params:
+        ``weight`` (ones), ``bias`` (zeros), each of shape ``normalized_shape``.
+    VJP:
+        with ``n`` the normalized x and ``g = dy weight``,
+        ``dx = (g - mean g - n mean(g n)) / sqrt(var + eps)``, ``dweight = sum dy n``,
+        ``dbias = sum dy``.
+    Raises:
+        ValueError: other last dimensions.
+
     Source: ``torch.nn.LayerNorm``; Ba, Kiros and Hinton 2016.
 
     >>> import funcnet as fn
@@ -164,11 +169,16 @@ def rms_norm(
         elementwise_affine: whether the weight is learned.
         dtype: of the weight; default that of x.
 
-    Inputs: x of shape (*, *normalized_shape), floating.
-    Params: ``weight`` (ones) of shape ``normalized_shape``.
-    VJP: with ``n`` the normalized x and ``g = dy weight``,
-    ``dx = (g - n mean(g n)) / sqrt(mean x^2 + eps)``, ``dweight = sum dy n``.
-    Raises: ValueError for other last dimensions.
+    Inputs:
+        x of shape ``(*, *normalized_shape)``, floating.
+    Learned params:
+        ``weight`` (ones) of shape ``normalized_shape``.
+    VJP:
+        with ``n`` the normalized x and ``g = dy weight``,
+        ``dx = (g - n mean(g n)) / sqrt(mean x^2 + eps)``, ``dweight = sum dy n``.
+    Raises:
+        ValueError: other last dimensions.
+
     Source: ``torch.nn.RMSNorm``; Zhang and Sennrich 2019.
 
     >>> import funcnet as fn

@@ -63,11 +63,18 @@ def linear(
         bias_init: default the same U(-b, b).
         dtype: of the parameters; default that of x.
 
-    Inputs: x of shape (*, in_features), floating.
-    Returns: y of shape (*, out_features).
-    Params: ``weight`` (out_features, in_features), ``bias`` (out_features,).
-    VJP: ``dweight = sum_* dy x^T``, ``dbias = sum_* dy``, ``dx = dy weight``.
-    Raises: ValueError for another number of features, TypeError for another dtype.
+    Inputs:
+        x of shape ``(*, in_features)``, floating.
+    Returns:
+        y of shape ``(*, out_features)``.
+    Learned params:
+        ``weight`` (out_features, in_features), ``bias`` (out_features,).
+    VJP:
+        ``dweight = sum_* dy x^T``, ``dbias = sum_* dy``, ``dx = dy weight``.
+    Raises:
+        ValueError: another number of features.
+        TypeError: another dtype.
+
     Source: ``torch.nn.Linear``.
 
     >>> import funcnet as fn

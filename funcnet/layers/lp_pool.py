@@ -51,11 +51,15 @@ def _lp_pool(
         ceil_mode: whether a window may end beyond x. Its sum is then as if what is missing were
             the average of the rest, as in torch.
 
-    Inputs: x of shape (batch, channels, height, width) or without a batch, floating. With an odd
-        p, whose powers have signs, y is NaN where their sum is negative.
-    VJP: ``dx = x^(p - 1) y^(1 - p) dy``, added over the windows that x is in; from a window whose
+    Inputs:
+        x of shape (batch, channels, height, width) or without a batch, floating. With an odd p,
+        whose powers have signs, y is NaN where their sum is negative.
+    VJP:
+        ``dx = x^(p - 1) y^(1 - p) dy``, added over the windows that x is in; from a window whose
         sum is 0 it is 0.
-    Raises: ValueError where no window fits into x.
+    Raises:
+        ValueError: no window fits into x.
+
     Source: ``torch.nn.LPPool2d``.
 
     >>> fn.lp_pool2d(2, (1, 2)).apply({}, torch.tensor([[[3.0, 4.0, 5.0, 12.0]]]))[0]

@@ -84,10 +84,14 @@ def _max_pool(
             (height, width) of x as one, which `max_unpool2d` takes.
         ceil_mode: whether a window may end beyond the padding; it starts before its end.
 
-    Inputs: x of shape (batch, channels, height, width) or without a batch, floating.
-    VJP: dy goes to where the maximum was found: the first of equal ones, or a NaN, which is
-        taken for greater than all numbers. The residual is these indices.
-    Raises: ValueError where no window fits into x with its padding.
+    Inputs:
+        x of shape (batch, channels, height, width) or without a batch, floating.
+    VJP:
+        dy goes to where the maximum was found: the first of equal ones, or a NaN, which is taken
+        for greater than all numbers. The residual is these indices.
+    Raises:
+        ValueError: no window fits into x with its padding.
+
     Source: ``torch.nn.MaxPool2d``.
 
     >>> fn.max_pool2d(2).apply({}, torch.arange(16.0).reshape(1, 1, 4, 4))[0]
@@ -132,8 +136,11 @@ def _adaptive_max_pool(
         return_indices: whether y is ``(y, indices)``, with indices into the dimensions
             (height, width) of x as one.
 
-    Inputs: x of shape (batch, channels, height, width) or without a batch, floating.
-    VJP: dy goes to where the maximum was found; the residual is these indices.
+    Inputs:
+        x of shape (batch, channels, height, width) or without a batch, floating.
+    VJP:
+        dy goes to where the maximum was found; the residual is these indices.
+
     Source: ``torch.nn.AdaptiveMaxPool2d``.
 
     >>> fn.adaptive_max_pool2d((1, 2)).apply({}, torch.arange(9.0).reshape(1, 1, 3, 3))[0]
@@ -176,13 +183,18 @@ def _max_unpool(
         output_size: (height, width) of y, or the shape of y, where several are possible; each is
             less than a stride from the default, ``(size - 1) stride - 2 padding + kernel``.
 
-    Inputs: x is ``(values, indices)``, as of ``max_pool2d(..., return_indices=True)``, both of
-        shape (batch, channels, height, width) or without a batch.
-    Returns: y of shape (batch, channels, *output_size). One of the values is in it where several
+    Inputs:
+        x is ``(values, indices)``, as of ``max_pool2d(..., return_indices=True)``, both of shape
+        (batch, channels, height, width) or without a batch.
+    Returns:
+        y of shape ``(batch, channels, *output_size)``. One of the values is in it where several
         have one index.
-    VJP: dvalues is what is in dy at the indices.
-    Raises: ValueError for an index that is not in y, as of another pooling, or for an output size
-        that the values cannot be of.
+    VJP:
+        dvalues is what is in dy at the indices.
+    Raises:
+        ValueError: an index that is not in y, as of another pooling, or an output size that the
+            values cannot be of.
+
     Source: ``torch.nn.MaxUnpool2d``, whose ``forward`` takes the output size.
 
     >>> pool, unpool = fn.max_pool2d(2, return_indices=True), fn.max_unpool2d(2)

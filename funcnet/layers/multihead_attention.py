@@ -240,29 +240,37 @@ def multihead_attention(
         alibi: whether scores fall with the distance of query and key, see `alibi`.
         cache: the number of tokens that are remembered. A call then attends to all tokens of the
             calls before it as well, whose keys and values are state; for decoding token by token.
-        weight_init: of all weights; by default ``in_proj_weight`` is `glorot_uniform`, and
-            ``out_proj.weight`` as in `linear`, as in torch.
+        weight_init: of all weights; by default ``in_proj_weight`` is
+            `funcnet.initializers.glorot_uniform`, and ``out_proj.weight`` as in `linear`, as in
+            torch.
         dtype: of the parameters; default that of x.
 
-    Inputs: x, a tensor, which is query, key and value; or a tuple (query, key, value,
-    key_padding_mask, attn_mask), or a dict with these names, whose first must be there: query
-    (tokens, batch, features), key (keys, batch, kdim), value (keys, batch, vdim), or all three
-    without the batch; key_padding_mask (batch, keys); attn_mask (tokens, keys) or (batch *
-    num_heads, tokens, keys). Masks are bool, True where a key is hidden, the opposite of
-    `scaled_dot_product_attention`'s, as in torch; or of x's dtype and added to the scores. A key
-    of `funcnet.random` when ``train=True`` and dropout > 0.
-    Returns: y of the shape of the query, or (y, weights), weights of shape (batch, tokens, keys)
-    or (batch, num_heads, tokens, keys). A query that sees no key attends to zeros, and not to NaN
-    as in torch.
-    Params: ``in_proj_weight`` (3 features, features), or, where kdim or vdim is another,
-    ``q_proj_weight``, ``k_proj_weight`` and ``v_proj_weight``; ``in_proj_bias``,
-    ``out_proj.weight``, ``out_proj.bias``; ``bias_k`` and ``bias_v`` (1, 1, features).
-    State: with a cache ``positions.length``, ``cache.key`` and ``cache.value``, of shape (batch,
-    num_kv_heads, cache, features / num_heads).
-    VJP: that of the linear projections, and of `scaled_dot_product_attention` between them.
-    Raises: ValueError for features that the heads do not divide, for inputs and masks that do not
-    fit, and for a cache that is full (under `jit`, which cannot read values, y is NaN then);
-    TypeError for a mask of another dtype.
+    Inputs:
+        x, a tensor, which is query, key and value; or a tuple (query, key, value, key_padding_mask,
+        attn_mask), or a dict with these names, whose first must be there: query (tokens, batch,
+        features), key (keys, batch, kdim), value (keys, batch, vdim), or all three without the
+        batch; key_padding_mask (batch, keys); attn_mask (tokens, keys) or (batch * num_heads,
+        tokens, keys). Masks are bool, True where a key is hidden, the opposite of
+        `scaled_dot_product_attention`'s, as in torch; or of x's dtype and added to the scores. A
+        key of `funcnet.random` when ``train=True`` and dropout > 0.
+    Returns:
+        y of the shape of the query, or (y, weights), weights of shape (batch, tokens, keys) or
+        (batch, num_heads, tokens, keys). A query that sees no key attends to zeros, and not to NaN
+        as in torch.
+    Learned params:
+        ``in_proj_weight`` (3 features, features), or, where kdim or vdim is another,
+        ``q_proj_weight``, ``k_proj_weight`` and ``v_proj_weight``; ``in_proj_bias``,
+        ``out_proj.weight``, ``out_proj.bias``; ``bias_k`` and ``bias_v`` (1, 1, features).
+    State:
+        with a cache ``positions.length``, ``cache.key`` and ``cache.value``, of shape (batch,
+        num_kv_heads, cache, features / num_heads).
+    VJP:
+        that of the linear projections, and of `scaled_dot_product_attention` between them.
+    Raises:
+        ValueError: features that the heads do not divide, for inputs and masks that do not fit,
+            and a cache that is full (under `jit`, which cannot read values, y is NaN then).
+        TypeError: a mask of another dtype.
+
     Source: ``torch.nn.MultiheadAttention``; Vaswani et al. 2017; groups: Ainslie et al. 2023.
 
     >>> import funcnet as fn

@@ -24,9 +24,13 @@ def gaussian_noise(std: float = 0.1, relative: bool = False) -> Layer:
         std: the standard deviation of what is added.
         relative: whether std is relative to x: ``y = x (1 + std n)``, Gaussian dropout.
 
-    Inputs: x of any shape, floating; a key when ``train=True``.
-    VJP: ``dx = dy``; relative, ``dx = dy (1 + std n)``, and the residual is that factor.
-    Raises: ValueError without a key.
+    Inputs:
+        x of any shape, floating; a key when ``train=True``.
+    VJP:
+        ``dx = dy``; relative, ``dx = dy (1 + std n)``, and the residual is that factor.
+    Raises:
+        ValueError: without a key.
+
     Source: ``keras.layers.GaussianNoise``, ``keras.layers.GaussianDropout``; Srivastava et al.
     2014.
 

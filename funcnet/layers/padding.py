@@ -81,8 +81,11 @@ def _reflection_pad(dims: int, padding: Size) -> Layer:
         padding: one int for all sides, or 2 for each dimension, before and after it, from the
             last dimension to the first; less than the size of x. A negative one crops.
 
-    Inputs: x of shape (batch, channels, height, width) or without a batch.
-    VJP: dy at a mirrored value is added to that of the value.
+    Inputs:
+        x of shape (batch, channels, height, width) or without a batch.
+    VJP:
+        dy at a mirrored value is added to that of the value.
+
     Source: ``torch.nn.ReflectionPad2d``.
 
     >>> fn.reflection_pad2d((2, 0, 0, 0)).apply({}, torch.arange(3.0).expand(1, 1, 3))[0]
@@ -98,8 +101,11 @@ def _replication_pad(dims: int, padding: Size) -> Layer:
         padding: one int for all sides, or 2 for each dimension, before and after it, from the
             last dimension to the first. A negative one crops.
 
-    Inputs: x of shape (batch, channels, height, width) or without a batch.
-    VJP: dy at a repeated value is added to that of the edge.
+    Inputs:
+        x of shape (batch, channels, height, width) or without a batch.
+    VJP:
+        dy at a repeated value is added to that of the edge.
+
     Source: ``torch.nn.ReplicationPad2d``.
 
     >>> fn.replication_pad2d((2, 0, 0, 0)).apply({}, torch.arange(3.0).expand(1, 1, 3))[0]
@@ -115,8 +121,11 @@ def _circular_pad(dims: int, padding: Size) -> Layer:
         padding: one int for all sides, or 2 for each dimension, before and after it, from the
             last dimension to the first; at most the size of x. A negative one crops.
 
-    Inputs: x of shape (batch, channels, height, width) or without a batch.
-    VJP: dy at a repeated value is added to that of the value.
+    Inputs:
+        x of shape (batch, channels, height, width) or without a batch.
+    VJP:
+        dy at a repeated value is added to that of the value.
+
     Source: ``torch.nn.CircularPad2d``.
 
     >>> fn.circular_pad2d((2, 0, 0, 0)).apply({}, torch.arange(3.0).expand(1, 1, 3))[0]
@@ -133,8 +142,11 @@ def _constant_pad(dims: int, padding: Size, value: float) -> Layer:
             last dimension to the first. A negative one crops.
         value: what is put there.
 
-    Inputs: x of any shape whose last dimensions are (height, width).
-    VJP: the part of dy that x is in.
+    Inputs:
+        x of any shape whose last dimensions are (height, width).
+    VJP:
+        the part of dy that x is in.
+
     Source: ``torch.nn.ConstantPad2d``.
 
     >>> fn.constant_pad2d((2, 0, 0, 0), 7.0).apply({}, torch.zeros(1, 3))[0]
@@ -150,8 +162,11 @@ def _zero_pad(dims: int, padding: Size) -> Layer:
         padding: one int for all sides, or 2 for each dimension, before and after it, from the
             last dimension to the first. A negative one crops.
 
-    Inputs: x of any shape whose last dimensions are (height, width).
-    VJP: the part of dy that x is in.
+    Inputs:
+        x of any shape whose last dimensions are (height, width).
+    VJP:
+        the part of dy that x is in.
+
     Source: ``torch.nn.ZeroPad2d``.
 
     >>> fn.zero_pad2d((2, 0, 0, 0)).apply({}, torch.ones(1, 3))[0]

@@ -56,9 +56,13 @@ def pixel_shuffle(upscale_factor: int) -> Layer:
     Args:
         upscale_factor: r.
 
-    Inputs: x of shape (*, channels r^2, height, width).
-    Returns: y of shape (*, channels, height r, width r).
-    VJP: `pixel_unshuffle`.
+    Inputs:
+        x of shape ``(*, channels r^2, height, width)``.
+    Returns:
+        y of shape ``(*, channels, height r, width r)``.
+    VJP:
+        `pixel_unshuffle`.
+
     Source: ``torch.nn.PixelShuffle``; Shi et al. 2016.
 
     >>> pixel_shuffle(2).apply({}, torch.arange(4.0).reshape(4, 1, 1))[0]
@@ -93,9 +97,13 @@ def pixel_unshuffle(downscale_factor: int) -> Layer:
     Args:
         downscale_factor: r.
 
-    Inputs: x of shape (*, channels, height r, width r).
-    Returns: y of shape (*, channels r^2, height, width).
-    VJP: `pixel_shuffle`.
+    Inputs:
+        x of shape ``(*, channels, height r, width r)``.
+    Returns:
+        y of shape ``(*, channels r^2, height, width)``.
+    VJP:
+        `pixel_shuffle`.
+
     Source: ``torch.nn.PixelUnshuffle``.
 
     >>> pixel_unshuffle(2).apply({}, torch.arange(4.0).reshape(1, 2, 2))[0].flatten()
@@ -129,8 +137,11 @@ def channel_shuffle(groups: int) -> Layer:
     Args:
         groups: their number, which divides that of the channels.
 
-    Inputs: x of shape (batch, channels, *) with three dimensions or more.
-    VJP: the channels in their first order.
+    Inputs:
+        x of shape ``(batch, channels, *)`` with three dimensions or more.
+    VJP:
+        the channels in their first order.
+
     Source: ``torch.nn.ChannelShuffle``; Zhang et al. 2018, "ShuffleNet".
 
     >>> channel_shuffle(2).apply({}, torch.arange(6.0).reshape(1, 6, 1))[0].flatten()

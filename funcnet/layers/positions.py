@@ -1,4 +1,4 @@
-"""Positions in a sequence: learned or sinusoidal ones are added, `rotary` rotates, `alibi` biases.
+"""Positions in a sequence: learned or sinusoidal ones are added, `rotary` rotates.
 
 The positions of a sequence are 0, 1, ..., unless they are given: then x is a tuple of the values
 and an int tensor of absolute positions, (seq,) or (batch, seq). They have no cotangent.
@@ -126,12 +126,18 @@ def learned_positions(
         cache: whether positions go on where the call before ended: the first one is the state's
             ``length``, to which each call adds the length of its sequence.
 
-    Inputs: x of shape (*, seq, features), floating, or (x, positions).
-    Params: ``weight`` (max_len, features).
-    State: with ``cache`` ``length``, int64, of shape ().
-    VJP: ``dweight[p] = sum of dy at p``, ``dx = dy``; positions have none.
-    Raises: ValueError for a position outside of the table in eager mode on the CPU. Where values
-    are not read, such as under `jit`, its output is NaN.
+    Inputs:
+        x of shape ``(*, seq, features)``, floating, or (x, positions).
+    Learned params:
+        ``weight`` (max_len, features).
+    State:
+        with ``cache`` ``length``, int64, of shape ().
+    VJP:
+        ``dweight[p] = sum of dy at p``, ``dx = dy``; positions have none.
+    Raises:
+        ValueError: a position outside of the table in eager mode on the CPU. Where values are
+            not read, such as under `jit`, its output is NaN.
+
     Source: Gehring et al. 2017; Radford et al. 2019.
 
     >>> import funcnet as fn
@@ -197,9 +203,13 @@ def sinusoidal_positions(base: float = 10000.0, *, cache: bool = False) -> Layer
         base: the greatest wavelength is ``2 pi base``.
         cache: as in `learned_positions`; here no position is too large.
 
-    Inputs: x of shape (*, seq, features), floating, or (x, positions).
-    State: with ``cache`` ``length``, int64, of shape ().
-    VJP: ``dx = dy``; positions have none.
+    Inputs:
+        x of shape ``(*, seq, features)``, floating, or (x, positions).
+    State:
+        with ``cache`` ``length``, int64, of shape ().
+    VJP:
+        ``dx = dy``; positions have none.
+
     Source: Vaswani et al. 2017.
 
     >>> sinusoidal_positions().apply({}, torch.zeros(2, 4))[0]
@@ -286,9 +296,13 @@ def rotary(
             features i and i + dim / 2, as in GPT-NeoX and Llama.
         dim: how many of the features are rotated, the first ones; by default all.
 
-    Inputs: x of shape (*, seq, features), floating, or (x, positions).
-    VJP: the rotation by minus the angles; positions have none.
-    Raises: ValueError for an odd number of features that are rotated.
+    Inputs:
+        x of shape ``(*, seq, features)``, floating, or (x, positions).
+    VJP:
+        the rotation by minus the angles; positions have none.
+    Raises:
+        ValueError: an odd number of features that are rotated.
+
     Source: Su et al. 2021; bloc97 2023 for the scaling.
 
     >>> y, pullback, _ = rotary().vjp({}, torch.tensor([[1.0, 0.0], [1.0, 0.0]]))
@@ -315,84 +329,3 @@ def rotary(
         return rotate(values, positions, *options), residuals, (isinstance(x, tuple), *options)
 
     return parameterless(forward, rotary_backward, declaration=declaration)
-
-
-def alibi_slopes(
-    heads: int, dtype: torch.dtype = torch.float32, device: torch.device | None = None
-) -> Tensor:
-    """``2^(-8 i / heads)`` for i from 1 on, where heads is a power of two.
-
-    Else those of the next lower power, and every second one of twice that.
-
-    >>> alibi_slopes(2), alibi_slopes(3)
-    (tensor([0.0625, 0.0039]), tensor([0.0625, 0.0039, 0.2500]))
-    """
-    power = 1 << (heads.bit_length() - 1)
-    index = torch.arange(heads, dtype=dtype, device=device)
-    more = (2 * (index - power) + 1) / (2 * power)
-    return torch.exp2(-8.0 * torch.where(index < power, (index + 1) / power, more))
-
-
-def alibi_bias(
-    heads: int,
-    query_positions: Tensor,
-    key_positions: Tensor,
-    dtype: torch.dtype = torch.float32,
-) -> Tensor:
-    """``-slope |query - key|``, (heads, L, S), or (batch, heads, L, S) for positions of a batch.
-
-    Args:
-        heads: their number; see `alibi_slopes`.
-        query_positions, key_positions: ints of shape (L,) or (batch, L), and (S,) or (batch, S).
-        dtype: of the bias.
-
-    >>> alibi_bias(1, torch.tensor([1]), torch.tensor([0, 1, 2]))
-    tensor([[[-0.0039, -0.0000, -0.0039]]])
-    """
-    distance = (query_positions[..., :, None] - key_positions[..., None, :]).abs()
-    wide = torch.promote_types(dtype, torch.float32)
-    slopes = alibi_slopes(heads, wide, distance.device)
-    return (-slopes[:, None, None] * distance[..., None, :, :].to(wide)).to(dtype)
-
-
-def alibi(heads: int) -> Layer:
-    """``y = x - slope |query - key|`` for the scores x of each head: attention with linear biases.
-
-    The distance has no sign: a key after its query counts as one before it. In the paper keys after
-    the query are masked.
-
-    Args:
-        heads: their number; see `alibi_slopes`.
-
-    Inputs: x, scores of shape (*, heads, L, S), floating: the keys are at 0, ..., S - 1, the
-    queries at the last L of these; or (x, positions) with the positions of the queries, (L,) or
-    (batch, L).
-    VJP: ``dx = dy``; positions have none.
-    Raises: ValueError for another number of heads.
-    Source: Press et al. 2022.
-
-    >>> alibi(1).apply({}, torch.zeros(1, 2, 3))[0]
-    tensor([[[-0.0039,  0.0000, -0.0039],
-             [-0.0078, -0.0039,  0.0000]]])
-    """
-    enough = isinstance(heads, int) and heads > 0
-    require(enough, f"alibi: heads must be > 0, got {heads!r}")
-
-    def declaration(x: Tree) -> Mapping[str, Param]:
-        shape = tuple(values_and_positions(x)[0].shape)
-        fits = len(shape) >= 3 and shape[-3] == heads
-        require(fits, f"expects scores of shape (*, {heads}, L, S), got {shape}")
-        return EMPTY
-
-    def forward(x: Tree) -> Step:
-        scores, queries = values_and_positions(x)
-        length, size = scores.shape[-2:]
-        keys = torch.arange(size, device=scores.device)
-        if queries is None:
-            queries = torch.arange(size - length, size, device=scores.device)
-        bias = alibi_bias(heads, queries, keys, scores.dtype)
-        if bias.dim() == 4:
-            bias = bias[(slice(None), *[None] * (scores.dim() - 4))]
-        return scores + bias, {}, (isinstance(x, tuple),)
-
-    return parameterless(forward, of_pair, declaration=declaration)

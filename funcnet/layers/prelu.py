@@ -42,8 +42,11 @@ def prelu(
         init: the first value of the slopes.
         dtype: of the slopes; default that of x.
 
-    Params: ``weight`` (num_parameters,).
-    VJP: ``dx = dy`` or ``weight dy``; ``dweight = sum dy x [x <= 0]``.
+    Learned params:
+        ``weight`` (num_parameters,).
+    VJP:
+        ``dx = dy`` or ``weight dy``; ``dweight = sum dy x [x <= 0]``.
+
     Source: ``torch.nn.PReLU``; He et al. 2015.
 
     >>> prelu().apply({"weight": torch.tensor([0.1])}, torch.tensor([-1.0, 2.0]))[0]

@@ -54,10 +54,13 @@ def in_projection(
 ) -> Layer:
     """Queries, keys and values, each a linear function of its input.
 
-    Inputs: x, a tensor for all three, or a tuple (query, key, value).
-    Returns: (query, key, value); the query keeps its number of features.
-    Params: ``in_proj_weight``, those of all three one above the other, or ``q_proj_weight``,
-    ``k_proj_weight`` and ``v_proj_weight`` where their inputs differ in size; ``in_proj_bias``.
+    Inputs:
+        x, a tensor for all three, or a tuple (query, key, value).
+    Returns:
+        (query, key, value); the query keeps its number of features.
+    Learned params:
+        ``in_proj_weight``, those of all three one above the other, or ``q_proj_weight``,
+        ``k_proj_weight`` and ``v_proj_weight`` where their inputs differ in size; ``in_proj_bias``.
     """
 
     @declare
@@ -132,8 +135,10 @@ def cross_rule(
 def learned_token(heads: Heads, dtype: torch.dtype | None) -> Layer:
     """A learned key and a learned value after those of the tokens.
 
-    Inputs: x, a tuple (key, value), each of shape (*, heads, tokens, features).
-    Params: ``bias_k`` and ``bias_v``, of shape (1, 1, heads * features).
+    Inputs:
+        x, a tuple (key, value), each of shape ``(*, heads, tokens, features)``.
+    Learned params:
+        ``bias_k`` and ``bias_v``, of shape ``(1, 1, heads * features)``.
     """
 
     @declare

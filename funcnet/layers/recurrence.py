@@ -45,7 +45,8 @@ def recur(
         valid: (steps, batch, 1), where the sequences have a step; None for all.
         keep: whether to return the residuals.
 
-    Returns: h after each step, the last state, the residuals.
+    Returns:
+        h after each step, the last state, the residuals.
     """
     cell, steps, batch, features = way.cell, *x.shape
     bias, hidden_bias = weights.get("bias_ih"), weights.get("bias_hh")

@@ -38,24 +38,30 @@ def rnn(
         bias_init: default the same U(-b, b).
         dtype: of the parameters; default that of the input.
 
-    Inputs: x, an input of shape (steps, batch, features) or (steps, features), floating; or a
-    tuple (input, hx); or a dict with ``input`` and, if wanted, ``hx`` and ``lengths``. ``hx``, the
-    first states, is of shape (num_layers * directions, batch, hidden_size), zeros by default.
-    ``lengths``, int32 or int64 of shape (batch,), in any order, says how many steps each sequence
-    has, in place of torch's PackedSequence; what is behind them is not read. A key when
-    ``train=True``, if there is dropout.
-    Returns: y = (output, h_n), of shapes (steps, batch, directions * hidden_size) and of hx.
-    Given lengths, a sequence has the output 0 behind its last step, h_n is of its last step, and
-    the other direction starts there. Where the values are not to be had, under jit and vmap, a
-    length of 0 gives the first state, and one above the number of steps stands for that number.
-    Params: for each layer k ``weight_ih_lk`` (hidden_size, features), ``weight_hh_lk``
-    (hidden_size, hidden_size), ``bias_ih_lk`` and ``bias_hh_lk`` (hidden_size,), and for the other
-    direction the same names with ``_reverse`` at the end.
-    VJP: ``da_t = (dy_t + dh_t) (1 - h_t^2)``, ``dh_(t-1) = weight_hh^T da_t``,
-    ``dweight_ih = sum_t da_t x_t^T``, ``dweight_hh = sum_t da_t h_(t-1)^T``,
-    ``dbias_ih = dbias_hh = sum_t da_t``, ``dx_t = weight_ih^T da_t``.
-    Raises: ValueError for other shapes, and for lengths outside of [1, steps]; TypeError for other
-    dtypes.
+    Inputs:
+        x, an input of shape (steps, batch, features) or (steps, features), floating; or a tuple
+        (input, hx); or a dict with ``input`` and, if wanted, ``hx`` and ``lengths``. ``hx``, the
+        first states, is of shape ``(num_layers * directions, batch, hidden_size)``, zeros by
+        default. ``lengths``, int32 or int64 of shape (batch,), in any order, says how many steps
+        each sequence has, in place of torch's PackedSequence; what is behind them is not read. A
+        key when ``train=True``, if there is dropout.
+    Returns:
+        y = (output, h_n), of shapes ``(steps, batch, directions * hidden_size)`` and of hx. Given
+        lengths, a sequence has the output 0 behind its last step, h_n is of its last step, and the
+        other direction starts there. Where the values are not to be had, under jit and vmap, a
+        length of 0 gives the first state, and one above the number of steps stands for that number.
+    Learned params:
+        for each layer k ``weight_ih_lk`` (hidden_size, features), ``weight_hh_lk`` (hidden_size,
+        hidden_size), ``bias_ih_lk`` and ``bias_hh_lk`` (hidden_size,), and for the other direction
+        the same names with ``_reverse`` at the end.
+    VJP:
+        ``da_t = (dy_t + dh_t) (1 - h_t^2)``, ``dh_(t-1) = weight_hh^T da_t``,
+        ``dweight_ih = sum_t da_t x_t^T``, ``dweight_hh = sum_t da_t h_(t-1)^T``,
+        ``dbias_ih = dbias_hh = sum_t da_t``, ``dx_t = weight_ih^T da_t``.
+    Raises:
+        ValueError: other shapes, and lengths outside of [1, steps].
+        TypeError: other dtypes.
+
     Source: ``torch.nn.RNN``; Elman 1990.
 
     >>> import funcnet as fn
@@ -99,13 +105,19 @@ def gru(
         bias_init: default the same U(-b, b).
         dtype: of the parameters; default that of the input.
 
-    Inputs: see `rnn`.
-    Returns: y = (output, h_n), see `rnn`.
-    Params: those of `rnn`, with ``3 hidden_size`` rows for r, z and n.
-    VJP: from the last step to the first: ``dn = dh_t (1 - z) (1 - n^2)``,
-    ``dr = dn n_h r (1 - r)``, ``dz = dh_t (h_(t-1) - n) z (1 - z)``, and
-    ``dh_(t-1) = dh_t z + weight_hh^T (dr, dz, r dn)``. The rest is that of `rnn`.
-    Raises: as `rnn`.
+    Inputs:
+        see `rnn`.
+    Returns:
+        y = (output, h_n), see `rnn`.
+    Learned params:
+        those of `rnn`, with ``3 hidden_size`` rows for r, z and n.
+    VJP:
+        from the last step to the first: ``dn = dh_t (1 - z) (1 - n^2)``, ``dr = dn n_h r (1 - r)``,
+        ``dz = dh_t (h_(t-1) - n) z (1 - z)``, and
+        ``dh_(t-1) = dh_t z + weight_hh^T (dr, dz, r dn)``. The rest is that of `rnn`.
+    Raises:
+        as `rnn`.
+
     Source: ``torch.nn.GRU``; Cho et al. 2014.
 
     >>> import funcnet as fn
@@ -146,15 +158,21 @@ def lstm(
         bias_init: default the same U(-b, b).
         dtype: of the parameters; default that of the input.
 
-    Inputs: see `rnn`, but ``hx`` is a tuple (h_0, c_0).
-    Returns: y = (output, (h_n, c_n)), see `rnn`.
-    Params: those of `rnn`, with ``4 hidden_size`` rows for i, f, g and o, and, with a projection,
-    ``weight_hr_lk`` (proj_size, hidden_size).
-    VJP: from the last step to the first: ``dc = dc_t + dh_t o (1 - tanh(c_t)^2)``,
-    ``di = dc g i (1 - i)``, ``df = dc c_(t-1) f (1 - f)``, ``dg = dc i (1 - g^2)``,
-    ``do = dh_t tanh(c_t) o (1 - o)``, ``dc_(t-1) = dc f`` and
-    ``dh_(t-1) = weight_hh^T (di, df, dg, do)``. The rest is that of `rnn`.
-    Raises: as `rnn`.
+    Inputs:
+        see `rnn`, but ``hx`` is a tuple (h_0, c_0).
+    Returns:
+        y = (output, (h_n, c_n)), see `rnn`.
+    Learned params:
+        those of `rnn`, with ``4 hidden_size`` rows for i, f, g and o, and, with a projection,
+        ``weight_hr_lk`` (proj_size, hidden_size).
+    VJP:
+        from the last step to the first: ``dc = dc_t + dh_t o (1 - tanh(c_t)^2)``,
+        ``di = dc g i (1 - i)``, ``df = dc c_(t-1) f (1 - f)``, ``dg = dc i (1 - g^2)``,
+        ``do = dh_t tanh(c_t) o (1 - o)``, ``dc_(t-1) = dc f`` and
+        ``dh_(t-1) = weight_hh^T (di, df, dg, do)``. The rest is that of `rnn`.
+    Raises:
+        as `rnn`.
+
     Source: ``torch.nn.LSTM``; Hochreiter and Schmidhuber 1997; Sak et al. 2014 for the projection.
 
     >>> import funcnet as fn

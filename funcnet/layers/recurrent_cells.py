@@ -113,15 +113,22 @@ def rnn_cell(
         bias_init: default the same U(-b, b).
         dtype: of the parameters; default that of the input.
 
-    Inputs: x, an input of shape (batch, features) or (features,), floating; or a tuple (input,
-    hx); or a dict with ``input`` and, if wanted, ``hx``. ``hx`` is the state h, of shape
-    (batch, hidden_size) or (hidden_size,), zeros by default.
-    Returns: y = h', of the shape of h.
-    Params: ``weight_ih`` (hidden_size, features), ``weight_hh`` (hidden_size, hidden_size),
-    ``bias_ih`` and ``bias_hh`` (hidden_size,).
-    VJP: ``da = dh' (1 - h'^2)``, ``dweight_ih = sum da x^T``, ``dweight_hh = sum da h^T``,
-    ``dx = weight_ih^T da``, ``dh = weight_hh^T da``.
-    Raises: ValueError for other shapes, TypeError for other dtypes.
+    Inputs:
+        x, an input of shape (batch, features) or (features,), floating; or a tuple (input, hx); or
+        a dict with ``input`` and, if wanted, ``hx``. ``hx`` is the state h, of shape (batch,
+        hidden_size) or (hidden_size,), zeros by default.
+    Returns:
+        y = h', of the shape of h.
+    Learned params:
+        ``weight_ih`` (hidden_size, features), ``weight_hh`` (hidden_size, hidden_size), ``bias_ih``
+        and ``bias_hh`` (hidden_size,).
+    VJP:
+        ``da = dh' (1 - h'^2)``, ``dweight_ih = sum da x^T``, ``dweight_hh = sum da h^T``,
+        ``dx = weight_ih^T da``, ``dh = weight_hh^T da``.
+    Raises:
+        ValueError: other shapes.
+        TypeError: other dtypes.
+
     Source: ``torch.nn.RNNCell``; Elman 1990.
 
     >>> import funcnet as fn
@@ -153,11 +160,18 @@ def gru_cell(
         bias_init: default the same U(-b, b).
         dtype: of the parameters; default that of the input.
 
-    Inputs: see `rnn_cell`.
-    Returns: y = h', of the shape of h.
-    Params: those of `rnn_cell`, with ``3 hidden_size`` rows for r, z and n.
-    VJP: that of a step of `gru`.
-    Raises: ValueError for other shapes, TypeError for other dtypes.
+    Inputs:
+        see `rnn_cell`.
+    Returns:
+        y = h', of the shape of h.
+    Learned params:
+        those of `rnn_cell`, with ``3 hidden_size`` rows for r, z and n.
+    VJP:
+        that of a step of `gru`.
+    Raises:
+        ValueError: other shapes.
+        TypeError: other dtypes.
+
     Source: ``torch.nn.GRUCell``; Cho et al. 2014.
 
     >>> import funcnet as fn
@@ -187,11 +201,18 @@ def lstm_cell(
         bias_init: default the same U(-b, b).
         dtype: of the parameters; default that of the input.
 
-    Inputs: see `rnn_cell`, but ``hx`` is a tuple (h, c).
-    Returns: y = (h', c'), each of shape (batch, hidden_size) or (hidden_size,).
-    Params: those of `rnn_cell`, with ``4 hidden_size`` rows for i, f, g and o.
-    VJP: that of a step of `lstm`.
-    Raises: ValueError for other shapes, TypeError for other dtypes.
+    Inputs:
+        see `rnn_cell`, but ``hx`` is a tuple (h, c).
+    Returns:
+        y = (h', c'), each of shape (batch, hidden_size) or (hidden_size,).
+    Learned params:
+        those of `rnn_cell`, with ``4 hidden_size`` rows for i, f, g and o.
+    VJP:
+        that of a step of `lstm`.
+    Raises:
+        ValueError: other shapes.
+        TypeError: other dtypes.
+
     Source: ``torch.nn.LSTMCell``; Hochreiter and Schmidhuber 1997.
 
     >>> import funcnet as fn

@@ -209,10 +209,14 @@ def upsample(
         antialias: whether, where y is smaller than x, it is made of more values of x, as in Pillow;
             for "bilinear", "bicubic" and "lanczos".
 
-    Inputs: x of shape (batch, channels, *size), with one to three spatial dimensions, floating.
-    VJP: the transposed linear map. For "nearest", and sizes whose ratio is not that of the
-        scale or not exact, torch's is not always that of its forward pass.
-    Raises: ValueError for a mode that is not for x's number of dimensions.
+    Inputs:
+        x of shape ``(batch, channels, *size)``, with one to three spatial dimensions, floating.
+    VJP:
+        the transposed linear map. For "nearest", and sizes whose ratio is not that of the scale or
+        not exact, torch's is not always that of its forward pass.
+    Raises:
+        ValueError: a mode that is not for x's number of dimensions.
+
     Source: ``torch.nn.Upsample``, ``torch.nn.functional.interpolate``.
 
     >>> upsample(scale_factor=2).apply({}, torch.tensor([[[1.0, 2.0]]]))[0]

@@ -50,10 +50,13 @@ def local_response_norm(
         size: the number of channels of a sum.
         alpha, beta, k: see the formula.
 
-    Inputs: x of shape (batch, channels, *), floating, any rank from 3.
-    VJP: with d what is raised to the power,
-    ``dx = dy d^-beta - 2 alpha beta / size x sum dy x d^(-beta - 1)``, the sum over the channels
-    in whose sum x is.
+    Inputs:
+        x of shape ``(batch, channels, *)``, floating, any rank from 3.
+    VJP:
+        with d what is raised to the power,
+        ``dx = dy d^-beta - 2 alpha beta / size x sum dy x d^(-beta - 1)``, the sum over the
+        channels in whose sum x is.
+
     Source: ``torch.nn.LocalResponseNorm``; Krizhevsky, Sutskever and Hinton 2012.
 
     >>> import funcnet as fn
@@ -113,11 +116,14 @@ def cross_map_lrn(size: int, alpha: float = 1e-4, beta: float = 0.75, k: float =
         size: what alpha is divided by, and the number of channels near, if it is odd.
         alpha, beta, k: see the formula.
 
-    Inputs: x of shape (batch, channels, H, W), floating.
-    VJP: with d what is raised to the power,
-    ``dx = dy d^-beta - 2 alpha beta / size x sum dy x d^(-beta - 1)``, the sum over the channels
-    in whose sum x is. The backward pass of torch's module sums over others, which is not the
-    derivative.
+    Inputs:
+        x of shape (batch, channels, H, W), floating.
+    VJP:
+        with d what is raised to the power,
+        ``dx = dy d^-beta - 2 alpha beta / size x sum dy x d^(-beta - 1)``, the sum over the
+        channels in whose sum x is. The backward pass of torch's module sums over others, which is
+        not the derivative.
+
     Source: ``torch.nn.CrossMapLRN2d``.
 
     >>> import funcnet as fn

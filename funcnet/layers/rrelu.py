@@ -25,9 +25,13 @@ def rrelu(lower: float = 1 / 8, upper: float = 1 / 3) -> Layer:
     Args:
         lower, upper: the bounds of the slopes.
 
-    Inputs: x of any shape, floating; a key when ``train=True``.
-    VJP: ``dx = dy`` or ``slope dy``; the residual is the slope, 1 where x > 0.
-    Raises: ValueError without a key.
+    Inputs:
+        x of any shape, floating; a key when ``train=True``.
+    VJP:
+        ``dx = dy`` or ``slope dy``; the residual is the slope, 1 where x > 0.
+    Raises:
+        ValueError: without a key.
+
     Source: ``torch.nn.RReLU``; Xu, Wang, Chen and Li 2015.
 
     >>> import funcnet as fn

@@ -36,7 +36,8 @@ def softmax(dim: int = -1) -> Layer:
 def softmax2d() -> Layer:
     """`softmax` over the channels of images, at each pixel. Source: ``torch.nn.Softmax2d``.
 
-    Inputs: x of shape (batch, channels, H, W) or (channels, H, W).
+    Inputs:
+        x of shape (batch, channels, H, W) or (channels, H, W).
 
     >>> softmax2d().apply({}, torch.zeros(2, 1, 1))[0].flatten()
     tensor([0.5000, 0.5000])

@@ -197,7 +197,8 @@ class Window(NamedTuple):
     def where(self, size: Sequence[int], count: Sequence[int], device: Any) -> Tensor:
         """Where the points of windows lie in the padded x with its dimensions as one.
 
-        Returns: (points of the window, windows).
+        Returns:
+            (points of the window, windows).
 
         >>> Window((3,), (1,), (0,), (2,)).where([5], [2], None)
         tensor([[0, 2],

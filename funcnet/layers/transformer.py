@@ -193,13 +193,19 @@ def transformer_encoder_layer(
         weight_init: of all weights; default that of their layers.
         dtype: of the parameters; default that of x.
 
-    Inputs: x, a tensor (tokens, batch, features), or without the batch; or a tuple (src, src_mask,
-    src_key_padding_mask), or a dict with these names; masks as in `multihead_attention`. A key
-    when ``train=True`` and dropout > 0.
-    Returns: y of the shape of src.
-    Params: those of ``self_attn``, ``linear1``, ``linear2``, ``norm1`` and ``norm2``.
-    VJP: the children's.
-    Raises: the children's errors.
+    Inputs:
+        x, a tensor (tokens, batch, features), or without the batch; or a tuple (src, src_mask,
+        src_key_padding_mask), or a dict with these names; masks as in `multihead_attention`. A key
+        when ``train=True`` and dropout > 0.
+    Returns:
+        y of the shape of src.
+    Learned params:
+        those of ``self_attn``, ``linear1``, ``linear2``, ``norm1`` and ``norm2``.
+    VJP:
+        the children's.
+    Raises:
+        the children's errors.
+
     Source: ``torch.nn.TransformerEncoderLayer``; Vaswani et al. 2017; norms first: Xiong et al.
     2020.
 
@@ -257,15 +263,21 @@ def transformer_decoder_layer(
         weight_init: of all weights; default that of their layers.
         dtype: of the parameters; default that of x.
 
-    Inputs: x, a tuple (tgt, memory, tgt_mask, memory_mask, tgt_key_padding_mask,
-    memory_key_padding_mask) of which two must be there, or a dict with these names: tgt (tokens,
-    batch, features), memory (others, batch, features), or both without the batch; masks as in
-    `multihead_attention`. A key when ``train=True`` and dropout > 0.
-    Returns: y of the shape of tgt.
-    Params: those of ``self_attn``, ``multihead_attn``, ``linear1``, ``linear2``, ``norm1``,
-    ``norm2`` and ``norm3``.
-    VJP: the children's.
-    Raises: the children's errors.
+    Inputs:
+        x, a tuple (tgt, memory, tgt_mask, memory_mask, tgt_key_padding_mask,
+        memory_key_padding_mask) of which two must be there, or a dict with these names: tgt
+        (tokens, batch, features), memory (others, batch, features), or both without the batch;
+        masks as in `multihead_attention`. A key when ``train=True`` and dropout > 0.
+    Returns:
+        y of the shape of tgt.
+    Learned params:
+        those of ``self_attn``, ``multihead_attn``, ``linear1``, ``linear2``, ``norm1``, ``norm2``
+        and ``norm3``.
+    VJP:
+        the children's.
+    Raises:
+        the children's errors.
+
     Source: ``torch.nn.TransformerDecoderLayer``; Vaswani et al. 2017.
 
     >>> import funcnet as fn

@@ -72,12 +72,19 @@ def transformer_encoder(encoder_layer: Layer, num_layers: int, norm: Layer | Non
         num_layers: how many there are.
         norm: a layer for the output of the last one, such as `layer_norm`; default none.
 
-    Inputs: x, a tensor, or a tuple (src, mask, src_key_padding_mask), or a dict with these names.
-    Returns: y of the shape of src.
-    Params: ``layers.0`` and so on, ``norm``. Where there are no masks, `repeat` has the same
-    layers with stacked params, which `jit` compiles once.
-    VJP: the layers', from the last to the first.
-    Raises: ValueError for num_layers below 1; TypeError for what is no Layer; the layers' errors.
+    Inputs:
+        x, a tensor, or a tuple (src, mask, src_key_padding_mask), or a dict with these names.
+    Returns:
+        y of the shape of src.
+    Learned params:
+        ``layers.0`` and so on, ``norm``. Where there are no masks, `repeat` has the same layers
+        with stacked params, which `jit` compiles once.
+    VJP:
+        the layers', from the last to the first.
+    Raises:
+        ValueError: num_layers below 1.
+        TypeError: what is no Layer; the layers' errors.
+
     Source: ``torch.nn.TransformerEncoder``.
 
     >>> import funcnet as fn
@@ -98,12 +105,18 @@ def transformer_decoder(decoder_layer: Layer, num_layers: int, norm: Layer | Non
         num_layers: how many there are.
         norm: a layer for the output of the last one, such as `layer_norm`; default none.
 
-    Inputs: x, a tuple (tgt, memory, tgt_mask, memory_mask, tgt_key_padding_mask,
-    memory_key_padding_mask), of which two must be there, or a dict with these names.
-    Returns: y of the shape of tgt.
-    Params: ``layers.0`` and so on, ``norm``.
-    VJP: the layers', from the last to the first; dmemory is the sum of theirs.
-    Raises: as `transformer_encoder`.
+    Inputs:
+        x, a tuple (tgt, memory, tgt_mask, memory_mask, tgt_key_padding_mask,
+        memory_key_padding_mask), of which two must be there, or a dict with these names.
+    Returns:
+        y of the shape of tgt.
+    Learned params:
+        ``layers.0`` and so on, ``norm``.
+    VJP:
+        the layers', from the last to the first; dmemory is the sum of theirs.
+    Raises:
+        as `transformer_encoder`.
+
     Source: ``torch.nn.TransformerDecoder``.
 
     >>> import funcnet as fn
@@ -167,15 +180,21 @@ def transformer(
         custom_encoder, custom_decoder: layers in place of the stacks of both.
         dtype: of the parameters; default that of x.
 
-    Inputs: x, a tuple (src, tgt, src_mask, tgt_mask, memory_mask, src_key_padding_mask,
-    tgt_key_padding_mask, memory_key_padding_mask) of which two must be there, or a dict with
-    these names: src (others, batch, features), tgt (tokens, batch, features), or both without the
-    batch; masks as in `multihead_attention`. A key when ``train=True`` and dropout > 0.
-    Returns: y of the shape of tgt.
-    Params: those of ``encoder`` and ``decoder``: layers, and a norm after the last one of each.
-    Weights are `glorot_uniform`, as torch's.
-    VJP: the children's.
-    Raises: the children's errors.
+    Inputs:
+        x, a tuple (src, tgt, src_mask, tgt_mask, memory_mask, src_key_padding_mask,
+        tgt_key_padding_mask, memory_key_padding_mask) of which two must be there, or a dict with
+        these names: src (others, batch, features), tgt (tokens, batch, features), or both without
+        the batch; masks as in `multihead_attention`. A key when ``train=True`` and dropout > 0.
+    Returns:
+        y of the shape of tgt.
+    Learned params:
+        those of ``encoder`` and ``decoder``: layers, and a norm after the last one of each. Weights
+        are `funcnet.initializers.glorot_uniform`, as torch's.
+    VJP:
+        the children's.
+    Raises:
+        the children's errors.
+
     Source: ``torch.nn.Transformer``; Vaswani et al. 2017.
 
     >>> import funcnet as fn

@@ -6,7 +6,8 @@ prediction, which some losses take as a tuple; ``d`` is the cotangent of an elem
 the sum over the elements is divided by. Nothing broadcasts, unless the docstring says so.
 """
 
-from funcnet.losses.auxiliary import (
+from funcnet import reference as _reference
+from funcnet.losses.auxiliaries import (
     auxiliary as auxiliary,
 )
 from funcnet.losses.binary import (
@@ -54,3 +55,7 @@ from funcnet.losses.regression import (
     mse as mse,
     smooth_l1 as smooth_l1,
 )
+
+__docformat__ = "google"
+__doc__ = _reference.described(__name__, __doc__)
+__all__ = _reference.names(__name__)

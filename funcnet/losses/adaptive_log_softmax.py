@@ -142,14 +142,21 @@ def adaptive_log_softmax(
         div_value: by which the features of a cluster are fewer than those of the one before.
         head_bias: whether the head learns a bias.
 
-    Inputs: x = (input, target), or a dict with these names, of shapes (batch, in_features) and
-    (batch,), or (in_features,) and (); the target is int64. Or x = input alone, (*, in_features).
-    Returns: y = (output, loss), the log-probabilities of the targets, of their shape, and their
-    negative mean; of an input alone ``log p`` of all classes, (*, n_classes).
-    Params: ``head.weight`` (cutoffs[0] + clusters, in_features), ``head.bias``,
-    ``tail.i.0.weight`` (hidden, in_features), ``tail.i.1.weight`` (classes of the cluster, hidden).
-    VJP: that of a log_softmax and of the two linear layers at the target's place in each.
-    Raises: ValueError for a target out of range, in eager mode, and for cutoffs out of order.
+    Inputs:
+        x = (input, target), or a dict with these names, of shapes (batch, in_features) and
+        (batch,), or (in_features,) and (); the target is int64. Or x = input alone,
+        ``(*, in_features)``.
+    Returns:
+        y = (output, loss), the log-probabilities of the targets, of their shape, and their negative
+        mean; of an input alone ``log p`` of all classes, ``(*, n_classes)``.
+    Learned params:
+        ``head.weight`` (cutoffs[0] + clusters, in_features), ``head.bias``, ``tail.i.0.weight``
+        (hidden, in_features), ``tail.i.1.weight`` (classes of the cluster, hidden).
+    VJP:
+        that of a log_softmax and of the two linear layers at the target's place in each.
+    Raises:
+        ValueError: a target out of range, in eager mode, and cutoffs out of order.
+
     Source: ``torch.nn.AdaptiveLogSoftmaxWithLoss``; Grave et al. 2017.
 
     >>> import funcnet as fn

@@ -36,8 +36,11 @@ def bce(weight: Tensor | None = None, reduction: str = "mean") -> Loss:
         weight: of each element; broadcasts.
         reduction: "none", "mean" or "sum".
 
-    VJP: ``dprediction = d weight (p - t) / max(p (1 - p), 1e-12) / n``.
-    Raises: ValueError for a probability or a target outside [0, 1].
+    VJP:
+        ``dprediction = d weight (p - t) / max(p (1 - p), 1e-12) / n``.
+    Raises:
+        ValueError: a probability or a target outside [0, 1].
+
     Source: ``torch.nn.BCELoss``.
 
     >>> bce().apply(torch.tensor([0.0, 0.5]), torch.tensor([1.0, 1.0]))
@@ -75,8 +78,11 @@ def bce_with_logits(
         reduction: "none", "mean" or "sum".
         pos_weight: of the positive targets; broadcasts.
 
-    VJP: with ``s = sigmoid(y)``, ``d weight ((1 - t) s - pos_weight t (1 - s)) / n``.
-    Raises: ValueError for a target outside [0, 1].
+    VJP:
+        with ``s = sigmoid(y)``, ``d weight ((1 - t) s - pos_weight t (1 - s)) / n``.
+    Raises:
+        ValueError: a target outside [0, 1].
+
     Source: ``torch.nn.BCEWithLogitsLoss``.
 
     >>> bce_with_logits().apply(torch.tensor([0.0, 1e4]), torch.tensor([1.0, 1.0]))
@@ -129,9 +135,12 @@ def focal(alpha: float = 0.25, gamma: float = 2.0, reduction: str = "mean") -> L
         gamma: how little: 0 for all alike.
         reduction: "none", "mean" or "sum".
 
-    VJP: with ``q = 1 - p_t``, ``d alpha_t (q^gamma (s - t) + gamma q^(gamma - 1) q' bce) / n``
-    where ``q' = (1 - 2 t) s (1 - s)``.
-    Raises: ValueError for a target outside [0, 1].
+    VJP:
+        with ``q = 1 - p_t``, ``d alpha_t (q^gamma (s - t) + gamma q^(gamma - 1) q' bce) / n`` where
+        ``q' = (1 - 2 t) s (1 - s)``.
+    Raises:
+        ValueError: a target outside [0, 1].
+
     Source: Lin et al. 2017; ``torchvision.ops.sigmoid_focal_loss``.
 
     >>> focal().apply(torch.tensor([0.0, 3.0]), torch.tensor([1.0, 1.0]))
@@ -184,10 +193,15 @@ def multilabel_soft_margin(weight: Tensor | None = None, reduction: str = "mean"
         weight: of each class; broadcasts.
         reduction: "none", "mean" or "sum", over the examples.
 
-    Inputs: prediction, logits (*, classes); target of that shape, numbers in [0, 1].
-    Returns: with "none", a tensor of shape (*).
-    VJP: ``dprediction = d weight (sigmoid(y) - t) / classes / n``.
-    Raises: ValueError for a target outside [0, 1].
+    Inputs:
+        prediction, logits ``(*, classes)``; target of that shape, numbers in [0, 1].
+    Returns:
+        with "none", a tensor of shape ``(*)``.
+    VJP:
+        ``dprediction = d weight (sigmoid(y) - t) / classes / n``.
+    Raises:
+        ValueError: a target outside [0, 1].
+
     Source: ``torch.nn.MultiLabelSoftMarginLoss``.
 
     >>> multilabel_soft_margin().apply(torch.tensor([[0.0, 1e4]]), torch.tensor([[1, 1]]))

@@ -177,11 +177,16 @@ def cross_entropy(
             where the target has class indices.
         label_smoothing: e in [0, 1]: q becomes ``(1 - e) q + e / classes``.
 
-    Inputs: prediction, logits (batch, classes, *) or (classes,); target, class indices, int64,
-    of shape (batch, *) or (), or probabilities of the prediction's shape.
-    Returns: with "none", a tensor of shape (batch, *) or ().
-    VJP: ``dprediction = d (softmax(y) sum(q) - q) / n``.
-    Raises: ValueError for a class, or a probability, out of range.
+    Inputs:
+        prediction, logits ``(batch, classes, *)`` or (classes,); target, class indices, int64, of
+        shape ``(batch, *)`` or (), or probabilities of the prediction's shape.
+    Returns:
+        with "none", a tensor of shape ``(batch, *)`` or ().
+    VJP:
+        ``dprediction = d (softmax(y) sum(q) - q) / n``.
+    Raises:
+        ValueError: a class, or a probability, out of range.
+
     Source: ``torch.nn.CrossEntropyLoss``.
 
     >>> logits = torch.tensor([[1e4, 0.0], [0.0, 0.0]])
@@ -220,10 +225,15 @@ def nll(weight: Tensor | None = None, ignore_index: int = -100, reduction: str =
         ignore_index: a class index that counts nothing.
         reduction: "none", "sum", or "mean": over the examples, weighted by their class's weight.
 
-    Inputs: prediction (batch, classes, *) or (classes,); target, class indices, int64.
-    Returns: with "none", a tensor of the target's shape.
-    VJP: ``dprediction = -d weight / n`` at the class, else 0.
-    Raises: ValueError for a class out of range.
+    Inputs:
+        prediction ``(batch, classes, *)`` or (classes,); target, class indices, int64.
+    Returns:
+        with "none", a tensor of the target's shape.
+    VJP:
+        ``dprediction = -d weight / n`` at the class, else 0.
+    Raises:
+        ValueError: a class out of range.
+
     Source: ``torch.nn.NLLLoss``.
 
     >>> nll().apply(torch.tensor([[-1.0, -2.0]]), torch.tensor([1]))

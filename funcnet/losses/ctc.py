@@ -239,16 +239,22 @@ def ctc(blank: int = 0, reduction: str = "mean", zero_infinity: bool = False) ->
         zero_infinity: whether the loss of an input that is too short for its target, which is
             infinite, and its gradient, which is NaN, are 0.
 
-    Inputs: prediction, log-probabilities (time, batch, classes) or (time, classes); target, a tuple
-    ``(targets, input_lengths, target_lengths)`` or a dict with these names, of int32 or int64
-    tensors. The targets are (batch, size), padded, or concatenated to one dimension: under `jit`
-    each of these takes the time of one as long as all together. The lengths are (batch,) or ().
-    Returns: with "none", a tensor of shape (batch,) or ().
-    VJP: ``dprediction[t, i, c] = -d_i p(class c at time t | target_i)``, where d_i is dvalue over
-    what the reduction divides by. It is the derivative for any prediction. PyTorch's has
-    ``d_i exp(prediction)`` added to it: it supposes a log_softmax before the loss, for whose input
-    the two are the same.
-    Raises: ValueError for targets out of range, or lengths that are longer than what they measure.
+    Inputs:
+        prediction, log-probabilities (time, batch, classes) or (time, classes); target, a tuple
+        ``(targets, input_lengths, target_lengths)`` or a dict with these names, of int32 or int64
+        tensors. The targets are (batch, size), padded, or concatenated to one dimension: under
+        `jit` each of these takes the time of one as long as all together. The lengths are (batch,)
+        or ().
+    Returns:
+        with "none", a tensor of shape (batch,) or ().
+    VJP:
+        ``dprediction[t, i, c] = -d_i p(class c at time t | target_i)``, where d_i is dvalue over
+        what the reduction divides by. It is the derivative for any prediction. PyTorch's has
+        ``d_i exp(prediction)`` added to it: it supposes a log_softmax before the loss, for whose
+        input the two are the same.
+    Raises:
+        ValueError: targets out of range, or lengths that are longer than what they measure.
+
     Source: ``torch.nn.CTCLoss``; Graves et al. 2006.
 
     >>> log_p = torch.full((2, 3), 1 / 3).log()

@@ -26,7 +26,9 @@ def kl_div(reduction: str = "mean", log_target: bool = False) -> Loss:
             is the mathematical definition.
         log_target: whether the target holds log-probabilities too.
 
-    VJP: ``dprediction = -d t / n``.
+    VJP:
+        ``dprediction = -d t / n``.
+
     Source: ``torch.nn.KLDivLoss``.
 
     >>> kl_div("sum").apply(torch.tensor([0.5, 0.5]).log(), torch.tensor([1.0, 0.0]))

@@ -61,12 +61,17 @@ def cosine_embedding(margin: float = 0.0, reduction: str = "mean") -> Loss:
         margin: the cosine up to which vectors that should differ count nothing, in [-1, 1].
         reduction: "none", "mean" or "sum", over the examples.
 
-    Inputs: prediction, a tuple (x1, x2), both (batch, features) or (features,); target, (batch,)
-    or (), of -1 and 1.
-    Returns: with "none", a tensor of the target's shape.
-    VJP: ``dx1 = d s (x2 / (|x1| |x2|) - cos x1 / |x1|^2) / n`` with s = -1 where the target is 1,
-    else [cos >= margin]; dx2 alike.
-    Raises: ValueError for a target other than -1 and 1.
+    Inputs:
+        prediction, a tuple (x1, x2), both (batch, features) or (features,); target, (batch,) or (),
+        of -1 and 1.
+    Returns:
+        with "none", a tensor of the target's shape.
+    VJP:
+        ``dx1 = d s (x2 / (|x1| |x2|) - cos x1 / |x1|^2) / n`` with s = -1 where the target is 1,
+        else [cos >= margin]; dx2 alike.
+    Raises:
+        ValueError: a target other than -1 and 1.
+
     Source: ``torch.nn.CosineEmbeddingLoss``.
 
     >>> x = torch.tensor([[1.0, 0.0], [1.0, 1.0]]), torch.tensor([[0.0, 1.0], [2.0, 2.0]])
@@ -140,9 +145,13 @@ def triplet_margin(
         swap: whether the distance of positive and negative counts, where it is the lesser.
         reduction: "none", "mean" or "sum", over the examples.
 
-    Inputs: prediction, a tuple (anchor, positive, negative), each (*, features); target, None.
-    Returns: with "none", a tensor of shape (*).
-    VJP: that of the distances, with ``d [loss >= 0] / n`` and its opposite.
+    Inputs:
+        prediction, a tuple (anchor, positive, negative), each ``(*, features)``; target, None.
+    Returns:
+        with "none", a tensor of shape ``(*)``.
+    VJP:
+        that of the distances, with ``d [loss >= 0] / n`` and its opposite.
+
     Source: ``torch.nn.TripletMarginLoss``; Balntas et al. 2016.
 
     >>> a, p, n = torch.tensor([[0.0, 0.0]]), torch.tensor([[3.0, 4.0]]), torch.tensor([[2.0, 0.0]])

@@ -56,7 +56,7 @@ def loss_of(
         forward: ``(prediction, target) -> Elements``.
         backward: ``(d, *static, **residuals) -> dprediction``, a module-level function. d is the
             cotangent of the elements: a tensor of their shape, or a scalar for all of them.
-        reduction: one of ``reductions``; see `reduced`.
+        reduction: one of ``reductions``; see ``reduced``.
         name: what errors call the loss.
 
     >>> def total_backward(d, *, error):
@@ -107,7 +107,8 @@ def from_formulas(
             the target that the formulas take.
         weight, options, tensors, reductions, name: see `pointwise`.
 
-    VJP: ``dprediction = d weight derivative(prediction, target) / n``.
+    VJP:
+        ``dprediction = d weight derivative(prediction, target) / n``.
 
     >>> def gap(prediction, target):
     ...     return (prediction[0] - prediction[1] - target).square()
@@ -196,7 +197,8 @@ def pointwise(
         check: ``(prediction, target)`` raises where it refuses their values.
         name: what errors call the loss; by default the function's name.
 
-    VJP: ``dprediction = d weight derivative(prediction, target) / n``.
+    VJP:
+        ``dprediction = d weight derivative(prediction, target) / n``.
 
     >>> import funcnet as fn
     >>> def log_cosh(y, t):

@@ -49,7 +49,9 @@ def poisson_nll(
         eps: added to a rate before its log.
         reduction: "none", "mean" or "sum".
 
-    VJP: ``d (exp(y) - t) / n``, or ``d (1 - t / (y + eps)) / n`` of a rate.
+    VJP:
+        ``d (exp(y) - t) / n``, or ``d (1 - t / (y + eps)) / n`` of a rate.
+
     Source: ``torch.nn.PoissonNLLLoss``.
 
     >>> poisson_nll(log_input=False, full=True).apply(torch.tensor([2.0]), torch.tensor([2.0]))
@@ -103,12 +105,16 @@ def gaussian_nll(*, full: bool = False, eps: float = 1e-6, reduction: str = "mea
         eps: a smaller variance counts as this one.
         reduction: "none", "mean" or "sum".
 
-    Inputs: prediction, a tuple (mean, var); target. ``var`` has the mean's shape, or that with one
-    dimension of size 1, or that without the last one, or is a Python number, whose gradient is
-    None. The target has the mean's shape, or that with one dimension of size 1.
-    VJP: ``dmean = d (mean - t) / var / n`` and ``dvar = d (1 - (mean - t)^2 / var) / (2 var) / n``,
-    summed over the elements that share a variance, as if eps were not there.
-    Raises: ValueError for a negative variance.
+    Inputs:
+        prediction, a tuple (mean, var); target. ``var`` has the mean's shape, or that with one
+        dimension of size 1, or that without the last one, or is a Python number, whose gradient is
+        None. The target has the mean's shape, or that with one dimension of size 1.
+    VJP:
+        ``dmean = d (mean - t) / var / n`` and ``dvar = d (1 - (mean - t)^2 / var) / (2 var) / n``,
+        summed over the elements that share a variance, as if eps were not there.
+    Raises:
+        ValueError: a negative variance.
+
     Source: ``torch.nn.GaussianNLLLoss``; Nix and Weigend 1994.
 
     >>> mean, var, target = torch.tensor([1.0, 2.0]), torch.tensor([1.0]), torch.zeros(2)

@@ -248,14 +248,21 @@ def linear_cross_entropy(
             be called again, so the other options change nothing.
         weight_init, bias_init, dtype: those of `linear`.
 
-    Inputs: x = (input, target), or a dict with these names. The input is (batch, in_features), or
-    (in_features,) without ``out_features``; the target has class indices, int64, of shape
-    (batch, *out_features) or (), or probabilities (batch, num_classes, *out_features).
-    Returns: y, the loss: a scalar; with "none", a tensor of shape (batch, *out_features) or ().
-    Params: ``linear.weight`` (num_classes * prod(out_features), in_features), ``linear.bias``.
-    VJP: ``dlogits = d (softmax q_sum - q) / n`` with the target distribution q, then that of
-    `linear`; of probabilities as target, ``dtarget = -d weight (1 - label_smoothing) log p / n``.
-    Raises: ValueError for a class, or a probability, out of range.
+    Inputs:
+        x = (input, target), or a dict with these names. The input is (batch, in_features), or
+        (in_features,) without ``out_features``; the target has class indices, int64, of shape
+        ``(batch, *out_features)`` or (), or probabilities ``(batch, num_classes, *out_features)``.
+    Returns:
+        y, the loss: a scalar; with "none", a tensor of shape ``(batch, *out_features)`` or ().
+    Learned params:
+        ``linear.weight`` (num_classes * prod(out_features), in_features), ``linear.bias``.
+    VJP:
+        ``dlogits = d (softmax q_sum - q) / n`` with the target distribution q, then that of
+        `linear`; of probabilities as target,
+        ``dtarget = -d weight (1 - label_smoothing) log p / n``.
+    Raises:
+        ValueError: a class, or a probability, out of range.
+
     Source: ``torch.nn.LinearCrossEntropyLoss``.
 
     >>> import funcnet as fn

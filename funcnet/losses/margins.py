@@ -37,8 +37,11 @@ def _hinge_derivative(prediction: Tensor, target: Tensor, margin: float) -> Tens
 def hinge(reduction: str = "mean", margin: float = 1.0) -> Loss:
     """``max(0, margin - t y)`` of scores y and targets t of -1 and 1.
 
-    VJP: ``dprediction = -d t [t y < margin] / n``.
-    Raises: ValueError for a target other than -1 and 1.
+    VJP:
+        ``dprediction = -d t [t y < margin] / n``.
+    Raises:
+        ValueError: a target other than -1 and 1.
+
     Source: Crammer and Singer 2001; ``optax.losses.hinge_loss``.
 
     >>> hinge().apply(torch.tensor([0.5, -2.0]), torch.tensor([1.0, -1.0]))
@@ -60,8 +63,11 @@ def _soft_margin_derivative(prediction: Tensor, target: Tensor) -> Tensor:
 def soft_margin(reduction: str = "mean") -> Loss:
     """``log(1 + exp(-t y))`` of scores y and targets t of -1 and 1, exact for any score.
 
-    VJP: ``dprediction = -d t sigmoid(-t y) / n``.
-    Raises: ValueError for a target other than -1 and 1.
+    VJP:
+        ``dprediction = -d t sigmoid(-t y) / n``.
+    Raises:
+        ValueError: a target other than -1 and 1.
+
     Source: ``torch.nn.SoftMarginLoss``.
 
     >>> soft_margin().apply(torch.tensor([0.0, -1e4]), torch.tensor([1.0, -1.0]))
@@ -84,8 +90,11 @@ def _hinge_embedding_derivative(prediction: Tensor, target: Tensor, margin: floa
 def hinge_embedding(margin: float = 1.0, reduction: str = "mean") -> Loss:
     """A distance y where the target is 1, ``max(0, margin - y)`` where it is -1.
 
-    VJP: ``dprediction = d / n`` where the target is 1, ``-d [y <= margin] / n`` where it is -1.
-    Raises: ValueError for a target other than -1 and 1.
+    VJP:
+        ``dprediction = d / n`` where the target is 1, ``-d [y <= margin] / n`` where it is -1.
+    Raises:
+        ValueError: a target other than -1 and 1.
+
     Source: ``torch.nn.HingeEmbeddingLoss``.
 
     >>> hinge_embedding().apply(torch.tensor([0.5, 0.25]), torch.tensor([1.0, -1.0]))
@@ -126,10 +135,14 @@ def _check_order(name: str, prediction: Pair, target: Tensor) -> Tensor:
 def margin_ranking(margin: float = 0.0, reduction: str = "mean") -> Loss:
     """``max(0, margin - t (x1 - x2))``: 0 where x1 is larger by the margin, or smaller if t = -1.
 
-    Inputs: prediction, a tuple (x1, x2) of tensors of one shape; target of that shape, 1 where x1
-    should be the larger and -1 where x2 should; a 0, for neither, counts ``max(0, margin)``.
-    VJP: ``dx1 = -d t [t (x1 - x2) <= margin] / n``, ``dx2 = -dx1``.
-    Raises: ValueError for a target outside [-1, 1].
+    Inputs:
+        prediction, a tuple (x1, x2) of tensors of one shape; target of that shape, 1 where x1
+        should be the larger and -1 where x2 should; a 0, for neither, counts ``max(0, margin)``.
+    VJP:
+        ``dx1 = -d t [t (x1 - x2) <= margin] / n``, ``dx2 = -dx1``.
+    Raises:
+        ValueError: a target outside [-1, 1].
+
     Source: ``torch.nn.MarginRankingLoss``.
 
     >>> x = torch.tensor([1.0, 2.0]), torch.tensor([3.0, 1.0])
@@ -187,12 +200,17 @@ def multi_margin(
         weight: of each class, shape (classes,).
         reduction: "none", "mean" or "sum", over the examples.
 
-    Inputs: prediction, scores (batch, classes) or (classes,); target, class indices, int64, of
-    shape (batch,) or ().
-    Returns: with "none", a tensor of the target's shape.
-    VJP: with ``g_c = p weight_t max(0, margin - y_t + y_c)^(p - 1) / classes`` where that is
-    above 0, ``dprediction_c = d g_c / n`` and ``dprediction_t = -d sum(g) / n``.
-    Raises: ValueError for a class out of range.
+    Inputs:
+        prediction, scores (batch, classes) or (classes,); target, class indices, int64, of shape
+        (batch,) or ().
+    Returns:
+        with "none", a tensor of the target's shape.
+    VJP:
+        with ``g_c = p weight_t max(0, margin - y_t + y_c)^(p - 1) / classes`` where that is above
+        0, ``dprediction_c = d g_c / n`` and ``dprediction_t = -d sum(g) / n``.
+    Raises:
+        ValueError: a class out of range.
+
     Source: ``torch.nn.MultiMarginLoss``.
 
     >>> multi_margin().apply(torch.tensor([[0.1, 0.2, 0.4, 0.8]]), torch.tensor([3]))
@@ -266,12 +284,17 @@ def _check_listed(name: str, prediction: Tensor, target: Tensor) -> Tensor:
 def multilabel_margin(reduction: str = "mean") -> Loss:
     """``sum_jc max(0, 1 - y_j + y_c) / classes`` over the target's classes j and all others c.
 
-    Inputs: prediction, scores (batch, classes) or (classes,); target of that shape, int64: the
-    indices of an example's classes, then -1; what comes after the first -1 is not looked at.
-    Returns: with "none", a tensor of shape (batch,) or ().
-    VJP: ``d / (classes n)`` is added to ``dprediction_c`` and taken from ``dprediction_j`` for
-    each pair (j, c) that counts more than 0.
-    Raises: ValueError for a class out of range.
+    Inputs:
+        prediction, scores (batch, classes) or (classes,); target of that shape, int64: the indices
+        of an example's classes, then -1; what comes after the first -1 is not looked at.
+    Returns:
+        with "none", a tensor of shape (batch,) or ().
+    VJP:
+        ``d / (classes n)`` is added to ``dprediction_c`` and taken from ``dprediction_j`` for each
+        pair (j, c) that counts more than 0.
+    Raises:
+        ValueError: a class out of range.
+
     Source: ``torch.nn.MultiLabelMarginLoss``.
 
     >>> y = torch.tensor([[0.1, 0.2, 0.4, 0.8]])

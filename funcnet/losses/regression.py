@@ -73,6 +73,7 @@ def huber(reduction: str = "mean", delta: float = 1.0) -> Loss:
     """``e^2 / 2`` where ``|e| < delta``, else ``delta (|e| - delta / 2)``.
 
     ``e = prediction - target``; ``dprediction = d min(max(e, -delta), delta) / n``.
+
     Source: ``torch.nn.HuberLoss``.
 
     >>> huber().apply(torch.tensor([0.5, 3.0]), torch.tensor([0.0, 0.0]))
@@ -96,6 +97,7 @@ def smooth_l1(reduction: str = "mean", beta: float = 1.0) -> Loss:
     """``e^2 / (2 beta)`` where ``|e| < beta``, else ``|e| - beta / 2``.
 
     ``e = prediction - target``; ``dprediction = d min(max(e / beta, -1), 1) / n``.
+
     Source: ``torch.nn.SmoothL1Loss``.
 
     >>> smooth_l1().apply(torch.tensor([0.5, 3.0]), torch.tensor([0.0, 0.0]))

@@ -14,17 +14,18 @@ two parts of the data, of the members of a population or of the ranks of a run a
 
 Across ranks, ``torch.distributed.all_reduce`` adds up each tensor of ``acc``. The value is that of
 all examples at once, not a mean over batches. Nothing waits for a device, and all works under
-`jit`, `scan` and `vmap`. `fn.evaluate` runs metrics over a data set, and `fn.train_step` gives
-their values for each batch.
+`funcnet.jit`, `funcnet.scan` and `funcnet.vmap`. `funcnet.evaluate` runs metrics over a data set,
+and `funcnet.train_step` gives their values for each batch.
 
 Classes are predicted by scores, such as logits, of shape (batch, classes, *), for targets of
-int64 class indices of shape (batch, *), as `fn.losses.cross_entropy` takes them; or by one number
-above or below a threshold, of the target's shape; or they are given as integers.
+int64 class indices of shape (batch, *), as `funcnet.losses.cross_entropy` takes them; or by one
+number above or below a threshold, of the target's shape; or they are given as integers.
 
 ``update`` also takes a ``mask`` of examples after the target; see `masked`. Options have the names
 that they have in scikit-learn and torchmetrics.
 """
 
+from funcnet import reference as _reference
 from funcnet.metrics.classes import (
     accuracy as accuracy,
     confusion_matrix as confusion_matrix,
@@ -51,3 +52,7 @@ from funcnet.metrics.retrieval import (
     precision as precision,
     recall as recall,
 )
+
+__docformat__ = "google"
+__doc__ = _reference.described(__name__, __doc__)
+__all__ = _reference.names(__name__)

@@ -18,9 +18,12 @@ def accuracy(threshold: float = 0.5, ignore_index: int | None = None) -> Metric:
             probabilities, 0.0 for logits.
         ignore_index: a target that does not count.
 
-    Inputs: see `funcnet.metrics`. Of several scores the class is that of the greatest one, of
-    equal ones the first.
-    Returns: NaN without examples.
+    Inputs:
+        see `funcnet.metrics`. Of several scores the class is that of the greatest one, of equal
+        ones the first.
+    Returns:
+        NaN without examples.
+
     Source: ``sklearn.metrics.accuracy_score``, ``torchmetrics.Accuracy`` with "micro".
 
     >>> accuracy().of_batch(torch.tensor([[2.0, 1.0], [0.0, 1.0]]), torch.tensor([0, 0]))
@@ -46,8 +49,11 @@ def top_k_accuracy(k: int, ignore_index: int | None = None) -> Metric:
         k: at least 1.
         ignore_index: a target that does not count.
 
-    Inputs: prediction, scores (batch, classes, *); target, class indices.
-    Returns: NaN without examples.
+    Inputs:
+        prediction, scores ``(batch, classes, *)``; target, class indices.
+    Returns:
+        NaN without examples.
+
     Source: ``sklearn.metrics.top_k_accuracy_score``, ``torchmetrics.Accuracy(top_k=k)``.
 
     >>> scores = torch.tensor([[0.5, 0.3, 0.2], [0.5, 0.2, 0.3]])
@@ -94,7 +100,9 @@ def confusion_matrix(
         normalize: None for int64 counts; "true", "pred" or "all" to divide them by the sum of
             their row, of their column, or of all.
 
-    Returns: (classes, classes); divided by a sum of 0, 0.
+    Returns:
+        (classes, classes); divided by a sum of 0, 0.
+
     Source: ``sklearn.metrics.confusion_matrix``, ``torchmetrics.ConfusionMatrix``.
 
     >>> prediction, target = torch.tensor([0, 1, 1, 1]), torch.tensor([0, 0, 1, 1])

@@ -139,7 +139,7 @@ def spread(name: str, mask: Tensor, shape: torch.Size) -> Tensor:
 def masked(metric: Metric) -> Metric:
     """A metric whose target is ``(target, mask)``: an example with a mask of False counts nothing.
 
-    For batches that are filled up to one size, as `scan` and `jit` like them.
+    For batches that are filled up to one size, as `funcnet.scan` and `funcnet.jit` like them.
 
     Args:
         metric: any metric of this module. A mask has the target's shape, or that of its first

@@ -25,12 +25,13 @@ def mean(function: Loss | Callable[[Tree, Tree], Tensor]) -> Metric:
     """The mean of a function of prediction and target over all examples.
 
     Args:
-        function: a `Loss`, best with ``reduction="none"``, or a function
+        function: a `funcnet.Loss`, best with ``reduction="none"``, or a function
             ``(prediction, target) -> tensor``. Of a tensor with dimensions each element counts
             one. A scalar stands for the mean over the batch: it counts as many times as the
             prediction has examples, the extent of its first dimension. A mask needs elements.
 
-    Returns: NaN without examples.
+    Returns:
+        NaN without examples.
 
     >>> import funcnet as fn
     >>> distance = mean(lambda prediction, target: (prediction - target).abs())
@@ -86,9 +87,12 @@ def perplexity(ignore_index: int | None = None) -> Metric:
     Args:
         ignore_index: a target that does not count.
 
-    Inputs: prediction, logits (batch, classes, *), as `fn.losses.cross_entropy` takes them;
-    target, class indices (batch, *).
-    Returns: NaN without examples.
+    Inputs:
+        prediction, logits ``(batch, classes, *)``, as `funcnet.losses.cross_entropy` takes them;
+        target, class indices ``(batch, *)``.
+    Returns:
+        NaN without examples.
+
     Source: ``torchmetrics.text.Perplexity``, whose classes are the last dimension.
 
     >>> perplexity().of_batch(torch.zeros(3, 8), torch.tensor([0, 1, 2]))
@@ -113,7 +117,9 @@ def mean_squared_error(squared: bool = True) -> Metric:
     Args:
         squared: False for the root of it.
 
-    Inputs: prediction and target, of one shape.
+    Inputs:
+        prediction and target, of one shape.
+
     Source: ``sklearn.metrics.mean_squared_error``, ``torchmetrics.MeanSquaredError``.
 
     >>> mean_squared_error().of_batch(torch.tensor([1.0, 3.0]), torch.zeros(2))
@@ -129,7 +135,9 @@ def mean_squared_error(squared: bool = True) -> Metric:
 def mean_absolute_error() -> Metric:
     """``sum |y - t| / count``.
 
-    Inputs: prediction and target, of one shape.
+    Inputs:
+        prediction and target, of one shape.
+
     Source: ``sklearn.metrics.mean_absolute_error``, ``torchmetrics.MeanAbsoluteError``.
 
     >>> mean_absolute_error().of_batch(torch.tensor([1.0, -3.0]), torch.zeros(2))
@@ -172,8 +180,11 @@ def r2(outputs: int = 1, multioutput: str = "uniform_average") -> Metric:
         multioutput: over the columns, "uniform_average", the mean; "variance_weighted", weighted
             by the denominators; "raw_values", one for each, shape (outputs,).
 
-    Inputs: prediction and target, (batch, outputs), or of any one shape.
-    Returns: where t is constant, 1 if all errors are 0, and else 0; NaN without examples.
+    Inputs:
+        prediction and target, (batch, outputs), or of any one shape.
+    Returns:
+        where t is constant, 1 if all errors are 0, and else 0; NaN without examples.
+
     Source: ``sklearn.metrics.r2_score``, ``torchmetrics.R2Score``.
 
     >>> r2().of_batch(torch.tensor([1.0, 2.0, 2.0]), torch.tensor([1.0, 2.0, 3.0]))

@@ -36,9 +36,12 @@ def auroc(
             number of positives; None for each class, shape (classes,).
         ignore_index: a target that does not count.
 
-    Inputs: prediction, probabilities of the target's shape, or with ``classes`` (batch, classes,
-    *); any scores, if the thresholds span them.
-    Returns: NaN unless there are positives and negatives.
+    Inputs:
+        prediction, probabilities of the target's shape, or with ``classes`` (batch, classes, *);
+        any scores, if the thresholds span them.
+    Returns:
+        NaN unless there are positives and negatives.
+
     Source: ``torchmetrics.AUROC`` with thresholds, to which the corner (0, 0) of the curve is
     added; ``sklearn.metrics.roc_auc_score``, with ``multi_class="ovr"``.
 

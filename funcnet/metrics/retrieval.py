@@ -34,7 +34,9 @@ def precision(
         zero_division: the value where the denominator is 0.
         pos_label: the class of "binary".
 
-    Inputs: see `funcnet.metrics`.
+    Inputs:
+        see `funcnet.metrics`.
+
     Source: ``sklearn.metrics.precision_score``, ``torchmetrics.Precision``.
 
     >>> prediction, target = torch.tensor([0, 1, 1, 1]), torch.tensor([0, 0, 1, 1])

@@ -6,6 +6,7 @@ choose among PyTorch's implementations: ``foreach``, ``fused``, ``differentiable
 ``capturable=True``, and every update can be differentiated.
 """
 
+from funcnet import reference as _reference
 from funcnet.optimizers import (
     schedules as schedules,
 )
@@ -85,17 +86,9 @@ from funcnet.optimizers.lift import (
     stateless as stateless,
     zero_step as zero_step,
 )
-from funcnet.optimizers.lookahead import (
-    LookaheadState as LookaheadState,
-    lookahead as lookahead,
-)
 from funcnet.optimizers.loss_scale import (
     LossScaleState as LossScaleState,
     dynamic_loss_scale as dynamic_loss_scale,
-)
-from funcnet.optimizers.masked import (
-    masked as masked,
-    partition as partition,
 )
 from funcnet.optimizers.muon import (
     MuonState as MuonState,
@@ -107,6 +100,10 @@ from funcnet.optimizers.nadam import (
     NadamState as NadamState,
     nadam as nadam,
     scale_by_nadam as scale_by_nadam,
+)
+from funcnet.optimizers.parted import (
+    masked as masked,
+    partition as partition,
 )
 from funcnet.optimizers.radam import (
     RadamState as RadamState,
@@ -144,6 +141,10 @@ from funcnet.optimizers.sign import (
     scale_by_lion as scale_by_lion,
     signsgd as signsgd,
 )
+from funcnet.optimizers.slow_params import (
+    LookaheadState as LookaheadState,
+    lookahead as lookahead,
+)
 from funcnet.optimizers.soap import (
     SoapState as SoapState,
     scale_by_soap as scale_by_soap,
@@ -174,3 +175,7 @@ from funcnet.optimizers.trust import (
     lars as lars,
     scale_by_trust_ratio as scale_by_trust_ratio,
 )
+
+__docformat__ = "google"
+__doc__ = _reference.described(__name__, __doc__)
+__all__ = _reference.names(__name__)

@@ -63,7 +63,9 @@ def adadelta(
     *,
     maximize: bool = False,
 ) -> Optimizer:
-    """``p - lr u`` with ``u = g sqrt(d + eps) / sqrt(v + eps)``; see `scale_by_adadelta`.
+    """``p - lr u`` with ``u = g sqrt(d + eps) / sqrt(v + eps)``.
+
+    See `funcnet.optimizers.scale_by_adadelta`.
 
     Args:
         lr: a number, a 0-d tensor, or a function of the number of updates so far.

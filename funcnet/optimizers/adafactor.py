@@ -31,7 +31,7 @@ class FactoredState(NamedTuple):
 def scale_by_factored_rms(beta2_decay: Number = -0.8, eps: Number | None = None) -> Optimizer:
     """``g / sqrt(v)``, where v of a matrix is estimated from means over its rows and its columns.
 
-    At the update number t, with ``w = t^beta2_decay``::
+    At the update number t, with ``w = t^beta2_decay``:
 
         r = (1 - w) r + w mean of g^2 over each row
         c = (1 - w) c + w mean of g^2 over each column
@@ -118,9 +118,9 @@ def adafactor(
 ) -> Optimizer:
     """``p - rate u / max(1, rms(u) / d)`` with ``u = g / sqrt(v)``, v factored.
 
-    See `scale_by_factored_rms` for v, which takes the memory of a row and a column of a matrix.
-    At the update number t ``rate = max(eps[1], rms(p)) min(lr, 1 / sqrt(t))``: steps are relative
-    to the params' size; rms is the root mean square of a leaf.
+    See `funcnet.optimizers.scale_by_factored_rms` for v, which takes the memory of a row and a
+    column of a matrix. At the update number t ``rate = max(eps[1], rms(p)) min(lr, 1 / sqrt(t))``:
+    steps are relative to the params' size; rms is the root mean square of a leaf.
 
     Args:
         lr: the greatest relative step: a number, a 0-d tensor, or a function of the number of

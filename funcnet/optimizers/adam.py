@@ -120,7 +120,9 @@ def adam(
     maximize: bool = False,
     decoupled_weight_decay: bool = False,
 ) -> Optimizer:
-    """``p - lr m' / (sqrt(v') + eps)`` with running means of g and g^2; see `scale_by_adam`.
+    """``p - lr m' / (sqrt(v') + eps)`` with running means of g and g^2.
+
+    See `funcnet.optimizers.scale_by_adam`.
 
     Args:
         lr: a number, a 0-d tensor, or a function of the number of updates so far.

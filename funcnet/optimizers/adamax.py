@@ -65,7 +65,9 @@ def adamax(
     *,
     maximize: bool = False,
 ) -> Optimizer:
-    """``p - lr m' / u`` with ``u = max(b2 u, |g| + eps)``; see `scale_by_adamax`.
+    """``p - lr m' / u`` with ``u = max(b2 u, |g| + eps)``.
+
+    See `funcnet.optimizers.scale_by_adamax`.
 
     Args:
         lr: a number, a 0-d tensor, or a function of the number of updates so far.

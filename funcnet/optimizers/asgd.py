@@ -37,7 +37,8 @@ def average_asgd(t0: Number = 1e6) -> Optimizer:
     Args:
         t0: a number >= 0.
 
-    State: `AsgdState`; ``fn.optimizers.eval_params`` gives the mean.
+    State:
+        `AsgdState`; ``fn.optimizers.eval_params`` gives the mean.
 
     Source: Polyak and Juditsky 1992; ``torch.optim.ASGD``.
 
@@ -75,7 +76,7 @@ def asgd(
 
     At the update number t, ``eta = lr / (1 + lambd lr (t - 1))^alpha``. The mean, which
     ``fn.optimizers.eval_params`` gives, is that of the params after the update ``t0 + 1``; before,
-    it is the params themselves; see `average_asgd`.
+    it is the params themselves; see `funcnet.optimizers.average_asgd`.
 
     Args:
         lr: a number, a 0-d tensor, or a function of the number of updates so far. As in PyTorch,

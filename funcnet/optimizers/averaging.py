@@ -45,8 +45,10 @@ def eval_params(opt_state: Tree, params: Params) -> Params:
         opt_state: the state of any optimizer.
         params: those of the same train state.
 
-    Returns: a tree like params.
-    Raises: ValueError if two such states are in ``opt_state``.
+    Returns:
+        a tree like params.
+    Raises:
+        ValueError: two such states are in ``opt_state``.
 
     >>> optimizer = params_ema(fn.sgd(1.0), decay=0.5)
     >>> params, grads = {"w": torch.zeros(1)}, {"w": torch.ones(1)}
@@ -78,8 +80,10 @@ def params_ema(optimizer: Optimizer, decay: Number = 0.999, *, debias: bool = Fa
         decay: in [0, 1], with ``debias`` in [0, 1); a number or a 0-d tensor.
         debias: whether the average is the weighted mean.
 
-    State: `AveragedParamsState`. `eval_params` gives the average; a model's own state, such as
-    running statistics, is not averaged, as in PyTorch with ``use_buffers=False``.
+    State:
+        `AveragedParamsState`. `eval_params` gives the average; a model's own state, such as running
+        statistics, is not averaged, as in PyTorch with ``use_buffers=False``.
+
     Source: ``torch.optim.swa_utils.AveragedModel`` with ``get_ema_multi_avg_fn(decay)``.
 
     >>> optimizer = params_ema(fn.sgd(1.0), decay=0.5)
@@ -112,8 +116,10 @@ def params_average(optimizer: Optimizer, start: int = 0, every: int = 1) -> Opti
         start: an integer >= 0, such as three quarters of the run.
         every: an integer >= 1, such as the steps of an epoch.
 
-    State: `AveragedParamsState`. After the run, `eval_params` gives the mean; the running
-    statistics of a model with batch norm must then be computed again, by a pass over the data.
+    State:
+        `AveragedParamsState`. After the run, `eval_params` gives the mean; the running statistics
+        of a model with batch norm must then be computed again, by a pass over the data.
+
     Source: Izmailov et al. 2018; ``torch.optim.swa_utils.AveragedModel``.
 
     >>> optimizer = params_average(fn.sgd(1.0))

@@ -18,8 +18,11 @@ def chain(*transforms: Optimizer, **named: Optimizer) -> Optimizer:
         transforms: called by the names of their constructors; and after them
         named: transforms with names of the user's, for two of one constructor.
 
-    State: ``{name: state of the transform}``, without those that have none.
-    Raises: the transforms' errors, with ``chain['name']`` in front; ValueError for two of one name.
+    State:
+        ``{name: state of the transform}``, without those that have none.
+    Raises:
+        the transforms' errors, with ``chain['name']`` in front.
+        ValueError: two of one name.
 
     >>> transforms = fn.optimizers
     >>> optimizer = fn.chain(transforms.trace(0.9), transforms.scale_by_learning_rate(0.1))

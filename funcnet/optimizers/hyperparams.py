@@ -45,8 +45,11 @@ def inject_hyperparams(
         constructor: of an optimizer, such as ``fn.adamw``.
         static_args: names of options to leave as they are.
 
-    State: `InjectHyperparamsState`; of a schedule it has the value of the last update.
-    Raises: ValueError for a value that is not 0-d, and the constructor's own errors.
+    State:
+        `InjectHyperparamsState`; of a schedule it has the value of the last update.
+    Raises:
+        ValueError: a value that is not 0-d, and the constructor's own errors.
+
     Source: ``optax.inject_hyperparams``.
 
     >>> optimizer = inject_hyperparams(fn.sgd)(lr=0.1, momentum=lambda step: 1 - 0.5**step)

@@ -61,13 +61,13 @@ def lbfgs(
     """``p + t d`` with ``d = -H g``, where H is the inverse Hessian as the last gradients show it.
 
     Of the last changes of the params, ``s = t d``, and of the gradients, ``y = g - g_before``, H
-    is made by the BFGS formula, from ``H = (y s) / (y y)``, for each pair with ``y s > 1e-10``::
+    is made by the BFGS formula, from ``H = (y s) / (y y)``, for each pair with ``y s > 1e-10``:
 
         H = (1 - s y^T / (y s)) H (1 - y s^T / (y s)) + s s^T / (y s)
 
     A step is up to ``max_iter`` iterations of it, each with one evaluation of the objective or, if
     it searches along d, some. t is ``lr``, and ``min(1, 1 / sum|g|) lr`` at the very first; a
-    search finds one for which the strong Wolfe conditions hold::
+    search finds one for which the strong Wolfe conditions hold:
 
         f(p + t d) <= f(p) + 1e-4 t g d     and     |g(p + t d) d| <= 0.9 |g d|
 
@@ -81,7 +81,9 @@ def lbfgs(
         history_size: of how many changes H is made. The state holds two vectors for each.
         line_search_fn: ``"strong_wolfe"``, or None for none.
 
-    Returns: a `Minimizer`. Its ``step`` returns the objective's value at the params it was given.
+    Returns:
+        a `funcnet.optimizers.Minimizer`. Its ``step`` returns the objective's value at the params
+        it was given.
 
     A step branches on values, and waits for the device to read them. So it runs eagerly, and is a
     TypeError under jit and vmap; what may be compiled is the ``value_and_grad`` it is given. For

@@ -30,11 +30,11 @@ def dynamic_loss_scale(
 ) -> Optimizer:
     """An optimizer for the gradients of ``scale * loss``, as float16 needs them.
 
-    `train_step` takes the scale from its state and multiplies the loss's cotangent by it. The
-    optimizer divides the gradients by it again. If one of them is infinite or NaN, the step
-    is skipped: the params and the inner state stay as they are, bit for bit, and the scale becomes
-    ``backoff * scale``. After ``interval`` finite steps in a row it becomes
-    ``growth * scale``. Nothing waits for a device.
+    `funcnet.train_step` takes the scale from its state and multiplies the loss's cotangent by it.
+    The optimizer divides the gradients by it again. If one of them is infinite or NaN, the step is
+    skipped: the params and the inner state stay as they are, bit for bit, and the scale becomes
+    ``backoff * scale``. After ``interval`` finite steps in a row it becomes ``growth * scale``.
+    Nothing waits for a device.
 
     Args:
         optimizer: the optimizer. The loss scale must be the outermost, as in
@@ -45,9 +45,12 @@ def dynamic_loss_scale(
         backoff: a number in (0, 1).
         interval: an integer >= 1.
 
-    State: `LossScaleState`; ``train_state.opt_state.scale`` is the scale.
-    Raises: ValueError for params in float16: keep them in float32, and compute in float16 by
-        ``fn.cast(model, torch.float16)``.
+    State:
+        `LossScaleState`; ``train_state.opt_state.scale`` is the scale.
+    Raises:
+        ValueError: params in float16: keep them in float32, and compute in float16 by
+            ``fn.cast(model, torch.float16)``.
+
     Source: Micikevicius et al. 2018; ``torch.amp.GradScaler``.
 
     >>> optimizer = dynamic_loss_scale(fn.sgd(0.5), initial=8.0)

@@ -39,7 +39,7 @@ def orthogonalize(
 ) -> Tensor:
     """Nearly ``U V^T`` of each matrix ``m = U S V^T``: its singular values become about 1.
 
-    Newton and Schulz's iteration from ``x = m / max(|m|, eps)``, ``ns_steps`` times::
+    Newton and Schulz's iteration from ``x = m / max(|m|, eps)``, ``ns_steps`` times:
 
         x = a x + (b A + c A A) x,    A = x x^T
 
@@ -53,7 +53,8 @@ def orthogonalize(
         eps: the least norm to divide by.
         ns_dtype: the dtype to compute in; None for that of m.
 
-    Returns: a tensor in the dtype it was computed in.
+    Returns:
+        a tensor in the dtype it was computed in.
 
     Source: Jordan et al. 2024, https://kellerjordan.github.io/posts/muon; ``torch.optim.Muon``.
 
@@ -127,8 +128,8 @@ def scale_by_muon(
 ) -> Optimizer:
     """``r O``, where O is the momentum b of a matrix, made nearly orthogonal by `orthogonalize`.
 
-    ``b = momentum b + (1 - momentum) g``, and r is a factor of the matrix's shape: see `muon`
-    for the options, which are the same.
+    ``b = momentum b + (1 - momentum) g``, and r is a factor of the matrix's shape: see
+    `funcnet.muon` for the options, which are the same.
 
     Source: Jordan et al. 2024; ``torch.optim.Muon``.
 
@@ -203,9 +204,9 @@ def muon(
 ) -> Optimizer:
     """``p - lr (r O + weight_decay p)``, where O is the momentum, made nearly orthogonal.
 
-    ``b = momentum b + (1 - momentum) g``, from b = 0, and O is `orthogonalize` of b, or, with
-    ``nesterov``, of ``(1 - momentum) g + momentum b``. For matrices alone, of hidden layers:
-    biases, embeddings and the last layer are given another optimizer, by ``partition``.
+    ``b = momentum b + (1 - momentum) g``, from b = 0, and O is `funcnet.optimizers.orthogonalize`
+    of b, or, with ``nesterov``, of ``(1 - momentum) g + momentum b``. For matrices alone, of hidden
+    layers: biases, embeddings and the last layer are given another optimizer, by ``partition``.
 
     Args:
         lr: a number, a 0-d tensor, or a function of the number of updates so far.
@@ -223,7 +224,8 @@ def muon(
 
     Matrices of one shape and dtype are computed as one batch.
 
-    Raises: ValueError for a leaf that is no matrix, with its path.
+    Raises:
+        ValueError: a leaf that is no matrix, with its path.
 
     Source: Jordan et al. 2024, https://kellerjordan.github.io/posts/muon; ``torch.optim.Muon``.
 

@@ -35,7 +35,7 @@ def scale_by_nadam(
     """``m' / (sqrt(v') + eps)``, Adam's, with Nesterov's momentum in m'.
 
     At the update number t, with ``mu(t) = b1 (1 - 0.96^(t momentum_decay) / 2)`` and the product
-    ``c(t) = mu(1) ... mu(t)``::
+    ``c(t) = mu(1) ... mu(t)``:
 
         m = b1 m + (1 - b1) g        m' = mu(t+1) m / (1 - c(t+1)) + (1 - mu(t)) g / (1 - c(t))
         v = b2 v + (1 - b2) g^2      v' = v / (1 - b2^t)
@@ -86,7 +86,9 @@ def nadam(
     *,
     maximize: bool = False,
 ) -> Optimizer:
-    """``p - lr m' / (sqrt(v') + eps)``, Adam with Nesterov's momentum; see `scale_by_nadam`.
+    """``p - lr m' / (sqrt(v') + eps)``, Adam with Nesterov's momentum.
+
+    See `funcnet.optimizers.scale_by_nadam`.
 
     Args:
         lr: a number, a 0-d tensor, or a function of the number of updates so far.

@@ -30,7 +30,7 @@ def scale_by_radam(betas: tuple[Number, Number] = (0.9, 0.999), eps: Number = 1e
     """``m' r sqrt(1 - b2^t) / (sqrt(v) + eps)`` where ``rho > 5``, and before ``m'`` itself.
 
     The running means are Adam's, ``m' = m / (1 - b1^t)`` at the update number t. rho is about how
-    many gradients v is a mean of, and r corrects the variance of the step::
+    many gradients v is a mean of, and r corrects the variance of the step:
 
         rho = rho_inf - 2 t b2^t / (1 - b2^t)                  rho_inf = 2 / (1 - b2) - 1
         r^2 = (rho - 4) (rho - 2) rho_inf / ((rho_inf - 4) (rho_inf - 2) rho)
@@ -82,7 +82,8 @@ def radam(
 ) -> Optimizer:
     """Rectified Adam: momentum alone until v has seen enough gradients, then Adam.
 
-    ``p - lr m' r sqrt(1 - b2^t) / (sqrt(v) + eps)``, or ``p - lr m'``; see `scale_by_radam`.
+    ``p - lr m' r sqrt(1 - b2^t) / (sqrt(v) + eps)``, or ``p - lr m'``; see
+    `funcnet.optimizers.scale_by_radam`.
 
     Args:
         lr: a number, a 0-d tensor, or a function of the number of updates so far.

@@ -81,7 +81,9 @@ def rmsprop(
     *,
     maximize: bool = False,
 ) -> Optimizer:
-    """``p - lr g / (sqrt(v) + eps)`` with the running mean v of g^2; see `scale_by_rms`.
+    """``p - lr g / (sqrt(v) + eps)`` with the running mean v of g^2.
+
+    See `funcnet.optimizers.scale_by_rms`.
 
     Args:
         lr: a number, a 0-d tensor, or a function of the number of updates so far.

@@ -74,7 +74,9 @@ def rprop(
     *,
     maximize: bool = False,
 ) -> Optimizer:
-    """``p - s sign(g)`` with a step size s for each element; see `scale_by_rprop`.
+    """``p - s sign(g)`` with a step size s for each element.
+
+    See `funcnet.optimizers.scale_by_rprop`.
 
     For gradients of the whole data: those of small batches change their signs by chance.
 

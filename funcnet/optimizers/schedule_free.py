@@ -42,12 +42,13 @@ class ScheduleFreeState(NamedTuple):
 def average_schedule_free(
     lr: LearningRate, b1: Number = 0.9, weight_lr_power: Number = 2.0
 ) -> Optimizer:
-    """The second half of `schedule_free`: turns an update of z into one of the params y.
+    """The second half of `funcnet.schedule_free`: turns an update of z into one of the params y.
 
     Args:
-        lr, b1, weight_lr_power: as for `schedule_free`.
+        lr, b1, weight_lr_power: as for `funcnet.schedule_free`.
 
-    State: `ScheduleFreeState`; `fn.optimizers.eval_params` gives x.
+    State:
+        `ScheduleFreeState`; `funcnet.optimizers.eval_params` gives x.
 
     >>> optimizer = fn.chain(fn.sgd(1.0), average_schedule_free(1.0))
     >>> params = {"w": torch.ones(1)}
@@ -90,7 +91,7 @@ def schedule_free(
 
     There are three sequences of params: z, which the optimizer updates; x, a weighted mean of all
     z so far, to evaluate with; and y between the two, which are the params of the train state,
-    where gradients are taken. With the optimizer's update u::
+    where gradients are taken. With the optimizer's update u:
 
         z = z + u            y = (1 - b1) z + b1 x
         x = (1 - c) x + c z  c = w / (the sum of all w so far)    w = (greatest lr)^weight_lr_power
@@ -103,8 +104,9 @@ def schedule_free(
         b1: how near y is to x, a number in (0, 1].
         weight_lr_power: makes the first updates weigh less, where the rate is low.
 
-    State: the optimizer's, and a `ScheduleFreeState`. Evaluate with
-    ``fn.optimizers.eval_params(opt_state, params)``.
+    State:
+        the optimizer's, and a `funcnet.optimizers.ScheduleFreeState`. Evaluate with
+        ``fn.optimizers.eval_params(opt_state, params)``.
 
     Source: Defazio et al. 2024, *The road less scheduled*; ``optax.contrib.schedule_free``.
 

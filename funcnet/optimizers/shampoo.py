@@ -42,7 +42,7 @@ def scale_by_shampoo(
 ) -> Optimizer:
     """``L^(-1/4) G R^(-1/4)`` of a matrix G, with sums L of ``G G^T`` and R of ``G^T G``.
 
-    See `shampoo` for tensors of other shapes and for the options, which are the same.
+    See `funcnet.shampoo` for tensors of other shapes and for the options, which are the same.
 
     Source: Gupta, Koren and Singer 2018.
 

@@ -96,7 +96,7 @@ def lion(
 
     Args:
         lr: a number, a 0-d tensor, or a function of the number of updates so far.
-        betas: b1 and b2, in [0, 1); see `scale_by_lion`.
+        betas: b1 and b2, in [0, 1); see `funcnet.optimizers.scale_by_lion`.
         weight_decay: decoupled, as in the formula.
         maximize: ascends instead: negates the gradient before all else.
 

@@ -47,7 +47,7 @@ def scale_by_soap(
 ) -> Optimizer:
     """``Q_L u Q_R^T``, where u is Adam's direction of ``Q_L^T G Q_R``.
 
-    See `soap` for the bases Q and the options, which are the same.
+    See `funcnet.soap` for the bases Q and the options, which are the same.
 
     Source: Vyas et al. 2024.
 
@@ -155,8 +155,6 @@ def soap(
     maximize: bool = False,
 ) -> Optimizer:
     """``p - lr (Q_L u Q_R^T + weight_decay p)``: u is Adam's direction in Shampoo's eigenvectors.
-
-    ::
 
         g = Q_L^T G Q_R
         m = b1 m + (1 - b1) g

@@ -84,11 +84,13 @@ def refresh_hessian(opt_state: Tree, estimate: Params) -> Any:
     """The optimizer's state with ``h = b2 h + (1 - b2) estimate`` in its `SophiaState`.
 
     Args:
-        opt_state: the state of `sophia`, or of any optimizer that `scale_by_sophia` is a part of.
+        opt_state: the state of `funcnet.sophia`, or of any optimizer that `scale_by_sophia` is a
+            part of.
         estimate: of the Hessian's diagonal, a tree like the params, from `hutchinson`,
             `gauss_newton_bartlett`, or one's own function.
 
-    Raises: ValueError for a state that is not of Sophia, an estimate that is not like the params.
+    Raises:
+        ValueError: a state that is not of Sophia, an estimate that is not like the params.
 
     >>> params = {"w": torch.ones(1)}
     >>> state = refresh_hessian(sophia().init_state(params), {"w": torch.tensor([100.0])})
@@ -141,7 +143,9 @@ def hutchinson(
             ``lambda p, z: torch.func.jvp(gradient, (p,), (z,))[1]``.
         distance: d; by default the cube root of the dtype's rounding error, 0.005 for float32.
 
-    Returns: a tree like params, for `refresh_hessian`.
+    Returns:
+        a tree like params, for `refresh_hessian`.
+
     Source: Hutchinson 1989; Liu et al. 2023, algorithm 1.
 
     >>> params = {"w": torch.tensor([1.0, 2.0], dtype=torch.float64)}
@@ -177,7 +181,9 @@ def gauss_newton_bartlett(grads: Params, batch_size: int) -> Params:
             prediction, such as ``fn.random.categorical(key, logits)``, in place of the data's.
         batch_size: how many targets the mean is of.
 
-    Returns: a tree like params, for `refresh_hessian`.
+    Returns:
+        a tree like params, for `refresh_hessian`.
+
     Source: Liu et al. 2023, algorithm 2.
 
     >>> gauss_newton_bartlett({"w": torch.tensor([0.5])}, 8)
@@ -196,12 +202,15 @@ def sophia(
     *,
     maximize: bool = False,
 ) -> Optimizer:
-    """``p - lr (clip(m' / max(gamma h, eps)) + weight_decay p)``; see `scale_by_sophia`.
+    """``p - lr (clip(m' / max(gamma h, eps)) + weight_decay p)``.
+
+    See `funcnet.optimizers.scale_by_sophia`.
 
     h is a running mean of estimates of the Hessian's diagonal. An estimate is expensive, and made
     once in about ten steps, so it is no part of ``update``: a function of its own,
-    `refresh_hessian`, puts it into the state; without one, every step is a sign. A step of a loop
-    is then, with an estimate from `hutchinson` or `gauss_newton_bartlett`::
+    `funcnet.optimizers.refresh_hessian`, puts it into the state; without one, every step is a sign.
+    A step of a loop is then, with an estimate from `funcnet.optimizers.hutchinson` or
+    `funcnet.optimizers.gauss_newton_bartlett`:
 
         updates, after = optimizer.update(gradient(params), opt_state, params)
         if step % 10 == 0:

@@ -15,7 +15,7 @@ from funcnet.core import Optimizer, Tree
 from funcnet.optimizers.checks import Number, check_options, check_rate, is_on, read_option
 from funcnet.optimizers.leaves import at_least_float32, sum_into
 from funcnet.optimizers.lift import stateful, stateless, zero_step
-from funcnet.optimizers.masked import masked
+from funcnet.optimizers.parted import masked
 from funcnet.tree import Where
 
 LearningRate = Number | Callable[[Tensor], Number]
@@ -84,7 +84,8 @@ def scale_by_learning_rate(lr: LearningRate) -> Optimizer:
     Args:
         lr: a number >= 0, a 0-d tensor, or a function of the number of updates so far.
 
-    State: `ScheduleState` if ``lr`` is a function, else none.
+    State:
+        `ScheduleState` if ``lr`` is a function, else none.
 
     >>> halving = scale_by_learning_rate(lambda step: 0.5**step)
     >>> params = {"w": torch.ones(1)}

@@ -65,7 +65,7 @@ def lamb(
 
     Args:
         lr: a number, a 0-d tensor, or a function of the number of updates so far.
-        betas: the decays of the running means of g and g^2; see `scale_by_adam`.
+        betas: the decays of the running means of g and g^2; see `funcnet.optimizers.scale_by_adam`.
         eps: added to the root.
         weight_decay: as in the formula.
         maximize: ascends instead: negates the gradient before all else.

@@ -4,6 +4,7 @@
 broken, what it asks for, where, and by how much. They need nothing but torch and optree.
 """
 
+from funcnet import reference as _reference
 from funcnet.testing.layers import (
     check_layer as check_layer,
 )
@@ -13,3 +14,7 @@ from funcnet.testing.losses import (
 from funcnet.testing.optimizers import (
     check_optimizer as check_optimizer,
 )
+
+__docformat__ = "google"
+__doc__ = _reference.described(__name__, __doc__)
+__all__ = _reference.names(__name__)

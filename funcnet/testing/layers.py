@@ -348,7 +348,8 @@ def check_layer(
         jit: whether to compile it too, which takes seconds and a C++ compiler.
         rtol: the greatest relative error of the derivative in float64.
 
-    Raises: AssertionError, whose message names the layer, the mode, the law, and what differs.
+    Raises:
+        AssertionError: its message names the layer, the mode, the law, and what differs.
 
     The laws:
 

@@ -185,7 +185,8 @@ def check_loss(
         vmap: False for a loss that cannot.
         rtol: the greatest relative error of the derivative.
 
-    Raises: AssertionError, whose message names the law, and what differs.
+    Raises:
+        AssertionError: its message names the law, and what differs.
 
     The laws:
 

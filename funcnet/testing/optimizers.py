@@ -173,7 +173,8 @@ def check_optimizer(
         vmap: False for an optimizer that cannot.
         rtol: the greatest relative difference from the reference.
 
-    Raises: AssertionError, whose message names the law, and what differs.
+    Raises:
+        AssertionError: its message names the law, and what differs.
 
     The laws:
 

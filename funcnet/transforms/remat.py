@@ -40,8 +40,11 @@ def remat(layer: Layer, policy: Policy | None = None) -> Layer:
             params, or a function ``(path, layer) -> bool``. In a `serial` each run of layers
             between such ones is rematerialised as one.
 
-    VJP: that of the layer, run on the same arguments.
-    Raises: ValueError for a path that the layer does not have.
+    VJP:
+        that of the layer, run on the same arguments.
+    Raises:
+        ValueError: a path that the layer does not have.
+
     Source: Chen et al. 2016; ``torch.utils.checkpoint``; ``jax.checkpoint``.
 
     >>> import funcnet as fn

@@ -5,16 +5,12 @@ leaves. Functions here never change a tree, they return new ones. The *path* of 
 the keys of dicts, fields of NamedTuples and indices of tuples that lead to it.
 """
 
+from funcnet import reference as _reference
+from funcnet.tree import selection as _selection
 from funcnet.tree.comparison import (
     compare as compare,
 )
-from funcnet.tree.measures import (
-    bytes as bytes,
-    count as count,
-    global_norm as global_norm,
-    norms as norms,
-)
-from funcnet.tree.paths import (
+from funcnet.tree.dotted import (
     from_dotted as from_dotted,
     merge as merge,
     partition as partition,
@@ -22,8 +18,13 @@ from funcnet.tree.paths import (
     paths as paths,
     to_dotted as to_dotted,
 )
+from funcnet.tree.measures import (
+    bytes as bytes,
+    count as count,
+    global_norm as global_norm,
+    norms as norms,
+)
 from funcnet.tree.selection import (
-    Where as Where,
     chosen_leaves as chosen_leaves,
     leaf_at as leaf_at,
     named_paths as named_paths,
@@ -46,3 +47,11 @@ from funcnet.tree.trees import (
     placeholder as placeholder,
     to_meta as to_meta,
 )
+
+Where = _selection.Where
+"""Some leaves: dotted paths of leaves or of what is above them, in which ``*`` stands for any
+characters, dots too; or a function of the path."""
+
+__docformat__ = "google"
+__doc__ = _reference.described(__name__, __doc__)
+__all__ = _reference.names(__name__)

@@ -5,7 +5,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from funcnet.tree.paths import to_dotted
+from funcnet.tree.dotted import to_dotted
 from funcnet.tree.structure import check_same_structure
 from funcnet.tree.trees import describe
 

@@ -7,12 +7,14 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from funcnet.tree.paths import to_dotted
+from funcnet.tree.dotted import to_dotted
 from funcnet.tree.trees import leaves
 
 
 def count(tree: Any) -> int:
-    """How many numbers the tensors of a tree have together; under `vmap`, those of one member.
+    """How many numbers the tensors of a tree have together.
+
+    Under `funcnet.vmap`, those of one member.
 
     >>> params, _ = fn.linear(25).init(fn.key(0), torch.ones(100, 2))
     >>> count(params)

@@ -8,7 +8,7 @@ import optree
 from torch import Tensor
 
 from funcnet.errors import located, require
-from funcnet.tree.paths import from_dotted, paths, to_dotted
+from funcnet.tree.dotted import from_dotted, paths, to_dotted
 from funcnet.tree.trees import describe, leaves
 
 Where = str | Collection[str] | Callable[[str], bool]

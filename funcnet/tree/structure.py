@@ -7,7 +7,7 @@ import optree
 import torch
 from torch import Tensor
 
-from funcnet.tree.paths import path_string
+from funcnet.tree.dotted import path_string
 from funcnet.tree.trees import describe
 
 _shape = attrgetter("shape")

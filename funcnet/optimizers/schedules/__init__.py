@@ -2,9 +2,9 @@
 
 A schedule takes the number of steps so far, an int or a 0-d tensor, and gives a 0-d float64 tensor.
 An optimizer takes one as its learning rate, and any function of the step is one too. It has no
-state, never waits for a device, and under `jit` no step compiles anything anew. Options that are
-numbers may be 0-d tensors, such as a peak that is swept by `vmap`. A tensor of several steps gives
-the values at all of them, such as a curve to plot.
+state, never waits for a device, and under `funcnet.jit` no step compiles anything anew. Options
+that are numbers may be 0-d tensors, such as a peak that is swept by `funcnet.vmap`. A tensor of
+several steps gives the values at all of them, such as a curve to plot.
 
 Those that torch.optim.lr_scheduler has take its options and give its numbers; the first argument
 is the learning rate that torch's scheduler finds in the optimizer. The others are optax's.
@@ -34,6 +34,8 @@ ReduceLROnPlateau           `reduce_on_plateau`
 tensor([1.0000, 1.0000, 0.1000, 0.1000, 0.0100], dtype=torch.float64)
 """
 
+from funcnet import reference as _reference
+from funcnet.optimizers.schedules import lift as _lift
 from funcnet.optimizers.schedules.annealing import (
     constant as constant,
     cosine as cosine,
@@ -59,9 +61,6 @@ from funcnet.optimizers.schedules.cycles import (
     one_cycle as one_cycle,
     one_cycle_momentum as one_cycle_momentum,
 )
-from funcnet.optimizers.schedules.lift import (
-    Schedule as Schedule,
-)
 from funcnet.optimizers.schedules.plateau import (
     Plateau as Plateau,
     PlateauState as PlateauState,
@@ -75,3 +74,10 @@ from funcnet.optimizers.schedules.warmup import (
     warmup_exponential as warmup_exponential,
     warmup_stable_decay as warmup_stable_decay,
 )
+
+Schedule = _lift.Schedule
+"""A function of the number of steps so far, an int or a 0-d tensor, that gives a 0-d tensor."""
+
+__docformat__ = "google"
+__doc__ = _reference.described(__name__, __doc__)
+__all__ = _reference.names(__name__)

@@ -50,8 +50,8 @@ def reduce_on_plateau(
 
     After more than ``patience`` updates in a row without an improvement ``lr`` becomes
     ``max(factor lr, min_lr)``. It is no schedule, as it is not a function of the step alone, but a
-    pure function of its state and the metric, that reads neither: it works under `jit`, `scan` and
-    `vmap`.
+    pure function of its state and the metric, that reads neither: it works under `funcnet.jit`,
+    `funcnet.scan` and `funcnet.vmap`.
 
     Args:
         lr: the first rate; with 1.0, ``state.lr`` is a factor for a rate that is scheduled.
@@ -65,8 +65,9 @@ def reduce_on_plateau(
         min_lr: the least rate.
         eps: a fall by no more than this is left out.
 
-    Returns: ``Plateau(init, update)``: ``init(device=None) -> PlateauState`` and
-    ``update(state, metric) -> PlateauState``, with a number or a 0-d tensor as the metric.
+    Returns:
+        ``Plateau(init, update)``: ``init(device=None) -> PlateauState`` and
+        ``update(state, metric) -> PlateauState``, with a number or a 0-d tensor as the metric.
 
     Source: ``torch.optim.lr_scheduler.ReduceLROnPlateau``.
 

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from funcnet import runtime, tree
 from funcnet.core import Grads, Layer, Params, Pullback, Tree, map_layers, pull, wrap
-from funcnet.summary.table import Row, Summary
+from funcnet.summaries.table import Row, Summary
 
 Name = tuple[str, str]
 """The path of a layer and what it is called: a `residual` has the path of the layer in it."""

@@ -19,11 +19,14 @@ def masked(optimizer: Optimizer, where: Where, *, name: str = "masked") -> Optim
     Args:
         optimizer: of the chosen leaves; it does not see the others.
         where: chooses the leaves: a function of the dotted path, or the path of a leaf or of a
-            layer, or several, as for `freeze`.
+            layer, or several, as for `funcnet.freeze`.
         name: what errors and a chain's state call it.
 
-    State: that of the optimizer, for those leaves.
-    Raises: ValueError if no leaf is chosen, or a path is of none.
+    State:
+        that of the optimizer, for those leaves.
+    Raises:
+        ValueError: no leaf is chosen, or a path is of none.
+
     Source: ``optax.masked``.
 
     >>> no_bias = masked(fn.optimizers.add_decayed_weights(0.1), lambda path: "bias" not in path)
@@ -54,11 +57,15 @@ def partition(optimizers: Mapping[str, Optimizer], rules: Mapping[str, Where]) -
     Args:
         optimizers: by label.
         rules: for each label which leaves it has: a function of the dotted path, or the path of a
-            leaf or of a layer, or several, as for `freeze`. Each leaf must match exactly one rule.
+            leaf or of a layer, or several, as for `funcnet.freeze`. Each leaf must match exactly
+            one rule.
 
-    State: ``{label: state of the optimizer}``, without those that have none.
-    Raises: ValueError for a leaf that no rule or two rules match, a path that is of no leaf, and
-    labels without an optimizer or a rule.
+    State:
+        ``{label: state of the optimizer}``, without those that have none.
+    Raises:
+        ValueError: a leaf that no rule or two rules match, a path that is of no leaf, and
+            labels without an optimizer or a rule.
+
     Source: ``optax.partition``; the parameter groups of torch.optim.
 
     >>> def in_head(path): return path.startswith("head")

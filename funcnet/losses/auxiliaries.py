@@ -28,15 +28,18 @@ def auxiliary_rule(
 def auxiliary(loss: Loss, weights: Mapping[str, float]) -> Loss:
     """``loss(output, target) + sum of weight scalar`` for a prediction (output, scalars).
 
-    It trains what a layer computes beside its output, such as the balance of `experts`.
+    It trains what a layer computes beside its output, such as the balance of `funcnet.experts`.
 
     Args:
         loss: of the output; its value is a scalar.
         weights: of the scalars by name. Those that have none are not added.
 
-    Inputs: prediction, a tuple of the output and a dict of scalars; target, the loss's.
-    VJP: ``doutput`` is the loss's, ``dscalar = dvalue weight``.
-    Raises: ValueError for a prediction without a scalar of a name.
+    Inputs:
+        prediction, a tuple of the output and a dict of scalars; target, the loss's.
+    VJP:
+        ``doutput`` is the loss's, ``dscalar = dvalue weight``.
+    Raises:
+        ValueError: a prediction without a scalar of a name.
 
     >>> import funcnet as fn
     >>> balanced = auxiliary(fn.mse(), {"balance": 0.1})

@@ -12,9 +12,9 @@ from torch import Tensor
 from funcnet import checkpoint as checkpoints, tree
 from funcnet.core import TrainState, Tree
 from funcnet.data import on_device_of
-from funcnet.early_stopping import EarlyStopping
 from funcnet.errors import check_count, require
 from funcnet.fit_parts import Bar, History, Interrupt, Writer
+from funcnet.stopping import EarlyStopping
 
 Step = Callable[[TrainState, Any], tuple[TrainState, dict[str, Tensor]]]
 Logs = Mapping[str, Tensor]
@@ -53,15 +53,15 @@ def fit(
             the device of the params.
         epochs: how often to go over the batches, from here on.
         steps: how many steps to take from here on, in place of ``epochs``.
-        validation: ``train_state -> values``, as `fn.evaluate` makes it.
+        validation: ``train_state -> values``, as `funcnet.evaluate` makes it.
         validate_every: the steps between validations; by default they are at the end of each epoch.
             One more is at the end of the run.
         callbacks: functions ``(train_state, logs)``, called after each step with its metrics, and
             after each validation with its values, whose names begin with "val_". One that returns
             True or "stop" ends the run. Reading a value waits for the device. With a step that
             donates, the state is theirs until the next step only.
-        early_stopping: from the name of a value, such as "val_loss", to `fn.early_stopping`.
-        checkpoint: a folder for checkpoints of this run; see `fn.checkpoint.save_step`.
+        early_stopping: from the name of a value, such as "val_loss", to `funcnet.early_stopping`.
+        checkpoint: a folder for checkpoints of this run; see `funcnet.checkpoint.save_step`.
         every: the steps between checkpoints; by default they are at the end of each epoch. One
             more is at the end of the run. Those right after a validation have, as their score, the
             value that is first in ``early_stopping``, or "val_loss". Where one cannot be written,

@@ -30,23 +30,23 @@ def evaluate(
     """The evaluation ``evaluation(train_state) -> {"loss": ..., name: ...}``.
 
     The model is applied with ``train=False``. The values are those of all examples at once, also
-    where the last batch is short: metrics of `fn.metrics` add up their counts, and the values of
-    losses and functions are weighted by the number of examples of their batch, the extent of the
+    where the last batch is short: metrics of `funcnet.metrics` add up their counts, and the values
+    of losses and functions are weighted by the number of examples of their batch, the extent of the
     first dimension of x. That is exact for what is a mean over the examples of a batch. It is not
-    for a loss that divides by something else, as with class weights or ``ignore_index``, unless
-    all is in one batch; and of ``reduction="sum"`` it is the mean of the batches' sums. Losses with
+    for a loss that divides by something else, as with class weights or ``ignore_index``, unless all
+    is in one batch; and of ``reduction="sum"`` it is the mean of the batches' sums. Losses with
     ``reduction="none"`` are the mean over all their elements, those that are ignored as well.
-    `fn.metrics.perplexity` has ``ignore_index``.
+    `funcnet.metrics.perplexity` has ``ignore_index``.
 
     Args:
         model, loss: as for `train_step`.
-        metrics: metrics of `fn.metrics`, losses, or functions ``(prediction, target) -> tensor``,
-            by name; None for the loss alone.
+        metrics: metrics of `funcnet.metrics`, losses, or functions
+            ``(prediction, target) -> tensor``, by name; None for the loss alone.
         batches: pairs ``(x, target)`` of tensors or numpy arrays: a list, a ``DataLoader``, or
             anything else that can be gone over again and again. They are moved to the device of
             the params.
         averaged: whether to evaluate the params that the optimizer keeps for it, such as those of
-            ``params_ema``; see `fn.optimizers.eval_params`.
+            ``params_ema``; see `funcnet.optimizers.eval_params`.
         jit: whether to compile what is done for a batch, once for each size of batch.
 
     Returns:

@@ -36,14 +36,16 @@ def early_stopping(patience: int = 3, min_delta: float = 0.0, mode: str = "min")
     A value is better if it is below ``best - min_delta``, with ``mode="max"`` above
     ``best + min_delta``; NaN never is. ``state.stop`` becomes true when ``patience`` values in a
     row were not better, and stays so. Nothing waits for a device: it works under `jit`,
-    `vmap` and `scan`, and `fn.fit` takes it.
+    `vmap` and `scan`, and `funcnet.fit` takes it.
 
     Args:
         patience: an integer >= 1.
         min_delta: a number >= 0.
         mode: "min" or "max".
 
-    State: `EarlyStoppingState`.
+    State:
+        ``EarlyStoppingState``.
+
     Source: ``keras.callbacks.EarlyStopping``, Lightning's ``EarlyStopping``; Prechelt 1998.
 
     >>> stopping = early_stopping(patience=2)
@@ -97,7 +99,8 @@ def best_so_far(mode: str = "min") -> BestSoFar:
     Args:
         mode: "min" or "max"; NaN is never better.
 
-    State: `Best`, whose tree is the first one until a value comes.
+    State:
+        ``Best``, whose tree is the first one until a value comes.
 
     >>> keeping = best_so_far()
     >>> best = keeping.init({"w": torch.zeros(1)})

@@ -40,7 +40,9 @@ def save_step(
     Returns:
         The path of the checkpoint, for `load`.
 
-    Raises: as `save`; ValueError if there is a checkpoint of a later step, which is another run's.
+    Raises:
+        as `save`.
+        ValueError: there is a checkpoint of a later step, which is another run's.
 
     >>> import tempfile
     >>> with tempfile.TemporaryDirectory() as folder:
