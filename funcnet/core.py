@@ -88,8 +88,8 @@ class Layer(Constructed, _Triple):
     """``vjp(params, x, state={}, *, key=None, train=True) -> (y, pullback, state)``."""
 
     forward: Callable[..., tuple[Tree, Pullback, Params]]
-    """``vjp`` with all arguments by position, and a pullback that checks no dy: what combinators call.
-    `stateful` gives it; default ``vjp`` itself."""
+    """``vjp`` with all arguments by position, and a pullback that checks no dy: what combinators
+    call. `stateful` gives it; default ``vjp`` itself."""
 
     name: str
     """What errors and summaries call the layer; default the name of its constructor."""
