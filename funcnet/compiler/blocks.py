@@ -20,12 +20,12 @@ from funcnet.compiler.nodes import (
     break_before,
     contiguous_copy,
     graph_break,
+    has_effect,
     is_called,
     is_dense,
     is_free,
     memory_order,
     primitive_of,
-    prints,
     takes_order,
     through_barriers,
     unread,
@@ -91,7 +91,7 @@ def blocks(recorded: Recorded, for_one: bool) -> Block:
         elif (part := break_before(node)) in PARTS:
             _given(step_of[node.args[0]], part)[node.args[1]] = node
             home[node] = home[node.args[0]]
-        elif prints(node):
+        elif has_effect(node):
             # In each iteration, also of what was there before the loop.
             home[node] = stack[-1][0]
             operators[home[node]].append(node)

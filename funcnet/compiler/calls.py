@@ -18,7 +18,7 @@ import torch
 from torch import Tensor, fx
 
 from funcnet.compiler.errors import say_once
-from funcnet.compiler.loops import PRINTS
+from funcnet.compiler.loops import CHECKS, EFFECTS, PRINTS
 from funcnet.compiler.primitives import Operand, Primitive
 from funcnet.compiler.user_code import Line, line_of
 
@@ -81,11 +81,19 @@ def _no_text(*_: Any) -> str:
     raise AssertionError("the plan numbers calls, and writes them")
 
 
-def call_text(number: int, operands: Sequence[Operand], results: dict[int, Operand]) -> str:
+def call_text(
+    number: int, name: str, operands: Sequence[Operand], results: dict[int, Operand]
+) -> str:
     """The C++ statement for the call of this number."""
     places = [*operands, *[results[index] for index in sorted(results)]]
     addresses = ", ".join([f"(const char*)({place.address})" for place in places])
-    return f"funcnet::call(callback, {number}, {{{addresses}}});"
+    call = f"funcnet::call(callback, {number}, {{{addresses}}});"
+    if name == CHECKS and operands[0].value.is_contiguous():
+        # Torch says what it means that a matrix had no factors; mostly, they all have.
+        return (
+            f"if (funcnet::any((const char*)({operands[0].address}), {operands[0].numel})) {call}"
+        )
+    return call
 
 
 class CallSite(NamedTuple):
@@ -117,7 +125,7 @@ def say_if_often(name: str, sites: Sequence[CallSite]) -> None:
     """Warn of operators that a run of a program calls so often that it is slow."""
     for site in sites:
         name_of_operator = site.step.primitive.operator
-        if site.times >= _OFTEN and name_of_operator != PRINTS:
+        if site.times >= _OFTEN and name_of_operator not in EFFECTS:
             where = f" for {site.line}" if site.line else ""
             say_once(
                 f"{name}: a run calls {name_of_operator} {site.times} times{where}",
@@ -149,6 +157,8 @@ class Calls:
         """What is called, how often and, after a run of the program, how long a call took."""
         lines = []
         for site, run in zip(self._sites, self._runs, strict=True):
+            if site.step.primitive.operator == CHECKS:
+                continue
             often = "once" if site.times == 1 else f"{site.times} times"
             took = f", {run.seconds / run.count * 1e6:.1f} us each" if run.count else ""
             where = f", for {site.line}" if site.line else ""

@@ -27,7 +27,13 @@ CONTROL = (*PARTS, "funcnet::barrier")
 """The names of all these operators."""
 
 PRINTS = "funcnet::debug_print"
-"""The name of the operator that a program is to call although nothing reads what it gives."""
+"""The name of the operator that prints."""
+
+CHECKS = "aten::_linalg_check_errors"
+"""The name of the operator that raises where a matrix had no factors."""
+
+EFFECTS = (PRINTS, CHECKS)
+"""The names of the operators that a program is to call although nothing reads what they give."""
 
 
 @dataclass(eq=False)

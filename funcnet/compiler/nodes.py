@@ -12,7 +12,7 @@ from torch import Tensor, fx
 
 from funcnet import tree
 from funcnet.compiler.calls import called
-from funcnet.compiler.loops import CONTROL, PRINTS
+from funcnet.compiler.loops import CONTROL, EFFECTS
 from funcnet.compiler.primitives import PRIMITIVES, Primitive
 from funcnet.compiler.specs import spec_of
 
@@ -90,7 +90,7 @@ def is_called(node: Node) -> bool:
     if _CALLED not in node.meta:
         node.meta[_CALLED] = False
         is_operator = isinstance(node.target, torch._ops.OpOverload)
-        if is_operator and (prints(node) or _is_of_complex_numbers(node)):
+        if is_operator and (has_effect(node) or _is_of_complex_numbers(node)):
             mark_called(node)
     return bool(node.meta[_CALLED])
 
@@ -98,9 +98,9 @@ def is_called(node: Node) -> bool:
 _CALLED = "funcnet_called"
 
 
-def prints(node: Node) -> bool:
-    """Whether a node prints, so that it is called although it gives nothing."""
-    return isinstance(node.target, torch._ops.OpOverload) and node.target._schema.name == PRINTS
+def has_effect(node: Node) -> bool:
+    """Whether a node prints or raises, so that it is called although it gives nothing."""
+    return isinstance(node.target, torch._ops.OpOverload) and node.target._schema.name in EFFECTS
 
 
 def _is_of_complex_numbers(node: Node) -> bool:

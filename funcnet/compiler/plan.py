@@ -175,7 +175,8 @@ class Plan:
             for index, node in item.results.items()
         }
         if item.is_called:
-            text, header = call_text(self.calls.index(item.node), operands, results), CALLS
+            number, operator = self.calls.index(item.node), item.primitive.operator
+            text, header = call_text(number, operator, operands, results), CALLS
         else:
             try:
                 text = item.primitive.call(operands, results, item.options)

@@ -18,7 +18,7 @@ from torch.fx.experimental.proxy_tensor import make_fx
 from funcnet.compiler.guards import LayoutReads, PurityGuard
 from funcnet.compiler.indexing import tensors_as_positions
 from funcnet.compiler.layout import channels_last
-from funcnet.compiler.loops import CONTROL, PRINTS, Control, recording
+from funcnet.compiler.loops import CONTROL, EFFECTS, Control, recording
 from funcnet.compiler.nodes import (
     Graph,
     Node,
@@ -296,11 +296,11 @@ _IN_PLACE_NAMES = {
 
 
 def _drop_unused(graph: Graph) -> None:
-    """Remove what no output needs; a loop goes as a whole, unless it prints."""
+    """Remove what no output needs; a loop goes as a whole, unless it prints or may raise."""
     dead: set[int] = set()
-    printing = _loops_that_print(graph)
+    acting = _loops_with_effects(graph)
     while True:
-        graph.eliminate_dead_code(functools.partial(_is_kept, dead, printing))
+        graph.eliminate_dead_code(functools.partial(_is_kept, dead, acting))
         ends = _loops_at(graph, "funcnet::end")
         begins = _loops_at(graph, "funcnet::begin")
         if begins <= ends:
@@ -312,8 +312,8 @@ def _loops_at(graph: Graph, operator: str) -> set[int]:
     return {node.args[1] for node in graph.nodes if graph_break(node) == operator}
 
 
-def _loops_that_print(graph: Graph) -> set[int]:
-    """The loops in which something is printed."""
+def _loops_with_effects(graph: Graph) -> set[int]:
+    """The loops in which something is printed, or may be raised."""
     found: set[int] = set()
     around: list[int] = []
     for node in graph.nodes:
@@ -322,16 +322,16 @@ def _loops_that_print(graph: Graph) -> set[int]:
                 around.append(node.args[1])
             case "funcnet::end":
                 around.pop()
-            case name if name == PRINTS:
+            case name if name in EFFECTS:
                 found.update(around)
     return found
 
 
-def _is_kept(dead: set[int], printing: set[int], node: Node) -> bool:
+def _is_kept(dead: set[int], acting: set[int], node: Node) -> bool:
     """Whether a node that nothing reads is kept: the start of a loop is, until its end is gone."""
     operator = graph_break(node)
     if operator in ("funcnet::begin", "funcnet::next"):
         return node.args[1] not in dead
-    if operator == "funcnet::end" and node.args[1] in printing:
+    if operator == "funcnet::end" and node.args[1] in acting:
         return True
-    return operator == PRINTS or node.op in ("placeholder", "output")
+    return operator in EFFECTS or node.op in ("placeholder", "output")

@@ -27,6 +27,7 @@ HEADS = fn.random.normal(fn.key(4), (3, 2, 5, 4, 8)).transpose(2, 3).unbind()
 ROWS, WEIGHTS = fn.random.normal(fn.key(5), (5, 6)), fn.random.normal(fn.key(6), (4, 6))
 PLACES = torch.tensor([[3], [0], [3], [1]]).repeat(1, 6)
 ATTENDED = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(*HEADS, **CAUSAL)
+SQUARE = X[0] + 4 * torch.eye(6)
 # Tensors and options for each operator.
 CASES = {
     "funcnet::threefry": ((KEY,), {"start": 3, "n": 40}),
@@ -65,6 +66,27 @@ CASES = {
     "aten::_cdist_forward": ((ROWS, WEIGHTS), {"p": 1.0, "compute_mode": None}),
     "aten::_pdist_forward": ((ROWS,), {"p": 3.0}),
     "aten::histc": ((X,), {"bins": 5, "min": -1.0, "max": 2.0}),
+    "aten::addbmm": ((X[0, 0], X[1], X[0]), {}),
+    "aten::_linalg_solve_ex": ((SQUARE, X[1]), {"left": True, "check_errors": False}),
+    "aten::linalg_inv_ex": ((SQUARE,), {"check_errors": False}),
+    "aten::linalg_lu_factor_ex": ((SQUARE,), {"pivot": True, "check_errors": False}),
+    "aten::linalg_lu": ((SQUARE,), {"pivot": True}),
+    "aten::linalg_lu_solve": (
+        (*torch.linalg.lu_factor(SQUARE), X[1]),
+        {"left": True, "adjoint": False},
+    ),
+    "aten::_linalg_det": ((SQUARE,), {}),
+    "aten::_linalg_slogdet": ((SQUARE,), {}),
+    "aten::linalg_cholesky_ex": ((SQUARE @ SQUARE.mT,), {"upper": False, "check_errors": False}),
+    "aten::cholesky_solve": ((X[1], SQUARE), {"upper": False}),
+    "aten::linalg_solve_triangular": (
+        (SQUARE, X[1]),
+        {"upper": True, "left": True, "unitriangular": False},
+    ),
+    "aten::triangular_solve": (
+        (X[1], SQUARE),
+        {"upper": True, "transpose": False, "unitriangular": False},
+    ),
 }
 
 
