@@ -18,6 +18,7 @@ one compiled function where that goes, because compiling takes longest.
 """
 
 import argparse
+import contextlib
 import hashlib
 import itertools
 import multiprocessing
@@ -243,14 +244,18 @@ def _together(ready: Sequence[tuple[Case, _Prepared]]) -> Iterator[tuple[Case, F
         yield case, _judged(case, prepared, result, lowered)
 
 
-def _work(receive: Any, send: Any) -> None:
+def _work(receive: Any, send: Any, others: Sequence[Any]) -> None:
     """A child process: takes batches and sends outcomes, one by one, and None after each batch."""
+    # Without its copies of the parent's ends it finds out when the parent is gone.
+    for end in others:
+        end.close()
     warnings.simplefilter("ignore")
     torch.set_num_threads(1)
-    while (batch := receive.recv()) is not None:
-        for outcome in outcomes(batch):
-            send.send(outcome)
-        send.send(None)
+    with contextlib.suppress(EOFError, BrokenPipeError):
+        while True:
+            for outcome in outcomes(receive.recv()):
+                send.send(outcome)
+            send.send(None)
 
 
 class _Child:
@@ -292,7 +297,9 @@ class _Child:
         context = multiprocessing.get_context("fork")
         receive, self._to = context.Pipe(duplex=False)
         self._from, send = context.Pipe(duplex=False)
-        self._process = context.Process(target=_work, args=(receive, send), daemon=True)
+        self._process = context.Process(
+            target=_work, args=(receive, send, (self._to, self._from)), daemon=True
+        )
         self._process.start()
         receive.close()
         send.close()
@@ -336,7 +343,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--samples", type=int, default=1, help="samples of each operator and dtype")
     parser.add_argument("--slice", metavar="K/N", help="every Nth operator, from the Kth")
     parser.add_argument("--seconds", type=float, help="begin no operator after so long")
-    parser.add_argument("--patience", type=float, default=180.0, help="seconds for one operator")
+    parser.add_argument("--patience", type=float, default=600.0, help="seconds for one operator")
     parser.add_argument("--together", type=int, default=8, help="operators in one function")
     parser.add_argument("--quiet", action="store_true", help="print no line for what passes")
     options = parser.parse_args(arguments)

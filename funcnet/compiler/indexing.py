@@ -9,6 +9,7 @@ elements: to write to it in place, which would write to x, is refused.
 import functools
 import operator
 import threading
+import weakref
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any, NamedTuple
@@ -27,16 +28,16 @@ _POSITIONS = (torch.int64, torch.int32, torch.int16, torch.int8)
 
 
 class _Copies(threading.local):
-    """What ``x[i]`` gave while a function is recorded.
+    """What ``x[i]`` gave in the functions that are at work.
 
     Attributes:
-        results: the tensors, by their ids; None where nothing is recorded.
-        storages: their memory, by its address.
+        results: the tensors, by their ids; None where tensors are no positions.
+        storages: their memory, by its address, while a function is recorded.
         making: whether the next ``aten::index`` is one.
         written: the line of the user's on which the last operator wrote to one.
     """
 
-    results: dict[int, Tensor] | None = None
+    results: weakref.WeakValueDictionary[int, Tensor] | None = None
     storages: dict[int, Any] | None = None
     making = False
     written: Any = None
@@ -46,12 +47,18 @@ _copies = _Copies()
 
 
 @contextmanager
-def tensors_as_positions() -> Iterator[None]:
-    """Let 0-d integer tensors be indices, whose values are not read."""
+def tensors_as_positions(*, of_members: bool = False) -> Iterator[None]:
+    """Let 0-d integer tensors be indices, whose values are not read.
+
+    Args:
+        of_members: only those that differ among the members of ``torch.vmap``, which does not take
+            them; of others PyTorch reads the value.
+    """
     before = _copies.results, _copies.storages
-    _copies.results, _copies.storages = {}, {}
+    _copies.results = weakref.WeakValueDictionary()
+    _copies.storages = None if of_members else {}
     try:
-        with Positions(_is_position):
+        with _Positions(_is_batched_position if of_members else _is_position):
             yield
             _check_written_back()
     finally:
@@ -77,7 +84,7 @@ def _check_written_back(value: Any = None) -> None:
 
     Without that the write would not reach x.
     """
-    if _copies.written is not None and (_copies.results or {}).get(id(value)) is None:
+    if _copies.written is not None and not _is_copy(value):
         line, _copies.written = _copies.written, None
         raise ValueError(
             "jit: the function writes in place to x[i], where i is a tensor: in a program that is "
@@ -87,7 +94,11 @@ def _check_written_back(value: Any = None) -> None:
     _copies.written = None
 
 
-class Positions(TorchFunctionMode):
+def _is_copy(value: Any) -> bool:
+    return _copies.results is not None and _copies.results.get(id(value)) is not None
+
+
+class _Positions(TorchFunctionMode):
     """Finds the indices that are positions, in the functions that take an index as an int."""
 
     def __init__(self, is_position: Callable[[Any], bool]) -> None:
@@ -104,7 +115,26 @@ class Positions(TorchFunctionMode):
                 if result is not None and _copies.results is not None:
                     _copies.results[id(result)] = result
                 return result
-        return func(*args, **(kwargs or {}))
+        result = func(*args, **(kwargs or {}))
+        if _copies.storages is None and args and _is_copy(args[0]) and _writes(func):
+            _copies.written = calling_line() or ""
+        return result
+
+
+def _writes(func: Any) -> bool:
+    """Whether a function writes to its first argument, by its name: ``add_``, ``__iadd__``."""
+    name = func.__name__
+    in_place = name.endswith("_") and not name.endswith("__")
+    return in_place or func is Tensor.__setitem__ or name in _AUGMENTED
+
+
+_AUGMENTED = {
+    f"__i{name}__"
+    for name in (
+        *("add", "sub", "mul", "truediv", "floordiv", "mod", "pow"),
+        *("and", "or", "xor", "lshift", "rshift"),
+    )
+}
 
 
 def _is_position(index: Any) -> bool:
@@ -114,7 +144,7 @@ def _is_position(index: Any) -> bool:
     return is_traced(index) and isinstance(index, int) and not isinstance(index, bool)
 
 
-def is_batched_position(index: Any) -> bool:
+def _is_batched_position(index: Any) -> bool:
     """Whether an index is a position that differs among the members of a map."""
     return _is_position(index) and torch._C._functorch.is_batchedtensor(index)
 

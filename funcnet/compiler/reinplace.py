@@ -12,6 +12,8 @@ from torch import Tensor
 
 from funcnet.compiler.nodes import Graph, Node, aten, value_of
 
+_MASKS = (torch.bool, torch.uint8)
+
 
 def write_in_place(graph: Graph, source: Node, result: Node) -> bool:
     """Make a result in the memory of an input; whether that can be done.
@@ -29,7 +31,7 @@ def write_in_place(graph: Graph, source: Node, result: Node) -> bool:
     for write in writes:
         _, indices, values, *_ = write.args
         given = [each for each in indices if each is not None]
-        if any([value_of(each).dtype in (torch.bool, torch.uint8) for each in given]):
+        if any([value_of(each).dtype in _MASKS for each in given]):
             return False
         # Inductor reads values before it writes, if they are no view of what is written; not so
         # the indices.
@@ -43,7 +45,7 @@ def write_in_place(graph: Graph, source: Node, result: Node) -> bool:
     for write in reversed(writes):
         if not write.users:
             graph.erase_node(write)
-    graph.eliminate_dead_code(lambda node: node.op == "output" or _mutates(node))
+    graph.eliminate_dead_code()
     return True
 
 
@@ -114,10 +116,3 @@ def _needs(nodes: list[Node], source: Node) -> Iterator[bool]:
             seen.add(node)
             yield node is source
             left += node.all_input_nodes
-
-
-def _mutates(node: Node) -> bool:
-    target = node.target
-    return node.op == "placeholder" or (
-        isinstance(target, torch._ops.OpOverload) and target._schema.is_mutable
-    )
