@@ -5,7 +5,6 @@ import functools
 import linecache
 import os
 import sys
-import sysconfig
 from pathlib import Path
 from types import FrameType
 from typing import Any, NamedTuple
@@ -20,9 +19,11 @@ _FOLDERS = (
     *(Path(str(each.__file__)).parent for each in (torch, optree)),
 )
 _LIBRARIES = tuple([os.path.join(folder, "") for folder in _FOLDERS])
-_STANDARD = os.path.join(sysconfig.get_path("stdlib"), "")
-# These lie in the folder of the standard library.
-_PACKAGES = tuple([os.path.join(sysconfig.get_path(name), "") for name in ("purelib", "platlib")])
+_STANDARD = os.path.join(os.path.dirname(os.__file__), "")
+# What is installed lies in a folder within that of the standard library.
+_INSTALLED = tuple(
+    [os.path.join(_STANDARD, name, "") for name in ("site-packages", "dist-packages")]
+)
 
 
 class Line(NamedTuple):
@@ -51,7 +52,7 @@ def is_users(file: str) -> bool:
     """Whether a file is neither torch's, nor funcnet's, nor of Python's standard library."""
     if is_library(file) or file.startswith("<frozen"):
         return False
-    return file.startswith(_PACKAGES) or not file.startswith(_STANDARD)
+    return file.startswith(_INSTALLED) or not file.startswith(_STANDARD)
 
 
 def is_users_frame(frame: FrameType) -> bool:
