@@ -11,6 +11,13 @@
 
 #include "headers/failure.h"
 
+// Loops are vectorized by hand or by Inductor, but for those of functions with this.
+#if defined(__GNUC__) && !defined(__clang__)
+#define FUNCNET_VECTORS __attribute__((optimize("tree-loop-vectorize")))
+#else
+#define FUNCNET_VECTORS
+#endif
+
 namespace funcnet {
 
 // To start threads for fewer numbers than this takes longer than the work.

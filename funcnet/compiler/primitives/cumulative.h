@@ -65,7 +65,7 @@ struct LogSumExp {
 // Of WIDTH neighbours that begin STEP apart, along N that lie STRIDE apart.
 template <typename Operation, typename From, typename To, int64_t WIDTH, int64_t STEP, int64_t N,
           int64_t STRIDE>
-inline void accumulate(const From* x, To* y) {
+FUNCNET_VECTORS inline void accumulate(const From* x, To* y) {
   using A = Accumulator<To>;
   A total[WIDTH];
   for (int64_t j = 0; j < WIDTH; ++j) {
@@ -112,18 +112,18 @@ __attribute__((noinline)) void cumulative(const From* x, To* y) {
 }
 
 // Of WIDTH neighbours: the last of the greatest elements so far, or of NaN; or of the least ones.
-template <typename T, bool GREATEST, int64_t WIDTH, int64_t STEP, int64_t N, int64_t STRIDE>
-inline void find_extremes(const T* x, T* values, int64_t* indices) {
+template <typename T, bool GREATEST, int64_t WIDTH, int64_t N, int64_t STRIDE>
+FUNCNET_VECTORS inline void find_extremes(const T* x, T* values, int64_t* indices) {
   T found[WIDTH];
   int64_t where[WIDTH];
   for (int64_t j = 0; j < WIDTH; ++j) {
-    found[j] = x[j * STEP];
+    found[j] = x[j];
     where[j] = 0;
   }
   for (int64_t i = 0; i < N; ++i, x += STRIDE) {
 #pragma omp simd
     for (int64_t j = 0; j < WIDTH; ++j) {
-      const T value = x[j * STEP];
+      const T value = x[j];
       const bool better = (GREATEST ? value >= found[j] : value <= found[j]) || value != value;
       found[j] = better ? value : found[j];
       where[j] = better ? i : where[j];
@@ -131,14 +131,33 @@ inline void find_extremes(const T* x, T* values, int64_t* indices) {
     if (values != nullptr) {
 #pragma omp simd
       for (int64_t j = 0; j < WIDTH; ++j) {
-        values[i * STRIDE + j * STEP] = found[j];
+        values[i * STRIDE + j] = found[j];
       }
     }
     if (indices != nullptr) {
 #pragma omp simd
       for (int64_t j = 0; j < WIDTH; ++j) {
-        indices[i * STRIDE + j * STEP] = where[j];
+        indices[i * STRIDE + j] = where[j];
       }
+    }
+  }
+}
+
+// Of a contiguous line. A new extreme is rare, so that a branch is faster than two choices.
+template <typename T, bool GREATEST, int64_t N>
+inline void find_extremes_of_line(const T* x, T* values, int64_t* indices) {
+  T found = x[0];
+  int64_t where = 0;
+  for (int64_t i = 0; i < N; ++i) {
+    if ((GREATEST ? x[i] >= found : x[i] <= found) || x[i] != x[i]) {
+      found = x[i];
+      where = i;
+    }
+    if (values != nullptr) {
+      values[i] = found;
+    }
+    if (indices != nullptr) {
+      indices[i] = where;
     }
   }
 }
@@ -152,10 +171,12 @@ __attribute__((noinline)) void cumulative_extremes(const T* x, T* values, int64_
     const int64_t block = index % BLOCKS, start = index / BLOCKS * N * INNER + block * WIDTH;
     T* const y = values == nullptr ? nullptr : values + start;
     int64_t* const where = indices == nullptr ? nullptr : indices + start;
-    if (block < ALL) {
-      find_extremes<T, GREATEST, WIDTH, 1, N, INNER>(x + start, y, where);
+    if constexpr (INNER == 1) {
+      find_extremes_of_line<T, GREATEST, N>(x + start, y, where);
+    } else if (block < ALL) {
+      find_extremes<T, GREATEST, WIDTH, N, INNER>(x + start, y, where);
     } else if constexpr (REST != 0) {
-      find_extremes<T, GREATEST, REST, 1, N, INNER>(x + start, y, where);
+      find_extremes<T, GREATEST, REST, N, INNER>(x + start, y, where);
     }
   });
 }

@@ -9,12 +9,7 @@
 
 #include <omp.h>
 
-// Loops are vectorized by hand or by Inductor, but for these.
-#if defined(__GNUC__) && !defined(__clang__)
-#define FUNCNET_VECTORS __attribute__((optimize("tree-loop-vectorize")))
-#else
-#define FUNCNET_VECTORS
-#endif
+#include "headers/lines.h"
 
 namespace funcnet {
 

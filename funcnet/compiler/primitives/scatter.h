@@ -51,7 +51,6 @@ inline void each_scattered(const I* index, const Scattered<RANK>& s, Function fu
       // One index for all of the row.
       const int64_t place = checked(index[at], s.places, s.dim);
       result += place * s.of_result[AXIS];
-#pragma omp simd
       for (int64_t j = 0; j < s.size[LAST]; ++j) {
         function(result + j, source + j);
       }

@@ -1,7 +1,8 @@
-// A stable sort by radix.
+// A stable sort: of long lines by radix.
 
 #pragma once
 
+#include <algorithm>
 #include <array>
 #include <cstdint>
 #include <cstring>
@@ -26,16 +27,48 @@ inline uint64_t rank(T value) {
   }
 }
 
+struct Ranked {
+  uint64_t rank;
+  int64_t index;
+};
+
+// Lines of so few numbers are sorted by comparisons, on the stack.
+constexpr int64_t SHORT_LINE = 128;
+
+template <typename T>
+void sort_short(const T* x, T* values, int64_t* indices, int64_t n, int64_t step, bool descending) {
+  std::array<Ranked, SHORT_LINE> entries;
+  for (int64_t i = 0; i < n; ++i) {
+    const uint64_t found = rank(x[i * step]);
+    entries[i] = {descending ? ~found : found, i};
+  }
+  std::sort(entries.begin(), entries.begin() + n, [](const Ranked& a, const Ranked& b) {
+    return a.rank < b.rank || (a.rank == b.rank && a.index < b.index);
+  });
+  for (int64_t i = 0; i < n; ++i) {
+    if (values != nullptr) {
+      values[i * step] = x[entries[i].index * step];
+    }
+    if (indices != nullptr) {
+      indices[i * step] = entries[i].index;
+    }
+  }
+}
+
 // A stable sort of `outer` times `inner` lines of N numbers that lie `inner` apart: by bytes of
 // their rank from the last to the first, without those that are the same in all.
 template <typename T>
 void sort(const T* x, T* values, int64_t* indices, int64_t outer, int64_t n, int64_t inner,
           bool descending) {
-  struct Entry {
-    uint64_t rank;
-    int64_t index;
-  };
-  std::vector<Entry> entries(n), sorted(n);
+  if (n <= SHORT_LINE) {
+    for (int64_t line = 0; line < outer * inner; ++line) {
+      const int64_t start = line / inner * n * inner + line % inner;
+      sort_short(x + start, values == nullptr ? nullptr : values + start,
+                 indices == nullptr ? nullptr : indices + start, n, inner, descending);
+    }
+    return;
+  }
+  std::vector<Ranked> entries(n), sorted(n);
   for (int64_t line = 0; line < outer * inner; ++line) {
     const int64_t start = line / inner * n * inner + line % inner;
     uint64_t any = 0, all = ~uint64_t(0);
@@ -50,13 +83,13 @@ void sort(const T* x, T* values, int64_t* indices, int64_t outer, int64_t n, int
         continue;
       }
       std::array<int64_t, 257> begin{};
-      for (const Entry& entry : entries) {
+      for (const Ranked& entry : entries) {
         ++begin[(entry.rank >> shift & 255) + 1];
       }
       for (int digit = 0; digit < 256; ++digit) {
         begin[digit + 1] += begin[digit];
       }
-      for (const Entry& entry : entries) {
+      for (const Ranked& entry : entries) {
         sorted[begin[entry.rank >> shift & 255]++] = entry;
       }
       entries.swap(sorted);
