@@ -4,7 +4,7 @@
     python examples/ppo.py --output examples/figures/ppo.png
 
 A run is a pure function of its key: 32 carts are pushed for 64 steps (`fn.vmap` of `fn.scan`), the
-advantages are computed backwards in time (`fn.scan` with ``reverse=True``), and four epochs of eight
+advantages are computed backwards in time (`fn.scan` with ``reverse=True``), and four epochs of 8
 minibatches improve the policy and the value of what is observed (`fn.train_step`, scanned over
 `fn.epoch_batches`). `fn.vmap` over keys makes a population of runs, which the program divides among
 the cores.
