@@ -67,7 +67,6 @@ CASES = {
     "aten::_cdist_forward": ((ROWS, WEIGHTS), {"p": 1.0, "compute_mode": None}),
     "aten::_pdist_forward": ((ROWS,), {"p": 3.0}),
     "aten::histc": ((X,), {"bins": 5, "min": -1.0, "max": 2.0}),
-    "aten::addbmm": ((X[0, 0], X[1], X[0]), {}),
     "aten::_linalg_solve_ex": ((SQUARE, X[1]), {"left": True, "check_errors": False}),
     "aten::linalg_inv_ex": ((SQUARE,), {"check_errors": False}),
     "aten::linalg_lu_factor_ex": ((SQUARE,), {"pivot": True, "check_errors": False}),
