@@ -91,11 +91,7 @@ class PurityGuard(TorchDispatchMode):
                 f"jit: the function draws from torch's generator ({operator}), whose state is "
                 f"hidden; draw from a key with funcnet.random{at_line()}"
             )
-        if operator is aten.native_batch_norm.default and args[3] is not None and args[5]:
-            raise ValueError(
-                "jit: native_batch_norm writes running averages in place, which are arguments of "
-                "its own: use funcnet's batch_norm, or torch.nn.functional.batch_norm without them"
-            )
+        operator, args, kwargs = _as_declared(operator, args, kwargs or {})
         if operator._schema.is_mutable and args and _is_real(args[0]):
             raise ValueError(
                 f"jit: the function writes in place to a tensor it closes over ({operator}); a "
@@ -118,13 +114,35 @@ class PurityGuard(TorchDispatchMode):
 
 
 def _draws(operator: Any, args: Any, kwargs: Any) -> bool:
-    """Whether an operator reads torch's generator; without dropout, attention does not."""
+    """Whether an operator reads torch's generator; some do so in training alone."""
     if torch.Tag.nondeterministic_seeded not in operator.tags or operator.namespace == "funcnet":
         return False
     expected = operator._schema.arguments
     given = {each.name: each.default_value for each in expected}
     given |= dict(zip(given, args, strict=False)) | kwargs
-    return given.get("dropout_p") != 0.0
+    in_training = given.get("training", given.get("train")) is not False
+    return given.get("dropout_p") != 0.0 and in_training
+
+
+def _as_declared(operator: Any, args: Any, kwargs: Any) -> tuple[Any, Any, Any]:
+    """An operator that writes to what it says it writes to, in place of one that does not so."""
+    names = [each.name for each in operator._schema.arguments]
+    given = dict(zip(names, args, strict=False)) | kwargs
+    if operator is aten._native_batch_norm_legit.default and not given["training"]:
+        return aten.native_batch_norm.default, args, kwargs
+    has_averages = given.get("running_mean") is not None and given.get("running_var") is not None
+    if operator is aten.native_batch_norm.default and given["training"] and has_averages:
+        return aten._native_batch_norm_legit.default, args, kwargs
+    if operator in _RRELU and not given.get("training", False):
+        slope = (given.get("lower", 1 / 8) + given.get("upper", 1 / 3)) / 2
+        return _RRELU[operator], (given["self"], slope), {}
+    return operator, args, kwargs
+
+
+_RRELU = {
+    aten.rrelu_with_noise.default: aten.leaky_relu.default,
+    aten.rrelu_with_noise_.default: aten.leaky_relu_.default,
+}
 
 
 def _is_real(operand: Any) -> bool:
