@@ -13,6 +13,7 @@ from funcnet.compiler.loops import (
     record_branches,
     record_loop,
     record_while,
+    records_while,
     without_values,
 )
 from funcnet.compiler.specs import spec_of
@@ -126,7 +127,7 @@ def while_loop(condition: Function, body: Callable[[Tree], Tree], carry: Tree) -
     def after(carry: Tree) -> Tree:
         return _same("while_loop", carry, body(carry))
 
-    if is_recording():
+    if records_while():
         return _recorded_while(holds, after, carry)
     while runtime.holds_anywhere(flag := holds(carry)):
         carry = _where(flag, after(carry), carry)
@@ -263,15 +264,17 @@ def _recorded_while(
     holds: Callable[[Tree], Tensor], after: Callable[[Tree], Tree], carry: Tree
 ) -> Tree:
     leaves, treedef = tree.flatten(carry)
-    flag: Any = None
 
     def condition(inputs: list[Tensor]) -> Tensor:
-        nonlocal flag
-        flag = holds(treedef.unflatten(inputs))
-        return flag
+        return holds(treedef.unflatten(inputs))
 
     def body(inputs: list[Tensor]) -> list[Tensor]:
-        return treedef.flatten_up_to(after(treedef.unflatten(inputs)))
+        before = treedef.unflatten(inputs)
+        result = after(before)
+        if not is_recording():
+            # Under torch.vmap inside the jitted function the members are in one loop.
+            result = _where(holds(before), result, before)
+        return treedef.flatten_up_to(result)
 
     return treedef.unflatten(record_while(leaves, condition, body))
 

@@ -109,15 +109,19 @@ class CallSite(NamedTuple):
 
 
 def call_sites(block: "Block", times: int = 1) -> list[CallSite]:
-    """The calls of a program, in the order of their numbers."""
-    from funcnet.compiler.steps import LoopStep, PrimitiveStep
+    """The calls of a program, in the order of their numbers.
+
+    Each branch counts as if it were taken, and a while loop as one iteration.
+    """
+    from funcnet.compiler.steps import LoopStep, PrimitiveStep, blocks_of
 
     found: list[CallSite] = []
     for step in block.steps:
-        if isinstance(step, LoopStep):
-            found += call_sites(step.body, times * step.loop.length)
-        elif isinstance(step, PrimitiveStep) and step.is_called:
+        if isinstance(step, PrimitiveStep) and step.is_called:
             found.append(CallSite(step, times))
+        each = times * step.loop.length if isinstance(step, LoopStep) else times
+        for inner in blocks_of(step):
+            found += call_sites(inner, each)
     return found
 
 

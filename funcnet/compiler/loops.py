@@ -14,6 +14,7 @@ import threading
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -122,7 +123,8 @@ class Branches:
 
 Control = Loop | WhileLoop | Branches
 
-_functional_level = torch._C._functorch.peek_interpreter_stack
+_functorch = torch._C._functorch
+_functional_level = _functorch.peek_interpreter_stack
 library = torch.library.Library("funcnet", "FRAGMENT")
 """Where operators of funcnet are registered."""
 
@@ -183,7 +185,8 @@ def recording(loops: list[Control]) -> Iterator[None]:
 def is_recording() -> bool:
     """Whether jit is recording here, so that a loop can be an operator of the graph.
 
-    Under torch.vmap or torch.func inside the recorded function it cannot: there loops unroll.
+    Under torch.vmap or torch.func inside the recorded function it cannot: there scans unroll, and
+    both branches are computed.
     """
     return _recording.loops is not None and _functional_level() is None
 
@@ -220,11 +223,77 @@ def record_while(
     condition: Callable[[list[Tensor]], Tensor],
     body: Callable[[list[Tensor]], list[Tensor]],
 ) -> list[Tensor]:
-    """Record ``while condition(carry): carry = body(carry)``; the condition is a 0-d bool."""
+    """Record ``while condition(carry): carry = body(carry)``; the condition is a 0-d bool.
+
+    Under torch.vmap the loop goes on while any member's condition holds: the body must leave the
+    carry of the others as it is.
+    """
     index = _added(WhileLoop([spec_of(leaf) for leaf in carry]))
-    tested = torch.ops.funcnet.begin(list(carry), index)
+    tested = torch.ops.funcnet.begin([_batched_everywhere(leaf) for leaf in carry], index)
     holds = condition(tested)
     return torch.ops.funcnet.end(body(torch.ops.funcnet.next([holds, *tested], index)), index)
+
+
+def records_while() -> bool:
+    """Whether jit is recording here, so that a while loop can be an operator, also in torch.vmap.
+
+    Raises:
+        ValueError: it is, and a derivative is taken, which unrolls loops.
+    """
+    if _recording.loops is None:
+        return False
+    if any([level.key() != _functorch.TransformType.Vmap for level in _levels()]):
+        raise ValueError(
+            "while_loop: torch.func derives a loop by unrolling it, and under jit the number of "
+            "iterations is not known: use scan or fori, or leave jit out"
+        )
+    return True
+
+
+def _levels() -> list[Any]:
+    """The transformations of torch.func that are at work, the outermost first."""
+    return _functorch.get_interpreter_stack() or []
+
+
+def _batched_everywhere(leaf: Tensor) -> Tensor:
+    """The same values, which each enclosing torch.vmap takes for those of its members."""
+    for level in _levels():
+        size = _functorch.CVmapInterpreterPtr(level).batchSize()
+        members = torch.zeros(size, dtype=torch.bool, device=leaf.device)
+        each = _functorch._add_batch_dim(members, 0, level.level())
+        leaf = torch.where(each, leaf, leaf)
+    return leaf
+
+
+def _members_first(tensors: list[Tensor], axes: list[int | None], count: int) -> list[Tensor]:
+    """Tensors with the axis of the members of a batch in front."""
+    return [
+        tensor.expand(count, *tensor.shape) if axis is None else tensor.movedim(axis, 0)
+        for tensor, axis in zip(tensors, axes, strict=True)
+    ]
+
+
+@torch.library.register_vmap("funcnet::begin", lib=library)
+def _begin_of_members(info: Any, in_dims: Any, operands: list[Tensor], loop: int) -> Any:
+    operands = _members_first(operands, in_dims[0], info.batch_size)
+    while_loop = _recorded()[loop]
+    assert isinstance(while_loop, WhileLoop)
+    while_loop.inner = [*map(spec_of, operands)]
+    return torch.ops.funcnet.begin(operands, loop), [0] * len(operands)
+
+
+@torch.library.register_vmap("funcnet::next", lib=library)
+def _next_of_members(info: Any, in_dims: Any, results: list[Tensor], loop: int) -> Any:
+    (holds, *carry), (axis, *axes) = results, in_dims[0]
+    holds = holds if axis is None else holds.movedim(axis, 0).any(0)
+    carry = _members_first(carry, axes, info.batch_size)
+    return torch.ops.funcnet.next([holds, *carry], loop), [0] * len(carry)
+
+
+@torch.library.register_vmap("funcnet::end", lib=library)
+def _end_of_members(info: Any, in_dims: Any, results: list[Tensor], loop: int) -> Any:
+    results = _members_first(results, in_dims[0], info.batch_size)
+    return torch.ops.funcnet.end(results, loop), [0] * len(results)
 
 
 def record_branches(

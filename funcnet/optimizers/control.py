@@ -7,9 +7,10 @@ from torch import Tensor
 
 from funcnet.core import Optimizer, Tree
 from funcnet.errors import check_count
+from funcnet.optimizers.choose import choose
 from funcnet.optimizers.clipping import global_norm
 from funcnet.optimizers.leaves import at_least_float32, sum_into
-from funcnet.optimizers.lift import around, choose, zero_step
+from funcnet.optimizers.lift import around, zero_step
 
 
 class AccumulateState(NamedTuple):

@@ -202,25 +202,6 @@ def _update_inside(
         return leaves_update(optimizer)(given, opt_state, trees.within(donated))
 
 
-def choose(condition: Tensor, yes: Callable[[], Tree], no: Callable[[], Tree]) -> Tree:
-    """``yes()`` where a 0-d condition holds, else ``no()``; both are of one structure.
-
-    A condition that can be read for free is, and one of the two is computed; otherwise, as on a
-    GPU or under jit and vmap, both are, and neither waits for a device.
-
-    >>> choose(torch.tensor(True), lambda: {"w": torch.ones(1)}, lambda: {"w": torch.zeros(1)})
-    {'w': tensor([1.])}
-    """
-    value = runtime.read(condition)
-    if value is not None:
-        return yes() if value else no()
-    return tree.map(
-        lambda one, other: one if one is other else torch.where(condition, one, other),
-        yes(),
-        no(),
-    )
-
-
 def _places(leaves: list[Tensor]) -> list[int]:
     """Where each leaf is in memory, or which tensor it is, if that has no memory of its own."""
     if runtime.is_transformed(*leaves):

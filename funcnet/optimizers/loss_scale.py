@@ -9,8 +9,9 @@ from funcnet.core import Optimizer, Tree
 from funcnet.errors import check_count, check_kind, require
 from funcnet.optimizers.chains import find_states
 from funcnet.optimizers.checks import check_options, check_positive
+from funcnet.optimizers.choose import choose
 from funcnet.optimizers.clipping import global_norm
-from funcnet.optimizers.lift import around, choose, paths, zero_step
+from funcnet.optimizers.lift import around, paths, zero_step
 
 
 class LossScaleState(NamedTuple):

@@ -9,9 +9,10 @@ from funcnet.core import Optimizer, Tree
 from funcnet.errors import check_count
 from funcnet.optimizers import axes
 from funcnet.optimizers.checks import Number, check_options, is_on
+from funcnet.optimizers.choose import choose
 from funcnet.optimizers.each import each
 from funcnet.optimizers.leaves import at_least_float32
-from funcnet.optimizers.lift import choose, stateful, zero_step
+from funcnet.optimizers.lift import stateful, zero_step
 from funcnet.optimizers.named import check_named, named_chain
 from funcnet.optimizers.transforms import (
     LearningRate,
@@ -98,6 +99,7 @@ def scale_by_shampoo(
             state.step % precondition_frequency == 0,
             lambda: each(roots_of, statistics, p),
             lambda: state.roots,
+            branches=True,
         )
         return each(direction, g, statistics, roots), ShampooState(
             state.step + 1, statistics, roots
@@ -136,9 +138,9 @@ def shampoo(
         maximize: ascends instead: negates the gradient before all else.
 
     The roots are of eigenvalues, in float32 for half precision. They are what an update costs: of
-    two matrices of 512 x 512, on one core, 110 ms with and 28 without. In eager mode on the CPU the
-    updates between do without. On a GPU and under jit and vmap, where no update waits to read its
-    number, each computes the roots, and those between do not use them.
+    two matrices of 512 x 512, on one core, 110 ms with and 28 without. In eager mode on the CPU and
+    under jit the updates between do without. Eagerly on a GPU, where no update waits to read its
+    number, and under torch.vmap, each computes the roots, and those between do not use them.
 
     Source: Gupta, Koren and Singer 2018.
 

@@ -8,7 +8,8 @@ from torch import Tensor
 from funcnet.core import Optimizer, Params, Tree
 from funcnet.errors import check_count
 from funcnet.optimizers.checks import Number, check_options
-from funcnet.optimizers.lift import around, choose, zero_step
+from funcnet.optimizers.choose import choose
+from funcnet.optimizers.lift import around, zero_step
 
 
 class LookaheadState(NamedTuple):

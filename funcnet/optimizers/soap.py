@@ -9,9 +9,10 @@ from funcnet.core import Optimizer, Tree
 from funcnet.errors import check_count
 from funcnet.optimizers import axes
 from funcnet.optimizers.checks import Number, check_options, is_on
+from funcnet.optimizers.choose import choose
 from funcnet.optimizers.each import each
 from funcnet.optimizers.leaves import at_least_float32
-from funcnet.optimizers.lift import choose, stateful, zero_step
+from funcnet.optimizers.lift import stateful, zero_step
 from funcnet.optimizers.named import check_betas, check_named, named_chain
 from funcnet.optimizers.transforms import (
     LearningRate,
@@ -130,11 +131,12 @@ def scale_by_soap(
                 started,
                 lambda: each(by_power_iteration, statistics, bases, nu, outputs=2),
                 lambda: (each(by_eigenvectors, statistics, p), nu),
+                branches=True,
             )
             return each(turned, mu, bases, after), order, after
 
         due = step % precondition_frequency == 0
-        mu, nu, bases = choose(due, refreshed, lambda: (mu, nu, bases))
+        mu, nu, bases = choose(due, refreshed, lambda: (mu, nu, bases), branches=True)
         return direction, SoapState(step + 1, mu, nu, statistics, bases)
 
     return stateful(init, update)
@@ -181,12 +183,12 @@ def soap(
         correct_bias: whether u has the factor of b1^t and b2^t.
         maximize: ascends instead: negates the gradient before all else.
 
-    In eager mode on the CPU the updates between two power iterations do without: of two matrices of
-    512 x 512, on one core, 43 ms, and 140 with. On a GPU and under jit and vmap, where no update
-    waits to read its number, each computes one, and the eigenvectors as at the first update, 220
-    ms, and those between do not use them. Half precision is computed in float32. Where L has an
-    eigenvalue several times, as 0 where a matrix has more rows than columns, rounding chooses among
-    its eigenvectors.
+    In eager mode on the CPU and under jit the updates between two power iterations do without: of
+    two matrices of 512 x 512, on one core, 43 ms, and 140 with. Eagerly on a GPU, where no update
+    waits to read its number, and under torch.vmap, each computes one, and the eigenvectors as at
+    the first update, 220 ms, and those between do not use them. Half precision is computed in
+    float32. Where L has an eigenvalue several times, as 0 where a matrix has more rows than
+    columns, rounding chooses among its eigenvectors.
 
     Source: Vyas et al. 2024, https://github.com/nikhilvyas/SOAP, whose weight decay is of the
     params after the step.

@@ -471,6 +471,48 @@ class Scope:
             call = f"s{n} = fn.scan(body{n}, {start}, {packed}{options})"
         self.results(Statement([head], inner.statements, [last, call]), f"s{n}")
 
+    def while_loop(self) -> None:
+        """Add a while loop, which counts its iterations so that it ends."""
+        rng, n, inner = self.rng, next(self.count), self.child()
+        carry = [self.tensor(lambda e: e.numel() < 300) for _ in range(rng.randint(1, 2))]
+        if None in carry:
+            return
+        start = f"(torch.tensor(0), {', '.join([each.text for each in carry])})"
+        inner.see(f"c{n}", eval(start, self.env))
+        carried = [each for each in inner.variables if each.text.startswith(f"c{n}[")][1:]
+        goes_on = f"c{n}[0] < {rng.choice([0, 1, 2, 4])}"
+        if rng.random() < 0.5:
+            goes_on = f"({goes_on}) & ({rng.choice(carried).text}.sum() < 2.3)"
+        test = Statement([f"def test{n}(c{n}):", f"    return {goes_on}"])
+        inner.grow(rng.randint(1, 4))
+        after = ", ".join([f"c{n}[0] + 1", *[inner.like(each) for each in carried]])
+        call = f"s{n} = fn.while_loop(test{n}, body{n}, {start})"
+        last = [f"    return ({after})", call]
+        if self.run(test):
+            self.results(Statement([f"def body{n}(c{n}):"], inner.statements, last), f"s{n}")
+
+    def cond(self) -> None:
+        """Add branches, which see what is outside."""
+        rng, n = self.rng, next(self.count)
+        wanted = [self.tensor(lambda e: e.numel() < 300) for _ in range(rng.randint(1, 3))]
+        decides = self.tensor(lambda e: not e.is_complex())
+        if None in wanted or decides is None:
+            return
+        names = [f"branch{n}_{place}" for place in range(rng.choice([2, 2, 3]))]
+        for name in names:
+            inner = self.child()
+            inner.grow(rng.randint(0, 3))
+            result = ", ".join([inner.like(each) for each in wanted])
+            if not self.run(
+                Statement([f"def {name}():"], inner.statements, [f"    return {result},"])
+            ):
+                return
+        total = f"{decides.text}.sum()"
+        call = f"fn.cond({total} > 0.1, {', '.join(names)})"
+        if len(names) > 2:
+            call = f"fn.switch(({total} * 2).nan_to_num().long() % 4 - 1, [{', '.join(names)}])"
+        self.results(Statement([f"s{n} = {call}"]), f"s{n}")
+
     def vmap(self) -> None:
         """Add a vmap."""
         rng, n, inner = self.rng, next(self.count), self.child()
@@ -567,7 +609,7 @@ class Scope:
             self.layers: 0 if "layers" in self.without or self.depth > 1 else 1,
         }
         if self.depth < 3 and "loops" not in self.without:
-            kinds |= {self.scan: 1.6, self.vmap: 1.4}
+            kinds |= {self.scan: 1.6, self.vmap: 1.4, self.while_loop: 0.8, self.cond: 1}
         if self.numeric:
             kinds = {kind: weight / 5 for kind, weight in kinds.items()}
             kinds |= {lambda: self.define(NUMBERS): 3.5, lambda: self.define(MIXED): 4}
