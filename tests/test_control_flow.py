@@ -261,6 +261,49 @@ def test_a_number_that_a_jitted_function_is_given_chooses_at_run_time():
         assert_equal(run(X, n), X.sin() if n > 2 else X.cos())
 
 
+def test_torch_vmap_inside_a_jitted_function_has_one_loop_for_all_members():
+    n = torch.tensor([[12, 7, 64], [1, 40, 6]])
+
+    def doubled(limit):
+        """What is carried is the same for all members at first."""
+        start = (torch.tensor(0), torch.ones(2))
+        return fn.while_loop(lambda c: c[0] < limit, lambda c: (c[0] + 1, 2 * c[1]), start)
+
+    def run(n):
+        return (
+            torch.vmap(torch.vmap(odd_part))(n),
+            fn.vmap(torch.vmap(doubled))(n),
+            torch.vmap(lambda n: fn.cond(n[0] > 9, lambda: n + 1, lambda: n - 1))(n),
+        )
+
+    compiled = fn.jit(run)
+    assert_equal(compiled(n), run(n))
+    assert compiled(n)[1][1][0, :, 0].tolist() == [2.0**12, 2.0**7, 2.0**64]
+
+
+def test_a_derivative_of_a_compiled_while_loop_is_refused():
+    run = fn.jit(torch.func.grad(lambda x: fn.while_loop(lambda x: x < 9, lambda x: 2 * x, x)))
+    with pytest.raises(ValueError, match=r"unrolling it.* use scan or fori, or leave jit out"):
+        run(torch.tensor(1.0))
+
+
+def test_a_derivative_of_a_compiled_branch_is_its_own():
+    run = fn.jit(torch.func.grad(lambda x: fn.cond(x < 9, torch.square, torch.neg, x)))
+    assert [run(torch.tensor(x)).item() for x in (3.0, 10.0)] == [6.0, -1.0]
+
+
+@pytest.mark.cpu_only
+def test_a_branch_prints_when_it_is_taken(capfd):
+    def run(x):
+        fn.cond(x > 0, lambda: fn.debug_print("positive: {x}", x=x), lambda: None)
+        return fn.while_loop(lambda x: x < 2, lambda x: (fn.debug_print("{x}", x=x), x + 1)[1], x)
+
+    compiled = fn.jit(run)
+    assert compiled(torch.tensor(-1)) == 2
+    assert compiled(torch.tensor(5)) == 5
+    assert capfd.readouterr().out.split("\n")[:-1] == ["-1", "0", "1", "positive: 5"]
+
+
 def test_derivatives_go_through_what_was_run():
     def f(x):
         x = fn.while_loop(lambda x: x < 10, lambda x: x * x + 0.5, x)
