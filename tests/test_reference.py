@@ -96,9 +96,10 @@ def test_there_is_a_page_of_each_module_and_of_no_other(pages):
 
 @pytest.mark.parametrize("page", PAGES)
 def test_each_name_has_its_section_and_its_text(pages, page):
-    made = pages[file_of(page)]
-    assert set(names(page)) - set(made.ids) == set()
-    assert set(names(page)) - made.documented == set()
+    made, module = pages[file_of(page)], importlib.import_module(page)
+    shown = {name for name in names(page) if not inspect.ismodule(getattr(module, name))}
+    assert shown - set(made.ids) == set()
+    assert shown - made.documented == set()
 
 
 @pytest.mark.parametrize("page", PAGES)
@@ -136,4 +137,4 @@ def test_names_in_single_backticks_are_links(pages, page):
 
 @pytest.mark.parametrize("page", PAGES)
 def test_no_star_of_a_formula_is_taken_for_emphasis(pages, page):
-    assert [text for text in pages[file_of(page)].emphasized if re.search(r"[^\w -]", text)] == []
+    assert [text for text in pages[file_of(page)].emphasized if re.search(r"[^\w :-]", text)] == []

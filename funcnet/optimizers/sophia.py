@@ -213,7 +213,7 @@ def sophia(
     `funcnet.optimizers.gauss_newton_bartlett`:
 
         updates, after = optimizer.update(gradient(params), opt_state, params)
-        if step % 10 == 0:
+        if step % 10 == 0:  # an int of the Python loop
             estimate = fn.optimizers.hutchinson(key, gradient, params)
             after = fn.optimizers.refresh_hessian(after, estimate)
         params, opt_state = fn.apply_updates(params, updates), after

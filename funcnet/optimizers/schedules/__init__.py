@@ -9,26 +9,32 @@ several steps gives the values at all of them, such as a curve to plot.
 Those that torch.optim.lr_scheduler has take its options and give its numbers; the first argument
 is the learning rate that torch's scheduler finds in the optimizer. The others are optax's.
 
-=========================== ================================
-torch.optim.lr_scheduler    here
-=========================== ================================
-ConstantLR                  `constant`
-LinearLR                    `linear`
-PolynomialLR                `polynomial`
-ExponentialLR               `exponential`
-StepLR, MultiStepLR         `step`, `multistep`
-CosineAnnealingLR           `cosine`
-CosineAnnealingWarmRestarts `cosine_restarts`
-CyclicLR                    `cyclic`, `cyclic_momentum`
-OneCycleLR                  `one_cycle`, `one_cycle_momentum`
-SequentialLR                `join`
-ChainedScheduler            `product`
-LambdaLR                    ``lambda step: lr * f(step)``
-MultiplicativeLR            `multiplicative`
-ReduceLROnPlateau           `reduce_on_plateau`
-=========================== ================================
+| torch.optim.lr_scheduler | here |
+|---|---|
+| ConstantLR | `constant` |
+| LinearLR | `linear` |
+| PolynomialLR | `polynomial` |
+| ExponentialLR | `exponential` |
+| StepLR, MultiStepLR | `step`, `multistep` |
+| CosineAnnealingLR | `cosine` |
+| CosineAnnealingWarmRestarts | `cosine_restarts` |
+| CyclicLR | `cyclic`, `cyclic_momentum` |
+| OneCycleLR | `one_cycle`, `one_cycle_momentum` |
+| SequentialLR | `join` |
+| ChainedScheduler | `product` |
+| LambdaLR | ``lambda step: lr * f(step)`` |
+| MultiplicativeLR | `multiplicative` |
+| ReduceLROnPlateau | `reduce_on_plateau` |
+
+One's own schedule is a formula of tensors: the step is a 0-d tensor, whose value nobody knows when
+a program is compiled. So ``torch.where(step < 10, ...)`` takes the place of an ``if`` on the step,
+and ``clamp`` that of ``min`` and ``max``:
 
 >>> import funcnet as fn
+>>> halves = lambda step: torch.where(step < 2, 0.1, 0.05)
+>>> ramp = lambda step: 0.1 * torch.clamp((step + 1) / 4, max=1.0)
+>>> halves(torch.arange(4)), ramp(torch.arange(4))
+(tensor([0.1000, 0.1000, 0.0500, 0.0500]), tensor([0.0250, 0.0500, 0.0750, 0.1000]))
 >>> optimizer = fn.adamw(fn.schedules.warmup_cosine(0.0, 1e-3, 100, 1000))
 >>> fn.schedules.step(1.0, step_size=2)(torch.arange(5))
 tensor([1.0000, 1.0000, 0.1000, 0.1000, 0.0100], dtype=torch.float64)

@@ -201,7 +201,7 @@ def multiplicative(lr: Number, lr_lambda: Callable[[int], float], total_steps: i
 
     Source: ``torch.optim.lr_scheduler.MultiplicativeLR``.
 
-    >>> multiplicative(1.0, lambda step: 0.5 if step % 2 else 1.0, 3)(torch.arange(5))
+    >>> multiplicative(1.0, lambda step: 1 - 0.5 * (step % 2), 3)(torch.arange(5))
     tensor([1.0000, 0.5000, 0.5000, 0.2500, 0.2500], dtype=torch.float64)
     """
     check_numbers("multiplicative", lr=lr)
