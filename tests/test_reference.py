@@ -90,6 +90,13 @@ def test_each_public_name_is_in_one_family(page):
     assert public - set(shown) == set()
 
 
+@pytest.mark.parametrize("page", PAGES)
+def test_each_public_function_has_an_example(page):
+    module = importlib.import_module(page)
+    functions = [name for name in names(page) if inspect.isfunction(getattr(module, name))]
+    assert [name for name in functions if ">>>" not in (getattr(module, name).__doc__ or "")] == []
+
+
 def test_there_is_a_page_of_each_module_and_of_no_other(pages):
     assert set(pages) == {"index.html", *map(file_of, PAGES)}
 

@@ -76,6 +76,13 @@ def steps(folder: str | os.PathLike[str]) -> dict[int, Path]:
     """The paths of the checkpoints of `save_step`, by step, the last one last.
 
     What is cut, or not complete, is left out.
+
+    >>> import tempfile
+    >>> with tempfile.TemporaryDirectory() as folder:
+    ...     for step in (10, 20):
+    ...         _ = fn.checkpoint.save_step(folder, step, {}, score=step)
+    ...     {step: path.name for step, path in fn.checkpoint.steps(folder).items()}
+    {10: 'step_0000000010.safetensors', 20: 'step_0000000020.safetensors'}
     """
     folder = Path(folder)
     names = os.listdir(folder) if folder.is_dir() else []
@@ -94,7 +101,15 @@ def latest(folder: str | os.PathLike[str]) -> Path | None:
 
 
 def best(folder: str | os.PathLike[str]) -> Path | None:
-    """The path of the checkpoint of `save_step` with the least score; None if none has one."""
+    """The path of the checkpoint of `save_step` with the least score; None if none has one.
+
+    >>> import tempfile
+    >>> with tempfile.TemporaryDirectory() as folder:
+    ...     for step, loss in enumerate([0.5, 0.1, 0.4]):
+    ...         _ = fn.checkpoint.save_step(folder, step, {}, score=loss)
+    ...     fn.checkpoint.best(folder).name
+    'step_0000000001.safetensors'
+    """
     there = steps(folder)
     step = _best(there)
     return None if step is None else there[step]

@@ -8,7 +8,11 @@ from torch import Tensor
 
 
 def path_string(path: Sequence[Any]) -> str:
-    """The dotted form of a path, as in the keys of ``torch.nn.Module.state_dict()``."""
+    """The dotted form of a path, as in the keys of ``torch.nn.Module.state_dict()``.
+
+    >>> path_string(("hidden", 0, "weight"))
+    'hidden.0.weight'
+    """
     return ".".join(str(entry) for entry in path)
 
 

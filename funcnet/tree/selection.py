@@ -38,12 +38,21 @@ def selector(where: Where) -> Callable[[str], bool]:
 
 
 def named_paths(where: Where) -> tuple[str, ...]:
-    """The paths that ``where`` names; none for a function."""
+    """The paths that ``where`` names; none for a function.
+
+    >>> named_paths("0.weight"), named_paths(["0", "1.bias"]), named_paths(str.isupper)
+    (('0.weight',), ('0', '1.bias'), ())
+    """
     return () if callable(where) else (where,) if isinstance(where, str) else tuple(where)
 
 
 def chosen_leaves(where: Where, tree: Any) -> list[str]:
-    """The dotted paths of the chosen leaves; ValueError for a path that no leaf has."""
+    """The dotted paths of the chosen leaves; ValueError for a path that no leaf has.
+
+    >>> params, _ = fn.linear(2).init(fn.key(0), torch.ones(1, 3))
+    >>> chosen_leaves("w*", params)
+    ['weight']
+    """
     return _chosen(where, list(to_dotted(tree)))
 
 
@@ -62,7 +71,11 @@ def _listed(paths: list[str], most: int = 20) -> str:
 
 
 def leaf_at(path: str, tree: Any) -> Tensor:
-    """The leaf with a dotted path; ValueError where there is none, or a layer."""
+    """The leaf with a dotted path; ValueError where there is none, or a layer.
+
+    >>> leaf_at("0.bias", {"0": {"weight": torch.ones(2), "bias": torch.zeros(1)}})
+    tensor([0.])
+    """
     found = chosen_leaves(path, tree)
     require(found == [path], f"expects the path of a leaf, and {path!r} has {found} in it")
     return to_dotted(tree)[path]

@@ -50,7 +50,11 @@ def alike(a: Any, b: Any) -> bool:
 
 
 def to_meta(tree: Any) -> Any:
-    """The tree with each tensor replaced by one of the same shape and dtype without data."""
+    """The tree with each tensor replaced by one of the same shape and dtype without data.
+
+    >>> to_meta({"weight": torch.ones(2, 3)})["weight"]
+    tensor(..., device='meta', size=(2, 3))
+    """
     return optree.tree_map(
         lambda leaf: torch.empty_like(leaf, device="meta") if isinstance(leaf, Tensor) else leaf,
         tree,
@@ -61,6 +65,10 @@ def placeholder(tree: Any, device: torch.device) -> Any:
     """Tensors of the shapes and dtypes of ``tree`` on ``device`` that own a single element.
 
     For code that reads the shape, dtype and device of an example, never its values.
+
+    >>> x = placeholder(torch.ones(1000, 1000), torch.device("cpu"))
+    >>> x.shape, x.untyped_storage().nbytes()
+    (torch.Size([1000, 1000]), 4)
     """
     return optree.tree_map(
         lambda leaf: torch.empty((), dtype=leaf.dtype, device=device).expand(leaf.shape), tree
@@ -68,7 +76,11 @@ def placeholder(tree: Any, device: torch.device) -> Any:
 
 
 def device_of(tree: Any) -> torch.device:
-    """The device of the first tensor of a tree."""
+    """The device of the first tensor of a tree.
+
+    >>> device_of({"weight": torch.ones(1), "bias": None})
+    device(type='cpu')
+    """
     for leaf in optree.tree_leaves(tree):
         if isinstance(leaf, Tensor):
             return leaf.device
