@@ -152,3 +152,15 @@ def arguments(name, tensors):
         for each in overload_of(name)._schema.arguments
         if each.name in options or (each.name not in OMITTED and "Tensor" in str(each.type))
     }
+
+
+@pytest.mark.cpu_only
+def test_all_headers_go_into_one_program():
+    names = {PRIMITIVES[name].header: name for name in PRIMITIVES}.values()
+
+    def run(given):
+        return {name: overload_of(name)(**arguments(name, given[name])) for name in names}
+
+    given = {name: CASES[name][0] for name in names}
+    torch.testing.assert_close(fn.jit(run)(given), run(given))
+    assert all(f'primitives/{header}"' in fn.jit(run).lower(given).code for header in HEADERS)

@@ -107,27 +107,32 @@ inline int32_t lu_factors(Rows<T, M, N>& a, int32_t* pivots) {
   return info;
 }
 
-// U of A = U^T U, of the upper triangle of A; the order of the first leading minor that is not
-// positive, or 0.
+// U of A = U^T U, of the upper triangle of A, and 0 below it; the order of the first leading minor
+// that is not positive, or 0.
 template <typename T, int64_t N>
 inline int32_t cholesky_factor(Rows<T, N, N>& a) {
-  for (int64_t j = 0; j < N; ++j) {
+  constexpr int64_t STEP = Rows<T, N, N>::STEP, LANES = Rows<T, N, N>::LANES;
+  int32_t info = 0;
+  for (int64_t j = 0; j < N && info == 0; ++j) {
+    T given[STEP];
+    std::copy(a[j], a[j] + STEP, given);
     for (int64_t k = 0; k < j; ++k) {
-      a[j][j] -= a[k][j] * a[k][j];
+      // From the start of a vector on: what is below the diagonal does not matter yet.
+      a.subtract(j, k, a[k][j], j / LANES * LANES);
     }
-    if (!(a[j][j] > T(0))) {
-      return static_cast<int32_t>(j + 1);
+    const T pivot = a[j][j];
+    if (!(pivot > T(0))) {
+      std::copy(given, given + STEP, a[j]);
+      info = static_cast<int32_t>(j + 1);
+    } else {
+      a.divide(j, std::sqrt(pivot));
     }
-    for (int64_t k = 0; k < j; ++k) {
-      a.subtract(j, k, a[k][j], j + 1);
-    }
-    const T root = std::sqrt(a[j][j]);
-    for (int64_t i = j + 1; i < N; ++i) {
-      a[j][i] /= root;
-    }
-    a[j][j] = root;
+    a[j][j] = info == 0 ? std::sqrt(pivot) : pivot;
   }
-  return 0;
+  for (int64_t i = 0; i < N; ++i) {
+    std::fill(a[i], a[i] + i, T(0));
+  }
+  return info;
 }
 
 // x = t^-1 x, where t is triangular: its other half is not read, nor its diagonal if that is 1.

@@ -39,7 +39,7 @@ inline void store(const at::vec::Vectorized<T>& vector, T* to) {
 // Memory for N numbers within a function: on the stack where they are few, because a thread may
 // have little of it, else on the heap, where each thread keeps one block for each size.
 template <typename T, int64_t N>
-class Scratch {
+class PanelMemory {
   static constexpr bool ON_STACK = N * sizeof(T) <= 8192;
 
  public:
@@ -146,7 +146,7 @@ inline void panel(const T* a, const T* b, const T* bias, T* c) {
   // Contiguous rows of B are read where they are; else the panel is copied first.
   constexpr bool CONTIGUOUS = BN == 1 || N == 1;
   constexpr int64_t LD = CONTIGUOUS ? BK : V * W;
-  Scratch<T, CONTIGUOUS ? 1 : K * LD> scratch;
+  PanelMemory<T, CONTIGUOUS ? 1 : K * LD> scratch;
   if constexpr (!CONTIGUOUS) {
     T* const copy = scratch.get();
     if constexpr (BK == 1 || K == 1) {

@@ -68,7 +68,7 @@ inline void small_rounded(const T* a, const T* b, const T* bias, T* c, float alp
     float value;
   };
   // A type of its own, because `gemm` may take memory for as many floats.
-  Scratch<Number, M * K + K * N + M * N> scratch;
+  PanelMemory<Number, M * K + K * N + M * N> scratch;
   float* const wide_a = &scratch.get()->value;
   float* const wide_b = wide_a + M * K;
   float* const sums = wide_b + K * N;

@@ -11,9 +11,6 @@ template <typename T, int64_t N>
 __attribute__((noinline)) void cholesky(Strided<const T> a, Strided<T> factor, int32_t* info) {
   Rows<T, N, N> rows;
   rows.read(a.data, a.down, a.across);
-  for (int64_t i = 0; i < N; ++i) {
-    std::fill(rows[i], rows[i] + i, T(0));
-  }
   const int32_t failed = cholesky_factor(rows);
   if (factor.data != nullptr) {
     rows.write(factor.data, factor.down, factor.across);

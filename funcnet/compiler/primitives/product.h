@@ -25,19 +25,20 @@ constexpr int64_t LARGE_FOR_ROUNDED = 1 << 13;
 
 // What numbers are summed and scaled as.
 template <typename T>
-using Sum = std::conditional_t<std::is_same_v<T, c10::BFloat16> || std::is_same_v<T, c10::Half>,
-                               float, T>;
+using Accumulated =
+    std::conditional_t<std::is_same_v<T, c10::BFloat16> || std::is_same_v<T, c10::Half>, float, T>;
 
 // beta * bias + alpha * a @ b; both factors are 1 unless SCALED.
 template <typename T, bool HAS_BIAS, bool SCALED, int64_t M, int64_t N, int64_t K, int64_t AM,
           int64_t AK, int64_t BK, int64_t BN, int64_t DM, int64_t DN, int64_t CM, int THREADS>
-inline void one_product(const T* a, const T* b, const T* bias, T* c, Sum<T> alpha, Sum<T> beta) {
-  constexpr bool ROUNDED = !std::is_same_v<T, Sum<T>>;
+inline void one_product(const T* a, const T* b, const T* bias, T* c, Accumulated<T> alpha,
+                        Accumulated<T> beta) {
+  constexpr bool ROUNDED = !std::is_same_v<T, Accumulated<T>>;
   constexpr int threads = M * N * K >= LARGE_FOR_THREADS ? THREADS : 1;
   if constexpr (M <= THIN && N * K >= LARGE_FOR_THIN && N > 1 && (BK == 1 || BN == 1)) {
     constexpr int threads = N * K >= LARGE_FOR_THIN_THREADS ? THREADS : 1;
-    Thin<Sum<T>, M, T>::product(N, K, a, AM, AK, b, BK, BN, bias, DM, DN, c, CM, alpha, beta,
-                                threads);
+    Thin<Accumulated<T>, M, T>::product(N, K, a, AM, AK, b, BK, BN, bias, DM, DN, c, CM, alpha,
+                                        beta, threads);
   } else if constexpr (ROUNDED && M * K + K * N + M * N < LARGE_FOR_ROUNDED) {
     small_rounded<T, M, N, K, AM, AK, BK, BN, DM, DN, CM>(a, b, bias, c, alpha, beta);
   } else if constexpr (ROUNDED) {
@@ -67,8 +68,8 @@ template <typename T, bool HAS_BIAS, int64_t S, int64_t M, int64_t N, int64_t K,
 __attribute__((noinline)) void product(const T* a, const T* b, const T* bias, T* c,
                                        Factors... factors) {
   constexpr bool SCALED = sizeof...(Factors) > 0;
-  const Sum<T> given[] = {static_cast<Sum<T>>(factors)..., 1, 1};
-  const Sum<T> alpha = given[0], beta = given[1];
+  const Accumulated<T> given[] = {static_cast<Accumulated<T>>(factors)..., 1, 1};
+  const Accumulated<T> alpha = given[0], beta = given[1];
   if constexpr (THREADS > 1 && S >= THREADS && S * M * N * K >= LARGE_FOR_THREADS) {
     Failure failure;
 #pragma omp parallel for num_threads(THREADS)
@@ -94,10 +95,10 @@ template <typename T, bool HAS_BIAS, int64_t S, int64_t M, int64_t N, int64_t K,
           int64_t AM, int64_t AK, int64_t BS, int64_t BK, int64_t BN, int64_t DS, int64_t DM,
           int64_t DN, int64_t CS, int64_t CM, int THREADS>
 __attribute__((noinline)) void summed_products(const T* a, const T* b, const T* bias, T* c,
-                                               Sum<T> alpha, Sum<T> beta) {
+                                               Accumulated<T> alpha, Accumulated<T> beta) {
   one_product<T, HAS_BIAS, true, M, N, K, AM, AK, BK, BN, DM, DN, CM, THREADS>(a, b, bias, c,
                                                                                alpha, beta);
-  if constexpr (!std::is_same_v<T, Sum<T>>) {
+  if constexpr (!std::is_same_v<T, Accumulated<T>>) {
     // Each sum is rounded: c is read where it is written.
     for (int64_t s = 1; s < S; ++s) {
       one_product<T, true, true, M, N, K, AM, AK, BK, BN, CM, 1, CM, THREADS>(
