@@ -16,6 +16,7 @@ from funcnet.compiler.loops import (
     records_while,
     without_values,
 )
+from funcnet.compiler.numbers import is_traced
 from funcnet.compiler.specs import spec_of
 from funcnet.core import Tree
 
@@ -72,11 +73,15 @@ def scan(
     return _recorded(f, carry, xs, length, unroll)
 
 
-def fori(lower: int, upper: int, body: Callable[[Tensor, Tree], Tree], carry: Tree) -> Tree:
+def fori(
+    lower: int | Tensor, upper: int | Tensor, body: Callable[[Tensor, Tree], Tree], carry: Tree
+) -> Tree:
     """``for i in range(lower, upper): carry = body(i, carry)``, as one `scan`.
 
     Args:
-        lower, upper: Python integers; ``i`` is a 0-d int64 tensor.
+        lower, upper: integers; ``i`` is a 0-d int64 tensor. With a 0-d tensor among them, or a
+            number that a jitted function is given, it is a `while_loop`, for any number of
+            iterations.
         body: ``(i, carry) -> carry``.
         carry: the first one.
 
@@ -85,6 +90,14 @@ def fori(lower: int, upper: int, body: Callable[[Tensor, Tree], Tree], carry: Tr
     >>> fori(0, 5, lambda i, total: total + i, torch.tensor(0))
     tensor(10)
     """
+    known = not is_traced(lower) and not is_traced(upper)
+    if isinstance(lower, Tensor) or isinstance(upper, Tensor) or not known:
+        last, start = torch.as_tensor(upper), torch.as_tensor(lower).long()
+        return while_loop(
+            lambda both: both[0] < last,
+            lambda both: (both[0] + 1, body(both[0], both[1])),
+            (start, carry),
+        )[1]
     device = next((leaf.device for leaf in tree.leaves(carry) if isinstance(leaf, Tensor)), None)
     steps = torch.arange(lower, max(lower, upper), device=device)
     return scan(lambda carry, i: (body(i, carry), None), carry, steps)[0]

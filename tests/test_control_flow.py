@@ -304,6 +304,17 @@ def test_a_branch_prints_when_it_is_taken(capfd):
     assert capfd.readouterr().out.split("\n")[:-1] == ["-1", "0", "1", "positive: 5"]
 
 
+def test_fori_counts_to_a_number_that_is_known_at_run_time():
+    def run(x, n):
+        return fn.fori(1, n, lambda i, total: total + i * x, torch.zeros(2))
+
+    compiled = fn.jit(run)
+    for n in (0, 3, torch.tensor(4)):
+        total = sum(range(1, int(n)))
+        assert_equal(run(torch.ones(2), n), torch.full((2,), float(total)))
+        assert_equal(compiled(torch.ones(2), n), torch.full((2,), float(total)))
+
+
 def test_derivatives_go_through_what_was_run():
     def f(x):
         x = fn.while_loop(lambda x: x < 10, lambda x: x * x + 0.5, x)

@@ -246,6 +246,17 @@ def test_updates_between_factorizations_do_without_one(optimizer, monkeypatch):
     optimizer.update(params, state, params)
 
 
+@pytest.mark.cpu_only
+@pytest.mark.parametrize("optimizer", [fn.shampoo(precondition_frequency=3), fn.soap()])
+def test_a_compiled_update_factorizes_in_a_branch_alone(optimizer):
+    params = {"w": numbers((3, 4), 0)}
+    update, state = fn.jit(optimizer.update), optimizer.init_state(params)
+    blocks = update.lower(params, state, params).blocks.splitlines()
+    lines = [line for line in blocks if "eigh" in line or "qr" in line]
+    assert lines
+    assert all([line.startswith("    ") for line in lines])
+
+
 BAD = {
     "muon of a vector": (
         lambda: fn.muon().init_state({"hidden": {"bias": torch.ones(3)}}),
