@@ -19,7 +19,7 @@ import torch
 
 from funcnet.compiler import cache, prefix
 from funcnet.compiler.errors import BuildError, NoCompilerError
-from funcnet.compiler.progress import stage
+from funcnet.compiler.progress import BUILDS, stage
 
 _HERE = Path(__file__).parent
 _FLAGS = (
@@ -216,7 +216,7 @@ def _compile(text: str, folder: Path, threads: int) -> Path:
     """The shared library of a C++ text."""
     command = compiler()
     sources = _sources(text, _processors())
-    stage(f"{Path(command[0]).name} compiles {len(text) / 1000:.0f} kB of C++")
+    stage(f"{Path(command[0]).name} compiles {len(text) / 1000:.0f} kB {BUILDS}")
     failure = ""
     for parallel in _ways(threads, tuple(command)):
         flags = _flags(command, parallel)

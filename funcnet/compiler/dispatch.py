@@ -95,8 +95,8 @@ class Dispatcher:
         if program.run is None and program.staged is None:
             return self._function(*args, **kwargs)
         plain = all([is_plain(tensor) for tensor in call.tensors])
-        if program.run is not None and not (call.numbers or self._static or self._instance):
-            found = recognizer((args, kwargs), call.treedef, call.tensors, program.watched)
+        if program.run is not None and not (self._static or self._instance):
+            found = recognizer((args, kwargs), call.treedef, call.leaves, program.watched)
             self.last = (found, program, plain) if found else None
         return program(call.tensors, inputs, plain)
 
@@ -123,6 +123,8 @@ class Dispatcher:
         for index, leaf in enumerate(leaves):
             if isinstance(leaf, (Donated, Escaped)):
                 _ = leaf.shape  # raises
+            if _is_numpy_scalar(leaf):
+                leaf = leaves[index] = leaf.item()
             if type(leaf) is bool:
                 flags.append(leaf)
             elif type(leaf) in NUMBERS:
@@ -270,6 +272,12 @@ class Dispatcher:
             leaves = range(start, start + counts[which])
             found += [source for source, index in enumerate(call.indices) if index in leaves]
         return found
+
+
+def _is_numpy_scalar(leaf: Any) -> bool:
+    """Whether it is numpy's bool, int or float, which counts as Python's."""
+    known = type(leaf).__module__ == "numpy" and type(leaf).__name__ != "ndarray"
+    return known and isinstance(getattr(leaf, "item", str)(), (bool, int, float))
 
 
 def _as_tensor(result: Any) -> Tensor:

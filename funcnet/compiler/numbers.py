@@ -19,6 +19,7 @@ import torch
 from torch import Tensor
 
 from funcnet.compiler.escaped import escape_of
+from funcnet.compiler.user_code import at_line
 
 NUMBERS = {bool: torch.bool, int: torch.int64, float: torch.float64}
 """The types that count as numbers, and the dtype in which each is an input of a program."""
@@ -155,9 +156,12 @@ class Arithmetic:
     def refuse(self, operands: Sequence[Any], what: str) -> NoReturn:
         """Raise TypeError for a use that would need the number's value."""
         found = sorted(self._sources(operands))
+        # Sizes and positions are ints, and tensors are no sizes.
+        sizes = all([isinstance(each, int) for each in operands if is_traced(each)])
         self.refusal = (
             f"jit: the number {' and '.join(found)} {what}, which reads the value while the "
-            "function is traced: name it in static=, or pass a tensor"
+            f"function is traced: name it in static={'' if sizes else ', or pass a tensor'}"
+            f"{at_line()}"
         )
         raise TypeError(self.refusal)
 

@@ -18,6 +18,7 @@ from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from funcnet import tree
+from funcnet.compiler.number_formulas import by_formula
 from funcnet.compiler.numbers import Arithmetic, TracedNumber, is_traced, value_of_number
 
 aten = torch.ops.aten
@@ -39,7 +40,18 @@ class _Constructors(TorchFunctionMode):
         return func(*args, **(kwargs or {}))
 
 
-_FROM_DATA = (torch.tensor, torch.as_tensor, torch.asarray, torch.scalar_tensor, torch.full)
+_FROM_DATA: dict[Any, tuple[str, ...]] = {
+    torch.tensor: ("data",),
+    torch.as_tensor: ("data",),
+    torch.asarray: ("obj",),
+    torch.scalar_tensor: ("s",),
+    torch.full: ("size", "fill_value"),
+    torch.full_like: ("input", "fill_value"),
+    Tensor.new_full: ("self", "size", "fill_value"),
+    Tensor.new_tensor: ("self", "data"),
+}
+"""Functions that make a tensor of Python's data, and the names of their first parameters."""
+_DATA = ("fill_value", "data", "obj", "s")
 
 
 def _numbers_in(arguments: Any) -> list[TracedNumber]:
@@ -55,16 +67,15 @@ def call_with_numbers(func: Any, args: Any, kwargs: Any) -> Any:
     # What it gives eagerly is the measure, and what it does not take is an error here too.
     expected = _eager(func, args, kwargs)
     taken = _takes(name, numbers, args, expected)
-    result = None
-    if taken:
+    for way in (functools.partial(_with_tensors, func), by_formula) if taken else ():
         try:
-            result = _with_tensors(func, name, args, kwargs, expected)
-        except (DataDependentOutputException, _UnknownError, RuntimeError, ValueError, TypeError):
+            result = way(name, args, kwargs, expected)
+        except _FAILURES:
             # The number itself is taken, so it is for its tensor that the function fails.
-            taken = False
-    if not taken or _shapes_and_dtypes(result) != _shapes_and_dtypes(expected):
-        arithmetic.refuse(numbers, f"goes to {name}")
-    return result
+            continue
+        if _shapes_and_dtypes(result) == _shapes_and_dtypes(expected):
+            return result
+    return arithmetic.refuse(numbers, f"goes to {name}")
 
 
 def _with_tensors(func: Any, name: str, args: Any, kwargs: Any, expected: Any) -> Any:
@@ -155,9 +166,9 @@ def _powers(args: Sequence[Any]) -> list[Any]:
 
 def _from_data(func: Any, args: Any, kwargs: Any, expected: Tensor) -> Tensor:
     """``torch.tensor`` and its like, of numbers of which some are traced."""
-    names = ("size", "fill_value") if func is torch.full else ("data",)
-    given = dict(zip(names, args, strict=False)) | kwargs
-    data = next(given.pop(name) for name in ("fill_value", "data", "obj", "s") if name in given)
+    given = dict(zip(_FROM_DATA[func], args, strict=False)) | kwargs
+    name = next(name for name in _DATA if name in given)
+    data = given.pop(name)
     if _numbers_in(given):
         raise _UnknownError("a shape or an option is a traced number")
     dtype, device = expected.dtype, expected.device
@@ -168,13 +179,19 @@ def _from_data(func: Any, args: Any, kwargs: Any, expected: Tensor) -> Tensor:
         else torch.tensor(leaf, device=device, dtype=dtype)
         for leaf in tree.leaves(data)
     ]
-    if func is torch.full:
+    if name == "fill_value":
         return elements[0].expand(expected.shape).clone()
     return torch.stack(elements).reshape(expected.shape)
 
 
 class _UnknownError(Exception):
     """An operator got a number, and it is not known what it does with numbers."""
+
+
+_FAILURES = (
+    *(DataDependentOutputException, _UnknownError, KeyError),
+    *(RuntimeError, ValueError, TypeError),
+)
 
 
 class _Promotion(TorchDispatchMode):

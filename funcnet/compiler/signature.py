@@ -171,13 +171,22 @@ class Recognizer:
         self,
         treedef: optree.PyTreeSpec,
         in_order: Callable[[Any], bool],
-        leaves: Sequence[Tensor],
+        leaves: Sequence[Any],
         captured: Sequence[Tensor],
     ) -> None:
         self._flatten = treedef.flatten_up_to
         self._in_order = in_order
         self._captured = captured
-        tensors = [*leaves, *captured]
+        indices = range(len(leaves))
+        self._tensor_indices = [each for each in indices if isinstance(leaves[each], Tensor)]
+        self._number_indices = [each for each in indices if type(leaves[each]) in (int, float)]
+        # A number has its type, and a bool its value.
+        self._scalars = [
+            (index, type(leaf), leaf if isinstance(leaf, bool) else None)
+            for index, leaf in enumerate(leaves)
+            if not isinstance(leaf, Tensor)
+        ]
+        tensors = [*[leaves[index] for index in self._tensor_indices], *captured]
         sizes: Any = [list(tensor.shape) for tensor in tensors]
         strides: Any = [list(tensor.stride()) for tensor in tensors]
         self._tensors = TensorGuards(
@@ -187,12 +196,20 @@ class Recognizer:
         self._state = GlobalStateGuard()
         self._settings = [read() for read in _SETTINGS]
 
-    def __call__(self, args: Any) -> list[Any] | None:
-        """The leaves of arguments that are recognized, None for others."""
+    def __call__(self, args: Any) -> tuple[list[Any], Sequence[Any]] | None:
+        """The tensors and the numbers of arguments that are recognized, None for others."""
         try:
             leaves = self._flatten(args)
         except (ValueError, TypeError):
             return None
+        numbers: Sequence[Any] = ()
+        if self._scalars:
+            for index, kind, flag in self._scalars:
+                leaf = leaves[index]
+                if type(leaf) is not kind or (flag is not None and leaf is not flag):
+                    return None
+            numbers = [leaves[index] for index in self._number_indices]
+            leaves = [leaves[index] for index in self._tensor_indices]
         if (
             self._tensors.check(*leaves, *self._captured)
             and self._state.check()
@@ -203,16 +220,16 @@ class Recognizer:
             for index, mode in enumerate(self._modes):
                 if _C._get_function_stack_at(index) is not mode:
                     return None
-            return leaves
+            return leaves, numbers
         return None
 
 
 def recognizer(
-    args: Any, treedef: optree.PyTreeSpec, leaves: Sequence[Tensor], captured: Sequence[Tensor]
+    args: Any, treedef: optree.PyTreeSpec, leaves: Sequence[Any], captured: Sequence[Tensor]
 ) -> Recognizer | None:
     """A `Recognizer`, unless the arguments are of a structure that it cannot check fast."""
     in_order = _order_check(args)
-    if not leaves or in_order is None:
+    if in_order is None or not any([isinstance(leaf, Tensor) for leaf in leaves]):
         return None
     return Recognizer(treedef, in_order, leaves, captured)
 
@@ -237,7 +254,7 @@ def _order_check(args: Any) -> Callable[[Any], bool] | None:
             return all([visit(child, f"{own}[{name!r}]") for name, child in node.items()])
         if type(node) in (tuple, list) or optree.is_namedtuple(node):
             return all([visit(child, f"{source}[{index}]") for index, child in enumerate(node)])
-        return node is None or isinstance(node, Tensor)
+        return node is None or isinstance(node, Tensor) or type(node) in (bool, int, float)
 
     if not visit(args, "args"):
         return None

@@ -53,9 +53,12 @@ class Jitted:
         last = self._last
         if last is not None:
             recognize, program, plain = last
-            leaves = recognize((args, kwargs))
-            if leaves is not None:
-                return program(leaves, (), plain)
+            found = recognize((args, kwargs))
+            if found is not None:
+                tensors, numbers = found
+                inputs = program.arithmetic.again(numbers) if numbers else ()
+                if inputs is not None:
+                    return program(tensors, inputs, plain)
         if self._dispatcher is None:
             return self._function(*args, **kwargs)
         try:

@@ -1,16 +1,18 @@
 """Python numbers as arguments of jitted functions: what eager gives, or a refusal by name."""
 
+import functools
 import math
 import operator
 import tempfile
 
 import pytest
 import torch
+import torch.nn.functional as F
 from hypothesis import HealthCheck, given, settings, strategies as st
 
 import funcnet as fn
 from funcnet.compiler.errors import UnsupportedError
-from funcnet.compiler.numbers import Arithmetic, TracedNumber
+from funcnet.compiler.numbers import NUMBERS, Arithmetic, TracedNumber
 from funcnet.compiler.record import record
 from funcnet.compiler.specs import input_spec
 
@@ -273,6 +275,97 @@ def test_what_a_hunt_found(function, arguments):
     torch.testing.assert_close(found, expected, rtol=0, atol=0, equal_nan=True)
 
 
+WHERE = torch.tensor([0, 2])
+FORMULAS = [
+    lambda x, n: torch.add(x, x, alpha=n),
+    lambda x, n: torch.sub(x, x + 1, alpha=n),
+    lambda x, n: x.clone().add_(x, alpha=n),
+    lambda x, n: torch.rsub(x, x + 1, alpha=n),
+    lambda x, n: torch.addcmul(x, x, x, value=n),
+    lambda x, n: torch.addcdiv(x, x, x + 3, value=n),
+    lambda x, n: x.clone().addcmul_(x, x, value=n),
+    lambda x, n: torch.lerp(x, x + 1, n),
+    lambda x, n: F.pad(x, (1, 2), value=n),
+    lambda x, n: F.pad(x[None], (1, 0, 0, 1), "constant", n),
+    lambda x, n: F.leaky_relu(x, n),
+    lambda x, n: F.elu(x, n),
+    lambda x, n: F.celu(x, n),
+    lambda x, n: F.softplus(x, beta=n),
+    lambda x, n: F.softplus(x, threshold=n),
+    lambda x, n: F.hardtanh(x, -1.0, n),
+    lambda x, n: F.hardshrink(x, n),
+    lambda x, n: F.softshrink(x, n),
+    lambda x, n: F.threshold(x, n, 0.25),
+    lambda x, n: F.threshold(x, 0.25, n),
+    lambda x, n: torch.clamp(x, max=n),
+    lambda x, n: x.clamp_min(n),
+    lambda x, n: x.clone().clamp_(-n, n),
+    lambda x, n: torch.full_like(x, n),
+    lambda x, n: x.new_full((2,), n),
+    lambda x, n: x.new_tensor([n, 1]),
+    lambda x, n: torch.scalar_tensor(n),
+    lambda x, n: torch.linspace(0.0, n, 5),
+    lambda x, n: torch.linspace(n, 3, 4, dtype=torch.float64),
+    lambda x, n: torch.logspace(0, n, 4),
+    lambda x, n: x.nan_to_num(n, n + 1, n + 2),
+    lambda x, n: torch.quantile(x.nan_to_num(0.0), n / 4),
+    lambda x, n: torch.isclose(x, x + 0.7, rtol=n, atol=0.1),
+    lambda x, n: torch.logit(x.nan_to_num(0.0).abs() / 4, n / 8),
+    lambda x, n: torch.addmm(x[:2], x[:2, None], x[None, :2], alpha=n),
+    lambda x, n: torch.addmm(x[:2], x[:2, None], x[None, :2], beta=n, alpha=0.5),
+    lambda x, n: torch.addmv(x, torch.eye(len(x)), x, alpha=n),
+    lambda x, n: torch.addr(x[None], x[:1], x, alpha=n),
+    lambda x, n: torch.baddbmm(x[None, None, :2], x[None, :2, None], x[None, None, :2], beta=n),
+    lambda x, n: torch.addbmm(x[:2], x[None, :2, None], x[None, None, :2], alpha=n),
+    lambda x, n: x.index_add(0, WHERE, x[:2], alpha=n),
+    lambda x, n: x.index_fill(0, WHERE, n),
+    lambda x, n: x.scatter(0, WHERE, n),
+    lambda x, n: x.clone().index_fill_(0, WHERE, n),
+    lambda x, n: written(x, 0, n),
+    lambda x, n: written(x, WHERE, n),
+    lambda x, n: written(x, x > 0, n),
+    lambda x, n: x // n,
+    lambda x, n: n // (x.abs() + 1),
+    lambda x, n: F.huber_loss(x, x + 1, delta=n),
+    lambda x, n: F.huber_loss(x, x + 1, reduction="none", delta=n),
+    lambda x, n: F.smooth_l1_loss(x, 2 * x, beta=n),
+    lambda x, n: F.smooth_l1_loss(x, 2 * x, reduction="sum", beta=n),
+]
+
+
+def written(x, index, n):
+    y = x.clone()
+    y[index] = n
+    return y
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16])
+def test_numbers_that_torch_takes_as_no_tensors_are_traced_by_formulas(dtype):
+    x = torch.tensor([-1.5, 0.0, 2.0, 0.7, math.nan, math.inf]).to(dtype)
+    for which, function in enumerate(FORMULAS):
+        for first, second in ((0.5, 1.75), (2, 3)):
+            if isinstance(outcome(function, x, first), Exception):
+                continue
+            arithmetic = Arithmetic((first,), ["n"])
+            function_of_x = functools.partial(lambda x, f, n: [f(x, n)], f=function)
+            recorded = record(
+                functools.partial(function_of_x, n=arithmetic.given[0]), [input_spec(x)], arithmetic
+            )
+            inputs = arithmetic.again((second,))
+            assert inputs, which
+            numbers = [torch.tensor(each, dtype=NUMBERS[type(each)]) for each in inputs]
+            run = torch.fx.Interpreter(torch.fx.GraphModule({}, recorded.graph)).run
+            (found,), expected = run(x, *recorded.captured, *numbers), function(x, second)
+            tolerance = {"rtol": 8e-3, "atol": 8e-3} if dtype == torch.bfloat16 else {}
+            torch.testing.assert_close(
+                found,
+                expected,
+                equal_nan=True,
+                msg=lambda text, which=which: f"{which}: {text}",
+                **tolerance,
+            )
+
+
 @pytest.mark.parametrize(
     ("error", "message", "function", "number"),
     [
@@ -280,8 +373,19 @@ def test_what_a_hunt_found(function, arguments):
         (TypeError, r"the number argument 1 is needed as an int", lambda x, n: x[:n], 2),
         (TypeError, r"argument 1 is needed as a float", lambda x, n: x * math.sin(n), 2.0),
         (TypeError, r"argument 1 is hashed", lambda x, n: x * {1: 2}[n], 1),
-        (TypeError, r"argument 1 goes to leaky_relu", torch.nn.functional.leaky_relu, 0.1),
-        (TypeError, r"argument 1 goes to add", lambda x, n: torch.add(x, x, alpha=n), 2),
+        (
+            TypeError,
+            r"argument 1 goes to layer_norm",
+            lambda x, n: F.layer_norm(x, (3,), eps=n),
+            0.1,
+        ),
+        (
+            TypeError,
+            r"argument 1 goes to arange, .* name it in static=\n",
+            lambda x, n: torch.arange(n),
+            2,
+        ),
+        (TypeError, r"static=\n  .*test_numbers.py:\d+: .*x\[:n\]", lambda x, n: x[:n], 2),
         (TypeError, r"argument 1 becomes a complex", lambda x, n: x * n**0.5, -2),
         (TypeError, r"argument 1 goes to full", lambda x, n: torch.full((n,), 2.0), 2),
         (TypeError, r"argument 1 is asked for its is_integer", lambda x, n: n.is_integer(), 2.0),
@@ -347,3 +451,37 @@ def test_another_value_of_another_type_is_traced_anew():
         found, expected = compiled(X, n), X.long() * 10**n
         assert found.dtype == expected.dtype
         torch.testing.assert_close(found, expected)
+
+
+def test_later_calls_with_other_numbers_are_recognized_and_others_are_not():
+    reads = []
+
+    def run(x, options, flag):
+        y = x * options["rate"] if flag else -x
+        return y + 1 if options["n"] > 2 else y
+
+    compiled = fn.jit(run)
+    read = compiled._dispatcher._read
+    compiled._dispatcher._read = lambda *args: reads.append(args) or read(*args)
+    calls = [
+        *[(0.5, 3, True), (0.25, 3, True), (math.nan, 7, True), (math.inf, 2**40, True)],
+        *[(2, 3, True), (0.5, 1, True), (0.5, 0, True), (0.5, 3, False), (0.75, 9, False)],
+    ]
+    seen = []
+    for rate, n, flag in calls:
+        options = {"rate": rate, "n": n}
+        expected, before = run(X, options, flag), len(reads)
+        found = compiled(X, options, flag)
+        seen.append(len(reads) - before)
+        assert found.dtype == expected.dtype
+        torch.testing.assert_close(found, expected, rtol=0, atol=0, equal_nan=True)
+    # Another type, another branch and another bool are looked up.
+    assert seen == [1, 0, 0, 0, 1, 1, 0, 1, 0]
+
+
+def test_numpys_numbers_count_as_pythons():
+    numpy = pytest.importorskip("numpy")
+    compiled = fn.jit(lambda x, a, b, c: x * a + b if c is True else -x)
+    for numbers in ((0.5, 2, True), (0.25, 3, True), (0.5, 2, False)):
+        a, b, c = numpy.float64(numbers[0]), numpy.int64(numbers[1]), numpy.bool_(numbers[2])
+        torch.testing.assert_close(compiled(X, a, b, c), compiled(X, *numbers))

@@ -1,6 +1,7 @@
 """The line on a terminal while a function compiles."""
 
 import io
+import re
 import sys
 import time
 
@@ -27,7 +28,7 @@ def without_patience(monkeypatch):
     return terminal
 
 
-def test_it_names_the_function_and_the_stage_and_goes(monkeypatch):
+def test_it_names_the_function_and_the_stage_and_says_how_long_it_took(monkeypatch):
     terminal = without_patience(monkeypatch)
     with progress.shown("step"):
         progress.stage("one thing")
@@ -37,7 +38,28 @@ def test_it_names_the_function_and_the_stage_and_goes(monkeypatch):
     written = terminal.getvalue()
     assert "step compiles, 0 s: one thing" in written
     assert "step compiles, 0 s: another" in written
-    assert written.endswith("\r\033[K")
+    assert re.search(r"\r\033\[Kstep loaded from the cache in 0\.\d s\n$", written)
+
+
+def test_what_the_compiler_made_is_said_to_be_compiled(monkeypatch):
+    terminal = without_patience(monkeypatch)
+    with progress.shown("step"):
+        progress.stage("g++ compiles 5 kB of C++")
+        progress.stage("something else")
+    assert re.search(r"step compiled in 0\.\d s\n$", terminal.getvalue())
+
+
+def test_of_what_fails_no_line_stays(monkeypatch):
+    terminal = without_patience(monkeypatch)
+
+    def fail():
+        with progress.shown("step"):
+            time.sleep(0.05)
+            raise KeyError
+
+    with pytest.raises(KeyError):
+        fail()
+    assert terminal.getvalue().endswith("\r\033[K")
 
 
 def test_it_shows_nothing_for_what_is_fast(monkeypatch):
@@ -56,17 +78,10 @@ def test_it_shows_nothing_elsewhere(monkeypatch):
     assert sys.stderr.getvalue() == ""
 
 
-class Stages(list):
-    """All that was said, one after the other."""
-
-    def __setitem__(self, where, what):
-        self.extend(what)
-
-
 @pytest.mark.cpu_only
 def test_jit_tells_its_stages(tmp_path, monkeypatch):
     monkeypatch.setenv("FUNCNET_CACHE_DIR", str(tmp_path))
-    stages = Stages()
+    stages = []
     token = progress._stage.set(stages)
     try:
         fn.jit(lambda x: torch.sin(x) + 1)(torch.ones(3))
