@@ -56,12 +56,14 @@ class Seen(NamedTuple):
     """Whether the pole still stood before it."""
 
 
+def policy_of(params: fn.Params) -> cartpole.Policy:
+    return lambda observed: POLICY.apply(params, observed)[0]
+
+
 def push(params: fn.Params, cart: State, key: Tensor) -> tuple[State, Seen]:
     """200 steps of one cart, which is a new one if its episode is over."""
     restart_key, key = fn.random.split(key).unbind()
-
-    def policy(observed: Tensor) -> Tensor:
-        return POLICY.apply(params, observed)[0]
+    policy = policy_of(params)
 
     def one(cart: State, key: Tensor) -> tuple[State, Seen]:
         action = cartpole.draw_action(policy, cart, key)
@@ -108,9 +110,8 @@ def start(key: Tensor) -> Run:
 def advance(run: Run) -> tuple[Run, Tensor]:
     """Ten updates, and the mean return after them."""
     run, _ = fn.scan(update, run, length=EVERY)
-    params, key = run.train.params, fn.fold_in(run.train.key, "measure")
-    policy = lambda observed: POLICY.apply(params, observed)[0]  # noqa: E731
-    return run, cartpole.mean_return(policy, fn.fold_in(key, run.train.step))
+    key = fn.fold_in(fn.fold_in(run.train.key, "measure"), run.train.step)
+    return run, cartpole.mean_return(policy_of(run.train.params), key)
 
 
 class InPyTorch:
