@@ -48,6 +48,9 @@ def ones() -> Initializer:
 def constant(value: float) -> Initializer:
     """All ``value``.
 
+    Args:
+        value: a number.
+
     >>> constant(0.5)(random.key(0), (2,), torch.float32, torch.device("cpu"))
     tensor([0.5000, 0.5000])
     """
@@ -56,6 +59,9 @@ def constant(value: float) -> Initializer:
 
 def uniform(low: float = 0.0, high: float = 1.0) -> Initializer:
     """U(low, high), as ``torch.nn.init.uniform_``.
+
+    Args:
+        low, high: the ends of the interval.
 
     >>> uniform(-1, 1)(random.key(42), (2,), torch.float32, torch.device("cpu"))
     tensor([-0.0226,  0.3596])
@@ -67,6 +73,9 @@ def uniform(low: float = 0.0, high: float = 1.0) -> Initializer:
 
 def normal(mean: float = 0.0, std: float = 1.0) -> Initializer:
     """N(mean, std^2), as ``torch.nn.init.normal_``.
+
+    Args:
+        mean, std: the mean and the standard deviation.
 
     >>> normal(std=0.1)(random.key(42), (2,), torch.float32, torch.device("cpu"))
     tensor([-0.0028,  0.0467])
@@ -83,6 +92,10 @@ def truncated_normal(
     """N(mean, std^2) cut to [low, high], as ``torch.nn.init.trunc_normal_``.
 
     ``low`` and ``high`` are values, not numbers of standard deviations.
+
+    Args:
+        mean, std: of the normal distribution that is cut.
+        low, high: the least and the greatest value, not numbers of standard deviations.
 
     >>> truncated_normal()(random.key(42), (2,), torch.float32, torch.device("cpu"))
     tensor([-0.0270,  0.4444])
@@ -164,6 +177,9 @@ def lecun_normal() -> Initializer:
 def glorot_uniform(gain: float = 1.0) -> Initializer:
     """U(-b, b) with ``b = gain sqrt(6 / (fan_in + fan_out))``; alias `xavier_uniform`.
 
+    Args:
+        gain: a factor, such as that of `gain`.
+
     Source: Glorot and Bengio 2010; ``torch.nn.init.xavier_uniform_``.
 
     >>> glorot_uniform()(random.key(42), (1, 2), torch.float32, torch.device("cpu"))
@@ -174,6 +190,9 @@ def glorot_uniform(gain: float = 1.0) -> Initializer:
 
 def glorot_normal(gain: float = 1.0) -> Initializer:
     """N(0, gain^2 2 / (fan_in + fan_out)); alias `xavier_normal`.
+
+    Args:
+        gain: a factor, such as that of `gain`.
 
     Source: Glorot and Bengio 2010; ``torch.nn.init.xavier_normal_``.
 
@@ -190,6 +209,11 @@ def he_uniform(
 
     ``gain = sqrt(2 / (1 + negative_slope^2))``, or that of ``nonlinearity``; see `gain`.
 
+    Args:
+        negative_slope: that of the leaky_relu that follows; 0 for relu.
+        mode: "fan_in" or "fan_out", which fan is.
+        nonlinearity: what follows the layer, by torch's name.
+
     Source: He et al. 2015; ``torch.nn.init.kaiming_uniform_``.
 
     >>> he_uniform()(random.key(42), (1, 6), torch.float32, torch.device("cpu"))[0, :2]
@@ -202,6 +226,11 @@ def he_normal(
     negative_slope: float = 0.0, mode: str = "fan_in", nonlinearity: str = "leaky_relu"
 ) -> Initializer:
     """N(0, gain^2 / fan); alias `kaiming_normal`; the gain is that of `he_uniform`.
+
+    Args:
+        negative_slope: that of the leaky_relu that follows; 0 for relu.
+        mode: "fan_in" or "fan_out", which fan is.
+        nonlinearity: what follows the layer, by torch's name.
 
     Source: He et al. 2015; ``torch.nn.init.kaiming_normal_``.
 
@@ -219,6 +248,9 @@ def orthogonal(gain: float = 1.0) -> Initializer:
     """A matrix with orthonormal rows or columns, whichever are fewer, times ``gain``.
 
     A shape of more than two dimensions is flattened to (shape[0], prod(shape[1:])).
+
+    Args:
+        gain: the factor.
 
     Source: Saxe, McClelland and Ganguli 2014; ``torch.nn.init.orthogonal_``.
 
@@ -257,6 +289,9 @@ def torch_linear() -> Initializer:
 def torch_default(fan_in: int) -> Initializer:
     """U(-b, b) with ``b = 1 / sqrt(fan_in)``, for a weight and for the bias beside it.
 
+    Args:
+        fan_in: of the weight, also for the bias.
+
     Source: ``reset_parameters`` of ``torch.nn.Linear`` and of torch's convolutions.
 
     >>> torch_default(4)(random.key(42), (2,), torch.float32, torch.device("cpu"))
@@ -271,6 +306,10 @@ def gain(nonlinearity: str, param: float | None = None) -> float:
 
     It is that of ``torch.nn.init.calculate_gain``. ``param`` is leaky_relu's negative slope,
     0.01 by default.
+
+    Args:
+        nonlinearity: its name in torch.
+        param: leaky_relu's negative slope; default 0.01.
 
     >>> gain("tanh")
     1.6666666666666667
@@ -289,6 +328,9 @@ def gain(nonlinearity: str, param: float | None = None) -> float:
 
 def fans(shape: tuple[int, ...]) -> tuple[int, int]:
     """``(fan_in, fan_out)`` of a weight of shape ``(out, in, *kernel)``.
+
+    Args:
+        shape: of the weight.
 
     >>> fans((8, 3, 5, 5))
     (75, 200)

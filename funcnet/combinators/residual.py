@@ -28,6 +28,9 @@ def residual_backward(pull: Pull, dy: Tree, residuals: Mapping[str, Tree]) -> Tr
 def residual(layer: Layer) -> Layer:
     """``y = x + f(x)``, for a layer that keeps the shape.
 
+    Args:
+        layer: f.
+
     Params, state and key: those of the layer, with nothing in between.
     VJP:
         ``dx = dy + df(dy)``.

@@ -25,6 +25,9 @@ def shared(layer: Layer) -> Layer:
 
     State passes from one use to the next; the key is folded by the index of the input.
 
+    Args:
+        layer: the one that is applied.
+
     Inputs:
         x, a tuple of trees of one shape.
     Returns:

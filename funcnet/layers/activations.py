@@ -87,7 +87,9 @@ def silu_derivative(x: Tensor) -> Tensor:
 
 
 def silu() -> Layer:
-    """``y = x s`` with ``s = sigmoid(x)``; ``dx = dy s (1 + x (1 - s))``. ``torch.nn.SiLU``.
+    """``y = x s`` with ``s = sigmoid(x)``; ``dx = dy s (1 + x (1 - s))``.
+
+    Source: ``torch.nn.SiLU``.
 
     >>> silu().apply({}, torch.tensor([-1.0, 1.0]))[0]
     tensor([-0.2689,  0.7311])
@@ -103,6 +105,9 @@ def elu_derivative(x: Tensor, alpha: float) -> Tensor:
 
 def elu(alpha: float = 1.0) -> Layer:
     """``y = x if x > 0 else alpha (exp(x) - 1)``; ``dx = dy`` or ``dy alpha exp(x)``.
+
+    Args:
+        alpha: minus the value that y nears where x is far below 0.
 
     Source: ``torch.nn.ELU``.
 
@@ -120,6 +125,9 @@ def celu_derivative(x: Tensor, alpha: float) -> Tensor:
 
 def celu(alpha: float = 1.0) -> Layer:
     """``y = x if x > 0 else alpha (exp(x / alpha) - 1)``; ``dx = dy`` or ``dy exp(x / alpha)``.
+
+    Args:
+        alpha: minus the value that y nears where x is far below 0; not 0.
 
     Source: ``torch.nn.CELU``.
 
@@ -157,7 +165,13 @@ def softplus_derivative(x: Tensor, beta: float, threshold: float) -> Tensor:
 def softplus(beta: float = 1.0, threshold: float = 20.0) -> Layer:
     """``y = log(1 + exp(beta x)) / beta``, and x where ``beta x > threshold``.
 
-    ``dx = dy sigmoid(beta x)``, and dy where y is x. Source: ``torch.nn.Softplus``.
+    ``dx = dy sigmoid(beta x)``, and dy where y is x.
+
+    Args:
+        beta: how sharply y bends at 0.
+        threshold: above which ``beta x`` y is x, as the exponential could overflow.
+
+    Source: ``torch.nn.Softplus``.
 
     >>> softplus().apply({}, torch.tensor([0.0, 30.0]))[0]
     tensor([ 0.6931, 30.0000])

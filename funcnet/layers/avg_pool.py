@@ -96,7 +96,7 @@ def _avg_pool(
     count_include_pad: bool = True,
     divisor_override: int | None = None,
 ) -> Layer:
-    """The average of each window.
+    """The average of each window: ``y_i = sum x_j / n`` over the n points j of window i.
 
     Args:
         kernel_size: (height, width) of the window, or one int for all; so with the next two.

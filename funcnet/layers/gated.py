@@ -21,8 +21,13 @@ def glu_backward(dy: Tensor, dim: int, x: Tensor) -> Tensor:
 def glu(dim: int = -1) -> Layer:
     """``y = a sigmoid(b)``, where a and b are the halves of x along ``dim``.
 
+    Args:
+        dim: the dimension that is halved.
+
     Inputs:
-        x with an even size along ``dim``. Source: ``torch.nn.GLU``; Dauphin et al. 2016.
+        x with an even size along ``dim``.
+
+    Source: ``torch.nn.GLU``; Dauphin et al. 2016.
 
     >>> glu().apply({}, torch.tensor([3.0, 0.0]))[0]
     tensor([1.5000])

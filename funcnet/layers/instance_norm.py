@@ -164,6 +164,9 @@ def _instance_norm(
 ) -> Layer:
     """`instance_norm` of x of shape (batch, channels, height, width) or without a batch.
 
+    Args:
+        eps, momentum, affine, track_running_stats, bias, dtype: as in `instance_norm`.
+
     Source: ``torch.nn.InstanceNorm2d``.
 
     >>> fn.instance_norm2d().apply({}, torch.tensor([[[1.0, 3.0], [1.0, 3.0]]]))[0]

@@ -73,7 +73,7 @@ def _max_pool(
     return_indices: bool = False,
     ceil_mode: bool = False,
 ) -> Layer:
-    """The maximum of each window.
+    """The maximum of each window: ``y_i = max x_j`` over the points j of window i.
 
     Args:
         kernel_size: (height, width) of the window, or one int for all; so with the next three.

@@ -39,6 +39,9 @@ def leaky_relu_derivative(x: Tensor, negative_slope: float) -> Tensor:
 def leaky_relu(negative_slope: float = 0.01) -> Layer:
     """``y = x if x > 0 else negative_slope x``; ``dx = dy`` or ``negative_slope dy``.
 
+    Args:
+        negative_slope: the slope below 0.
+
     Source: ``torch.nn.LeakyReLU``.
 
     >>> leaky_relu(0.1).apply({}, torch.tensor([-1.0, 2.0]))[0]
@@ -58,6 +61,9 @@ def hardtanh_derivative(x: Tensor, min_val: float, max_val: float) -> Tensor:
 def hardtanh(min_val: float = -1.0, max_val: float = 1.0) -> Layer:
     """``y = min(max(x, min_val), max_val)``; ``dx = dy [min_val < x < max_val]``.
 
+    Args:
+        min_val, max_val: the least and the greatest y.
+
     Source: ``torch.nn.Hardtanh``.
 
     >>> hardtanh().apply({}, torch.tensor([-2.0, 0.5]))[0]
@@ -75,7 +81,9 @@ def hardsigmoid_derivative(x: Tensor) -> Tensor:
 
 
 def hardsigmoid() -> Layer:
-    """``y = min(max(x / 6 + 1/2, 0), 1)``; ``dx = dy [-3 < x < 3] / 6``. ``torch.nn.Hardsigmoid``.
+    """``y = min(max(x / 6 + 1/2, 0), 1)``; ``dx = dy [-3 < x < 3] / 6``.
+
+    Source: ``torch.nn.Hardsigmoid``.
 
     >>> hardsigmoid().apply({}, torch.tensor([-4.0, 1.5]))[0]
     tensor([0.0000, 0.7500])
@@ -124,6 +132,10 @@ def threshold_derivative(x: Tensor, threshold: float, value: float) -> Tensor:
 def threshold(threshold: float, value: float) -> Layer:
     """``y = x if x > threshold else value``; ``dx = dy [x > threshold]``.
 
+    Args:
+        threshold: x up to it is replaced.
+        value: what it is replaced by.
+
     Source: ``torch.nn.Threshold``.
 
     >>> threshold(0.5, -1.0).apply({}, torch.tensor([0.0, 2.0]))[0]
@@ -147,7 +159,12 @@ def shrink_derivative(x: Tensor, lambd: float) -> Tensor:
 
 
 def hardshrink(lambd: float = 0.5) -> Layer:
-    """``y = x if |x| > lambd else 0``; ``dx = dy [|x| > lambd]``. Source: ``torch.nn.Hardshrink``.
+    """``y = x if |x| > lambd else 0``; ``dx = dy [|x| > lambd]``.
+
+    Args:
+        lambd: the greatest ``|x|`` for which y is 0.
+
+    Source: ``torch.nn.Hardshrink``.
 
     >>> hardshrink().apply({}, torch.tensor([-0.5, 2.0]))[0]
     tensor([0., 2.])
@@ -157,6 +174,9 @@ def hardshrink(lambd: float = 0.5) -> Layer:
 
 def softshrink(lambd: float = 0.5) -> Layer:
     """``y = sign(x) max(|x| - lambd, 0)``; ``dx = dy [|x| > lambd]``.
+
+    Args:
+        lambd: the greatest ``|x|`` for which y is 0, at least 0.
 
     Source: ``torch.nn.Softshrink``.
 

@@ -249,6 +249,12 @@ def rotate(
 
     ``inverse`` rotates by minus that, which is the derivative, transposed.
 
+    Args:
+        x: queries or keys.
+        positions: of x, ints (seq,) or (batch, seq); default 0, 1, ...
+        base, scale, interleaved, dim: as in `rotary`.
+        inverse: whether to rotate back, by minus that, which is the derivative, transposed.
+
     >>> rotate(torch.tensor([[1.0, 0.0], [1.0, 0.0]]))
     tensor([[1.0000, 0.0000],
             [0.5403, 0.8415]])

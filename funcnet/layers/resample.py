@@ -238,6 +238,10 @@ def interpolate(
 ) -> Layer:
     """`upsample`, under the name and with the options of the function in torch.
 
+    Args:
+        size, scale_factor, mode, align_corners, recompute_scale_factor, antialias: as in
+            `upsample`.
+
     Source: ``torch.nn.functional.interpolate``.
 
     >>> interpolate(scale_factor=0.5, mode="area").apply({}, torch.tensor([[[1.0, 3.0]]]))[0]
@@ -250,7 +254,12 @@ def interpolate(
 def upsampling_nearest2d(
     size: Size | None = None, scale_factor: float | Sequence[float] | None = None
 ) -> Layer:
-    """`upsample` of images with mode "nearest". Source: ``torch.nn.UpsamplingNearest2d``.
+    """`upsample` of images with mode "nearest".
+
+    Args:
+        size, scale_factor: as in `upsample`.
+
+    Source: ``torch.nn.UpsamplingNearest2d``.
 
     >>> upsampling_nearest2d(2).apply({}, torch.ones(1, 1, 1, 1))[0].shape
     torch.Size([1, 1, 2, 2])
@@ -262,6 +271,9 @@ def upsampling_bilinear2d(
     size: Size | None = None, scale_factor: float | Sequence[float] | None = None
 ) -> Layer:
     """`upsample` of images with mode "bilinear" and aligned corners.
+
+    Args:
+        size, scale_factor: as in `upsample`.
 
     Source: ``torch.nn.UpsamplingBilinear2d``.
 

@@ -39,7 +39,12 @@ def reshape_backward(dy: Tensor | None, shape: tuple[int, ...]) -> Tensor | None
 
 
 def flatten(start_dim: int = 1, end_dim: int = -1) -> Layer:
-    """Dimensions ``start_dim`` to ``end_dim`` as one. Source: ``torch.nn.Flatten``.
+    """Dimensions ``start_dim`` to ``end_dim`` as one.
+
+    Args:
+        start_dim, end_dim: the first and the last dimension that become one.
+
+    Source: ``torch.nn.Flatten``.
 
     >>> flatten().apply({}, torch.ones(5, 2, 3))[0].shape
     torch.Size([5, 6])
@@ -52,7 +57,13 @@ def flatten(start_dim: int = 1, end_dim: int = -1) -> Layer:
 
 
 def unflatten(dim: int, unflattened_size: Sequence[int]) -> Layer:
-    """Dimension ``dim`` as several; one size may be -1. Source: ``torch.nn.Unflatten``.
+    """Dimension ``dim`` as several; one size may be -1.
+
+    Args:
+        dim: the dimension that becomes several.
+        unflattened_size: their sizes.
+
+    Source: ``torch.nn.Unflatten``.
 
     >>> unflatten(1, (2, -1)).apply({}, torch.ones(5, 6))[0].shape
     torch.Size([5, 2, 3])
@@ -148,7 +159,14 @@ def split_backward(dy: tuple[Tensor | None, ...], dim: int) -> Tensor | None:
 
 
 def split(split_size_or_sections: int | Sequence[int], dim: int = -1) -> Layer:
-    """A tuple of pieces of x along ``dim``. Source: ``torch.split``.
+    """A tuple of pieces of x along ``dim``.
+
+    Args:
+        split_size_or_sections: the size of a piece, the last of which may be smaller, or the
+            sizes of all.
+        dim: the dimension that is split.
+
+    Source: ``torch.split``.
 
     >>> [tuple(y.shape) for y in split([1, 2]).apply({}, torch.ones(5, 3))[0]]
     [(5, 1), (5, 2)]
@@ -177,7 +195,12 @@ def concat_backward(
 
 
 def concat(dim: int = -1) -> Layer:
-    """A tuple of tensors as one along ``dim``. Source: ``torch.cat``.
+    """A tuple of tensors as one along ``dim``.
+
+    Args:
+        dim: the dimension along which they are put.
+
+    Source: ``torch.cat``.
 
     >>> concat().apply({}, (torch.zeros(2, 1), torch.ones(2, 2)))[0].shape
     torch.Size([2, 3])

@@ -20,7 +20,12 @@ def softmax_backward(dy: Tensor, dim: int, y: Tensor) -> Tensor:
 
 
 def softmax(dim: int = -1) -> Layer:
-    """``y = exp(x) / sum exp(x)`` over ``dim``; ``dx = y (dy - sum y dy)``. ``torch.nn.Softmax``.
+    """``y = exp(x) / sum exp(x)`` over ``dim``; ``dx = y (dy - sum y dy)``.
+
+    Args:
+        dim: the dimension whose values have the sum 1.
+
+    Source: ``torch.nn.Softmax``.
 
     >>> softmax().apply({}, torch.tensor([0.0, 0.0]))[0]
     tensor([0.5000, 0.5000])
@@ -63,7 +68,12 @@ def softmin_backward(dy: Tensor, dim: int, y: Tensor) -> Tensor:
 
 
 def softmin(dim: int = -1) -> Layer:
-    """``y = exp(-x) / sum exp(-x)`` over ``dim``; ``dx = y (sum y dy - dy)``. ``torch.nn.Softmin``.
+    """``y = exp(-x) / sum exp(-x)`` over ``dim``; ``dx = y (sum y dy - dy)``.
+
+    Args:
+        dim: the dimension whose values have the sum 1.
+
+    Source: ``torch.nn.Softmin``.
 
     >>> softmin().apply({}, torch.tensor([0.0, 0.0]))[0]
     tensor([0.5000, 0.5000])
@@ -84,6 +94,9 @@ def log_softmax_backward(dy: Tensor, dim: int, y: Tensor) -> Tensor:
 
 def log_softmax(dim: int = -1) -> Layer:
     """``y = x - log sum exp(x)`` over ``dim``; ``dx = dy - exp(y) sum dy``.
+
+    Args:
+        dim: the dimension whose values have the sum 1.
 
     Source: ``torch.nn.LogSoftmax``.
 

@@ -39,6 +39,9 @@ def fan_out_backward(dy: tuple[Tree, ...]) -> Tree:
 def fan_out(n: int) -> Layer:
     """``y = (x, ..., x)``, n times; dx is the sum of the dy.
 
+    Args:
+        n: how many times x is handed on.
+
     >>> fan_out(2).apply({}, torch.ones(1))[0]
     (tensor([1.]), tensor([1.]))
     """
@@ -69,6 +72,9 @@ def item(index: int | str) -> Layer:
 
     It takes the output of a recurrent layer, say, and leaves the last state.
 
+    Args:
+        index: a position, or a name.
+
     >>> item(0).apply({}, (torch.ones(2), torch.zeros(1)))[0]
     tensor([1., 1.])
     """
@@ -91,7 +97,7 @@ def add_backward(dy: Tensor, n: int) -> tuple[Tensor, ...]:
 
 
 def add() -> Layer:
-    """The sum of a tuple of tensors of one shape; each gets dy.
+    """``y = x_1 + ... + x_n`` of a tuple of tensors of one shape; each gets dy.
 
     >>> add().apply({}, (torch.ones(2), torch.ones(2)))[0]
     tensor([2., 2.])
@@ -109,7 +115,7 @@ def multiply_backward(dy: Tensor, x: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
 
 
 def multiply() -> Layer:
-    """The product of a tuple of tensors of one shape; each gets dy times the other factors.
+    """``y = x_1 ... x_n`` of a tuple of tensors of one shape; each gets dy times the others.
 
     >>> multiply().apply({}, (torch.full((2,), 2.0), torch.full((2,), 3.0)))[0]
     tensor([6., 6.])

@@ -37,6 +37,10 @@ def _hinge_derivative(prediction: Tensor, target: Tensor, margin: float) -> Tens
 def hinge(reduction: str = "mean", margin: float = 1.0) -> Loss:
     """``max(0, margin - t y)`` of scores y and targets t of -1 and 1.
 
+    Args:
+        reduction: "mean", "sum", or "none" for the loss of each element.
+        margin: the ``t y`` from which on an element costs nothing.
+
     VJP:
         ``dprediction = -d t [t y < margin] / n``.
     Raises:
@@ -62,6 +66,9 @@ def _soft_margin_derivative(prediction: Tensor, target: Tensor) -> Tensor:
 
 def soft_margin(reduction: str = "mean") -> Loss:
     """``log(1 + exp(-t y))`` of scores y and targets t of -1 and 1, exact for any score.
+
+    Args:
+        reduction: "mean", "sum", or "none" for the loss of each element.
 
     VJP:
         ``dprediction = -d t sigmoid(-t y) / n``.
@@ -89,6 +96,10 @@ def _hinge_embedding_derivative(prediction: Tensor, target: Tensor, margin: floa
 
 def hinge_embedding(margin: float = 1.0, reduction: str = "mean") -> Loss:
     """A distance y where the target is 1, ``max(0, margin - y)`` where it is -1.
+
+    Args:
+        margin: the distance from which on a pair of target -1 costs nothing.
+        reduction: "mean", "sum", or "none" for the loss of each element.
 
     VJP:
         ``dprediction = d / n`` where the target is 1, ``-d [y <= margin] / n`` where it is -1.
@@ -134,6 +145,10 @@ def _check_order(name: str, prediction: Pair, target: Tensor) -> Tensor:
 
 def margin_ranking(margin: float = 0.0, reduction: str = "mean") -> Loss:
     """``max(0, margin - t (x1 - x2))``: 0 where x1 is larger by the margin, or smaller if t = -1.
+
+    Args:
+        margin: by how much the larger one should be larger.
+        reduction: "mean", "sum", or "none" for the loss of each element.
 
     Inputs:
         prediction, a tuple (x1, x2) of tensors of one shape; target of that shape, 1 where x1
@@ -283,6 +298,9 @@ def _check_listed(name: str, prediction: Tensor, target: Tensor) -> Tensor:
 
 def multilabel_margin(reduction: str = "mean") -> Loss:
     """``sum_jc max(0, 1 - y_j + y_c) / classes`` over the target's classes j and all others c.
+
+    Args:
+        reduction: "mean", over the examples, "sum", or "none" for the loss of each example.
 
     Inputs:
         prediction, scores (batch, classes) or (classes,); target of that shape, int64: the indices

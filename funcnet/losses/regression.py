@@ -52,6 +52,9 @@ def _absolute_error_derivative(prediction: Tensor, target: Tensor) -> Tensor:
 def mae(reduction: str = "mean") -> Loss:
     """``|prediction - target|``; ``dprediction = d sign(prediction - target) / n``.
 
+    Args:
+        reduction: "mean", "sum", or "none" for the loss of each element.
+
     Source: ``torch.nn.L1Loss``.
 
     >>> mae().apply(torch.tensor([1.0, 2.0]), torch.tensor([0.0, 0.0]))
@@ -73,6 +76,10 @@ def huber(reduction: str = "mean", delta: float = 1.0) -> Loss:
     """``e^2 / 2`` where ``|e| < delta``, else ``delta (|e| - delta / 2)``.
 
     ``e = prediction - target``; ``dprediction = d min(max(e, -delta), delta) / n``.
+
+    Args:
+        reduction: "mean", "sum", or "none" for the loss of each element.
+        delta: the error from which on the loss grows linearly, above 0.
 
     Source: ``torch.nn.HuberLoss``.
 
@@ -97,6 +104,10 @@ def smooth_l1(reduction: str = "mean", beta: float = 1.0) -> Loss:
     """``e^2 / (2 beta)`` where ``|e| < beta``, else ``|e| - beta / 2``.
 
     ``e = prediction - target``; ``dprediction = d min(max(e / beta, -1), 1) / n``.
+
+    Args:
+        reduction: "mean", "sum", or "none" for the loss of each element.
+        beta: the error from which on the loss grows linearly; 0 for ``|e|``.
 
     Source: ``torch.nn.SmoothL1Loss``.
 
