@@ -1,6 +1,6 @@
 """The staged path, for what cannot be one C++ program: Inductor's programs, one for each segment.
 
-It serves other devices than the CPU, dtypes such as bfloat16 in products, and operators for which
+It serves other devices than the CPU, and operators for which
 Inductor has no kernel. Scans loop in Python, and each segment is compiled once. Maps do not loop:
 their segments are batched by `torch.vmap`. While loops and branches read their conditions, for
 which a device is waited for; where the members of a map differ in them, all go on until the last is

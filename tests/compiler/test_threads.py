@@ -23,7 +23,7 @@ def functions():
         lambda x: step(start, (x, x[:, :1]))[0].params,
         lambda x: fn.random.normal(fn.key(3), (7,)) + x.sum(),
         lambda x: torch.nn.functional.layer_norm(x, (4,)),
-        lambda x: x.bfloat16() @ x.T.bfloat16(),  # staged
+        lambda x: x.bfloat16() @ x.T.bfloat16(),
     ]
 
 
