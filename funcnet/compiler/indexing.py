@@ -1,12 +1,11 @@
 """Tensors as positions: ``x[i]`` of a 0-d tensor ``i`` takes the element that it says when it runs.
 
-PyTorch reads such an i at once and takes a view. While a function is recorded, or mapped, its value
-is not known, so that ``x[i]`` becomes the operator ``aten::index``, and ``x[i] = value`` becomes
+PyTorch reads such an i at once and takes a view. While a function is recorded its value is not
+known, so that ``x[i]`` becomes the operator ``aten::index``, and ``x[i] = value`` becomes
 ``aten::index_put``, which take a tensor's elements as positions. What they give is a copy of the
 elements: to write to it in place, which would write to x, is refused.
 """
 
-import functools
 import operator
 import threading
 import weakref
@@ -28,11 +27,11 @@ _POSITIONS = (torch.int64, torch.int32, torch.int16, torch.int8)
 
 
 class _Copies(threading.local):
-    """What ``x[i]`` gave in the functions that are at work.
+    """What ``x[i]`` gave while a function is recorded.
 
     Attributes:
-        results: the tensors, by their ids; None where tensors are no positions.
-        storages: their memory, by its address, while a function is recorded.
+        results: the tensors, by their ids; None where nothing is recorded.
+        storages: their memory, by its address.
         making: whether the next ``aten::index`` is one.
         written: the line of the user's on which the last operator wrote to one.
     """
@@ -47,18 +46,12 @@ _copies = _Copies()
 
 
 @contextmanager
-def tensors_as_positions(*, of_members: bool = False) -> Iterator[None]:
-    """Let 0-d integer tensors be indices, whose values are not read.
-
-    Args:
-        of_members: only those that differ among the members of ``torch.vmap``, which does not take
-            them; of others PyTorch reads the value.
-    """
+def tensors_as_positions() -> Iterator[None]:
+    """Let 0-d integer tensors be indices, whose values are not read."""
     before = _copies.results, _copies.storages
-    _copies.results = weakref.WeakValueDictionary()
-    _copies.storages = None if of_members else {}
+    _copies.results, _copies.storages = weakref.WeakValueDictionary(), {}
     try:
-        with _Positions(_is_batched_position if of_members else _is_position):
+        with _Positions():
             yield
             _check_written_back()
     finally:
@@ -85,7 +78,7 @@ def _check_written_back(value: Any = None) -> None:
     Without that the write would not reach x.
     """
     if _copies.written is not None and not _is_copy(value):
-        line, _copies.written = _copies.written, None
+        line = _copies.written
         raise ValueError(
             "jit: the function writes in place to x[i], where i is a tensor: in a program that is "
             "a copy, and x would stay as it is. Write x[i] = value, or write to x[i].clone()"
@@ -101,40 +94,17 @@ def _is_copy(value: Any) -> bool:
 class _Positions(TorchFunctionMode):
     """Finds the indices that are positions, in the functions that take an index as an int."""
 
-    def __init__(self, is_position: Callable[[Any], bool]) -> None:
-        super().__init__()
-        self._is_position = is_position
-
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         if _copies.written is not None:
             _check_written_back(args[2] if func is Tensor.__setitem__ else None)
         rule = _RULES.get(func)
         if rule is not None:
-            result = rule(self._is_position, *args, **(kwargs or {}))
+            result = rule(*args, **(kwargs or {}))
             if result is not NotImplemented:
                 if result is not None and _copies.results is not None:
                     _copies.results[id(result)] = result
                 return result
-        result = func(*args, **(kwargs or {}))
-        if _copies.storages is None and args and _is_copy(args[0]) and _writes(func):
-            _copies.written = calling_line() or ""
-        return result
-
-
-def _writes(func: Any) -> bool:
-    """Whether a function writes to its first argument, by its name: ``add_``, ``__iadd__``."""
-    name = func.__name__
-    in_place = name.endswith("_") and not name.endswith("__")
-    return in_place or func is Tensor.__setitem__ or name in _AUGMENTED
-
-
-_AUGMENTED = {
-    f"__i{name}__"
-    for name in (
-        *("add", "sub", "mul", "truediv", "floordiv", "mod", "pow"),
-        *("and", "or", "xor", "lshift", "rshift"),
-    )
-}
+        return func(*args, **(kwargs or {}))
 
 
 def _is_position(index: Any) -> bool:
@@ -142,11 +112,6 @@ def _is_position(index: Any) -> bool:
     if isinstance(index, Tensor):
         return index.dim() == 0 and index.dtype in _POSITIONS
     return is_traced(index) and isinstance(index, int) and not isinstance(index, bool)
-
-
-def _is_batched_position(index: Any) -> bool:
-    """Whether an index is a position that differs among the members of a map."""
-    return _is_position(index) and torch._C._functorch.is_batchedtensor(index)
 
 
 class _Index(NamedTuple):
@@ -163,12 +128,12 @@ class _Index(NamedTuple):
     rest: tuple[Any, ...] | None
 
 
-def _taken_apart(x: Tensor, index: Any, is_position: Callable[[Any], bool]) -> _Index | None:
+def _taken_apart(x: Tensor, index: Any) -> _Index | None:
     """An index of x in the order in which PyTorch takes it; None if it has no positions."""
     items = [*index] if isinstance(index, tuple) else [index]
-    if not any([is_position(item) for item in items]):
+    if not any([_is_position(item) for item in items]):
         return None
-    taken = [1 if is_position(item) else _axes_taken(item) for item in items]
+    taken = [1 if _is_position(item) else _axes_taken(item) for item in items]
     free = x.dim() - sum(taken)
     if free < 0:
         raise IndexError(f"too many indices for tensor of dimension {x.dim()}")
@@ -178,7 +143,7 @@ def _taken_apart(x: Tensor, index: Any, is_position: Callable[[Any], bool]) -> _
     positions: list[Tensor | None] = []
     rest: list[Any] = []
     for item, axes in zip(items, taken, strict=True):
-        if is_position(item):
+        if _is_position(item):
             view.append(slice(None))
             positions.append(_as_index(item))
         elif item is Ellipsis:
@@ -236,16 +201,16 @@ def _elements(x: Tensor, positions: Sequence[Tensor | None]) -> Tensor:
         _copies.making = False
 
 
-def _get(is_position: Callable[[Any], bool], x: Tensor, index: Any) -> Any:
-    parts = _taken_apart(x, index, is_position)
+def _get(x: Tensor, index: Any) -> Any:
+    parts = _taken_apart(x, index)
     if parts is None:
         return NotImplemented
     found = _elements(_viewed(x, parts.view), parts.positions)
     return found if parts.rest is None else found[parts.rest]
 
 
-def _set(is_position: Callable[[Any], bool], x: Tensor, index: Any, value: Any) -> Any:
-    parts = _taken_apart(x, index, is_position)
+def _set(x: Tensor, index: Any, value: Any) -> Any:
+    parts = _taken_apart(x, index)
     if parts is None:
         return NotImplemented
     if isinstance(value, Tensor):
@@ -313,16 +278,14 @@ def _put(x: Tensor, parts: _Index, value: Tensor) -> None:
     aten.index_put_(x, indices, value)
 
 
-def _select(is_position: Callable[[Any], bool], x: Tensor, dim: int, index: Any) -> Any:
-    if not is_position(index):
+def _select(x: Tensor, dim: int, index: Any) -> Any:
+    if not _is_position(index):
         return NotImplemented
     return _elements(x, _at(x, dim, index))
 
 
-def _select_scatter(
-    is_position: Callable[[Any], bool], x: Tensor, src: Tensor, dim: int, index: Any
-) -> Any:
-    if not is_position(index):
+def _select_scatter(x: Tensor, src: Tensor, dim: int, index: Any) -> Any:
+    if not _is_position(index):
         return NotImplemented
     expected = [*x.shape]
     del expected[dim]
@@ -334,10 +297,8 @@ def _select_scatter(
     return aten.index_put(x, _at(x, dim, index), src.to(x.dtype))
 
 
-def _narrow(
-    is_position: Callable[[Any], bool], x: Tensor, dim: int, start: Any, length: int
-) -> Any:
-    if not is_position(start):
+def _narrow(x: Tensor, dim: int, start: Any, length: int) -> Any:
+    if not _is_position(start):
         return NotImplemented
     extent = x.shape[dim]
     if not 0 <= length <= extent:
@@ -365,15 +326,11 @@ def _has_axes(index: Any) -> bool:
     return isinstance(index, Tensor) and index.dim() > 0
 
 
-def _in_its_place(formula: Callable[..., Any], _: Any, *args: Any, **options: Any) -> Any:
-    return formula(*args, **options)
-
-
 _RULES: dict[Any, Callable[..., Any]] = {
     Tensor.__getitem__: _get,
     Tensor.__setitem__: _set,
     **dict.fromkeys((torch.select, Tensor.select), _select),
     **dict.fromkeys((torch.select_scatter, Tensor.select_scatter), _select_scatter),
     **dict.fromkeys((torch.narrow, Tensor.narrow), _narrow),
-    **{func: functools.partial(_in_its_place, formula) for func, formula in FORMULAS.items()},
+    **FORMULAS,
 }

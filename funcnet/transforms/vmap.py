@@ -9,7 +9,6 @@ import torch
 from torch import Tensor
 
 from funcnet import tree
-from funcnet.compiler.indexing import tensors_as_positions
 from funcnet.compiler.loops import is_recording, record_loop
 from funcnet.core import Tree
 
@@ -91,15 +90,7 @@ def _recorded(
 def _eager(
     flat: Callable[..., list[Tensor]], leaves: list[Any], axes: list[int | None], length: int
 ) -> list[Tensor]:
-    run = torch.vmap(flat, in_dims=tuple(axes), randomness="different")
-    try:
-        return run(*leaves)
-    except RuntimeError as error:
-        if "calling .item()" not in str(error):
-            raise
-    # An index x[i] that is each member's own, perhaps: the mode that takes it costs 1 us a call.
-    with tensors_as_positions(of_members=True):
-        return run(*leaves)
+    return torch.vmap(flat, in_dims=tuple(axes), randomness="different")(*leaves)
 
 
 def _axes(what: str, axes: Axes, of: Tree, treedef: Any) -> list[int | None]:

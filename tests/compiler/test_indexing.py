@@ -165,24 +165,6 @@ def test_members_of_a_map_have_indices_of_their_own():
     torch.testing.assert_close(eager, expected[:3], rtol=0, atol=0)
 
 
-def test_an_augmented_assignment_of_each_member_is_written_back_eagerly():
-    def add(x, i):
-        x = x.clone()
-        x[i, 1] += 5
-        return x
-
-    def lost(x, i):
-        x = x.clone()
-        x[i].mul_(2)
-        return x
-
-    indices = torch.tensor([0, 2, -1])
-    expected = torch.stack([add(X[k], indices[k]) for k in range(3)])
-    torch.testing.assert_close(fn.vmap(add)(X, indices), expected, rtol=0, atol=0)
-    with pytest.raises(ValueError, match=r"writes in place to x\[i\]"):
-        fn.vmap(lost)(X, indices)
-
-
 def test_a_gradient_goes_through_an_index():
     def loss(x, i):
         return x[i, 2:].square().sum()
