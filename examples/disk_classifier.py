@@ -100,9 +100,11 @@ if len(runs) > 1:
 ((points, label), (test, inside)), params, history = runs[0]
 plt.rcParams["image.cmap"] = "RdYlBu_r"
 figure, (left, middle, right) = plt.subplots(1, 3, figsize=(14, 4.2), layout="constrained")
+figure.get_layout_engine().set(wspace=0.06)
 for axes in (left, middle):
     axes.add_patch(Circle((0.5, 0.5), RADIUS, fill=False, linewidth=1.5, zorder=3))
     axes.set(xlim=(0, 1), ylim=(0, 1), aspect="equal", xlabel="$x_1$", ylabel="$x_2$")
+    axes.set(xticks=(0, 0.5, 1), yticks=(0.5, 1))
 left.set_title(f"{POINTS} training points and the disk")
 left.scatter(*points.T, c=label, s=10, edgecolors="white", linewidths=0.2)
 middle.set_title(f"Output and wrong test points: {errors[0]:.1%}")

@@ -56,6 +56,8 @@ CHOOSING = 3
 """Repetitions that choose among the rates and windows and are not reported."""
 CHUNK = 10
 """Epochs of one call of the program. After each call the nets are measured."""
+EPOCHS = 500
+"""Of a run of the report."""
 BATCH_SIZES = tuple(dict.fromkeys(batch_size for batch_size, _ in REPORTED))
 QUICK = {"batch_sizes": (5, 100), "repetitions": 3, "epochs": 20}
 
@@ -248,7 +250,8 @@ def compare(rows: list[Row], results: dict[tuple[int, str], Result], steps: int)
     )
 
 
-def print_results(results: dict[tuple[int, str], Result]) -> None:
+def print_results(results: dict[tuple[int, str], Result], compared: bool = True) -> None:
+    """Losses and accuracies, beside the report's where the runs are ``compared`` with its runs."""
     table, reached = [], []
     for (batch_size, activation), result in results.items():
         rate, window = result.chosen()
@@ -259,16 +262,20 @@ def print_results(results: dict[tuple[int, str], Result]) -> None:
         # What is compared is what is printed.
         needed = float(reported[-1].split()[0])
         reached.append([float(percent(e).split()[0]) >= needed for e in (error[TEST], plain)])
-        measured = [*map(spread, loss), *map(percent, error), *map(verdict, reached[-1])]
+        verdicts = [verdict(each) if compared else "" for each in reached[-1]]
+        measured = [*map(spread, loss), *map(percent, error), *verdicts]
         measured.insert(-1, percent(plain))
-        table += [
-            [str(batch_size), activation, f"{RATES[rate]:g}", str(WINDOWS[window]), *measured],
-            ["", "  report", reported_rate, "", *reported],
-        ]
-        table[-1] += [""] * 3
+        table.append(
+            [str(batch_size), activation, f"{RATES[rate]:g}", str(WINDOWS[window]), *measured]
+        )
+        if compared:
+            table.append(["", "  report", reported_rate, "", *reported, "", "", ""])
     header = ["batch", "", "rate", "window", "train loss", "test loss", "train accuracy %"]
     header += ["test accuracy %", "", "of the last parameters", ""]
     reports.print_table(header, table)
+    if not compared:
+        print(f"not compared with the report, whose runs took {EPOCHS} epochs")
+        return
     averaged, plain = (sum(column) for column in zip(*reached, strict=True))
     print(
         f"{averaged} of {len(reached)} rows reach the report's test accuracy,"
@@ -315,7 +322,7 @@ def parse() -> argparse.Namespace:
     add = parser.add_argument
     add("--seed", type=int, default=0, help="of the data, the first parameters and the batches")
     add("--repetitions", type=int, default=10, help="of each setting, with data of their own")
-    add("--epochs", type=int, default=500, help=f"of a run; best a multiple of {CHUNK}")
+    add("--epochs", type=int, default=EPOCHS, help=f"of a run; best a multiple of {CHUNK}")
     add(
         "--batch-sizes",
         type=int,
@@ -357,7 +364,7 @@ def main() -> None:
     begin = time.perf_counter()
     results = sweep(rows, options.results)
     print(f"{sum(row.runs for row in rows)} runs: {time.perf_counter() - begin:.0f} s")
-    print_results(results)
+    print_results(results, compared=options.epochs >= EPOCHS)
     disk.one_thread()
     compare(rows, results, options.slice)
     draw_figures(results, options.output)

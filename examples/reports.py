@@ -23,6 +23,7 @@ from disk import (
     standardized,
 )
 from matplotlib.axes import Axes
+from matplotlib.ticker import MaxNLocator
 from torch import Tensor
 
 import funcnet as fn
@@ -195,5 +196,6 @@ def plot_epochs(
     for label, values in lines.items():
         plot_band(axes, range(every, every * values.shape[1] + 1, every), values, label)
     axes.set(xlabel="epoch", yscale=yscale, **labels)
+    axes.xaxis.set_major_locator(MaxNLocator(integer=True))
     axes.grid(alpha=0.3)
     axes.legend(frameon=False)

@@ -44,7 +44,8 @@ class Call(NamedTuple):
 
     def of_others(self, before: Iterable[Any], after: Iterable[Any]) -> "Call | None":
         """The call with other children as arguments; None if one that changed was no argument."""
-        others = {id(a): b for a, b in zip(before, after, strict=True) if a is not b}
+        pairs = list(zip(before, after, strict=True))
+        others = {id(a): b for a, b in pairs if a is not b}
         found: set[int] = set()
 
         def replaced(value: Any) -> Any:
@@ -58,7 +59,8 @@ class Call(NamedTuple):
             return value
 
         values = replaced(dict(self.values))
-        return self._replace(values=values) if len(found) == len(others) else None
+        changed = {id(a) for a, b in pairs if a is not b and repr(a) != repr(b)}
+        return self._replace(values=values) if changed <= found else None
 
 
 def call_of(name: str) -> Call | None:

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from funcnet import runtime, tree
+from funcnet.checks import check_tensors
 from funcnet.compiler.loops import (
     is_recording,
     record_branches,
@@ -299,6 +300,7 @@ def _iterations(xs: Tree, length: int | None) -> int:
     extents = {} if length is None else {length: "length"}
     for path, leaf in zip(treedef.paths(), leaves, strict=True):
         if not isinstance(leaf, Tensor) or leaf.dim() == 0:
+            check_tensors("scan", "xs", leaf)
             where = tree.path_string(path)
             what = tree.describe(leaf)
             raise ValueError(f"scan: expects xs with a leading axis, got {what} at {where!r}")

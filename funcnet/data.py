@@ -24,7 +24,7 @@ def epoch_batches(key: Tensor | None, data: Tree, batch_size: int) -> Tree:
 
     Args:
         key: shuffles the data; None keeps its order.
-        data: a tree of tensors of shape (n, ...), such as ``(x, target)``.
+        data: a tree of tensors, or numpy arrays, of shape (n, ...), such as ``(x, target)``.
         batch_size: at most n.
 
     Returns:
@@ -38,6 +38,7 @@ def epoch_batches(key: Tensor | None, data: Tree, batch_size: int) -> Tree:
     tensor([[0, 1, 5],
             [6, 4, 3]])
     """
+    data = on_device(None)(data)
     leaves = tree.leaves(data)
     size = _check("epoch_batches", data, batch_size)
     count = size // batch_size

@@ -2,38 +2,17 @@
 
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from inspect import Parameter
 from typing import Any
 
-import torch
+MISSING: Any = Parameter.empty
+"""The default of an argument that must be given, for errors that say it in the user's words."""
 
 
 def require(condition: object, message: str, error: type[Exception] = ValueError) -> None:
     """Raise an error with a message unless a condition holds."""
     if not condition:
         raise error(message)
-
-
-_INSTEAD_OF_TORCHS = {
-    "Layer": "make one of a module by fn.interop.from_module",
-    "Loss": "take one of funcnet's, such as fn.cross_entropy()",
-    "Optimizer": "take one of funcnet's, such as fn.adam(1e-3)",
-}
-
-
-def check_kind(name: str, found: Any, kind: type, role: str = "") -> None:
-    """Raise TypeError, with what to do instead, for what is no Layer, Loss or Optimizer."""
-    if isinstance(found, kind):
-        return
-    of_torch = isinstance(found, (torch.nn.Module, torch.optim.Optimizer))
-    hint = ""
-    if of_torch or getattr(found, "__module__", "").startswith("torch."):
-        hint = f"; {_INSTEAD_OF_TORCHS[kind.__name__]}"
-    elif callable(found):
-        hint = "; call its constructor"
-    article = "an" if kind.__name__[0] in "AEIOU" else "a"
-    as_role = f" as {role}" if role else ""
-    got = f"{type(found).__name__}{hint}"
-    raise TypeError(f"{name}: expects {article} {kind.__name__}{as_role}, got {got}")
 
 
 def check_count(name: str, least: int = 1, **options: Any) -> None:

@@ -6,9 +6,10 @@ from typing import Any
 from torch import Tensor
 
 from funcnet import tree
+from funcnet.checks import check_kind
 from funcnet.core import Layer, Loss, Params, TrainState, Tree
 from funcnet.data import on_device_of, pair
-from funcnet.errors import check_kind, located
+from funcnet.errors import located
 from funcnet.metrics.core import Metric, batch_function, summed
 from funcnet.metrics.means import MEAN, examples_of, mean_value, sum_and_count
 from funcnet.optimizers.averaging import eval_params

@@ -1,12 +1,12 @@
 """Lifts: from the formulas of a layer to a `Layer`, with its signature and its checks."""
 
 from collections.abc import Callable, Hashable, Mapping
-from functools import partial
 from typing import Any, Literal
 
 from torch import Tensor
 
 from funcnet import runtime
+from funcnet.checks import MISSING, check_call, check_init, refuse_missing
 from funcnet.core import (
     EMPTY,
     Applied,
@@ -127,6 +127,12 @@ def stateful(
 
     def checked(function: Callable[..., Any]) -> Callable[..., Any]:
         def call(params: Params, x: Tree, state: Params, key: Key, train: bool) -> Any:
+            if not (
+                type(params) is type(state) is dict
+                and type(x) is Tensor
+                and (key is None or type(key) is Tensor)
+            ):
+                check_call(name, params, x, state, key)
             if check is not None:
                 check(name, params, state, x)
             if keyed and train and key is None:
@@ -138,19 +144,36 @@ def stateful(
     forward = checked(forward)
     applied = checked(apply) if apply else lambda *args: forward(*args)[::2]
 
+    def full_init(key: Tensor, x: Tree = MISSING) -> tuple[Params, Params]:
+        check_init(name, key, x)
+        return init(key, x) if check is None else init(key, x, name)
+
     def full_apply(
-        params: Params, x: Tree, state: Params = EMPTY, *, key: Key = None, train: bool = False
+        params: Params,
+        x: Tree = MISSING,
+        state: Params = EMPTY,
+        *,
+        key: Key = None,
+        train: bool = False,
     ) -> Applied:
+        if x is MISSING:
+            refuse_missing(name, "apply", params)
         return applied(params, x, state, key, train)
 
     def vjp(
-        params: Params, x: Tree, state: Params = EMPTY, *, key: Key = None, train: bool = True
+        params: Params,
+        x: Tree = MISSING,
+        state: Params = EMPTY,
+        *,
+        key: Key = None,
+        train: bool = True,
     ) -> Forward:
+        if x is MISSING:
+            refuse_missing(name, "vjp", params)
         y, pullback, state = forward(params, x, state, key, train)
         return y, Pullback(pullback.rule, pullback.residuals, pullback.static, y, name), state
 
-    made = init if check is None else partial(init, layer=name)
-    return Layer(made, full_apply, vjp, forward=forward, name=name, **metadata)
+    return Layer(full_init, full_apply, vjp, forward=forward, name=name, **metadata)
 
 
 KERNELS: dict[Callable[..., Any], Callable[..., Any]] = {}

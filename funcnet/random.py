@@ -36,7 +36,9 @@ _BLOCK = 1 << 16
 def _check_key(key: Tensor) -> None:
     if not isinstance(key, Tensor) or key.dtype != torch.int64 or key.shape[-1:] != (2,):
         what = f"{key.dtype} {tuple(key.shape)}" if isinstance(key, Tensor) else repr(key)
-        raise TypeError(f"expected a key, an int64 tensor of shape (2,) from fn.key, got {what}")
+        raise TypeError(
+            f"expected a key, an int64 tensor of shape (2,) such as fn.key(0), got {what}"
+        )
     if key.dim() != 1:
         raise ValueError(f"expected one key, got keys of shape {tuple(key.shape)}; use fn.vmap")
 

@@ -1,12 +1,13 @@
 """The training step: a pure function of a train state and a batch."""
 
 from collections.abc import Callable, Mapping
-from typing import Any
+from typing import Any, NoReturn
 
 import torch
 from torch import Tensor
 
 from funcnet import tree
+from funcnet.checks import MISSING, check_key, check_kind
 from funcnet.control_flow import scan
 from funcnet.core import (
     EMPTY,
@@ -21,7 +22,7 @@ from funcnet.core import (
     pull,
 )
 from funcnet.data import leading_extent, on_device, pair
-from funcnet.errors import check_count, check_kind, require
+from funcnet.errors import check_count, require
 from funcnet.finite import detect_nonfinite, require_finite
 from funcnet.metrics.core import Metric, batch_function
 from funcnet.optimizers.lift import step_params
@@ -41,7 +42,7 @@ def init_train_state(
     x: Tree = None,
     *,
     params: Params | None = None,
-    state: Params = EMPTY,
+    state: Params | None = None,
 ) -> TrainState:
     """The state of a run before its first step.
 
@@ -50,25 +51,79 @@ def init_train_state(
         optimizer: makes its state from the params.
         key: of the run; step t draws from ``fold_in(key, t)``.
         x: an example input, of which only shape, dtype and device matter; arrays of numpy too.
-            It is not needed where ``params`` are given.
-        params, state: of a model that is trained already, such as `funcnet.interop.from_module`
-            gives, in place of those that init makes.
+            It is not needed where ``params`` are given, which then are not checked against it.
+        params, state: to start from, such as those of a module of torch's that
+            `funcnet.interop.from_module` gives, in place of what init makes.
+
+    Raises: ValueError, by its path, for a tensor of ``params`` or ``state`` that is missing, or has
+    another shape or dtype than those that init makes for x.
 
     >>> import funcnet as fn
     >>> start = init_train_state(fn.linear(2), fn.sgd(0.1), fn.key(0), torch.ones(5, 3))
     >>> start.step, start.params["weight"].shape
     (tensor(0), torch.Size([2, 3]))
+    >>> again = init_train_state(
+    ...     fn.linear(2), fn.adam(), fn.key(1), torch.ones(5, 3), params=start.params)
+    >>> torch.equal(again.params["weight"], start.params["weight"])
+    True
     """
     check_kind("init_train_state", model, Layer, "model")
     check_kind("init_train_state", optimizer, Optimizer, "optimizer")
-    if params is None:
-        require(x is not None, "init_train_state: needs an example input x, or params", TypeError)
-        require(not state, "init_train_state: expects params beside state")
-        params, state = model.init(key, on_device(None)(x))
+    check_key("init_train_state", key)
+    example = None if x is None else on_device(None)(x)
+    if params is not None:
+        params = _given("params", params)
+    if state is not None:
+        state = _given("state", state)
+    if example is None:
+        require(
+            params is not None,
+            "init_train_state: needs an example input x, or params: init_train_state(model, "
+            "optimizer, key, x)",
+            TypeError,
+        )
+    elif params is None or state is None:
+        made, made_state = model.init(key, example)
+        params = _like("params", made, params)
+        state = _like("state", made_state, state)
+    else:
+        made, made_state = model.init(key, tree.to_meta(example))
+        params, state = _like("params", made, params), _like("state", made_state, state)
+    assert params is not None
     opt_state = optimizer.init_state(params)
     check_outermost(optimizer, opt_state)
     step = torch.zeros((), dtype=torch.int64, device=key.device)
-    return TrainState(params, {**state}, opt_state, key, step)
+    return TrainState(params, {**(state or {})}, opt_state, key, step)
+
+
+def _given(what: str, found: Any) -> Params:
+    """Params or state of the user's, without the tape of autograd, if they are dicts of tensors."""
+    name = f"init_train_state: {what}"
+    if not isinstance(found, Mapping):
+        raise TypeError(f"{name}: expects a dict of tensors, got {tree.describe(found)}")
+    for path, leaf in tree.to_dotted(found).items():
+        if not isinstance(leaf, Tensor):
+            raise TypeError(f"{name}: expects a tensor at {path!r}, got {tree.describe(leaf)}")
+    return tree.map(lambda leaf: leaf.detach() if leaf.requires_grad else leaf, found)
+
+
+def _like(what: str, made: Params, given: Params | None) -> Params:
+    """What is given, if it is like what init makes; else that."""
+    if given is None:
+        return made
+    name = f"init_train_state: {what}"
+    try:
+        tree.check_same_structure(made, given, name)
+    except ValueError as error:
+        if any("." in entry for entry in given):
+            raise ValueError(f"{error}; fn.tree.from_dotted makes a tree of dotted names") from None
+        raise
+    found = tree.to_dotted(given)
+    for path, leaf in tree.to_dotted(made).items():
+        if (leaf.shape, leaf.dtype) != (found[path].shape, found[path].dtype):
+            expected, got = tree.describe(leaf), tree.describe(found[path])
+            raise ValueError(f"{name}: expects {expected} at {path!r}, got {got}")
+    return given
 
 
 Measured = dict[str, Any]
@@ -248,10 +303,11 @@ def train_step(
         run = _in_micro_batches(run, micro_batches)
     takes_key = model.takes_key
 
-    def step(train_state: TrainState, batch: Batch) -> tuple[TrainState, dict[str, Any]]:
-        if not isinstance(train_state, TrainState):
-            got = type(train_state).__name__
-            raise TypeError(f"train_step: expects a TrainState, got {got}; see init_train_state")
+    def step(
+        train_state: TrainState, batch: Batch = MISSING, *more: Any
+    ) -> tuple[TrainState, dict[str, Any]]:
+        if not isinstance(train_state, TrainState) or batch is MISSING or more:
+            _refuse(train_state, batch, more)
         params, state, opt_state, key, count = train_state
         step_key = fold_in(key, count) if takes_key else None
         dvalue = 1.0 if loss_scale is None else loss_scale(opt_state)
@@ -263,6 +319,23 @@ def train_step(
         return new_state, finish(measured, micro_batches > 1)
 
     return step
+
+
+def _refuse(train_state: Any, batch: Any, more: tuple[Any, ...]) -> NoReturn:
+    """Raise TypeError: a step is called with other things than a train state and a batch."""
+    expected = "train_step: a step expects a TrainState and a batch, step(train_state, (x, target))"
+    if isinstance(batch, TrainState):
+        raise TypeError(f"{expected}; got the batch first")
+    if not isinstance(train_state, TrainState):
+        hint = "; make it by fn.init_train_state(model, optimizer, key, x)"
+        got = tree.describe(train_state)
+        if isinstance(train_state, Mapping):
+            got = f"a dict with {list(train_state)}"
+            hint += ", where params=... are those that are there"
+        raise TypeError(f"{expected}; got {got} as the train state{hint}")
+    if batch is MISSING:
+        raise TypeError(f"{expected}; got no batch")
+    raise TypeError(f"{expected}; got {1 + len(more)} arguments for it: write them as one, a tuple")
 
 
 def _measures(

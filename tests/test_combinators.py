@@ -733,27 +733,33 @@ MISUSES = {
     ),
     "a child that is a constructor": (
         lambda: fn.serial(fn.linear(2), fn.relu), TypeError,
-        "serial['1']: expects a Layer, got function; call its constructor",
+        "serial['1']: expects a Layer, got the function relu; call it, as in fn.relu(...)",
     ),
     "a child that is a module class": (
         lambda: fn.parallel(a=nn.ReLU), TypeError,
-        "parallel['a']: expects a Layer, got type; make one of a module by fn.interop.from_module",
+        "parallel['a']: expects a Layer, got the class torch.nn.ReLU; use fn.relu, or make a layer "
+        "of it by fn.interop.from_module",
     ),
     "a child that is a number": (
-        lambda: fn.branch(3), TypeError, "branch['0']: expects a Layer, got int",
+        lambda: fn.branch(3), TypeError,
+        "branch['0']: expects a Layer, got int; a layer is made by a constructor, such as "
+        "fn.linear(3)",
     ),
     "a child that is a list": (
-        lambda: fn.serial([fn.relu()]), TypeError, "serial['0']: expects a Layer, got list",
+        lambda: fn.serial([fn.relu()]), TypeError,
+        "serial['0']: expects a Layer, got a list of layers; write serial(*layers)",
     ),
     "a child that is None": (
-        lambda: fn.serial(fn.relu(), None), TypeError, "serial['1']: expects a Layer, got NoneType",
+        lambda: fn.serial(fn.relu(), None), TypeError,
+        "serial['1']: expects a Layer, got None; does the function that makes it return it?",
     ),
     "a child of residual": (
         lambda: fn.residual(fn.relu), TypeError,
-        "residual: expects a Layer, got function; call its constructor",
+        "residual: expects a Layer, got the function relu; call it, as in fn.relu(...)",
     ),
     "a child of shared": (
-        lambda: fn.shared(3), TypeError, "shared: expects a Layer, got int",
+        lambda: fn.shared(3), TypeError,
+        "shared: expects a Layer, got int; a layer is made by a constructor, such as fn.linear(3)",
     ),
     "a name with a dot": (
         lambda: fn.serial(**{"a.b": fn.relu()}), ValueError,
@@ -854,8 +860,9 @@ def test_what_is_no_key_is_refused(key):
     for call in (lambda: net.init(key, X), lambda: net.apply({}, X, key=key, train=True)):
         kind, message = message_of(call)
         assert kind is TypeError
-        assert message.startswith("serial['drop'] ")
-        assert "expected a key, an int64 tensor of shape (2,) from fn.key, got " in message
+        assert message.startswith("serial")
+        assert "a key, " in message
+        assert "such as fn.key(" in message
 
 
 def boom_rule(residuals, dy, *, params, x):

@@ -219,7 +219,7 @@ def test_with_replaced_functions_it_keeps_its_scale():
     [
         (
             TypeError,
-            "expects an Optimizer, got function; call",
+            "expects an Optimizer, got the function adam; call it",
             lambda: dynamic_loss_scale(fn.adam),
         ),
         (ValueError, "initial must be > 0, got 0", lambda: dynamic_loss_scale(fn.sgd(), 0.0)),

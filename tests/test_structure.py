@@ -12,7 +12,17 @@ PACKAGE = Path(fn.__file__).parent
 MODULES = sorted(PACKAGE.rglob("*.py"))
 # Each group may import from the ones before it, and within itself.
 ORDER = [
-    {"errors", "reference", "runtime", "tree", "random", "threefry", "constructors"},
+    {
+        "errors",
+        "reference",
+        "runtime",
+        "tree",
+        "random",
+        "threefry",
+        "constructors",
+        "hints",
+        "checks",
+    },
     {"compiler"},
     {"pullbacks"},
     {"core", "control_flow", "debug", "indexing"},

@@ -10,12 +10,15 @@ layer changes no other layer's noise.
 """
 
 from collections.abc import Callable, Hashable, Mapping
+from contextlib import suppress
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from funcnet import core, tree
+from funcnet.checks import check_kind
+from funcnet.combinators.entries import Name, has_entry, parts_of, whole_of
 from funcnet.core import (
     EMPTY,
     Applied,
@@ -32,14 +35,9 @@ from funcnet.core import (
     takes_box,
     takes_sums,
 )
-from funcnet.errors import check_kind, locate
+from funcnet.errors import locate
 from funcnet.lift import stateful
 from funcnet.random import fold_in
-
-Name = str | tuple[str, ...]
-"""What a child is called: a string, whose entry of the params it has; "" for a child that has all
-of the params; or several strings, for a child that has their entries, such as a `serial` of some
-children of another."""
 
 _OWN = ".residuals"
 """Where a combinator's own residuals are among the pullbacks: no child has a dot in its name."""
@@ -90,12 +88,12 @@ def combine(
     for child, layer in children.items():
         _check_child(name, child, layer, len(children) == 1, dotted)
     names = tuple(children)
-    entries = frozenset([child for child in names if _has_entry(child) and "." not in child])
+    entries = frozenset([child for child in names if has_entry(child) and "." not in child])
 
     def parts(what: str, found: Params) -> Mapping[Any, Params]:
         if isinstance(found, dict) and found.keys() <= entries:
             return found
-        return _parts(name, names, what, found)
+        return parts_of(name, names, what, found)
 
     def init(key: Tensor, x: Tree) -> tuple[Params, Params]:
         try:
@@ -104,28 +102,42 @@ def combine(
             locate(error, f"{name}:")
             raise
         run = _Init(name, children, key, device)
-        forward(run, tree.to_meta(x), *static)
+        try:
+            forward(run, tree.to_meta(x), *static)
+        except RuntimeError as error:
+            _explain(run, x, run.outputs, error)
+            raise
         # In the order of the children, as in a `state_dict()`, whichever runs first.
         made = [
             {child: part[child] for child in names if child in part}
             for part in (run.params, run.state)
         ]
-        return _whole(made[0]), _whole(made[1])
+        return whole_of(made[0]), whole_of(made[1])
+
+    def flow(run: "Run", x: Tree) -> tuple[Tree, Mapping[str, Tree]]:
+        try:
+            return forward(run, x, *static)
+        except RuntimeError as error:
+            again = _Outputs(name, children, run.params, run.state, run.key, run.train, None)
+            with suppress(Exception):
+                forward(again, x, *static)
+            _explain(run, x, again.outputs, error)
+            raise
 
     def apply(params: Params, x: Tree, state: Params, key: Key, train: bool) -> Applied:
         own = parts("params", params), parts("state", state)
         run = Run(name, children, *own, key, train, None)
-        return forward(run, x, *static)[0], _whole(run.new_state)
+        return flow(run, x)[0], whole_of(run.new_state)
 
     def vjp(params: Params, x: Tree, state: Params, key: Key, train: bool) -> Forward:
         own = parts("params", params), parts("state", state)
         kept: dict[str, Any] = {}
         run = Run(name, children, *own, key, train, kept)
-        y, residuals = forward(run, x, *static)
+        y, residuals = flow(run, x)
         if residuals:
             kept[_OWN] = residuals
         told = (backward, name, names, tuple(run.params), *static)
-        return y, Pullback(combine_rule, kept, told), _whole(run.new_state)
+        return y, Pullback(combine_rule, kept, told), whole_of(run.new_state)
 
     return stateful(
         init,
@@ -155,14 +167,14 @@ def combine_rule(
     own = residuals.pop(_OWN, EMPTY)
     pull = Pull(name, names, residuals, learned if params else (), x)
     if isinstance(params, Sums):
-        pull.learned.update(_parts(name, names, "grads", params.total))
+        pull.learned.update(parts_of(name, names, "grads", params.total))
         pull.sums = True
     box = dy if isinstance(dy, Box) else Box([dy])
     # A call without a star hands its arguments over.
     dx = backward(pull, box.pop(), own, *static) if static else backward(pull, box.pop(), own)
     if left := [call for call in residuals if call.partition("#")[0] in pull.learned]:
         raise ValueError(f"{name}: backward pulls no cotangent through {left}")
-    return _whole(pull.learned) if params else None, dx if x else None
+    return whole_of(pull.learned) if params else None, dx if x else None
 
 
 class Run:
@@ -187,6 +199,7 @@ class Run:
         self.params, self.state, self.key, self.train = params, state, key, train
         self.pullbacks = pullbacks
         self.new_state: dict[Any, Params] = {}
+        self.failed = False  # whether a child raised
 
     def __call__(self, child: Name, x: Tree, use: int | None = None) -> Tree:
         """The output of a child; ``use`` tells several uses of one child apart."""
@@ -209,11 +222,33 @@ class Run:
                     raise ValueError("runs twice: tell the uses apart by use=0, use=1, ...")
                 y, pullbacks[call], state = layer.forward(params, x, state, key, self.train)
         except Exception as error:
+            self.failed = True
             locate(error, _path(self.parent, child, use))
             raise
         if state:
             self.new_state[child] = state
         return y
+
+
+class _Outputs(Run):
+    """Remembers what the children give, for an error."""
+
+    def __init__(self, *args: Any) -> None:
+        super().__init__(*args)
+        self.outputs: dict[str, Tree] = {}
+
+    def __call__(self, child: Name, x: Tree, use: int | None = None) -> Tree:
+        y = self.outputs[_call(child, use)] = super().__call__(child, x, use)
+        return y
+
+
+def _explain(run: Any, x: Tree, outputs: Mapping[str, Tree], error: RuntimeError) -> None:
+    """Raise ValueError, with what the children give, if these do not go together."""
+    if run.failed or type(error) is not RuntimeError:
+        return
+    given = ", ".join([f"{child!r} gives {tree.describe(y)}" for child, y in outputs.items()])
+    what = f"what its layers give does not go together, for x {tree.describe(x)}: {given}"
+    raise ValueError(f"{run.parent}: {what}: {error}") from error
 
 
 class _Init:
@@ -224,6 +259,8 @@ class _Init:
         self.parent, self.children, self.key, self.device = parent, children, key, device
         self.params: dict[Any, Any] = {}
         self.state: dict[Any, Any] = {}
+        self.outputs: dict[str, Tree] = {}
+        self.failed = False  # whether a child raised
 
     def __call__(self, child: Name, x: Tree, use: int | None = None) -> Tree:
         if child not in self.children:
@@ -235,10 +272,12 @@ class _Init:
                 params, state = layer.init(_key(self.key, child), example)
                 self.params.update({child: params} if params else {})
                 self.state.update({child: state} if state else {})
-            return output_on_meta(
+            y = self.outputs[_call(child, use)] = output_on_meta(
                 layer, x, self.params.get(child, EMPTY), self.state.get(child, EMPTY)
             )
+            return y
         except Exception as error:
+            self.failed = True
             locate(error, _path(self.parent, child, use))
             raise
 
@@ -299,14 +338,9 @@ def _unknown(parent: str, child: Name, names: tuple[Name, ...]) -> ValueError:
     return ValueError(f"{parent}: no child is called {child!r}, only {list(names)}")
 
 
-def _has_entry(child: Name) -> bool:
-    """Whether a child has one entry of its parent's params, and not several or all of them."""
-    return isinstance(child, str) and child != ""
-
-
 def _path(parent: str, child: Name, use: int | None = None) -> str:
     """The path in an error's message: ``serial['head']``, ``shared[0]`` for a use."""
-    inside = f"[{child!r}]" if _has_entry(child) else ""
+    inside = f"[{child!r}]" if has_entry(child) else ""
     return f"{parent}{inside}" + ("" if use is None else f"[{use}]")
 
 
@@ -318,50 +352,5 @@ def _call(child: Name, use: int | None) -> str:
 
 def _key(key: Tensor, child: Name, use: int | None = None) -> Tensor:
     """The key of a child, of its parent's."""
-    key = fold_in(key, str(child)) if _has_entry(child) else key
+    key = fold_in(key, str(child)) if has_entry(child) else key
     return key if use is None else fold_in(key, use)
-
-
-def _parts(parent: str, children: tuple[Name, ...], what: str, whole: Params) -> Mapping[Any, Any]:
-    """The params or state of each child that has any, from those of its parent."""
-    if not isinstance(whole, Mapping):
-        raise TypeError(f"{parent}: expects a dict of {what}, got {tree.describe(whole)}")
-    parts: dict[Any, Any] = {}
-    left: dict[Any, Any] = dict(whole)
-    for child in children:
-        if isinstance(child, str) and "." in child:
-            if found := _taken(left, child):
-                parts[child] = found
-            continue
-        names = (child,) if _has_entry(child) else child or tuple(whole)
-        if found := {name: left.pop(name) for name in names if name in left}:
-            parts[child] = found[child] if _has_entry(child) else found
-    if left:
-        layers = list(children)
-        raise ValueError(f"{parent}: {what} has {sorted(left)}, but the layers are {layers}")
-    return parts
-
-
-def _taken(left: dict[str, Any], path: str) -> Any:
-    """What is at a dotted path, and no longer in ``left``; None if nothing is."""
-    name, _, rest = path.partition(".")
-    if not rest:
-        return left.pop(name, None)
-    if not isinstance(left.get(name), Mapping):
-        return None
-    inner = dict(left.pop(name))
-    found = _taken(inner, rest)
-    left.update({name: inner} if inner else {})
-    return found
-
-
-def _whole(parts: dict[Any, Any]) -> dict[str, Any]:
-    """The params or state of a parent, from those of its children."""
-    whole: dict[str, Any] = {}
-    for child, part in parts.items():
-        node, name = whole, child
-        while isinstance(name, str) and "." in name:
-            first, _, name = name.partition(".")
-            node = node.setdefault(first, {})
-        node.update({name: part} if _has_entry(name) else part)
-    return whole

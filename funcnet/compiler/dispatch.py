@@ -133,6 +133,9 @@ class Dispatcher:
                 indices.append(index)
                 tensors.append(leaf)
             else:
+                if hasattr(leaf, "__array__"):
+                    where = name_of(treedef, index)
+                    raise TypeError(f"jit: expects tensors, as {where} got {tree.describe(leaf)}")
                 raise TypeError(
                     f"jit: expects tensors and numbers, got {leaf!r} as {name_of(treedef, index)}; "
                     "name what is no tensor in static="

@@ -6,8 +6,8 @@ import torch
 from torch import Tensor
 
 from funcnet import tree
+from funcnet.checks import check_kind
 from funcnet.core import Layer, Loss
-from funcnet.errors import check_kind
 from funcnet.layers.distances import pairwise_distance
 from funcnet.losses.checks import check_several, check_signs, labels, refuse_reduction
 from funcnet.losses.lift import Elements, from_formulas, loss_of, times

@@ -82,6 +82,8 @@ def loss_of(
     def apply(prediction: Tree, target: Tree) -> Tensor:
         return vjp(prediction, target)[0]
 
+    # Python's own errors name them.
+    apply.__qualname__, vjp.__qualname__ = f"{name}.apply", f"{name}.vjp"
     return Loss(apply, vjp, name)
 
 

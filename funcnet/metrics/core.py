@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 
 from funcnet import tree
+from funcnet.checks import check_tensors
 from funcnet.core import Loss, Tree
 
 Accumulated = Mapping[str, Tensor]
@@ -34,6 +35,7 @@ class Metric(NamedTuple):
         >>> fn.metrics.accuracy().of_batch(torch.tensor([0, 1]), torch.tensor([0, 0]))
         tensor(0.5000, dtype=torch.float64)
         """
+        check_tensors("of_batch", "prediction and target", (prediction, target))
         acc = self.init(tree.device_of(prediction))
         return self.value(self.update(acc, prediction, target))
 
@@ -88,6 +90,7 @@ def summed(
         if not isinstance(acc, Mapping) or acc.keys() != kinds.keys():
             found = sorted(acc) if isinstance(acc, Mapping) else type(acc).__name__
             raise ValueError(f"{name}: expects acc with {sorted(kinds)}, got {found}")
+        check_tensors(name, "prediction and target", (prediction, target))
         keep = _kept(name, target, ignore_index, mask, like_target)
         of_batch = sums(prediction, target, keep)
         return {

@@ -5,8 +5,9 @@ from typing import Any
 
 import optree
 
+from funcnet.checks import check_kind
 from funcnet.core import EMPTY, Optimizer, Params, Tree
-from funcnet.errors import check_kind, locate
+from funcnet.errors import locate
 from funcnet.optimizers.leaves import Leaves
 from funcnet.optimizers.lift import Trees, leaves_update, lifted
 

@@ -8,8 +8,9 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from funcnet.checks import check_kind
 from funcnet.core import Optimizer, Params, Tree
-from funcnet.errors import check_kind, located, require
+from funcnet.errors import located, require
 from funcnet.optimizers.leaves import Leaves
 from funcnet.optimizers.lift import (
     Trees,

@@ -10,9 +10,10 @@ import torch
 from torch import Tensor
 
 from funcnet import runtime, tree
+from funcnet.checks import check_kind, check_tensors
 from funcnet.compiler.loops import without_values
 from funcnet.core import EMPTY, Box, Optimizer, Params, Tree, function_name
-from funcnet.errors import check_kind, located, refuse_state
+from funcnet.errors import located, refuse_state
 from funcnet.optimizers.each import Shaped
 from funcnet.optimizers.leaves import Applied, Leaves, sum_into
 
@@ -264,13 +265,18 @@ def lifted(
     In it, g and the updates are `Leaves`; ``trees`` are the `Trees` of the params.
     """
 
+    def checked_init_state(params: Params) -> Tree:
+        check_tensors(name, "params", params)
+        return init_state(params)
+
     def update(grads: Tree, opt_state: Tree, params: Params) -> tuple[Tree, Tree]:
+        check_tensors(name, "grads and params", (grads, params))
         trees = Trees(params)
         g = trees.split(grads, f"{name}: grads")
         updates, opt_state = update_leaves(g, opt_state, trees)
         return trees.join(updates), opt_state
 
-    return Optimizer(init_state, update, name, update_leaves)
+    return Optimizer(checked_init_state, update, name, update_leaves)
 
 
 def paths(p: Any) -> Sequence[str]:
@@ -307,6 +313,7 @@ def apply_updates(params: Params, updates: Tree) -> Any:
     >>> apply_updates({"w": torch.ones(1)}, {"w": torch.ones(1)})
     {'w': tensor([2.])}
     """
+    check_tensors("apply_updates", "params and updates", (params, updates))
     trees = Trees(params)
     return trees.join(_added(trees.params, trees.split(updates, "apply_updates: updates")))
 

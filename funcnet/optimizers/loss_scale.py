@@ -5,8 +5,9 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from funcnet.checks import check_kind
 from funcnet.core import Optimizer, Tree
-from funcnet.errors import check_count, check_kind, require
+from funcnet.errors import check_count, require
 from funcnet.optimizers.chains import find_states
 from funcnet.optimizers.checks import check_options, check_positive
 from funcnet.optimizers.choose import choose

@@ -4,8 +4,9 @@ from collections.abc import Collection, Mapping
 from typing import Any
 
 from funcnet import tree
+from funcnet.checks import check_kind
 from funcnet.core import EMPTY, Optimizer, Params, Tree
-from funcnet.errors import check_kind, located, require
+from funcnet.errors import located, require
 from funcnet.optimizers.chains import check_states, present
 from funcnet.optimizers.leaves import Leaves
 from funcnet.optimizers.lift import Trees, leaves_update, lifted

@@ -6,8 +6,9 @@ import torch
 from torch import Tensor
 
 from funcnet import tree
+from funcnet.checks import check_kind
 from funcnet.core import Optimizer, Params, Tree
-from funcnet.errors import check_count, check_kind
+from funcnet.errors import check_count
 from funcnet.optimizers.chains import chained
 from funcnet.optimizers.checks import Number, check_options, is_on, read_option
 from funcnet.optimizers.lift import stateful, zero_step

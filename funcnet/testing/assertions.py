@@ -20,15 +20,17 @@ def list_of_laws(laws: Mapping[str, Callable[..., None]]) -> str:
 
 @contextmanager
 def named(where: str) -> Iterator[None]:
-    """Start the message of an AssertionError with ``where``; note it on any other error."""
+    """Start the message of an AssertionError with ``where``; any other error becomes one."""
     try:
         yield
-    except Exception as error:
-        if isinstance(error, AssertionError) and len(error.args) == 1:
-            error.args = (f"{where}: {error.args[0]}",)
-        else:
+    except AssertionError as error:
+        if len(error.args) != 1:
             error.add_note(f"in {where}")
+            raise
+        error.args = (f"{where}: {error.args[0]}",)
         raise
+    except Exception as error:
+        raise AssertionError(f"{where}: raised {type(error).__name__}: {error}") from error
 
 
 def check_laws(
@@ -53,7 +55,7 @@ def require(condition: object, what: str) -> None:
 def equal(what: str, expected: Tree, got: Tree) -> None:
     """The trees are equal bit for bit, but for the sign of zero and the payload of NaN."""
     for path, leaf, other in _pairs(what, expected, got):
-        require(_same(leaf, other), f"{what}: they differ at {path!r}")
+        require(_same(leaf, other), f"{what}: they differ{_at(path)}")
 
 
 def close(what: str, expected: Tree, got: Tree, rtol: float = 1e-10) -> None:
@@ -62,16 +64,17 @@ def close(what: str, expected: Tree, got: Tree, rtol: float = 1e-10) -> None:
     greatest = max((magnitude(leaf) for _, leaf, _ in pairs), default=0.0)
     for path, leaf, other in pairs:
         if leaf is None or other is None:
-            require(leaf is other, f"{what}: only one is None at {path!r}")
+            require(leaf is other, f"{what}: only one is None{_at(path)}")
             continue
-        require(leaf.shape == other.shape, f"{what}: the shapes differ at {path!r}")
+        shapes = f"{tuple(leaf.shape)} and {tuple(other.shape)}"
+        require(leaf.shape == other.shape, f"{what}: the shapes differ{_at(path)}: {shapes}")
         difference = (leaf - other).double() if leaf.is_floating_point() else leaf != other
         error = magnitude(difference)
         # A leaf that is small beside the others may be the rounding error of a sum that vanishes.
         scale = max(magnitude(leaf), 1e-3 * greatest)
         require(
             error <= rtol * scale,
-            f"{what}: at {path!r} the error is {error:.3g}, of {scale:.3g}",
+            f"{what}: the error{_at(path)} is {error:.3g}, of {scale:.3g}",
         )
 
 
@@ -93,14 +96,39 @@ def alike(
             got = optree.tree_map(lambda leaf: None, expected, none_is_leaf=True)
     for path, leaf, other in _pairs(what, expected, got):
         if leaf is None or other is None:
-            require(leaf is other, f"{what}: at {path!r} only one is None")
+            require(leaf is other, f"{what}: only one is None{_at(path)}")
             continue
-        same = (leaf.shape, leaf.dtype) == (other.shape, other.dtype)
+        tensors = isinstance(leaf, Tensor) and isinstance(other, Tensor)
+        same = tensors and (leaf.shape, leaf.dtype) == (other.shape, other.dtype)
         same = same and (not device or leaf.device == other.device)
         require(
             same,
-            f"{what}: at {path!r} expected {tree.describe(leaf)}, got {tree.describe(other)}",
+            f"{what}: expected {_kind(leaf, other)}{_at(path)}, got {_kind(other, leaf)}",
         )
+
+
+def halves(grads: tuple[Tree, Tree]) -> dict[str, Tree]:
+    """What a pullback gives, by name."""
+    dparams, dx = grads
+    return {"dparams": dparams, "dx": dx}
+
+
+def require_tensors(what: str, node: Tree) -> None:
+    """Each leaf of the tree is a tensor; None is one that is not there."""
+    for path, leaf in by_path(node).items():
+        found = f"got {type(leaf).__name__} {leaf!r}{_at(path)}"
+        require(leaf is None or isinstance(leaf, Tensor), f"{what} is a tree of tensors, {found}")
+
+
+def _at(path: str) -> str:
+    return f" at {path!r}" if path else ""
+
+
+def _kind(leaf: Any, other: Any) -> str:
+    """The shape and dtype of a leaf, and its device if that of the other one is another."""
+    found = tree.describe(leaf)
+    both = isinstance(leaf, Tensor) and isinstance(other, Tensor)
+    return f"{found} on {leaf.device}" if both and leaf.device != other.device else found
 
 
 def module_level(pullback: Pullback) -> None:
@@ -121,9 +149,7 @@ class Unchanged:
 
     def __init__(self, **trees: Tree) -> None:
         for what, watched in trees.items():
-            for leaf in tree.leaves(watched):
-                kind = type(leaf).__name__
-                require(isinstance(leaf, Tensor), f"{what} must be tensors, got {kind} {leaf!r}")
+            require_tensors(what, watched)
         self.seen = [
             (what, leaf, leaf._version, leaf.clone())
             for what, watched in trees.items()

@@ -18,6 +18,7 @@ from funcnet.testing.assertions import (
     equal,
     list_of_laws,
     require,
+    require_tensors,
 )
 from funcnet.testing.samples import cast, noise, stack
 from funcnet.transforms import vmap as mapping
@@ -50,19 +51,26 @@ class Case(NamedTuple):
 
 def check_structure(case: Case) -> None:
     """The updates are like the params, and the state keeps its structure, shapes and dtypes."""
+    require_tensors("the state", case.optimizer.init_state(case.params))
     for grads, state, params in case.arguments():
         updates, after = case.optimizer.update(grads, state, params)
+        require_tensors("the state", after)
         alike("updates are like params", params, updates)
         alike("the state keeps its structure", state, after)
+
+
+def _update(case: Case, grads: Params, state: Tree, params: Params) -> dict[str, Tree]:
+    updates, state = case.optimizer.update(grads, state, params)
+    return {"updates": updates, "state": state}
 
 
 def check_pure(case: Case) -> None:
     """The same arguments give the same results bit for bit, and no argument is changed."""
     for grads, state, params in case.arguments():
         arguments = Unchanged(grads=grads, state=state, params=params)
-        once = case.optimizer.update(grads, state, params)
+        once = _update(case, grads, state, params)
         arguments.check()
-        again = case.optimizer.update(grads, state, params)
+        again = _update(case, grads, state, params)
         equal("the same arguments, the same result", once, again)
         arguments.check()
 
@@ -72,9 +80,9 @@ def check_no_autograd(case: Case) -> None:
     for arguments in case.arguments():
         for leaf in tree.leaves(case.optimizer.update(*arguments)):
             require(not leaf.requires_grad, "results need no gradient")
-    eager = case.optimizer.update(*case.first())
+    eager = _update(case, *case.first())
     with torch.inference_mode():
-        inferred = case.optimizer.update(*case.first())
+        inferred = _update(case, *case.first())
         equal("inference mode changes nothing", eager, inferred)
 
 

@@ -5,17 +5,24 @@ import inspect
 import types
 import weakref
 from collections.abc import Callable, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar, overload
 
 import optree
+import torch
 
 from funcnet import runtime
+from funcnet.checks import check_function
 from funcnet.compiler.errors import say_unknown
 from funcnet.compiler.methods import Method, without_self
+from funcnet.core import Layer, Loss, Optimizer
+from funcnet.hints import hint_for
+from funcnet.transforms.compiled import COMPILED
 
 if TYPE_CHECKING:
     from funcnet.compiler.compiled import Lowered
     from funcnet.compiler.dispatch import Dispatcher
+
+Made = TypeVar("Made", Layer, Loss, Optimizer)
 
 
 class Jitted:
@@ -146,11 +153,23 @@ def _dispatcher(*options: Any) -> "Dispatcher | None":
     return Dispatcher(*options)
 
 
+@overload
+def jit(f: Made) -> Made: ...  # type: ignore[overload-overlap]
+
+
+@overload
 def jit(
     f: Callable[..., Any],
     donate: int | Sequence[int] = (),
     static: int | str | Sequence[int | str] = (),
-) -> Jitted:
+) -> Jitted: ...
+
+
+def jit(
+    f: Any,
+    donate: int | Sequence[int] = (),
+    static: int | str | Sequence[int | str] = (),
+) -> Any:
     """Compile a pure function: one program for all that it does, loops included.
 
     The function is traced once for each structure, shapes, dtypes and devices of its arguments,
@@ -173,7 +192,10 @@ def jit(
             number meets a tensor as it does eagerly. Only an ``if`` that goes another way, or a
             result of another type, is traced anew, and each bool has its own program. While f is
             traced, ``isinstance(n, float)`` is what it is eagerly, and ``type(n)`` is not. Numbers
-            among the results become 0-d tensors.
+            among the results become 0-d tensors. Or a Layer, Loss or Optimizer: the same with its
+            functions compiled, ``apply``, ``vjp`` and the pullback, or ``update``. What makes the
+            first values, ``init`` and ``init_state``, is called once, and is not. A whole training
+            step is faster as one program, ``jit(train_step(...))``.
         donate: positions of arguments whose memory the results may take. Their tensors cannot be
             used afterwards, unless f returns them as they are.
         static: positions or names of hashable arguments that f may read while it is traced.
@@ -198,9 +220,20 @@ def jit(
     >>> f = jit(lambda x, factor: (factor * x).sum())
     >>> f(torch.ones(3), 2.0), f(torch.ones(3), 3.0)
     (tensor(6.), tensor(9.))
+    >>> net = jit(fn.serial(fn.linear(1, bias=False), fn.tanh()))
+    >>> y, pullback, _ = net.vjp({"0": {"weight": torch.ones(1, 1)}}, torch.zeros(2, 1))
+    >>> pullback(torch.ones(2, 1))
+    ({'0': {'weight': tensor([[0.]])}}, tensor([[1.], [1.]]))
     """
-    if not callable(f):
-        raise TypeError(f"jit: expects a function, got {type(f).__name__}")
+    if type(f) in COMPILED:
+        if donate != () or static != ():
+            what = f"a {type(f).__name__}'s functions have no such arguments"
+            raise TypeError(f"jit: donate and static are of a function, and {what}; jit them alone")
+        return COMPILED[type(f)](jit, f)
+    if isinstance(f, torch.nn.Module):
+        got = f"{hint_for(f)}, and fn.jit(layer.apply) or the training step"
+        raise TypeError(f"jit: expects a function, got {got}")
+    check_function("jit", f)
     donated = (donate,) if isinstance(donate, int) else tuple(donate)
     fixed = (static,) if isinstance(static, (int, str)) else tuple(static)
     if any(not isinstance(each, int) for each in donated):

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from funcnet import tree
+from funcnet.checks import check_function, check_tensors
 from funcnet.compiler.loops import is_recording, record_loop
 from funcnet.core import Tree
 
@@ -41,13 +42,13 @@ def vmap(f: Callable[..., Tree], in_axes: Axes = 0, out_axes: Axes = 0) -> Calla
     >>> params["weight"].shape
     torch.Size([5, 2, 3])
     """
-    if not callable(f):
-        raise TypeError(f"vmap: expects a function, got {type(f).__name__}")
+    check_function("vmap", f)
     if isinstance(in_axes, list):
         in_axes = tuple(in_axes)
 
     @functools.wraps(f)
     def mapped(*args: Tree) -> Tree:
+        check_tensors("vmap", "arguments", args)
         leaves, treedef = tree.flatten(args)
         axes = _axes("in_axes", in_axes, args, treedef)
         length, axes = _length(leaves, axes, treedef)

@@ -84,7 +84,8 @@ def device_of(tree: Any) -> torch.device:
     for leaf in optree.tree_leaves(tree):
         if isinstance(leaf, Tensor):
             return leaf.device
-    raise ValueError("expected at least one tensor in the tree, got none")
+    got = describe(tree) if optree.tree_leaves(tree) else "none"
+    raise ValueError(f"expected at least one tensor in the tree, got {got}")
 
 
 def describe(tree: Any) -> str:
@@ -93,10 +94,21 @@ def describe(tree: Any) -> str:
     >>> describe((torch.ones(2, 3), {"a": torch.tensor(1)}))
     "(float32 (2, 3), {'a': int64 ()})"
     """
+    found = _described(tree)
+    return f"{found}; make a tensor of it by torch.from_numpy" if _NUMPY in found else found
+
+
+_NUMPY = "a numpy array of "
+
+
+def _described(tree: Any) -> str:
     if isinstance(tree, Tensor):
         return f"{str(tree.dtype).removeprefix('torch.')} {tuple(tree.shape)}"
+    if type(tree).__module__ == "numpy" and hasattr(tree, "dtype"):
+        return f"{_NUMPY}{tree.dtype} {tuple(tree.shape)}"
     if isinstance(tree, tuple):
-        return f"({', '.join([describe(child) for child in tree])})"
+        return f"({', '.join([_described(child) for child in tree])})"
     if isinstance(tree, Mapping):
-        return f"{{{', '.join([f'{name!r}: {describe(child)}' for name, child in tree.items()])}}}"
+        inside = ", ".join([f"{name!r}: {_described(child)}" for name, child in tree.items()])
+        return f"{{{inside}}}"
     return type(tree).__name__

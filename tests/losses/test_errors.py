@@ -296,7 +296,7 @@ def test_a_reduction_in_the_place_of_another_option_is_refused(case):
         (
             lambda: fn.triplet_margin_with_distance(fn.mse),
             TypeError,
-            "expects a Layer as distance_function, got function; call its constructor",
+            "expects a Layer as distance_function, got the function mse, which makes a Loss",
         ),
         (
             lambda: fn.triplet_margin_with_distance(2.0),

@@ -178,7 +178,11 @@ SGD = fn.sgd(0.1)
 @pytest.mark.parametrize(
     ("error", "message", "make"),
     [
-        (TypeError, "params_ema: expects an Optimizer, got function", lambda: params_ema(fn.sgd)),
+        (
+            TypeError,
+            "params_ema: expects an Optimizer, got the",
+            lambda: params_ema(fn.sgd),
+        ),
         (TypeError, "params_average: expects an Optimizer, got float", lambda: params_average(0.1)),
         (ValueError, "decay must be >= 0, got -1", lambda: params_ema(SGD, -1)),
         (ValueError, "decay must be at most 1, got 2", lambda: params_ema(SGD, 2)),

@@ -199,7 +199,7 @@ REFUSED = {
     "a constructor": (
         lambda: opt.accumulate(fn.sgd, 2),
         TypeError,
-        "accumulate: expects an Optimizer, got function; call its constructor",
+        "accumulate: expects an Optimizer, got the function sgd; call it, as in",
     ),
     "eta": (lambda: opt.add_noise(-1.0, 0.5, fn.key(0)), ValueError, "eta must be >= 0"),
     "no key": (lambda: opt.add_noise(1.0, 0.5, torch.ones(3)), (TypeError, ValueError), "key"),

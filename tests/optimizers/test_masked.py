@@ -184,7 +184,7 @@ REFUSED = {
     "a constructor": (
         lambda: opt.partition({"one": fn.sgd}, {"one": "body"}),
         TypeError,
-        "partition: expects an Optimizer, got function; call its constructor",
+        "partition: expects an Optimizer, got the function sgd; call it, as in",
     ),
     "the state of another partition": (
         lambda: partitioned({"one": "body", "two": "head"}).update(GRADS, {"three": {}}, PARAMS),

@@ -126,7 +126,7 @@ def test_the_compiler_does_not_undo_it():
 
 
 def test_misuse_is_told():
-    with pytest.raises(TypeError, match="expects a Layer, got function"):
+    with pytest.raises(TypeError, match="expects a Layer, got the function "):
         fn.remat(fn.linear)
     with pytest.raises(ValueError, match="policy names '7', which no layer is"):
         fn.remat(block(), policy=["7"])
