@@ -321,3 +321,15 @@ def test_given_params_that_do_not_fit_are_refused_by_path(params, error, message
         fn.init_train_state(fn.linear(2), OPTIMIZER, fn.key(0), X, params=params)
 
     raises(start, message, error)
+
+
+def rate(step):
+    return 0.1 if step < 10 else 0.01
+
+
+def test_a_schedule_that_asks_for_the_step_says_so_under_jit():
+    step = fn.train_step(NET, LOSS, fn.adam(rate))
+    state = fn.init_train_state(NET, fn.adam(rate), fn.key(0), X)
+    with pytest.raises(TypeError, match=r"torch\.where") as raised:
+        fn.jit(step)(state, (X, TARGET))
+    assert "return 0.1 if step < 10 else 0.01" in str(raised.value)

@@ -593,23 +593,19 @@ def test_what_is_not_made_by_a_constructor_is_refused_with_a_hint():
 def test_what_is_pytorchs_is_refused_with_what_to_take():
     net, loss, optimizer, module = fn.linear(2), fn.mse(), fn.sgd(0.1), torch.nn.Linear(2, 2)
     adam = torch.optim.Adam(module.parameters())
-    with pytest.raises(
-        TypeError, match=r"a Layer as model, got a torch.nn.Linear; .*interop\.from_module"
-    ):
+    with pytest.raises(TypeError, match=r"a Layer as model, got a torch.nn.Linear; use fn.lin"):
         fn.train_step(module, loss, optimizer)
     for its in (torch.nn.MSELoss(), torch.nn.functional.mse_loss):
-        with pytest.raises(TypeError, match=r"a Loss as loss, got .*; take one of funcnet's"):
+        with pytest.raises(TypeError, match=r"a Loss as loss, got .*; use fn.mse"):
             fn.train_step(net, its, optimizer)
-    with pytest.raises(TypeError, match=r"an Optimizer as optimizer, got Adam; take one of fun"):
+    with pytest.raises(TypeError, match=r"an Optimizer as optimizer, got a torch.optim.Adam; use"):
         fn.train_step(net, loss, adam)
 
 
 def test_what_is_no_train_state_is_refused():
     net, optimizer = fn.linear(2), fn.sgd(0.1)
     params, _ = net.init(fn.key(0), X)
-    with pytest.raises(
-        TypeError, match="train_step: a step expects a TrainState and a batch, .*; got a dict"
-    ):
+    with pytest.raises(TypeError, match=r"a step expects a TrainState and a batch, .*; got a dict"):
         fn.train_step(net, fn.mse(), optimizer)(params, (X, TARGET))
 
 

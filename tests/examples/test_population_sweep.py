@@ -72,6 +72,11 @@ def test_the_table_has_both_accuracies(capsys):
     assert "90.00 ± 0.00" in printed
     assert "80.00 ± 0.00" in printed
     assert "1 of 1 rows reach the report's test accuracy, 1 with the last parameters" in printed
+    sweep.print_results({(200, "ReLU"): sweep.Result(loss, error, 0.0)}, compared=False)
+    printed = capsys.readouterr().out
+    assert "90.00 ± 0.00" in printed
+    assert "not compared with the report, whose runs took 500 epochs" in printed
+    assert not any(word in printed for word in ("FAIL", "pass", "  report", "rows reach"))
 
 
 def test_it_goes_on_where_it_stopped(tmp_path, monkeypatch, capsys):

@@ -5,6 +5,7 @@ import torch
 
 import funcnet as fn
 from funcnet.testing import check_layer, check_loss, check_optimizer
+from funcnet.testing.assertions import alike
 
 X = fn.random.normal(fn.key(1), (5, 3), torch.float64)
 PAIR = (X, fn.random.normal(fn.key(2), (5, 3), torch.float64))
@@ -443,3 +444,52 @@ def test_a_residual_that_is_no_tensor_is_named():
     )
     with pytest.raises(AssertionError, match="residuals is a tree of tensors, got int 2 at"):
         check_layer(layer, X)
+
+
+def draw_rule(residuals, dy, *, params, x):
+    return ({} if params else None), dy if x else None
+
+
+@pytest.mark.cpu_only
+def test_a_layer_of_noise_keeps_the_laws_compiled_too():
+    def noisy():
+        def forward(params, x, state, key, train):
+            drawn = 0.1 * fn.random.normal(key, x.shape, device=x.device) if train else 0.0
+            return x + drawn, fn.Pullback(draw_rule, {}), {}
+
+        return fn.stateful(lambda key, x: ({}, {}), forward, keyed=True)
+
+    check_layer(noisy(), X, jit=True, modes=[True])
+    check_layer(fn.gaussian_noise(0.1), X, jit=True, modes=[True])
+
+
+def test_what_is_raised_within_a_law_names_the_law():
+    def failing():
+        def apply(params, x):
+            if x.dtype == torch.float32:
+                raise RuntimeError("no float32")
+            return 2.0 * x
+
+        def vjp(params, x):
+            return apply(params, x), fn.Pullback(twice_rule, {})
+
+        return fn.stateless(lambda key, x: {}, apply, vjp)
+
+    with pytest.raises(AssertionError, match=r"float32: raised RuntimeError: no float32") as raised:
+        check_layer(failing(), X)
+    assert isinstance(raised.value.__cause__, RuntimeError)
+
+
+def twice_rule(residuals, dy, *, params, x):
+    return ({} if params else None), 2.0 * dy if x else None
+
+
+def test_a_device_that_differs_is_shown():
+    with pytest.raises(AssertionError, match=r"float32 \(2,\) on cpu at 'a', got .* on meta"):
+        alike("one", {"a": torch.ones(2)}, {"a": torch.ones(2, device="meta")}, device=True)
+
+
+def test_a_number_in_the_state_of_an_optimizer_is_named():
+    optimizer = fn.Optimizer(lambda params: {"step": 0}, lambda g, state, p: (g, state))
+    with pytest.raises(AssertionError, match="the state is a tree of tensors, got int 0 at 'step'"):
+        check_optimizer(optimizer, {"w": X})
