@@ -98,16 +98,14 @@ if len(runs) > 1:
     print(f"mean test error of {len(runs)} seeds: {errors.mean():.2%} {deviation}")
 
 ((points, label), (test, inside)), params, history = runs[0]
-plt.rcParams["image.cmap"] = "RdYlBu_r"
+plt.rcParams.update({"image.cmap": "RdYlBu_r", "figure.constrained_layout.wspace": 0.06})
 figure, (left, middle, right) = plt.subplots(1, 3, figsize=(14, 4.2), layout="constrained")
-figure.get_layout_engine().set(wspace=0.06)
 for axes in (left, middle):
     axes.add_patch(Circle((0.5, 0.5), RADIUS, fill=False, linewidth=1.5, zorder=3))
-    axes.set(xlim=(0, 1), ylim=(0, 1), aspect="equal", xlabel="$x_1$", ylabel="$x_2$")
-    axes.set(xticks=(0, 0.5, 1), yticks=(0.5, 1))
-left.set_title(f"{POINTS} training points and the disk")
+    axes.set(xlim=(0, 1), ylim=(0, 1), aspect="equal", xticks=(0, 0.5, 1), yticks=(0.5, 1))
+left.set(title=f"{POINTS} training points and the disk", xlabel="$x_1$", ylabel="$x_2$")
 left.scatter(*points.T, c=label, s=10, edgecolors="white", linewidths=0.2)
-middle.set_title(f"Output and wrong test points: {errors[0]:.1%}")
+middle.set(title=f"Output and wrong test points: {errors[0]:.1%}", xlabel="$x_1$")
 grid = torch.cartesian_prod(*[(torch.arange(200) + 0.5) / 200] * 2)
 output, tested = [score(net.apply(params, scaled(x))[0]) for x in (grid, test)]
 image = middle.imshow(output.reshape(200, 200).T.numpy(), origin="lower", extent=2 * (0, 1))
