@@ -159,7 +159,7 @@ def parse() -> argparse.Namespace:
     )
     add = parser.add_argument
     add("--seed", type=int, default=0, help="of the net, the carts and the actions")
-    add("--updates", type=int, default=150, help=f"of the net, a multiple of {EVERY}")
+    add("--updates", type=int, default=100, help=f"of the net, a multiple of {EVERY}")
     add("--quick", action="store_true", help=f"{2 * EVERY} updates, for a test")
     add("--output", type=Path, default=Path("policy_gradient.png"), help="the figure's file")
     options = parser.parse_args()
