@@ -24,6 +24,7 @@ from torch.fx.experimental.proxy_tensor import make_fx
 
 from funcnet.compiler.blocks import Segment
 from funcnet.compiler.build import compiler
+from funcnet.compiler.corrections import CORRECTED, sums_of_int64
 from funcnet.compiler.errors import BuildError, NoKernelError, UnsupportedError
 from funcnet.compiler.instructions import (
     Allocate,
@@ -82,47 +83,13 @@ def decomposed(segment: Segment) -> fx.GraphModule:
         for operator, rule in select_decomp_table().items()
         if getattr(operator, "overloadpacket", operator) not in _KEPT
     }
-    table |= _CORRECTED
+    table |= CORRECTED
     examples = [node.meta["val"] for node in segment.graph.nodes if node.op == "placeholder"]
     module = fx.GraphModule(torch.nn.Module(), segment.graph)
     with torch.no_grad():
         retraced = make_fx(Rerecorded(module).run, decomposition_table=table)(*examples)
     retraced.graph.eliminate_dead_code()
     return retraced
-
-
-def _var_mean_of_nothing(
-    x: Tensor, dim: list[int] | None = None, *, correction: Any = None, keepdim: bool = False
-) -> Any:
-    """NaN, where Inductor's kernel gives 0 for the mean; other tensors are left to Inductor."""
-    if x.numel():
-        return NotImplemented
-    mean = x.mean(dim, keepdim)
-    return mean, mean.clone()
-
-
-def _argmin(x: Tensor, *options: Any, **named: Any) -> Any:
-    """Of equal elements the first, which Inductor's kernel for bytes does not find."""
-    if x.dtype not in _BYTES:
-        return NotImplemented
-    return aten.argmin.default(x.to(torch.int32), *options, **named)
-
-
-def _min(x: Tensor, *options: Any, **named: Any) -> Any:
-    """As `_argmin`."""
-    if x.dtype not in _BYTES:
-        return NotImplemented
-    values, indices = aten.min.dim(x.to(torch.int32), *options, **named)
-    return values.to(x.dtype), indices
-
-
-_BYTES = (torch.bool, torch.uint8, torch.int8)
-# Operators for which Inductor's kernels do not give what PyTorch's give for some tensors.
-_CORRECTED = {
-    aten.var_mean.correction: _var_mean_of_nothing,
-    aten.argmin.default: _argmin,
-    aten.min.dim: _min,
-}
 
 
 @contextlib.contextmanager
@@ -148,7 +115,7 @@ def settings(threads: int) -> Iterator[None]:
     if width is not None:
         changes["cpp.simdlen"] = width
     known = {name: value for name, value in changes.items() if _has(config, name)}
-    with config.patch(known), _vectors_of(width):
+    with config.patch(known), _vectors_of(width), sums_of_int64():
         yield
 
 
@@ -330,7 +297,7 @@ def has_kernel(operator: Any) -> bool:
     from torch._inductor.decomposition import select_decomp_table
     from torch._inductor.lowering import lowerings
 
-    if operator in select_decomp_table() or operator in _CORRECTED:
+    if operator in select_decomp_table() or operator in CORRECTED:
         return True
     lower = lowerings.get(operator)
     return lower is not None and not getattr(lower, "_is_fallback_handler", False)

@@ -10,6 +10,8 @@ import funcnet as fn
 pytestmark = [
     pytest.mark.cpu_only,
     pytest.mark.filterwarnings("ignore:index_reduce.* is in beta"),
+    pytest.mark.filterwarnings("ignore:The reduce argument of torch.scatter"),
+    pytest.mark.filterwarnings("ignore:There is a performance drop"),
 ]
 FLOATS = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 DTYPES = (*FLOATS, torch.int64, torch.int32, torch.uint8, torch.bool)
@@ -187,6 +189,23 @@ def test_reductions_at_indices():
         return results
 
     gives_the_same_bits(function, given)
+
+
+def test_sums_of_integers_at_indices():
+    x, source = numbers(torch.int64, (5, 7), 0), numbers(torch.int64, (4, 7), 1)
+    index, places = torch.tensor([3, 1, 3, 0]), torch.randint(0, 5, (4, 7))
+
+    def function(x, source, index, places):
+        results = [x.index_add(0, index, source, alpha=-2), x.scatter_add(0, places, source)]
+        results += [x.index_put((index,), source, accumulate=True)]
+        results += [torch.zeros_like(x[0]).scatter_add(0, index, source[:, 0])]
+
+        def counted(count, at):
+            return count.index_add(0, at[None], torch.ones_like(at[None])), at
+
+        return [*results, fn.scan(counted, torch.zeros_like(x[:, 0]), index)[0]]
+
+    gives_the_same_bits(function, x, source, index, places)
 
 
 @pytest.mark.parametrize("reduce", ["amax", "prod"])

@@ -115,6 +115,7 @@ HEADERS = sorted({primitive.header for primitive in PRIMITIVES.values()})
 
 @pytest.mark.cpu_only
 @pytest.mark.filterwarnings("ignore:index_reduce.* is in beta")
+@pytest.mark.filterwarnings("ignore:The reduce argument of torch.scatter")
 @pytest.mark.parametrize("header", HEADERS)
 def test_the_formula_and_the_call_give_what_the_operator_gives(header):
     names = [name for name, primitive in PRIMITIVES.items() if primitive.header == header]
