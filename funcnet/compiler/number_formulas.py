@@ -28,6 +28,8 @@ def by_formula(name: str, args: Any, kwargs: Any, expected: Any) -> Any:
     formula = _FORMULAS[name.removesuffix("_") if in_place else name]
     if kwargs.get("inplace") or kwargs.get("out") is not None:
         raise KeyError(name)
+    if formula is _set:
+        return _set(*args)
     positional, named = tree.map(_wide, (args, kwargs))
     result = formula(*positional, **{key: named[key] for key in named if key != "inplace"})
     if isinstance(expected, Tensor):
