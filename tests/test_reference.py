@@ -126,7 +126,8 @@ def test_each_link_leads_to_something(pages, page):
 
 
 def references(text):
-    """The names in single backticks."""
+    """The names in single backticks, but for those in an example."""
+    text = text.partition(">>>")[0]
     return set(re.findall(r"(?<!`)`([A-Za-z_][\w.]*)(?:\(\))?`(?!`)", text))
 
 

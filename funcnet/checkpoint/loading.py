@@ -57,7 +57,7 @@ def load(path: str | os.PathLike[str], like: Any = None, *, at: str = "") -> Any
     ...     fn.load(f"{folder}/net.safetensors", like={"0": {"weight": torch.ones(3)}})
     Traceback (most recent call last):
     ...
-    ValueError: load: .../net.safetensors is not like the tree ``like``, a leaf differs:
+    ValueError: load: .../net.safetensors is not like the tree `like`, a leaf differs:
       0.weight: float32 (2,) in the file, expected float32 (3,)
     """
     check_path("load", path)
