@@ -12,11 +12,11 @@ namespace funcnet {
 
 enum class Norm { COUNT, SUM, EUCLIDEAN, MAXIMUM, OTHER };
 
-// What one difference adds to a sum of powers, or makes of a maximum so far. NaN wins a maximum.
+// What one difference adds to a sum of powers, or makes of a maximum so far. NaN stays NaN.
 template <Norm NORM, typename T>
 inline T with(T total, T difference, T p) {
   if constexpr (NORM == Norm::COUNT) {
-    return total + (difference != 0 ? T(1) : T(0));
+    return total + (difference == 0 || difference != difference ? difference : T(1));
   } else if constexpr (NORM == Norm::SUM) {
     return total + std::abs(difference);
   } else if constexpr (NORM == Norm::EUCLIDEAN) {
