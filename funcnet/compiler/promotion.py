@@ -66,7 +66,7 @@ def call_with_numbers(func: Any, args: Any, kwargs: Any) -> Any:
     name = getattr(func, "__name__", str(func))
     # What it gives eagerly is the measure, and what it does not take is an error here too.
     expected = _eager(func, args, kwargs)
-    taken = _takes(name, numbers, args, expected)
+    taken = _takes(name, numbers, args, kwargs, expected)
     for way in (functools.partial(_with_tensors, func), by_formula) if taken else ():
         try:
             result = way(name, args, kwargs, expected)
@@ -101,14 +101,18 @@ _DIVIDES = ("div", "truediv", "true_divide")
 _CASTS = ("fill", "masked_fill", "setitem", "index_fill", "copy", "to")
 
 
-def _takes(name: str, numbers: Sequence[TracedNumber], args: Any, expected: Any) -> bool:
+def _takes(
+    name: str, numbers: Sequence[TracedNumber], args: Any, kwargs: Any, expected: Any
+) -> bool:
     """Whether PyTorch's kernels take the numbers, which fake tensors do not tell."""
     plain = _base_name(name)
+    factors = [kwargs.get(factor) for factor in ("alpha", "beta")]
     leaves = [leaf for leaf in tree.leaves((expected, args)) if isinstance(leaf, Tensor)]
     for number in numbers:
         for dtype in {leaf.dtype for leaf in leaves} - {torch.bool}:
             # Arithmetic wraps what does not fit, or makes it infinite; other kernels refuse it.
             wraps = plain in _WRAPS or (dtype.is_floating_point and plain in _DIVIDES)
+            wraps &= not any([number is factor for factor in factors])
             if not wraps and not number._arithmetic.read(number, functools.partial(_fits, dtype)):
                 return False
         in_place = name.startswith("__i") or (name.endswith("_") and not name.endswith("__"))
