@@ -14,6 +14,7 @@ from funcnet.core import Tree
 from funcnet.errors import require
 from funcnet.random import bits, fold_in, permutation
 from funcnet.threefry import MASK
+from funcnet.tree.trees import shapes
 
 
 def epoch_batches(key: Tensor | None, data: Tree, batch_size: int) -> Tree:
@@ -86,7 +87,7 @@ class Batches:
     def __repr__(self) -> str:
         shuffled = "shuffled, " if self.shuffle else ""
         each = f"{self.steps_per_epoch} batches of {self.batch_size} an epoch"
-        return f"Batches({shuffled}{each}, of {tree.describe(self.data)})"
+        return f"Batches({shuffled}{each}, of {shapes(self.data)})"
 
     def __call__(self, key: Tensor, step: int | Tensor) -> Tree:
         """The batch of a step, of the run with this key."""

@@ -10,6 +10,12 @@ from hypothesis import given, settings, strategies as st
 import funcnet as fn
 
 
+def test_a_source_shows_arrays_without_advice():
+    source = fn.batches({"x": np.ones((10, 2), np.float32)}, 5)
+    of = "{'x': a numpy array of float32 (10, 2)}"
+    assert repr(source) == f"Batches(shuffled, 2 batches of 5 an epoch, of {of})"
+
+
 @given(st.integers(1, 30), st.integers(1, 30))
 def test_every_example_comes_at_most_once_and_only_a_part_batch_is_left_out(size, batch_size):
     if batch_size > size:

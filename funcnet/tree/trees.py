@@ -94,21 +94,26 @@ def describe(tree: Any) -> str:
     >>> describe((torch.ones(2, 3), {"a": torch.tensor(1)}))
     "(float32 (2, 3), {'a': int64 ()})"
     """
-    found = _described(tree)
+    found = shapes(tree)
     return f"{found}; make a tensor of it by torch.from_numpy" if _NUMPY in found else found
 
 
 _NUMPY = "a numpy array of "
 
 
-def _described(tree: Any) -> str:
+def shapes(tree: Any) -> str:
+    """The shapes and dtypes in a tree, where arrays of numpy are as good as tensors.
+
+    >>> shapes({"a": torch.ones(2, 3).numpy()})
+    "{'a': a numpy array of float32 (2, 3)}"
+    """
     if isinstance(tree, Tensor):
         return f"{str(tree.dtype).removeprefix('torch.')} {tuple(tree.shape)}"
     if type(tree).__module__ == "numpy" and hasattr(tree, "dtype"):
         return f"{_NUMPY}{tree.dtype} {tuple(tree.shape)}"
     if isinstance(tree, tuple):
-        return f"({', '.join([_described(child) for child in tree])})"
+        return f"({', '.join([shapes(child) for child in tree])})"
     if isinstance(tree, Mapping):
-        inside = ", ".join([f"{name!r}: {_described(child)}" for name, child in tree.items()])
+        inside = ", ".join([f"{name!r}: {shapes(child)}" for name, child in tree.items()])
         return f"{{{inside}}}"
     return type(tree).__name__
