@@ -61,7 +61,7 @@ def hint_for(found: Any, where: str = "", wanted: str = "") -> str:
         return f"a {_class_name(type(found))}{_of_torch(type(found), wanted)}"
     if found is None:
         return "None; does the function that makes it return it?" if wanted else "None"
-    if isinstance(found, (list, tuple, Mapping)) and wanted == "Layer":
+    if isinstance(found, (list, tuple, Mapping)) and (wanted == "Layer" or _of_layers(found)):
         return _several(found, parent)
     if isinstance(found, (Tensor, list, tuple, Mapping)):
         return describe(found)
@@ -119,6 +119,12 @@ def _snake(name: str) -> str:
         return _LOSSES[name]
     name = name.removesuffix("Loss")
     return "".join([f"_{c.lower()}" if c.isupper() else c for c in name]).lstrip("_")
+
+
+def _of_layers(found: Any) -> bool:
+    parts = found.values() if isinstance(found, Mapping) else found
+    kinds = [isinstance(each, Constructed) and type(each).__name__ == "Layer" for each in parts]
+    return bool(kinds) and all(kinds)
 
 
 def _several(found: Any, parent: str) -> str:

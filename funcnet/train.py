@@ -332,6 +332,9 @@ def _refuse(train_state: Any, batch: Any, more: tuple[Any, ...]) -> NoReturn:
         if isinstance(train_state, Mapping):
             got = f"a dict with {list(train_state)}"
             hint += ", where params=... are those that are there"
+        elif isinstance(train_state, tuple) and isinstance((*train_state, 0)[0], TrainState):
+            got = "what a step returns"
+            hint = "; it is a pair: train_state, metrics = step(train_state, (x, target))"
         raise TypeError(f"{expected}; got {got} as the train state{hint}")
     if batch is MISSING:
         raise TypeError(f"{expected}; got no batch")

@@ -105,6 +105,10 @@ OTHERS = [
         "a Layer as model, got an Optimizer, sgd(lr=0.1); are the arguments in another order?",
     ),
     (lambda: fn.vmap(NET), "vmap: expects a function, got a Layer, serial(linear(4), relu(), "),
+    (
+        lambda: fn.jit([fn.relu()]),
+        "jit: expects a function, got a list of layers; make one of them by fn.serial(*layers)",
+    ),
     (lambda: fn.vmap(3), "vmap: expects a function, got int"),
     (lambda: fn.chain(fn.sgd), "an Optimizer, got the function sgd; call it, as in fn.sgd(...)"),
 ]
@@ -149,6 +153,10 @@ CALLS = [
         "a step expects a TrainState and a batch, step(train_state, (x, target)); got a dict with "
         "['0', '2'] as the train state; make it by fn.init_train_state(model, optimizer, key, x), "
         "where params=... are those that are there",
+    ),
+    (
+        lambda: STEP(STEP(STATE, (X, TARGET)), (X, TARGET)),
+        "got what a step returns as the train state; it is a pair: train_state, metrics = step(",
     ),
     (lambda: STEP(STATE), "step(train_state, (x, target)); got no batch"),
     (lambda: STEP(STATE, X, TARGET), "got 2 arguments for it: write them as one, a tuple"),
