@@ -245,10 +245,12 @@ class Dispatcher:
                 raise TypeError(arithmetic.refusal) from error
             raise
         except WritesToArgumentError as error:
-            what = where(call.treedef, call.indices, error.args[0])
+            index, line = error.args
+            what = where(call.treedef, call.indices, index)
+            at = f"\n  {line}" if line else ""
             raise ValueError(
                 f"{self._name}: the function writes in place to {what}; a pure function writes to "
-                "tensors of its own only"
+                f"tensors of its own only{at}"
             ) from None
         return Compiled(
             self._name,

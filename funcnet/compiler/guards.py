@@ -88,14 +88,14 @@ class PurityGuard(TorchDispatchMode):
     ) -> Any:
         if _draws(operator, args, kwargs or {}):
             raise ValueError(
-                f"jit: the function draws from torch's generator ({operator}), whose state is "
-                f"hidden; draw from a key with funcnet.random{at_line()}"
+                f"jit: the function draws from torch's generator ({_name(operator)}), whose "
+                f"state is hidden; draw from a key by fn.random{at_line()}"
             )
         operator, args, kwargs = _as_declared(operator, args, kwargs or {})
         if operator._schema.is_mutable and args and _is_real(args[0]):
             raise ValueError(
-                f"jit: the function writes in place to a tensor it closes over ({operator}); a "
-                f"pure function writes to tensors of its own only{at_line()}"
+                "jit: the function writes in place to a tensor it closes over "
+                f"({_name(operator)}); a pure function writes to tensors of its own only{at_line()}"
             )
         if torch.Tag.data_dependent_output in operator.tags and any([*map(_is_real, args)]):
             raise DataDependentOutputException(operator)
@@ -103,14 +103,19 @@ class PurityGuard(TorchDispatchMode):
         result = operator(*args, **(kwargs or {}))
         if isinstance(result, Tensor) and result.layout is not torch.strided:
             raise TypeError(
-                f"jit: the function makes a tensor in the layout {result.layout} ({operator}); "
-                f"programs have dense tensors{at_line()}"
+                f"jit: the function makes a tensor in the layout {result.layout} "
+                f"({_name(operator)}); programs have dense tensors{at_line()}"
             )
         note_copy(operator, args, result)
         line = calling_line()
         note_line(line)
         self.made.note(result, line)
         return result
+
+
+def _name(operator: Any) -> str:
+    """An operator by the name that users know, such as randn."""
+    return str(operator._schema.name).partition("::")[2]
 
 
 def _draws(operator: Any, args: Any, kwargs: Any) -> bool:

@@ -15,6 +15,7 @@ from torch import Tensor, fx
 from torch._subclasses.fake_tensor import FakeTensorMode, unset_fake_temporarily
 from torch.fx.experimental.proxy_tensor import make_fx
 
+from funcnet.compiler import user_code
 from funcnet.compiler.guards import LayoutReads, PurityGuard
 from funcnet.compiler.indexing import tensors_as_positions
 from funcnet.compiler.layout import channels_last
@@ -35,7 +36,7 @@ from funcnet.compiler.signature import check_tensor
 from funcnet.compiler.small_convolutions import make_products
 from funcnet.compiler.specs import InputSpec, spec_of
 from funcnet.compiler.tracebacks import quiet
-from funcnet.compiler.user_code import Rerecorded
+from funcnet.compiler.user_code import Line, Rerecorded
 
 aten = torch.ops.aten
 
@@ -77,7 +78,7 @@ class Recorded(NamedTuple):
 
 
 class WritesToArgumentError(ValueError):
-    """A function writes in place to the argument of this index."""
+    """A function writes in place to the argument of this index, in this line of the user's."""
 
 
 @contextmanager
@@ -269,8 +270,24 @@ def _recorded_again(module: fx.GraphModule) -> fx.GraphModule:
     inputs = [node for node in pure.graph.nodes if node.op == "placeholder"]
     for node in pure.graph.nodes:
         if _writes(node):
-            raise WritesToArgumentError(inputs.index(node.args[0]))
+            index = inputs.index(node.args[0])
+            raise WritesToArgumentError(index, _line_of_write(module.graph, index))
     return pure
+
+
+def _line_of_write(graph: fx.Graph, index: int) -> Line | None:
+    """The line that first writes to an input or to a view of it; None if it is not known."""
+    seen = {[node for node in graph.nodes if node.op == "placeholder"][index]}
+    for node in graph.nodes:
+        first = node.args[0] if node.args else None
+        if isinstance(node.target, torch._ops.OpOverload) and isinstance(first, fx.Node):
+            if first not in seen:
+                continue
+            if node.target._schema.is_mutable:
+                return user_code.line_of(node)
+            if any([each.alias_info for each in node.target._schema.returns]):
+                seen.add(node)
+    return None
 
 
 # Views that read the numbers in memory otherwise.

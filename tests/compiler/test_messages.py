@@ -248,6 +248,26 @@ def test_what_the_program_holds_is_read():
     torch.testing.assert_close(fn.jit(run)(X), X * 3)
 
 
+def written(x):
+    y = x * 2
+    y.add_(1)
+    x.view(2, 2)[0].mul_(2)  # here
+    return y
+
+
+def test_a_write_to_an_argument_shows_its_line():
+    with pytest.raises(ValueError, match="writes in place to argument 0; ") as caught:
+        fn.jit(written)(X)
+    assert str(caught.value).endswith(f"only\n  {line_of(written)}")
+
+
+def test_what_draws_is_named_as_users_know_it():
+    with pytest.raises(
+        ValueError, match=r"torch's generator \(randn\), .* by fn.random\n  .*randn"
+    ):
+        fn.jit(lambda x: x + torch.randn(4))(X)
+
+
 def wrong_shapes(x):
     return x @ torch.ones(3, 3)
 
