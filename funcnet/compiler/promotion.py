@@ -217,7 +217,8 @@ class _Promotion(TorchDispatchMode):
         others = [leaf for leaf in leaves if id(leaf) not in numbers]
         if len(others) == len(leaves) or operator in _TAKES_ANY or operator.namespace == "prim":
             return operator(*args, **kwargs)
-        if torch.Tag.pointwise not in operator.tags:
+        # n - x is pointwise, though it has no tag that says so.
+        if torch.Tag.pointwise not in operator.tags and operator is not aten.rsub.Tensor:
             raise _UnknownError(operator)
 
         def cast(leaf: Any) -> Any:

@@ -485,3 +485,15 @@ def test_numpys_numbers_count_as_pythons():
     for numbers in ((0.5, 2, True), (0.25, 3, True), (0.5, 2, False)):
         a, b, c = numpy.float64(numbers[0]), numpy.int64(numbers[1]), numpy.bool_(numbers[2])
         torch.testing.assert_close(compiled(X, a, b, c), compiled(X, *numbers))
+
+
+@pytest.mark.parametrize(("first", "second"), [(2, 7), (0.5, 0.25)])
+def test_a_tensor_is_subtracted_from_a_number(first, second):
+    for x in (torch.tensor(3.0), torch.tensor([1, 2]), torch.tensor([3.0], dtype=torch.bfloat16)):
+        arithmetic = Arithmetic((first,), ["n"])
+        function = functools.partial(lambda x, n: [n - x], n=arithmetic.given[0])
+        recorded = record(function, [input_spec(x)], arithmetic)
+        inputs = arithmetic.again((second,))
+        numbers = [torch.tensor(each, dtype=NUMBERS[type(each)]) for each in inputs]
+        run = torch.fx.Interpreter(torch.fx.GraphModule({}, recorded.graph)).run
+        torch.testing.assert_close(run(x, *recorded.captured, *numbers)[0], second - x)
