@@ -176,7 +176,11 @@ REFUSED = [
     (lambda: fn.evaluate(NET, LOSS, [METRICS], cut(8)), TypeError, "dict of metrics, got list"),
     (lambda: fn.evaluate(NET, LOSS, {"loss": LOSS}, cut(8)), ValueError, "pick another name"),
     (lambda: fn.evaluate(NET, LOSS, {"f": 3}, cut(8)), TypeError, "metric 'f': expects a Metric"),
-    (lambda: fn.evaluate(NET, fn.mse, {}, cut(8)), TypeError, "Loss as loss.*call its constr"),
+    (
+        lambda: fn.evaluate(NET, fn.mse, {}, cut(8)),
+        TypeError,
+        "Loss as loss.*call it, as in fn.mse",
+    ),
     (lambda: fn.evaluate(fn.linear, LOSS, {}, cut(8)), TypeError, "Layer as model"),
     (lambda: fn.evaluate(NET, LOSS, {"f": fn.metrics.r2}, cut(8)), TypeError, "got r2; call it"),
     (lambda: fn.evaluate(NET, LOSS, {"f": fn.mse}, cut(8)), TypeError, "got mse; call it"),

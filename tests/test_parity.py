@@ -62,7 +62,7 @@ def test_a_wrong_gradient_fails(monkeypatch):
     sample = samples_of("Tanh", [torch.float64])[TORCH][0]
     found = outcome(lambda: check(sample))
     assert found.kind == "fail"
-    assert found.reason.startswith("dx: at '0.0' the error is")
+    assert found.reason.startswith("dx: the error at '0.0' is")
 
 
 def test_what_fails_is_told_with_its_reason():

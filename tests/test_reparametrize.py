@@ -395,5 +395,5 @@ def test_checkpointed_is_the_serial(segments):
 def test_checkpointed_refuses_more_runs_than_layers():
     with pytest.raises(ValueError, match=r"^checkpointed: segments must be from 1 to 5, the"):
         fn.checkpointed(mlp(), 6)
-    with pytest.raises(TypeError, match=r"^checkpointed: expects a serial, got linear\(\)$"):
+    with pytest.raises(TypeError, match=r"^checkpointed: expects a serial, got linear\(2\)$"):
         fn.checkpointed(fn.linear(2), 1)

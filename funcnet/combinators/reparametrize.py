@@ -9,6 +9,7 @@ from typing import Any
 from torch import Tensor
 
 from funcnet import tree
+from funcnet.checks import check_kind
 from funcnet.core import (
     Applied,
     Forward,
@@ -23,7 +24,7 @@ from funcnet.core import (
     map_layers,
     pull,
 )
-from funcnet.errors import locate, require
+from funcnet.errors import locate
 from funcnet.lift import stateful
 
 _OWN = ".residuals"
@@ -64,7 +65,7 @@ def reparametrize(
     ...     return reparametrize("positive", layer, start, inside, backward, rebuild=positive)
     >>> fn.testing.check_layer(positive(fn.linear(3, bias=False)), torch.ones(4, 2))
     """
-    require(isinstance(layer, Layer), f"{name}: expects a Layer, got {layer!r}", TypeError)
+    check_kind(name, layer, Layer)
 
     def init(key: Tensor, x: Tree) -> tuple[Params, Params]:
         params, state = layer.init(key, x)

@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from funcnet import tree
+from funcnet.checks import check_kind
 from funcnet.combinators.combine import output_on_meta
 from funcnet.control_flow import scan
 from funcnet.core import Forward, Grads, Key, Layer, Params, Pullback, Tree, around, pull
@@ -76,7 +77,7 @@ def _require_stacked(name: str, what: str, found: Tree, n: int) -> None:
 
 def _copies(name: str, layer: Layer, n: int, in_turn: bool) -> Layer:
     """The copies one after the other, or side by side."""
-    require(isinstance(layer, Layer), f"{name}: expects a Layer, got {layer!r}", TypeError)
+    check_kind(name, layer, Layer)
     whole = isinstance(n, int) and not isinstance(n, bool) and n >= 1
     require(whole, f"{name}: n must be an int of at least 1, got {n!r}")
 

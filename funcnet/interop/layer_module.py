@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from funcnet import runtime, tree
+from funcnet.checks import check_kind
 from funcnet.core import EMPTY, Layer, Params, Tree
 from funcnet.errors import require
 from funcnet.interop.state_dicts import leaves_of
@@ -50,7 +51,7 @@ def to_module(layer: Layer, params: Params, state: Params = EMPTY) -> nn.Module:
     >>> {key: tuple(leaf.grad.shape) for key, leaf in model.named_parameters()}
     {'0.0.weight': (3, 2), '0.0.bias': (3,)}
     """
-    require(isinstance(layer, Layer), f"to_module: expects a Layer, got {layer!r}", TypeError)
+    check_kind("to_module", layer, Layer)
     return LayerModule(layer, params, state)
 
 

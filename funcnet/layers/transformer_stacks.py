@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from funcnet import initializers
+from funcnet.checks import check_kind
 from funcnet.combinators.combine import Pull, Run, combine
 from funcnet.combinators.serial import serial_backward, serial_forward
 from funcnet.core import Layer, Tree, sum_cotangents
@@ -54,7 +55,7 @@ def stack_backward(
 def _stack(
     name: str, names: tuple[str, ...], layer: Layer, num_layers: int, norm: Layer | None
 ) -> Layer:
-    require(isinstance(layer, Layer), f"{name}: expects a Layer, got {layer!r}", TypeError)
+    check_kind(name, layer, Layer)
     require(num_layers >= 1, f"{name}: num_layers must be at least 1, got {num_layers}")
     copies = {str(index): layer for index in range(num_layers)}
     children = {"layers": combine("layers", copies, stack_forward, stack_backward, names)}

@@ -5,6 +5,7 @@ from itertools import pairwise
 from typing import Any
 
 from funcnet import tree
+from funcnet.checks import check_kind
 from funcnet.combinators.combine import combine
 from funcnet.combinators.serial import serial, serial_backward, serial_forward
 from funcnet.compiler.loops import barrier
@@ -54,8 +55,7 @@ def remat(layer: Layer, policy: Policy | None = None) -> Layer:
     >>> sorted(pullback.residuals)
     ['params', 'state', 'x']
     """
-    if not isinstance(layer, Layer):
-        raise TypeError(f"remat: expects a Layer, got {type(layer).__name__}")
+    check_kind("remat", layer, Layer)
     if policy is None:
         return _whole(layer)
     if isinstance(policy, str):

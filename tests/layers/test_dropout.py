@@ -134,7 +134,7 @@ def test_dropout_refuses_integers_params_and_state(train):
 
 @pytest.mark.parametrize("key", [torch.zeros(3, dtype=torch.int64), torch.zeros(2), 7])
 def test_dropout_refuses_what_is_no_key(key):
-    with pytest.raises(TypeError, match=r"expected a key, an int64 tensor of shape \(2,\)"):
+    with pytest.raises(TypeError, match=r"expect(s|ed) a key, (such as|an int64 tensor of shape)"):
         fn.dropout(0.5).apply({}, randn(4), key=key, train=True)
 
 

@@ -201,7 +201,7 @@ def test_identity_passes_any_tree():
 )
 def test_shape_layer_names_itself_when_x_does_not_fit(layer, x):
     for call in (layer.apply, layer.vjp):
-        with pytest.raises(ValueError, match=rf"^{layer!r}".replace("()", ": does not fit ")):
+        with pytest.raises(ValueError, match=f"^{layer.name}: does not fit "):
             call({}, x)
 
 
@@ -228,8 +228,7 @@ def test_shape_layer_refuses_wrong_options(make, message):
 @pytest.mark.parametrize("name", [*MODULES, *FUNCTIONS])
 def test_shape_layer_refuses_params(name):
     layer, _, shape = {**MODULES, **FUNCTIONS}[name]
-    short = repr(layer).removesuffix("()")
-    with pytest.raises(ValueError, match=rf"^{short}: expects params \[\], got \['w'\]$"):
+    with pytest.raises(ValueError, match=rf"^{layer.name}: expects params \[\], got \['w'\]$"):
         layer.apply({"w": randn(1)}, randn(*shape))
 
 
@@ -256,5 +255,5 @@ def test_shape_layer_refuses_params(name):
 )
 def test_shape_layer_refuses_a_cotangent_of_another_shape_than_y(layer, x, dy):
     _, pullback, _ = layer.vjp({}, x)
-    with pytest.raises(ValueError, match=rf"^{layer!r}".replace("()", ": pullback expects ")):
+    with pytest.raises(ValueError, match=f"^{layer.name}: pullback expects "):
         pullback(dy)

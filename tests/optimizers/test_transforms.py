@@ -313,7 +313,11 @@ BAD = {
         ValueError,
         "chain: two are named 'trace'",
     ),
-    "a constructor": (lambda: fn.chain(opt.negate), TypeError, "got function; call its"),
+    "a constructor": (
+        lambda: fn.chain(opt.negate),
+        TypeError,
+        "got the function negate; call it, as in",
+    ),
     "rate below 0": (lambda: opt.scale_by_learning_rate(-1.0), ValueError, "lr must be >= 0"),
     "rate of shape (1,)": (
         lambda: opt.scale_by_learning_rate(torch.ones(1)),

@@ -439,8 +439,6 @@ def test_misuse_is_told(error, message, function, arguments):
 
 
 def test_options_are_checked():
-    with pytest.raises(TypeError, match="expects a function, got Layer"):
-        fn.jit(NET)
     with pytest.raises(TypeError, match="donate expects positions"):
         fn.jit(abs, donate="x")
     with pytest.raises(TypeError, match="static expects"):
