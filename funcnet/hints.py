@@ -61,8 +61,10 @@ def hint_for(found: Any, where: str = "", wanted: str = "") -> str:
         return f"a {_class_name(type(found))}{_of_torch(type(found), wanted)}"
     if found is None:
         return "None; does the function that makes it return it?" if wanted else "None"
-    if isinstance(found, (list, tuple, Mapping)) and (wanted == "Layer" or _of_layers(found)):
+    if isinstance(found, (list, tuple, Mapping)) and (wanted == "Layer" or _of_all(found, "Layer")):
         return _several(found, parent)
+    if isinstance(found, list) and _of_all(found, "Optimizer"):
+        return "a list of optimizers; make one of them by fn.chain(*optimizers)"
     if isinstance(found, (Tensor, list, tuple, Mapping)):
         return describe(found)
     if callable(found):
@@ -121,9 +123,9 @@ def _snake(name: str) -> str:
     return "".join([f"_{c.lower()}" if c.isupper() else c for c in name]).lstrip("_")
 
 
-def _of_layers(found: Any) -> bool:
+def _of_all(found: Any, kind: str) -> bool:
     parts = found.values() if isinstance(found, Mapping) else found
-    kinds = [isinstance(each, Constructed) and type(each).__name__ == "Layer" for each in parts]
+    kinds = [isinstance(each, Constructed) and type(each).__name__ == kind for each in parts]
     return bool(kinds) and all(kinds)
 
 

@@ -111,6 +111,10 @@ OTHERS = [
     ),
     (lambda: fn.vmap(3), "vmap: expects a function, got int"),
     (lambda: fn.chain(fn.sgd), "an Optimizer, got the function sgd; call it, as in fn.sgd(...)"),
+    (
+        lambda: fn.chain([OPTIMIZER]),
+        "an Optimizer, got a list of optimizers; make one of them by fn.chain(*optimizers)",
+    ),
 ]
 
 

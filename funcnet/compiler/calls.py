@@ -20,6 +20,7 @@ from torch import Tensor, fx
 from funcnet.compiler.errors import say_once
 from funcnet.compiler.loops import CHECKS, EFFECTS, PRINTS
 from funcnet.compiler.primitives import Operand, Primitive
+from funcnet.compiler.specs import spec_of
 from funcnet.compiler.user_code import Line, line_of
 
 if TYPE_CHECKING:
@@ -194,6 +195,7 @@ class _Call:
 
     def __init__(self, step: "PrimitiveStep") -> None:
         self._formula: Callable[..., Any] = step.primitive.formula
+        self._operator = step.primitive.operator
         self._operands = [_Place(node.meta["val"]) for node in step.operands]
         self._single = isinstance(step.node.meta["val"], Tensor)
         values = [step.results[index].meta["val"] for index in sorted(step.results)]
@@ -208,7 +210,13 @@ class _Call:
         if self._single:
             results = (results,)
         for position, (index, place) in enumerate(self._results, len(operands)):
-            place(addresses[position]).copy_(results[index])
+            made, kept = results[index], place(addresses[position])
+            if made.shape != kept.shape or made.dtype != kept.dtype:
+                raise RuntimeError(
+                    f"{self._operator} gave {spec_of(made)}, where its fake kernel says "
+                    f"{spec_of(kept)}"
+                )
+            kept.copy_(made)
         self.count += 1
         self.seconds += time.perf_counter() - start
 
