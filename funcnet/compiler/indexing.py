@@ -131,7 +131,9 @@ class _Index(NamedTuple):
 def _taken_apart(x: Tensor, index: Any) -> _Index | None:
     """An index of x in the order in which PyTorch takes it; None if it has no positions."""
     items = [*index] if isinstance(index, tuple) else [index]
-    if not any([_is_position(item) for item in items]):
+    # True is a new axis, as None is; False one without elements, which is left to torch.
+    items = [None if item is True else item for item in items]
+    if not any([_is_position(item) for item in items]) or any([item is False for item in items]):
         return None
     taken = [1 if _is_position(item) else _axes_taken(item) for item in items]
     free = x.dim() - sum(taken)
@@ -166,7 +168,7 @@ def _taken_apart(x: Tensor, index: Any) -> _Index | None:
 
 def _axes_taken(item: Any) -> int:
     """How many axes of a tensor an item of its index is for."""
-    if item is None or item is Ellipsis or isinstance(item, bool):
+    if item is None or item is Ellipsis:
         return 0
     if isinstance(item, Tensor) and item.dtype in (torch.bool, torch.uint8):
         return item.dim()

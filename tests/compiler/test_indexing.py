@@ -21,6 +21,7 @@ READS = {
     "x[:, i, t]": lambda x, i, j, t: x[:, i, t],
     "x[i, [0, 1], None, 1:3]": lambda x, i, j, t: x[i, [0, 1], None, 1:3],
     "x[i, True]": lambda x, i, j, t: x[i, True],
+    "x[True, i]": lambda x, i, j, t: x[True, i],
     "x[i32, i8]": lambda x, i, j, t: x[i.int(), j.to(torch.int8)],
     "select": lambda x, i, j, t: torch.select(x, 1, j) + x.select(dim=1, index=i),
     "narrow": lambda x, i, j, t: x.narrow(1, j, 2) + torch.narrow(x, 1, i, length=2),
