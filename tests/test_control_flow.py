@@ -404,10 +404,26 @@ def test_branches_that_differ_are_told(given, branches):
             torch.vmap(call)(torch.ones(3, 2))
 
 
-def test_a_value_does_not_leave_its_branch():
+def test_a_value_does_not_leave_its_body():
     def run(x):
         kept = []
-        return fn.cond(x[0] > 0, lambda: kept.append(x + 1) or x, lambda: x), kept[0]
+        return fn.while_loop(lambda y: y[0] < 9, lambda y: kept.append(y + 1) or y * 2, x), kept[0]
 
     with pytest.raises(ValueError, match="used outside it"):
         fn.jit(run)(torch.ones(2))
+
+
+def test_a_view_that_is_first_read_in_a_branch_after_a_write_is_there_for_all():
+    def run(x, flag):
+        y = x * 2
+        row, column = y[0], y[:, 1]
+        y.add_(1)  # row and column are made anew where they are read
+        first = fn.cond(flag, lambda: row.sin(), lambda: row + column.sum())
+        return first, row * 3, fn.scan(lambda c, v: (c + v, c), column.sum(), row)
+
+    x = torch.arange(6.0).reshape(2, 3)
+    compiled = fn.jit(run)
+    for flag in (True, False):
+        torch.testing.assert_close(
+            compiled(x, torch.tensor(flag)), run(x, torch.tensor(flag)), rtol=1e-6, atol=1e-6
+        )

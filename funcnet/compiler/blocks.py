@@ -5,6 +5,7 @@ belongs to the innermost loop of whose slices it needs one; what needs none is d
 One that was recorded in a branch belongs to it, so that it is not done if the branch is not taken.
 """
 
+import itertools
 from collections import defaultdict
 from collections.abc import Iterator
 from typing import Any, NamedTuple
@@ -67,9 +68,10 @@ def blocks(recorded: Recorded, for_one: bool) -> Block:
     stack = [_Open(program, None)]
     parts_of: dict[Step, Iterator[list[_Open]]] = {}
     step_of: dict[Node, Any] = {}
+    depths = _conditional_depths(recorded)
     for node in graph.nodes:
         operator = graph_break(node)
-        inner = _innermost([home[each] for each in node.all_input_nodes], stack)
+        inner = _innermost([home[each] for each in node.all_input_nodes], stack, depths[node])
         if node.op == "placeholder":
             home[node] = program
         elif node.op == "output":
@@ -186,7 +188,39 @@ def _make_contiguous(graph: Graph) -> None:
         node.kwargs = fx.node.map_arg(node.kwargs, settle)
 
 
-def _innermost(homes: list[Block], stack: list[_Open]) -> Block:
+def _conditional_depths(recorded: Recorded) -> dict[Node, int]:
+    """How many of the parts that may not be run a node is in.
+
+    That is where it was recorded, unless it is read outside: a view of a value that was written in
+    place is made anew where it is first read, which may be in a branch.
+    """
+    nodes = [*recorded.graph.nodes]
+    around: list[list[object]] = [[]]
+    places: dict[Node, list[object]] = {}
+    for node in nodes:
+        places[node] = [part for parts in around for part in parts]
+        operator = graph_break(node)
+        if operator not in PARTS:
+            continue
+        first = operator == "funcnet::begin"
+        if not first:
+            around.pop()
+        if operator != "funcnet::end":
+            control = recorded.loops[node.args[1]]
+            may_not_run = isinstance(control, Branches) or (
+                isinstance(control, WhileLoop) and not first
+            )
+            around.append([object()] if may_not_run else [])
+    for node in reversed(nodes):
+        for user in () if graph_break(node) in PARTS else node.users:
+            both = zip(places[node], places[user], strict=False)
+            places[node] = [
+                a for a, _ in itertools.takewhile(lambda each: each[0] is each[1], both)
+            ]
+    return {node: len(parts) for node, parts in places.items()}
+
+
+def _innermost(homes: list[Block], stack: list[_Open], depth: int) -> Block:
     """The innermost of the blocks that hold the operands, or one inside it that may not be run."""
     order = [block for block, _, _ in stack]
     if not all([home in order for home in homes]):
@@ -194,7 +228,7 @@ def _innermost(homes: list[Block], stack: list[_Open]) -> Block:
             "jit: a value from the body of a scan, vmap, while_loop or cond is used outside it; "
             "was a tensor from outside written in place?"
         )
-    conditional = [index for index, each in enumerate(stack) if each.is_conditional]
+    conditional = [index for index, each in enumerate(stack) if each.is_conditional][:depth]
     return order[max([0, *map(order.index, homes), *conditional[-1:]])]
 
 

@@ -93,7 +93,7 @@ def layer_of_call(target: str, args: Any, kwargs: Any) -> tuple[Layer, Tree] | N
     """The layer of a call and its x; None where there is no derivative.
 
     >>> layer_of_call("torch:cat", ([torch.ones(1), torch.zeros(1)],), {})
-    (concat(), (tensor([1.]), tensor([0.])))
+    (concat(dim=0), (tensor([1.]), tensor([0.])))
     """
     name = target.partition(":")[2]
     given = tree.leaves((args, kwargs))
