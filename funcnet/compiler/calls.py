@@ -19,7 +19,7 @@ from torch import Tensor, fx
 
 from funcnet.compiler.errors import say_once
 from funcnet.compiler.loops import CHECKS, EFFECTS, PRINTS
-from funcnet.compiler.primitives import Operand, Primitive
+from funcnet.compiler.primitives import Operand, Primitive, any_order
 from funcnet.compiler.specs import spec_of
 from funcnet.compiler.user_code import Line, line_of
 
@@ -40,7 +40,7 @@ def called(node: Any) -> Primitive:
     """A primitive that calls the operator of a node through PyTorch."""
     name, formula = node.target._schema.name, _function_of(node)
     # Those that print do so in order.
-    return Primitive(name, formula, _no_text, CALLS, has_threads=name == PRINTS, takes=_any)
+    return Primitive(name, formula, _no_text, CALLS, has_threads=name == PRINTS, takes=any_order)
 
 
 def _function_of(node: Any) -> Callable[..., Any]:
@@ -72,10 +72,6 @@ def _has_nodes(given: Any) -> bool:
     if isinstance(given, (tuple, list, dict)):
         return any([*map(_has_nodes, given.values() if isinstance(given, dict) else given)])
     return isinstance(given, fx.Node)
-
-
-def _any(value: Tensor) -> bool:
-    return True
 
 
 def _no_text(*_: Any) -> str:

@@ -92,6 +92,16 @@ def c_type(value: Tensor) -> str:
     return C_TYPES[value.dtype]
 
 
+def word(flag: object) -> str:
+    """True or false in C++."""
+    return "true" if flag else "false"
+
+
+def any_order(operand: Tensor) -> bool:
+    """What `Primitive.takes` is where operands are read by their strides."""
+    return True
+
+
 def lines(value: Tensor, dim: int) -> str:
     """How many lines lie before an axis of a contiguous tensor, its length, and how many after."""
     shape = tuple(value.shape) or (1,)

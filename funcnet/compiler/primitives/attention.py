@@ -6,7 +6,7 @@ from typing import Any
 import torch
 
 from funcnet.compiler.errors import UnsupportedError
-from funcnet.compiler.primitives import Operand, Primitive
+from funcnet.compiler.primitives import Operand, Primitive, word
 from funcnet.compiler.primitives.convolution import borrowed
 
 aten = torch.ops.aten
@@ -46,7 +46,7 @@ def _call(
     inputs = [borrowed(operand) for operand in operands]
     inputs += ["{}"] * (required + 1 - len(inputs))  # the mask is the last one
     out = [borrowed(results[each]) if each in results else "{}" for each in range(made)]
-    is_causal = "true" if options.get("is_causal") else "false"
+    is_causal = word(options.get("is_causal"))
     return f"funcnet::{function}({', '.join([*inputs, *out, is_causal])}, {scale!r});"
 
 

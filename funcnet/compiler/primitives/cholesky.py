@@ -6,8 +6,8 @@ from typing import Any
 import torch
 
 from funcnet.compiler.errors import UnsupportedError
-from funcnet.compiler.primitives import Operand, Primitive
-from funcnet.compiler.primitives.lu import any_order, c_type_of, columns_of, for_each, stack_of
+from funcnet.compiler.primitives import Operand, Primitive, any_order
+from funcnet.compiler.primitives.lu import c_type_of, columns_of, for_each, stack_of
 
 aten = torch.ops.aten
 

@@ -6,7 +6,7 @@ from typing import Any
 import torch
 
 from funcnet.compiler.errors import UnsupportedError
-from funcnet.compiler.primitives import Operand, Primitive, channels_last
+from funcnet.compiler.primitives import Operand, Primitive, channels_last, word
 
 aten = torch.ops.aten
 
@@ -38,8 +38,7 @@ def borrowed(operand: Operand) -> str:
 
 def _window(options: dict[str, Any]) -> str:
     lists = [_list(options[name]) for name in ("stride", "padding", "dilation", "output_padding")]
-    transposed = "true" if options["transposed"] else "false"
-    return f"{{{', '.join(lists)}, {transposed}, {options['groups']}}}"
+    return f"{{{', '.join(lists)}, {word(options['transposed'])}, {options['groups']}}}"
 
 
 def _list(numbers: Sequence[int]) -> str:

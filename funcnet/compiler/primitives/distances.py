@@ -11,7 +11,7 @@ from typing import Any
 import torch
 
 from funcnet.compiler.errors import UnsupportedError
-from funcnet.compiler.primitives import Operand, Primitive, c_type, pointers
+from funcnet.compiler.primitives import Operand, Primitive, c_type, pointers, word
 
 aten = torch.ops.aten
 _NORMS = {0: "COUNT", 1: "SUM", 2: "EUCLIDEAN", math.inf: "MAXIMUM"}
@@ -30,7 +30,7 @@ def _between(
     if not results[0].numel:
         return ""
     (rows, size), (others, _) = [shape[-2:] for shape in shapes]
-    flags = ["true" if stacked else "false" for stacked in is_stack]
+    flags = [*map(word, is_stack)]
     return (
         f"funcnet::distances<{norm}, {rows}, {others}, {size}, threads>"
         f"({pointers(operands, results, 1)}, {count}, {', '.join(flags)}, {_number(options['p'])});"

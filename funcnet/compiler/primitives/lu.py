@@ -4,10 +4,9 @@ from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import torch
-from torch import Tensor
 
 from funcnet.compiler.errors import UnsupportedError
-from funcnet.compiler.primitives import C_TYPES, Operand, Primitive
+from funcnet.compiler.primitives import C_TYPES, Operand, Primitive, any_order, word
 
 aten = torch.ops.aten
 LARGEST = 32
@@ -86,16 +85,6 @@ def columns_of(stack: Stack) -> int:
     if stack.shape[1] > _MOST_COLUMNS:
         raise UnsupportedError(f"more than {_MOST_COLUMNS} right-hand sides")
     return stack.shape[1]
-
-
-def word(flag: bool) -> str:
-    """True or false in C++."""
-    return "true" if flag else "false"
-
-
-def any_order(operand: Tensor) -> bool:
-    """Kernels read matrices by their strides."""
-    return True
 
 
 def _check(options: dict[str, Any]) -> None:

@@ -8,15 +8,9 @@ import torch
 from torch import Tensor
 
 from funcnet.compiler.errors import UnsupportedError
-from funcnet.compiler.primitives import C_TYPES, Operand, Primitive, channels_last
+from funcnet.compiler.primitives import Operand, Primitive, c_type, channels_last, pointers
 
 aten = torch.ops.aten
-
-
-def _c_type(value: Tensor) -> str:
-    if value.dtype not in C_TYPES:
-        raise UnsupportedError(f"pooling of {value.dtype}")
-    return C_TYPES[value.dtype]
 
 
 def _check_order(*operands: Operand) -> None:
@@ -33,17 +27,14 @@ def _forward(
     operands: Sequence[Operand], results: dict[int, Operand], options: dict[str, Any]
 ) -> str:
     _check_order(*operands, *results.values())
-    x, value = operands[0]
+    value = operands[0].value
     size = options["kernel_size"]
     y = next(iter(results.values())).value
     numbers = [value.shape[-2:], y.shape[-2:], size, options.get("stride") or size]
     numbers += [options.get("padding", 0), options.get("dilation", 1)]
-    out = [results[each].address if each in results else "0" for each in (0, 1)]
-    c_type, (function, images) = _c_type(value), _of(value)
-    return (
-        f"{function}<{c_type}>((const {c_type}*)({x}), ({c_type}*)({out[0]}), "
-        f"(int64_t*)({out[1]}), {images}, {{{', '.join(map(_pair, numbers))}}});"
-    )
+    function, images = _of(value)
+    given = f"{pointers(operands, results, 2)}, {images}, {{{', '.join(map(_pair, numbers))}}}"
+    return f"{function}<{c_type(value)}>({given});"
 
 
 def _of(images: Tensor) -> tuple[str, str]:
@@ -64,14 +55,13 @@ def _backward(
 ) -> str:
     dy, indices = operands
     _check_order(dy, indices, results[0])
-    c_type, shape = _c_type(dy.value), dy.value.shape
+    shape = dy.value.shape
     # A plane of an image is an image of one channel, which is the last one too.
     is_plane = dy.value.is_contiguous()
     images, channels = (prod(shape[:-2]), 1) if is_plane else shape[:2]
-    given = f"(const {c_type}*)({dy.address}), (const int64_t*)({indices.address})"
     sizes = f"{images}, {channels}, {prod(options['self'][-2:])}, {prod(shape[-2:])}"
-    result = f"({c_type}*)({results[0].address})"
-    return f"funcnet::max_pool2d_backward<{c_type}>({given}, {result}, {sizes});"
+    given = f"{pointers(operands, results, 1)}, {sizes}"
+    return f"funcnet::max_pool2d_backward<{c_type(dy.value)}>({given});"
 
 
 def _backward_formula(dy: Tensor, indices: Tensor, *, self: tuple[int, ...], **options: Any) -> Any:

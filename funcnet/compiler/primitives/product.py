@@ -6,7 +6,7 @@ from typing import Any
 import torch
 
 from funcnet.compiler.errors import UnsupportedError
-from funcnet.compiler.primitives import C_TYPES, Operand, Primitive
+from funcnet.compiler.primitives import C_TYPES, Operand, Primitive, any_order, word
 
 aten = torch.ops.aten
 
@@ -48,7 +48,7 @@ def _call(
         stack, k = [1], 0
     strides = [*_strides(a.value), *_strides(b.value), *of_bias, *of_c]
     sizes = ", ".join(map(str, [*(stack or [1]), m, n, k, *strides]))
-    c_type, has_bias = C_TYPES[dtype], "true" if biases else "false"
+    c_type, has_bias = C_TYPES[dtype], word(biases)
     inputs = [f"(const {c_type}*)({each.address})" for each in (a, b, *biases)]
     pointers = [*inputs, "nullptr"][:3] + [f"({c_type}*)({c.address})"]
     if function != "product" or alpha != 1 or (biases and beta != 1):
@@ -81,7 +81,7 @@ PRIMITIVES = [
         getattr(aten, name).default,
         _summed if name == "addbmm" else _product,
         "product.h",
-        takes=lambda operand: True,
+        takes=any_order,
         is_inductors=name != "addbmm",
     )
     for name in ("mm", "addmm", "bmm", "baddbmm", "addbmm")

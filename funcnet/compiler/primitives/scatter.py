@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from funcnet.compiler.errors import UnsupportedError
-from funcnet.compiler.primitives import Operand, Primitive, c_type
+from funcnet.compiler.primitives import Operand, Primitive, c_type, word
 
 aten = torch.ops.aten
 _REDUCTIONS = {
@@ -80,7 +80,7 @@ def _reduction(
     if 0 in [axis[0] for axis in merged]:
         numbers = ", ".join(["{" + ", ".join("0" * len(merged)) + "}"] * 4)
     number, of_index = c_type(x.value), c_type(index.value)
-    includes = "true" if options.get("include_self", True) else "false"
+    includes = word(options.get("include_self", True))
     arguments = f"{number}, funcnet::Reduction::{reduction}, {includes}, {x.numel}, {len(merged)}"
     given = [f"(const {number}*)({x.address})", f"(const {of_index}*)({index.address})"]
     given += [f"(const {number}*)({source.address})", f"({number}*)({result.address})"]

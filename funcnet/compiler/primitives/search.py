@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from funcnet.compiler.errors import UnsupportedError
-from funcnet.compiler.primitives import C_TYPES, Operand, Primitive, c_type
+from funcnet.compiler.primitives import C_TYPES, Operand, Primitive, c_type, word
 
 
 def _searchsorted(
@@ -50,8 +50,9 @@ def _search(
         return ""
     shape = tuple(sequence.value.shape)
     rows = math.prod(shape[:-1])
-    flag = "true" if right else "false"
-    numbers = f"{C_TYPES[common]}, {flag}, {rows}, {shape[-1]}, {found.numel // rows}, threads"
+    numbers = (
+        f"{C_TYPES[common]}, {word(right)}, {rows}, {shape[-1]}, {found.numel // rows}, threads"
+    )
     given = [f"(const {c_type(sequence.value)}*)({sequence.address})"]
     given += [f"(const int64_t*)({each.address})" for each in sorters] or ["nullptr"]
     made = f"({c_type(found.value)}*)({found.address})"

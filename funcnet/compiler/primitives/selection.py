@@ -7,7 +7,7 @@ from typing import Any
 import torch
 
 from funcnet.compiler.errors import UnsupportedError
-from funcnet.compiler.primitives import Operand, Primitive, c_type, lines, pointers
+from funcnet.compiler.primitives import Operand, Primitive, c_type, lines, pointers, word
 
 
 def _call(
@@ -23,13 +23,12 @@ def _call(
     numbers = [c_type(x.value)]
     match function:
         case "topk":
-            flags = [options.get(name, True) for name in ("largest", "sorted")]
-            numbers += ["true" if each else "false" for each in flags]
+            numbers += [word(options.get(name, True)) for name in ("largest", "sorted")]
             numbers.append(str(options["k"]))
         case "kthvalue":
             numbers.append(str(options["k"] - 1))
         case "median" | "nanmedian":
-            numbers.append("false" if function == "median" else "true")
+            numbers.append(word(function == "nanmedian"))
     of_all = function.endswith("median") and "dim" not in options
     extents = f"1, {x.numel}, 1" if of_all else lines(x.value, options.get("dim", -1))
     name = function.removeprefix("nan")

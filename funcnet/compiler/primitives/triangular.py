@@ -5,15 +5,8 @@ from typing import Any
 
 import torch
 
-from funcnet.compiler.primitives import Operand, Primitive
-from funcnet.compiler.primitives.lu import (
-    any_order,
-    c_type_of,
-    columns_of,
-    for_each,
-    stack_of,
-    word,
-)
+from funcnet.compiler.primitives import Operand, Primitive, any_order, word
+from funcnet.compiler.primitives.lu import c_type_of, columns_of, for_each, stack_of
 
 aten = torch.ops.aten
 
