@@ -28,6 +28,10 @@ from funcnet import (
     testing as testing,
     tree as tree,
 )
+from funcnet.backward.walkers import (
+    map_pullbacks as map_pullbacks,
+    with_pullbacks as with_pullbacks,
+)
 from funcnet.checkpoint import (
     load as load,
     save as save,
@@ -88,7 +92,10 @@ from funcnet.core import (
     Optimizer as Optimizer,
     Pullback as Pullback,
     TrainState as TrainState,
+    barrier as barrier,
+    defer as defer,
     map_layers as map_layers,
+    pull as pull,
     sum_cotangents as sum_cotangents,
     wrap as wrap,
 )
@@ -97,6 +104,12 @@ from funcnet.data import (
     epoch_batches as epoch_batches,
 )
 from funcnet.debug import debug_print as debug_print
+from funcnet.deferred import (
+    Deferred as Deferred,
+    defers as defers,
+    for_dx as for_dx,
+    gradients as gradients,
+)
 from funcnet.evaluation import (
     evaluate as evaluate,
 )

@@ -11,7 +11,7 @@ import inspect
 import sys
 from collections.abc import Iterable, Mapping
 from types import CodeType
-from typing import Any, NamedTuple
+from typing import Any, ClassVar, NamedTuple, NoReturn
 
 from torch import Tensor
 
@@ -85,11 +85,17 @@ class Constructed:
     """What shows itself as the call of its constructor.
 
     ``call`` is that call, if it is known, and ``children`` what is shown where it is not.
+    ``not_called`` is the error for one that is called itself.
     """
 
     name: str
     call: Call | None
     children: Mapping[Any, Any]
+    not_called: ClassVar[str]
+
+    def __call__(self, *args: Any, **kwargs: Any) -> NoReturn:
+        """Raise TypeError: it is a tuple of functions, and none of them is the one to call."""
+        raise TypeError(f"{self.name}: {self.not_called}")
 
     def __repr__(self) -> str:
         shown = _shown(self, _DEEP)

@@ -24,7 +24,7 @@ A batch is ``(x, target)``. The key of a step is ``fold_in(train_state.key, trai
 """
 
 from collections.abc import Callable, Mapping
-from typing import Any, NamedTuple, NoReturn
+from typing import Any, NamedTuple
 
 from torch import Tensor
 
@@ -35,6 +35,8 @@ from funcnet.pullbacks import (
     Pullback as Pullback,
     Sums as Sums,
     Tree as Tree,
+    barrier as barrier,
+    defer as defer,
     kinds_of as kinds_of,
     pull as pull,
     sum_cotangents as sum_cotangents,
@@ -48,8 +50,9 @@ Params = Mapping[str, Any]
 Key = Tensor | None
 """A key of `funcnet.random`, or None where there is no randomness."""
 
-Grads = tuple[Params | None, Tree]
-"""``(dparams, dx)``; None for the half that was not asked for."""
+Grads = tuple[Any, Tree]
+"""``(dparams, dx)``; None for the half that was not asked for, a `Deferred` for dparams that are
+to be computed later."""
 
 EMPTY: Params = {}
 """The default for params and state that are absent. Nothing writes to it, and nobody gets it as a
@@ -104,6 +107,10 @@ class Layer(Constructed, _Triple):
     takes_key: bool
     """False for a layer that ignores the key, so that nobody need make one for it."""
 
+    mixes_examples: bool
+    """True for a layer that computes what is of one example from others of its batch, as
+    `batch_norm` does, or has a child that does."""
+
     call: Call | None
     """The call of the constructor that made it, which is its ``repr``, or None."""
 
@@ -118,6 +125,7 @@ class Layer(Constructed, _Triple):
         children: Mapping[str, "Layer"] = EMPTY,
         rebuild: Callable[[Mapping[str, "Layer"]], "Layer"] | None = None,
         takes_key: bool = True,
+        mixes_examples: bool = False,
     ) -> "Layer":
         layer = super().__new__(cls, init, apply, vjp)
         layer.forward = forward or (
@@ -125,22 +133,23 @@ class Layer(Constructed, _Triple):
         )
         layer.name = name or function_name(apply)
         layer.children, layer.rebuild, layer.takes_key = children, rebuild, takes_key
+        mixes = [child.mixes_examples for child in children.values()]
+        layer.mixes_examples = mixes_examples or any(mixes)
         layer.call = call_of(layer.name)
         return layer
 
-    def __call__(self, *args: Any, **kwargs: Any) -> NoReturn:
-        """Raise TypeError: a layer is three functions, and none of them is the one to call."""
-        raise TypeError(
-            f"{self.name}: a layer is not called, its functions are: "
-            "y, state = net.apply(params, x, state), or y, pullback, state = net.vjp(params, x)"
-        )
+    not_called = (
+        "a layer is not called, its functions are: "
+        "y, state = net.apply(params, x, state), or y, pullback, state = net.vjp(params, x)"
+    )
 
     def _replace(self, **functions: Any) -> "Layer":
         """The layer with other functions, under the same name.
 
         It has no children any more: a layer that is rebuilt of them would lose the new functions.
         """
-        layer = Layer(*super()._replace(**functions), name=self.name, takes_key=self.takes_key)
+        told = {each: getattr(self, each) for each in ("name", "takes_key", "mixes_examples")}
+        layer = Layer(*super()._replace(**functions), **told)
         layer.call = self.call
         return layer
 
@@ -185,12 +194,10 @@ class Loss(Constructed, _LossFunctions):
         loss.call = call_of(loss.name)
         return loss
 
-    def __call__(self, *args: Any, **kwargs: Any) -> NoReturn:
-        """Raise TypeError: a loss is two functions, and none of them is the one to call."""
-        raise TypeError(
-            f"{self.name}: a loss is not called, its functions are: "
-            "value = loss.apply(prediction, target), or value, pullback = loss.vjp(...)"
-        )
+    not_called = (
+        "a loss is not called, its functions are: "
+        "value = loss.apply(prediction, target), or value, pullback = loss.vjp(...)"
+    )
 
     def _replace(self, **changes: Any) -> "Loss":
         loss = Loss(*super()._replace(**changes), name=self.name)
@@ -245,12 +252,10 @@ class Optimizer(Constructed, _OptimizerFunctions):
         optimizer.call = call_of(optimizer.name)
         return optimizer
 
-    def __call__(self, *args: Any, **kwargs: Any) -> NoReturn:
-        """Raise TypeError: an optimizer is two functions, and none of them is the one to call."""
-        raise TypeError(
-            f"{self.name}: an optimizer is not called, its functions are: "
-            "updates, opt_state = optimizer.update(grads, opt_state, params)"
-        )
+    not_called = (
+        "an optimizer is not called, its functions are: "
+        "updates, opt_state = optimizer.update(grads, opt_state, params)"
+    )
 
     def _replace(self, **changes: Any) -> "Optimizer":
         functions = super()._replace(**changes)
@@ -367,6 +372,7 @@ def wrap(layer: Layer, functions: Callable[[Layer], Layer]) -> Layer:
         children=layer.children,
         rebuild=None if rebuild is None else wrapped,
         takes_key=layer.takes_key,
+        mixes_examples=layer.mixes_examples,
     )
     made.call = layer.call
     return made

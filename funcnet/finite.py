@@ -6,7 +6,8 @@ import optree
 import torch
 from torch import Tensor
 
-from funcnet.core import Layer, Params, Pullback, Tree, map_layers, pull, wrap
+from funcnet.core import Grads, Layer, Params, Pullback, Tree, map_layers, pull, wrap
+from funcnet.deferred import Deferred, defers, mapped
 
 
 def detect_nonfinite(model: Layer) -> Layer:
@@ -52,16 +53,23 @@ def require_finite(name: str, what: str, values: Tree) -> None:
             raise ValueError(f"{name}: {what} is not finite: {count} of {leaf.numel()} values")
 
 
+@defers
 def finite_rule(
     residuals: dict[str, Any], dy: Tree, name: str, leaf: bool, *, params: bool, x: bool
-) -> tuple[Params | None, Tree]:
+) -> Grads:
     """The layer's own pullback, with what goes in and what comes out checked."""
     if leaf:  # the children of a combinator check what reaches them
         require_finite(name, "dy", dy)
     dparams, dx = pull(residuals, "layer", dy, params=params, x=x)
-    require_finite(name, "dparams", dparams)
     require_finite(name, "dx", dx)
-    return dparams, dx
+    if isinstance(dparams, Deferred):
+        return mapped(_finite_dparams, dparams, None, name), dx
+    return _finite_dparams(dparams, None, name), dx
+
+
+def _finite_dparams(dparams: Params | None, residuals: None, name: str) -> Params | None:
+    require_finite(name, "dparams", dparams)
+    return dparams
 
 
 def _guarded(layer: Layer) -> Layer:

@@ -33,6 +33,7 @@ def stateless(
     vjp: Callable[[Params, Tree], tuple[Tree, Pullback]],
     *,
     name: str | None = None,
+    mixes_examples: bool = False,
 ) -> Layer:
     """A layer without state and randomness, lifted from the short triple.
 
@@ -42,6 +43,7 @@ def stateless(
         apply: ``(params, x) -> y``.
         vjp: ``(params, x) -> (y, pullback)``.
         name: what errors and summaries call the layer; default the constructor's name.
+        mixes_examples: see `Layer`.
 
     >>> import torch
     >>> import funcnet as fn
@@ -74,7 +76,8 @@ def stateless(
         return y, pullback, {}
 
     made: Any = init if isinstance(init, Declaration) else lambda key, x: (init(key, x), {})
-    return stateful(made, forward, apply=full_apply, name=name, takes_key=False)
+    metadata = {"takes_key": False, "mixes_examples": mixes_examples}
+    return stateful(made, forward, apply=full_apply, name=name, **metadata)
 
 
 def stateful(
@@ -174,6 +177,28 @@ def stateful(
         return y, Pullback(pullback.rule, pullback.residuals, pullback.static, y, name), state
 
     return Layer(full_init, full_apply, vjp, forward=forward, name=name, **metadata)
+
+
+def with_forward(layer: Layer, forward: Callable[..., Forward]) -> Layer:
+    """A leaf layer with another forward pass, of the same y: its pullback is another one.
+
+    >>> import torch
+    >>> import funcnet as fn
+    >>> net = fn.tanh()
+    >>> def forward(params, x, state, key, train):
+    ...     y, pullback, state = net.forward(params, x, state, key, train)
+    ...     return y, fn.map_pullbacks(lambda path, each: each, pullback), state
+    >>> with_forward(net, forward)
+    tanh()
+    """
+
+    def apply(params: Params, x: Tree, state: Params, key: Key, train: bool) -> Applied:
+        return layer.apply(params, x, state, key=key, train=train)
+
+    metadata = {"takes_key": layer.takes_key, "mixes_examples": layer.mixes_examples}
+    made = stateful(layer.init, forward, apply=apply, name=layer.name, **metadata)
+    made.call = layer.call
+    return made
 
 
 KERNELS: dict[Callable[..., Any], Callable[..., Any]] = {}

@@ -9,6 +9,15 @@ import torch
 from torch import Tensor
 
 from funcnet import tree
+from funcnet.compiler import loops
+from funcnet.deferred import (
+    DEFER,
+    Defer,
+    Deferred,
+    side_by_side,
+    takes_deferral,
+    term,
+)
 from funcnet.errors import require
 from funcnet.runtime import is_transformed
 
@@ -230,12 +239,21 @@ _TAKE_SUMS: set[Callable[..., Any]] = set()
 
 
 def pull(
-    pullbacks: dict[str, Any], name: str, dy: Tree | Box, *, params: bool | Sums, x: bool
+    pullbacks: dict[str, Any], name: str, dy: Tree | Box, *, params: bool | Sums | Defer, x: bool
 ) -> tuple[Tree, Tree]:
     """Take a child's pullback out of a rule's own dict and call it.
 
     In a training step nothing else holds the child's residuals by then, so they are freed as
     the backward pass consumes them, layer by layer. A pullback that somebody keeps keeps them.
+
+    What a rule gets for ``params`` it hands on: it may be ``DEFER``, and dparams a `Deferred`.
+
+    >>> import funcnet as fn
+    >>> def reversed_rule(residuals, dy, *, params, x):
+    ...     return fn.pull(residuals, "layer", -dy, params=params, x=x)
+    >>> _, pullback, _ = fn.tanh().vjp({}, torch.zeros(2))
+    >>> Pullback(reversed_rule, {"layer": pullback})(torch.ones(2))
+    ({}, tensor([-1., -1.]))
     """
     pullback = pullbacks.pop(name)
     rule, residuals, static = pullback.rule, dict(pullback.residuals), pullback.static
@@ -245,13 +263,74 @@ def pull(
     if isinstance(params, Sums) and rule not in _TAKE_SUMS:
         dparams, dx = rule(residuals, dy, *static, params=True, x=x)
         return params.plus(dparams), dx
+    if params is DEFER and not takes_deferral(rule):
+        deferred = term(Pullback, rule, residuals, static, dy)
+        return deferred, rule(residuals, dy, *static, params=False, x=x)[1] if x else None
     return rule(residuals, dy, *static, params=params, x=x)
+
+
+def defer(pullback: Pullback) -> Callable[..., tuple[Deferred, Tree]]:
+    """The half of a pullback that makes cotangents of inputs; the other half comes later.
+
+    Args:
+        pullback: what a layer's ``vjp`` gave.
+
+    Returns:
+        ``(dy, *, x=True) -> (deferred, dx)``. ``gradients(deferred)`` is dparams, at any later
+        time: each half has its own cost alone, and both together that of ``pullback(dy)``.
+
+    So a pipeline sends dx on before it computes gradients, the norm of all gradients is had with
+    one layer's in memory at a time, and gradients of single examples are weighted before they are
+    summed.
+
+    Source: Qi et al. 2023, "Zero Bubble Pipeline Parallelism", for the two halves.
+
+    >>> import funcnet as fn
+    >>> net = fn.serial(fn.linear(3), fn.tanh(), fn.linear(1))
+    >>> params, _ = net.init(fn.key(0), torch.ones(4, 2))
+    >>> y, pullback, _ = net.vjp(params, torch.ones(4, 2))
+    >>> deferred, dx = defer(pullback)(torch.ones(4, 1))
+    >>> deferred, dx.shape
+    (Deferred(['0', '2']), torch.Size([4, 2]))
+    >>> list(fn.tree.to_dotted(fn.gradients(deferred)))
+    ['0.weight', '0.bias', '2.weight', '2.bias']
+    """
+    if not isinstance(pullback, Pullback) or isinstance(pullback, LossPullback):
+        got = type(pullback).__name__
+        raise TypeError(f"defer: expects the pullback that a layer's vjp gives, got {got}")
+
+    def first_half(dy: Tree, *, x: bool = True) -> tuple[Deferred, Tree]:
+        pullback._check(dy)
+        return pull({"": pullback}, "", dy, params=DEFER, x=x)
+
+    return first_half
+
+
+def barrier(values: Tree) -> Tree:
+    """The same tensors, of which the compiler may compute nothing before this point.
+
+    For a rule that computes something again in the backward pass to save memory: under `jit` the
+    compiler sees that it was computed before, and would keep it. With the cotangent and the
+    residuals through a barrier it may start only when the cotangent is there. In eager mode it
+    does nothing.
+
+    Args:
+        values: a tree of tensors.
+
+    >>> import funcnet as fn
+    >>> def sine_rule(residuals, dy, *, params, x):
+    ...     x_again, dy = fn.barrier((residuals["x"], dy))
+    ...     return ({} if params else None), dy * x_again.cos() if x else None
+    """
+    leaves, treedef = optree.tree_flatten(values)
+    return treedef.unflatten(loops.barrier(leaves))
 
 
 def sum_cotangents(*cotangents: Tree) -> Tree:
     """The sum of the cotangents of a value that was used several times.
 
-    None, the cotangent of an integer and of what was not asked for, counts as nothing.
+    None, the cotangent of an integer and of what was not asked for, counts as nothing. The sum of
+    Deferreds is a `Deferred` that has their terms.
 
     >>> sum_cotangents(torch.ones(2), None, torch.ones(2))
     tensor([2., 2.])
@@ -259,4 +338,14 @@ def sum_cotangents(*cotangents: Tree) -> Tree:
     present = [cotangent for cotangent in cotangents if cotangent is not None]
     if not present:
         return None
-    return reduce(lambda a, b: tree.map(torch.add, a, b), present)
+    return reduce(_sum, present)
+
+
+def _sum(a: Tree, b: Tree) -> Tree:
+    if type(a) is Tensor and type(b) is Tensor:
+        return a + b
+    return optree.tree_map(
+        lambda a, b: side_by_side(a, b) if isinstance(a, Deferred) else torch.add(a, b),
+        *(a, b),
+        is_leaf=lambda node: isinstance(node, Deferred),
+    )

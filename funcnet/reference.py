@@ -76,6 +76,9 @@ PAGES = {
             train_step init_train_state value_and_grad fit evaluate batches epoch_batches
             early_stopping best_so_far detect_nonfinite
             """,
+        "The backward pass as a value": """
+            Deferred defer gradients map_pullbacks with_pullbacks
+            """,
         "Saving and loading": "save load",
         "Transformations": "jit vmap",
         "Control flow": "scan fori while_loop cond switch",
@@ -86,7 +89,7 @@ PAGES = {
         "Keys of random numbers": "key fold_in",
         "Layers and combinators of one's own": """
             elementwise parameterless stateless stateful declare Param State combine map_layers
-            sum_cotangents wrap
+            sum_cotangents wrap pull barrier defers for_dx
             """,
         "Tables of a model": "summary",
         "Further pages": """

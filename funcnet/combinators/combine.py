@@ -35,11 +35,12 @@ from funcnet.core import (
     takes_box,
     takes_sums,
 )
+from funcnet.deferred import DEFER, Defer, Deferred, defers, gradients, of_children
 from funcnet.errors import locate
 from funcnet.lift import stateful
 from funcnet.random import fold_in
 
-_OWN = ".residuals"
+OWN = ".residuals"
 """Where a combinator's own residuals are among the pullbacks: no child has a dot in its name."""
 
 
@@ -50,6 +51,7 @@ def combine(
     backward: Callable[..., Tree],
     *static: Hashable,
     dotted: bool = False,
+    mixes_examples: bool = False,
 ) -> Layer:
     """A layer made of layers.
 
@@ -63,6 +65,7 @@ def combine(
         static: hashable arguments of both.
         dotted: whether names may be dotted paths, such as "blocks.0" for a child whose params are
             ``params["blocks"]["0"]``.
+        mixes_examples: whether the data flow itself does, beside the children; see `Layer`.
 
     ``run.names`` and ``pull.names`` are the names of the children. A child may run several times:
     ``run(child, x, use=i)`` and ``pull(child, dy, use=i)`` tell the uses apart. State goes from one
@@ -87,6 +90,7 @@ def combine(
     """
     for child, layer in children.items():
         _check_child(name, child, layer, len(children) == 1, dotted)
+    told = {"dotted": dotted, "mixes_examples": mixes_examples}
     names = tuple(children)
     entries = frozenset([child for child in names if has_entry(child) and "." not in child])
 
@@ -135,7 +139,7 @@ def combine(
         run = Run(name, children, *own, key, train, kept)
         y, residuals = flow(run, x)
         if residuals:
-            kept[_OWN] = residuals
+            kept[OWN] = residuals
         told = (backward, name, names, tuple(run.params), *static)
         return y, Pullback(combine_rule, kept, told), whole_of(run.new_state)
 
@@ -145,13 +149,15 @@ def combine(
         apply=apply,
         name=name,
         children=children,
-        rebuild=lambda children: combine(name, children, forward, backward, *static, dotted=dotted),
+        rebuild=lambda children: combine(name, children, forward, backward, *static, **told),
         takes_key=any([layer.takes_key for layer in children.values()]),
+        mixes_examples=mixes_examples,
     )
 
 
 @takes_box
 @takes_sums
+@defers
 def combine_rule(
     residuals: Any,
     dy: Tree | Box,
@@ -160,21 +166,39 @@ def combine_rule(
     names: tuple[Name, ...],
     learned: tuple[Name, ...],
     *static: Any,
-    params: bool | Sums,
+    params: bool | Sums | Defer,
     x: bool,
 ) -> Grads:
     """The combinator's ``backward``, with the children's pullbacks among the residuals."""
-    own = residuals.pop(_OWN, EMPTY)
+    own = residuals.pop(OWN, EMPTY)
     pull = Pull(name, names, residuals, learned if params else (), x)
     if isinstance(params, Sums):
         pull.learned.update(parts_of(name, names, "grads", params.total))
         pull.sums = True
+    pull.deferred = params is DEFER
     box = dy if isinstance(dy, Box) else Box([dy])
     # A call without a star hands its arguments over.
     dx = backward(pull, box.pop(), own, *static) if static else backward(pull, box.pop(), own)
     if left := [call for call in residuals if call.partition("#")[0] in pull.learned]:
         raise ValueError(f"{name}: backward pulls no cotangent through {left}")
+    if params is DEFER:
+        parts = {_part(child): each for child, each in pull.learned.items()}
+        return Deferred(children_rule, parts, (name, tuple(pull.learned))), dx if x else None
     return whole_of(pull.learned) if params else None, dx if x else None
+
+
+@of_children
+def children_rule(parts: Mapping[str, Deferred], name: str, learned: tuple[Name, ...]) -> Params:
+    """The gradients of each child, as the combinator's."""
+    made: dict[Any, Params] = {}
+    for child in learned:
+        try:
+            part = parts[_part(child)]
+            made[child] = gradients(part) if isinstance(part, Deferred) else part
+        except Exception as error:
+            locate(error, _path(name, child))
+            raise
+    return whole_of(made)
 
 
 class Run:
@@ -302,6 +326,7 @@ class Pull:
         self.parent, self.names, self.pullbacks, self.x = parent, names, pullbacks, x
         self.learned: dict[Any, Any] = dict.fromkeys(learned)  # the gradients, in this order
         self.sums = False  # whether they are those of other batches, to be added to
+        self.deferred = False  # whether they are for later
 
     def __call__(
         self, child: Name, dy: Tree | Box, use: int | None = None, needed: bool = True
@@ -314,7 +339,11 @@ class Pull:
         if call not in self.pullbacks:
             raise _unknown(self.parent, child, self.names)
         learns = child in self.learned
-        params = Sums(self.learned[child]) if learns and self.sums else learns
+        params: Any = learns
+        if learns and self.sums:
+            params = Sums(self.learned[child])
+        elif learns and self.deferred:
+            params = DEFER
         try:
             dparams, dx = core.pull(self.pullbacks, call, dy, params=params, x=needed)
         except Exception as error:
@@ -344,7 +373,12 @@ def _path(parent: str, child: Name, use: int | None = None) -> str:
     return f"{parent}{inside}" + ("" if use is None else f"[{use}]")
 
 
-def _call(child: Name, use: int | None) -> str:
+def _part(child: Name) -> str:
+    """The name of a child's part in a Deferred."""
+    return child if isinstance(child, str) else f".{_call(child)}"
+
+
+def _call(child: Name, use: int | None = None) -> str:
     """The name of the pullback of a use of a child, among the residuals."""
     name = child if isinstance(child, str) else "+".join(child)
     return name if use is None else f"{name}#{use}"

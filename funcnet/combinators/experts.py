@@ -223,4 +223,4 @@ def experts(
     children = {"router": router, "experts": child}
     names = () if isinstance(layers, Layer) else tuple(child.children)
     static = (names, number, top_k, capacity)
-    return combine(_NAME, children, experts_forward, experts_backward, *static)
+    return combine(_NAME, children, experts_forward, experts_backward, *static, mixes_examples=True)

@@ -11,7 +11,6 @@ from torch import Tensor
 from funcnet import tree
 from funcnet.checks import check_kind
 from funcnet.core import (
-    Applied,
     Forward,
     Grads,
     Key,
@@ -24,8 +23,9 @@ from funcnet.core import (
     map_layers,
     pull,
 )
+from funcnet.deferred import Deferred, defers, mapped
 from funcnet.errors import locate
-from funcnet.lift import stateful
+from funcnet.lift import stateful, with_forward
 
 _OWN = ".residuals"
 
@@ -106,12 +106,15 @@ def reparametrize(
     )
 
 
+@defers
 def reparametrize_rule(
     residuals: Any, dy: Tree, backward: Any, *static: Any, params: bool, x: bool
 ) -> Grads:
     """The layer's pullback, then that of its params."""
     own = residuals.pop(_OWN)
     dparams, dx = pull(residuals, "", dy, params=params, x=x)
+    if isinstance(dparams, Deferred):
+        return mapped(backward, dparams, own, *static), dx
     return backward(dparams, own, *static) if params else None, dx
 
 
@@ -134,19 +137,21 @@ def learn_only(layer: Layer, learns: Callable[[str], bool]) -> Layer:
                 pullback = Pullback(learn_only_rule, {"": pullback}, (learned,))
             return y, pullback, state
 
-        def apply(params: Params, x: Tree, state: Params, key: Key, train: bool) -> Applied:
-            return layer.apply(params, x, state, key=key, train=train)
-
-        return stateful(
-            layer.init, forward, apply=apply, name=layer.name, takes_key=layer.takes_key
-        )
+        return with_forward(layer, forward)
 
     return map_layers(only, layer)
 
 
+@defers
 def learn_only_rule(
     residuals: Any, dy: Tree, learned: tuple[str, ...], *, params: bool, x: bool
 ) -> Grads:
     """The pullback of a leaf layer, less the gradients of what does not learn."""
-    dparams, dx = pull(residuals, "", dy, params=params and bool(learned), x=x)
+    dparams, dx = pull(residuals, "", dy, params=params if learned else False, x=x)
+    if isinstance(dparams, Deferred):
+        return mapped(_only, dparams, None, learned), dx
     return {name: dparams[name] for name in learned} if params else None, dx
+
+
+def _only(dparams: Params, residuals: None, learned: tuple[str, ...]) -> Params:
+    return {name: dparams[name] for name in learned}

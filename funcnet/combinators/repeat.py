@@ -10,6 +10,7 @@ from funcnet.checks import check_kind
 from funcnet.combinators.combine import output_on_meta
 from funcnet.control_flow import scan
 from funcnet.core import Forward, Grads, Key, Layer, Params, Pullback, Tree, around, pull
+from funcnet.deferred import Deferred, defers, gradients
 from funcnet.errors import locate, require
 from funcnet.lift import stateful
 from funcnet.random import fold_in
@@ -159,6 +160,7 @@ def _without(own: list[Tensor], pullback: Pullback) -> tuple[list[Tensor], Any]:
     return saved, (treedef, places)
 
 
+@defers
 def copies_rule(
     residuals: Any,
     dy: Tree,
@@ -185,4 +187,15 @@ def copies_rule(
     first, pieces = (dy, None) if in_turn else (None, dy)
     last, (dparams, dx) = scan(body, first, (residuals, pieces), length=n, reverse=True)
     dx = last if in_turn else dx
+    if isinstance(dparams, Deferred):
+        return Deferred(stacked_rule, {"": dparams}, (n,)), dx if x else None
     return (dparams or {}) if params else None, dx if x else None
+
+
+def stacked_rule(parts: dict[str, Deferred], n: int) -> Params:
+    """The gradients of each copy, stacked; the Deferred is a stack of theirs."""
+
+    def body(carry: None, copy: Deferred) -> tuple[None, Params]:
+        return carry, gradients(copy)
+
+    return scan(body, None, parts[""], length=n)[1]

@@ -258,4 +258,4 @@ def batch_norm(
             rule = (running_norm_backward, (eps,), names)
         return y, Pullback(norm_rule, residuals, rule), state
 
-    return stateful(init, forward)
+    return stateful(init, forward, mixes_examples=True)

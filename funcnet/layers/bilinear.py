@@ -7,6 +7,7 @@ from torch import Tensor
 
 from funcnet import tree
 from funcnet.core import Grads, Layer, Params, Pullback
+from funcnet.deferred import for_dx
 from funcnet.errors import require
 from funcnet.initializers import Initializer, torch_default
 from funcnet.layers.tuples import floating_pair
@@ -14,6 +15,7 @@ from funcnet.lift import stateless
 from funcnet.params import Param, declare
 
 
+@for_dx("weight")
 def bilinear_rule(
     residuals: dict[str, Any], dy: Tensor, bias: bool, *, params: bool, x: bool
 ) -> Grads:

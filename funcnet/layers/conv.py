@@ -9,6 +9,7 @@ from torch import Tensor
 
 from funcnet import tree
 from funcnet.core import Forward, Grads, Key, Layer, Params, Pullback
+from funcnet.deferred import for_dx
 from funcnet.errors import require
 from funcnet.initializers import Initializer
 from funcnet.layers.padding import Padding, pad, pad_backward
@@ -62,6 +63,7 @@ def convolution_backward(
     return dx, dweight, dy.sum([0, *range(2, dy.dim())]) if wanted[2] else None
 
 
+@for_dx("weight")
 def convolution_rule(
     residuals: Any, dy: Tensor, bias: bool, edges: Any, *geometry: Any, params: bool, x: bool
 ) -> Grads:

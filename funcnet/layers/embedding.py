@@ -156,4 +156,4 @@ def embedding(
     def vjp(params: Params, x: Tensor) -> tuple[Tensor, Pullback]:
         return apply(params, x), Pullback(embedding_rule, {"x": x}, static)
 
-    return stateless(init, apply, vjp)
+    return stateless(init, apply, vjp, mixes_examples=scale_grad_by_freq)

@@ -8,6 +8,7 @@ from torch.nn import functional as F
 
 from funcnet import runtime, tree
 from funcnet.core import Grads, Layer, Params, Pullback
+from funcnet.deferred import for_dx
 from funcnet.errors import require
 from funcnet.initializers import Initializer
 from funcnet.layers.embedding import Rows, embedding_backward, is_index, renormalized
@@ -180,6 +181,7 @@ def weights_backward(dy: Tensor, weight: Tensor, bags: Bags, options: Options) -
     return torch.where(_kept(bags, options), products, 0.0)
 
 
+@for_dx("weight")
 def embedding_bag_rule(
     residuals: dict[str, Any], dy: Tensor, options: Options, *, params: bool, x: bool
 ) -> Grads:
@@ -344,4 +346,4 @@ def embedding_bag(
             residuals["weight"] = params["weight"]
         return y, Pullback(embedding_bag_rule, residuals, (options,))
 
-    return stateless(init, apply, vjp)
+    return stateless(init, apply, vjp, mixes_examples=scale_grad_by_freq)

@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 
 from funcnet.core import Forward, Grads, Key, Layer, Params, Pullback
+from funcnet.deferred import for_dx
 from funcnet.errors import require
 from funcnet.layers.batch_norm import (
     batch_norm_backward,
@@ -20,6 +21,7 @@ from funcnet.lift import require_floating, stateful
 from funcnet.params import Param, declare
 
 
+@for_dx("weight", "bias")
 def instance_norm_rule(
     residuals: Any,
     dy: Tensor,

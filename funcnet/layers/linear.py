@@ -9,6 +9,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from funcnet.core import Grads, Layer, Params, Pullback
+from funcnet.deferred import for_dx
 from funcnet.errors import require
 from funcnet.initializers import Initializer
 from funcnet.layers.arguments import zero_cotangent
@@ -17,6 +18,7 @@ from funcnet.params import Param, declare, weight_and_bias
 from funcnet.tree import describe
 
 
+@for_dx("weight")
 def linear_rule(
     residuals: dict[str, Tensor], dy: Tensor, bias: bool, *, params: bool, x: bool
 ) -> Grads:
@@ -37,6 +39,7 @@ def linear_rule(
     return dparams, dx
 
 
+@for_dx("weight")
 def linear_like_rule(
     residuals: dict[str, Tensor], dy: Tensor, other: Any, bias: bool, *, params: bool, x: bool
 ) -> Grads:

@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from funcnet.core import Grads
+from funcnet.deferred import for_dx
 from funcnet.errors import require
 from funcnet.initializers import Initializer, ones, zeros
 from funcnet.lift import fastest, with_kernel
@@ -80,6 +81,7 @@ def norm_backward(
     return dx, dweight, dbias
 
 
+@for_dx("weight", "bias")
 def norm_rule(
     residuals: Any,
     dy: Tensor,

@@ -6,6 +6,7 @@ from torch.nn import functional as F
 
 from funcnet import runtime, tree
 from funcnet.core import Grads, Layer, Params, Pullback
+from funcnet.deferred import for_dx
 from funcnet.errors import require
 from funcnet.initializers import constant
 from funcnet.lift import fastest, require_floating, stateless, with_kernel
@@ -19,6 +20,7 @@ def prelu_backward(dy: Tensor, x: Tensor, slope: Tensor) -> tuple[Tensor, Tensor
     return torch.where(positive, dy, dy * slope), torch.where(positive, 0.0, dy * x)
 
 
+@for_dx("weight")
 def prelu_rule(residuals: dict[str, Tensor], dy: Tensor, *, params: bool, x: bool) -> Grads:
     """``dweight`` is the sum of `prelu_backward`'s dslope, by channel if there are several."""
     inputs, weight = residuals["x"], residuals["weight"]

@@ -8,6 +8,7 @@ from torch.nn import functional as F
 
 from funcnet import initializers
 from funcnet.core import Grads, Layer, Params, Pullback, Tree
+from funcnet.deferred import for_dx
 from funcnet.initializers import Initializer
 from funcnet.layers.linear import linear_rule
 from funcnet.lift import stateless
@@ -105,12 +106,14 @@ def in_projection(
     return stateless(init, apply, vjp)
 
 
+@for_dx("weight")
 def self_rule(residuals: Any, dy: Tree, bias: bool, *, params: bool, x: bool) -> Grads:
     """That of `linear`, of the three side by side."""
     dparams, dx = linear_rule(residuals, torch.cat(dy, -1), bias, params=params, x=x)
     return dparams and {f"in_proj_{name}": leaf for name, leaf in dparams.items()}, dx
 
 
+@for_dx("weight")
 def cross_rule(
     residuals: Any, dy: Tree, packed: bool, bias: bool, *, params: bool, x: bool
 ) -> Grads:

@@ -11,7 +11,8 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from funcnet.control_flow import scan
-from funcnet.core import Params
+from funcnet.core import Grads, Params, Pullback, pull
+from funcnet.deferred import DEFER, Defer, Deferred, gradients
 from funcnet.layers.linear import linear_rule
 from funcnet.layers.loop_products import product_with
 from funcnet.layers.recurrent_formulas import Cell, State
@@ -94,9 +95,9 @@ def recur_backward(
     dlast: State,
     bias: bool,
     *,
-    params: bool,
+    params: bool | Defer,
     x: bool,
-) -> tuple[Params | None, Tensor | None, State]:
+) -> tuple[Any, Tensor | None, State]:
     """The gradients of the weights, and the cotangents of x and of the first state.
 
     Args:
@@ -105,7 +106,8 @@ def recur_backward(
         dy: the cotangent of h after each step, if it has one.
         dlast: those of the last state.
         bias: whether there are biases.
-        params, x: whether the gradients, and the cotangent of x, are wanted; else they are None.
+        params, x: whether the gradients, which may be deferred, and the cotangent of x, are
+            wanted; else they are None.
     """
     cell, weights, valid = way.cell, residuals["weights"], residuals["valid"]
     states, (saved, unprojected) = residuals["states"], residuals["kept"]
@@ -131,22 +133,37 @@ def recur_backward(
     xs = dy, valid, saved, before, states
     dstart, (dgates, dprojected) = scan(step, dlast, xs, reverse=not way.reverse)
     inputs = {"x": residuals["x"], "weight": weights["weight_ih"]}
-    of_input, dx = linear_rule(inputs, dgates[0], bias, params=params, x=x)
-    if of_input is None:
+    of_input, dx = _defer_linear(inputs, dgates[0], bias, params=bool(params), x=x)
+    if not params:
         return None, dx, dstart
-    of_hidden = _weight_grads(before[0], hidden_weight, dgates[-1], bias and cell.is_split)
+    hidden = {"x": before[0], "weight": hidden_weight}
+    of_hidden, _ = _defer_linear(hidden, dgates[-1], bias and cell.is_split)
+    parts = {"input": of_input, "hidden": of_hidden}
+    if projection is not None:
+        if valid is not None:
+            dprojected = torch.where(valid, dprojected, 0.0)
+        unprojected = {"x": unprojected, "weight": projection}
+        parts["projected"], _ = _defer_linear(unprojected, dprojected, False)
+    deferred = Deferred(direction_rule, parts, (bias, cell.is_split))
+    return deferred if params is DEFER else gradients(deferred), dx, dstart
+
+
+def _defer_linear(
+    residuals: dict[str, Any], dy: Tensor, bias: bool, *, params: bool = True, x: bool = False
+) -> Grads:
+    """`linear_rule` with its gradients deferred."""
+    pullback = Pullback(linear_rule, residuals, (bias,))
+    return pull({"": pullback}, "", dy, params=DEFER if params else False, x=x)
+
+
+def direction_rule(parts: dict[str, Deferred], bias: bool, is_split: bool) -> Params:
+    """The gradients of one direction: of linear layers of its input and of its hidden state."""
+    of_input, of_hidden = gradients(parts["input"]), gradients(parts["hidden"])
     grads = {"weight_ih": of_input["weight"], "weight_hh": of_hidden["weight"]}
     if bias:
         grads["bias_ih"] = of_input["bias"]
         # The gradients of two biases that are added are equal, but each has its own memory.
-        grads["bias_hh"] = of_hidden["bias"] if cell.is_split else of_input["bias"].clone()
-    if projection is not None:
-        if valid is not None:
-            dprojected = torch.where(valid, dprojected, 0.0)
-        grads["weight_hr"] = _weight_grads(unprojected, projection, dprojected, False)["weight"]
-    return grads, dx, dstart
-
-
-def _weight_grads(x: Tensor, weight: Tensor, dy: Tensor, bias: bool) -> dict[str, Any]:
-    grads, _ = linear_rule({"x": x, "weight": weight}, dy, bias, params=True, x=False)
-    return {**(grads or {})}
+        grads["bias_hh"] = of_hidden["bias"] if is_split else of_input["bias"].clone()
+    if "projected" in parts:
+        grads["weight_hr"] = gradients(parts["projected"])["weight"]
+    return grads

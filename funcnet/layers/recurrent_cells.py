@@ -4,7 +4,8 @@ from typing import Any
 
 import torch
 
-from funcnet.core import Forward, Key, Layer, Params, Pullback, Tree
+from funcnet.core import Forward, Grads, Key, Layer, Params, Pullback, Tree
+from funcnet.deferred import Defer, defers
 from funcnet.errors import require
 from funcnet.initializers import Initializer
 from funcnet.layers.recurrence import Direction, recur, recur_backward
@@ -35,9 +36,10 @@ def _like_input(parts: Parts, states: State) -> State:
     return tuple([each.squeeze(0) for each in states]) if parts.input.dim() == 1 else states
 
 
+@defers
 def cell_rule(
-    residuals: dict[str, Any], dy: Any, cell: Cell, bias: bool, *, params: bool, x: bool
-) -> tuple[Params | None, Tree]:
+    residuals: dict[str, Any], dy: Any, cell: Cell, bias: bool, *, params: bool | Defer, x: bool
+) -> Grads:
     """`recur_backward` of a sequence of one step."""
     if not (params or x):
         return None, None

@@ -6,7 +6,8 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from funcnet.core import EMPTY, Forward, Key, Layer, Params, Pullback, Tree, sum_cotangents
+from funcnet.core import EMPTY, Forward, Grads, Key, Layer, Params, Pullback, Tree, sum_cotangents
+from funcnet.deferred import DEFER, Defer, Deferred, defers, gradients, mapped
 from funcnet.errors import require
 from funcnet.initializers import Initializer, torch_default
 from funcnet.layers.dropout import dropout
@@ -152,9 +153,10 @@ def _forward(
     return (_shaped(stack, parts, x), joined(_stacked(parts, ends))), residuals
 
 
+@defers
 def recurrent_rule(
-    residuals: dict[str, Any], dy: Any, stack: Stack, *, params: bool, x: bool
-) -> tuple[Params | None, Tree]:
+    residuals: dict[str, Any], dy: Any, stack: Stack, *, params: bool | Defer, x: bool
+) -> Grads:
     """`recur_backward` of each layer and direction, the last first; the halves share its loop."""
     if not (params or x):
         return None, None
@@ -168,27 +170,45 @@ def recurrent_rule(
         sequence = sequence.transpose(0, 1)
     dends = [*zip(*[each.unbind(0) for each in dstates], strict=True)]
     grads: dict[str, Tensor] = {}
+    deferred: dict[str, Deferred] = {}
     dstarts: list[State] = []
     for layer in reversed(range(stack.num_layers)):
         pieces, dinputs = sequence.chunk(len(ways), -1), []
         for way, piece in reversed([*zip(ways, pieces, strict=True)]):
             kept = residuals.pop(f"{layer}.{int(way.reverse)}")
-            wanted = {"params": params, "x": x or layer > 0}
+            dend, needed = dends[len(ways) * layer + way.reverse], x or layer > 0
             found, dinput, dstart = recur_backward(
-                way, kept, piece, dends[len(ways) * layer + way.reverse], stack.bias, **wanted
+                way, kept, piece, dend, stack.bias, params=params, x=needed
             )
-            if found is not None:
-                names = _names(stack, layer, way)
-                grads.update({names[role]: grad for role, grad in found.items()})
+            names = _names(stack, layer, way)
+            if isinstance(found, Deferred):
+                deferred[f"{layer}.{int(way.reverse)}"] = mapped(
+                    _named, found, None, *names.items()
+                )
+            elif found is not None:
+                grads.update(_named(found, None, *names.items()))
             dinputs.append(dinput)
             dstarts.append(dstart)
         sequence = sum_cotangents(*dinputs)
         if f"dropout_{layer - 1}" in residuals:
             _, sequence = residuals.pop(f"dropout_{layer - 1}")(sequence, params=False)
+    dparams: Any = grads if params else None
+    if params is DEFER:
+        dparams = Deferred(directions_rule, deferred, tuple(deferred))
     if not x:
-        return grads, None
+        return dparams, None
     dhx = None if parts.hx is None else joined(_stacked(parts, dstarts[::-1]))
-    return grads if params else None, in_form_of(whole, _shaped(stack, parts, sequence), dhx)
+    return dparams, in_form_of(whole, _shaped(stack, parts, sequence), dhx)
+
+
+def _named(grads: Params, residuals: None, *names: tuple[str, str]) -> dict[str, Any]:
+    """The gradients of one direction under the names of the params."""
+    return {name: grads[role] for role, name in names}
+
+
+def directions_rule(parts: dict[str, Deferred], *names: str) -> Params:
+    """The gradients of all layers and directions."""
+    return {param: grad for each in names for param, grad in gradients(parts[each]).items()}
 
 
 def recurrent(

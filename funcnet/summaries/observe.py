@@ -10,6 +10,7 @@ from torch import Tensor
 
 from funcnet import runtime, tree
 from funcnet.core import Grads, Layer, Params, Pullback, Tree, map_layers, pull, wrap
+from funcnet.deferred import defers
 from funcnet.summaries.table import Row, Summary
 
 Name = tuple[str, str]
@@ -203,6 +204,7 @@ class _Flops:
         return wrap(layer, lambda layer: layer._replace(vjp=vjp))
 
 
+@defers
 def counted_rule(
     residuals: Any, dy: Tree, flops: _Flops, name: Name, *, params: bool, x: bool
 ) -> Grads:

@@ -23,6 +23,7 @@ from funcnet.testing.assertions import (
     unchanged_globals,
 )
 from funcnet.testing.derivatives import autograd, require_finite_differences
+from funcnet.testing.residuals import check_residuals
 from funcnet.testing.samples import (
     cast,
     cotangent,
@@ -325,6 +326,7 @@ LAWS: dict[str, Callable[[Case], None]] = {
     "no autograd": check_no_autograd,
     "linear": check_linear,
     "derivative": check_derivative,
+    "residuals": check_residuals,
     "memory layout": check_memory_layout,
     "float32": check_float32,
     "meta": check_meta,

@@ -4,11 +4,9 @@ from collections.abc import Callable, Collection
 from itertools import pairwise
 from typing import Any
 
-from funcnet import tree
 from funcnet.checks import check_kind
 from funcnet.combinators.combine import combine
 from funcnet.combinators.serial import serial, serial_backward, serial_forward
-from funcnet.compiler.loops import barrier
 from funcnet.core import (
     Applied,
     Forward,
@@ -18,10 +16,12 @@ from funcnet.core import (
     Pullback,
     Tree,
     around,
+    barrier,
     join_paths,
     pull,
     rebuilt,
 )
+from funcnet.deferred import defers
 from funcnet.lift import stateful
 
 Policy = Collection[str] | Callable[[str, Layer], bool]
@@ -180,12 +180,12 @@ def _whole(layer: Layer) -> Layer:
     )
 
 
+@defers
 def remat_rule(
     residuals: dict[str, Any], dy: Tree, layer: Layer, train: bool, *, params: bool, x: bool
 ) -> tuple[Params | None, Tree]:
     """Run the layer again, when dy is there, and pull dy back through it."""
-    leaves, treedef = tree.flatten((residuals, dy))
-    again, dy = treedef.unflatten(barrier(leaves))
+    again, dy = barrier((residuals, dy))
     _, pullback, _ = layer.vjp(
         again.pop("params"),
         again.pop("x"),

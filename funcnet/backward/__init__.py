@@ -1,0 +1,1 @@
+"""What explicit backward passes give: deferred gradients, other rules, residuals kept otherwise."""
