@@ -114,6 +114,11 @@ def defers(rule: Callable[..., Any]) -> Callable[..., Any]:
 
     One that calls other pullbacks by `pull` and hands their dparams on needs nothing else. Without
     it the layer is a leaf: its own pullback and the cotangent are the term.
+
+    >>> import funcnet as fn
+    >>> @defers
+    ... def halved_rule(residuals, dy, *, params, x):
+    ...     return fn.pull(residuals, "layer", dy / 2, params=params, x=x)
     """
     _DEFERRING.add(rule)
     return rule
