@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from funcnet import tree
+from funcnet.compiler.signature import recognized
 
 Tree = Any
 
@@ -98,6 +99,7 @@ optree.register_pytree_node(
     _unflatten,
     namespace=optree.registry.__GLOBAL_NAMESPACE,
 )
+recognized(Deferred, ("parts",), ("rule", "static"))
 
 
 class Defer:

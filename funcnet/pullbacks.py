@@ -10,6 +10,7 @@ from torch import Tensor
 
 from funcnet import tree
 from funcnet.compiler import loops
+from funcnet.compiler.signature import recognized
 from funcnet.deferred import (
     DEFER,
     Defer,
@@ -181,6 +182,7 @@ def _register(kind: type[Pullback]) -> None:
         unflatten,
         namespace=optree.registry.__GLOBAL_NAMESPACE,
     )
+    recognized(kind, ("residuals",), ("rule", "static", "expected"))
 
 
 _register(Pullback)

@@ -36,6 +36,7 @@ from funcnet.compiler.numbers import NUMBERS, Arithmetic
 from funcnet.compiler.plan import Plan
 from funcnet.compiler.program import program_text
 from funcnet.compiler.record import Recorded, settings_of_programs
+from funcnet.compiler.recycling import Pool
 from funcnet.compiler.signature import is_plain, settings
 from funcnet.compiler.specs import input_spec, spec_of
 from funcnet.compiler.staged import Staged
@@ -150,6 +151,7 @@ class Compiled:
             for index in range(len(outputs))
             if index not in self.reused and index not in self.passed
         ]
+        self.pools = [(index, Pool.of(self.specs[index])) for index in self.fresh]
         self._apart: list[int] | None = None
         self.run: Callable[[int, int], int] | None = None
         self.error: Callable[[], bytes] | None = None
@@ -252,6 +254,9 @@ class Compiled:
         """Free the memory that it keeps from call to call."""
         if self._clear is not None:
             self._clear()
+        for _, pool in self.pools:
+            if pool is not None:
+                pool.clear()
 
     def inputs_for(self, numbers: Sequence[Any]) -> list[Any] | None:
         """The inputs that come of these numbers; None if this program is not for this call.
@@ -287,9 +292,8 @@ class Compiled:
             if self.donated and addresses != self._apart:
                 self._check_overlap(addresses)
                 self._apart = addresses
-            for index in self.fresh:
-                spec = self.specs[index]
-                outputs[index] = torch.empty(spec.shape, dtype=spec.dtype, device=spec.device)
+            for index, pool in self.pools:
+                outputs[index] = self.specs[index].empty() if pool is None else pool.new()
             outs = array("Q", [0 if each is None else each.data_ptr() for each in outputs])
             if self.calls is None:
                 ins = array("Q", addresses)

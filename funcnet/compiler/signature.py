@@ -234,12 +234,25 @@ def recognizer(
     return Recognizer(treedef, in_order, leaves, captured)
 
 
+_NODES: dict[type, tuple[tuple[str, ...], tuple[str, ...]]] = {}
+
+
+def recognized(kind: type, children: tuple[str, ...], metadata: tuple[str, ...]) -> None:
+    """Let a `Recognizer` know a class of nodes, by the names of its children and its metadata.
+
+    Metadata that is equal, but another object, is not recognized.
+    """
+    _NODES[kind] = children, metadata
+
+
 def _order_check(args: Any) -> Callable[[Any], bool] | None:
     """A function that tells whether the dicts in a tree have their entries in this order.
 
-    None for trees with nodes other than tuples, lists, and dicts with strings as names.
+    And whether the metadata of nodes is the same. None for trees with nodes other than those that
+    are `recognized`, tuples, lists, and dicts with strings as names.
     """
     keys: list[list[str]] = []
+    fixed: list[Any] = []
     checks: list[str] = []
 
     def visit(node: Any, source: str) -> bool:
@@ -254,9 +267,17 @@ def _order_check(args: Any) -> Callable[[Any], bool] | None:
             return all([visit(child, f"{own}[{name!r}]") for name, child in node.items()])
         if type(node) in (tuple, list) or optree.is_namedtuple(node):
             return all([visit(child, f"{source}[{index}]") for index, child in enumerate(node)])
+        if type(node) in _NODES:
+            children, metadata = _NODES[type(node)]
+            own = f"n{len(fixed)}"
+            checks.append(f"({own} := {source}) is not None")
+            for name in metadata:
+                checks.append(f"{own}.{name} is fixed[{len(fixed)}]")
+                fixed.append(getattr(node, name))
+            return all([visit(getattr(node, name), f"{own}.{name}") for name in children])
         return node is None or isinstance(node, Tensor) or type(node) in (bool, int, float)
 
     if not visit(args, "args"):
         return None
     # As Python's own code it takes 0.1 us for each dict, where a walk over the tree takes 0.4.
-    return eval(f"lambda args: {' and '.join(checks)}", {"keys": keys})
+    return eval(f"lambda args: {' and '.join(checks)}", {"keys": keys, "fixed": fixed})

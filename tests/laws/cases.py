@@ -26,6 +26,18 @@ IMAGES = draw(2, 2, 4, 6, 6)
 PAIR = (ROWS, draw(3, 5, 6))
 TOKENS = torch.tensor([[0, 3], [4, 4], [1, 2]])
 
+
+def in_another(path, pullback):
+    """A pullback that another one calls."""
+    return fn.Pullback(called_rule, {"": pullback})
+
+
+@fn.defers
+def called_rule(residuals, dy, *, params, x):
+    """The pullback in it."""
+    return fn.pull(residuals, "", dy, params=params, x=x)
+
+
 ELEMENTWISE = {
     "relu": fn.relu(),
     "leaky_relu": fn.leaky_relu(0.1),
@@ -142,6 +154,10 @@ COMBINATORS = {
     "residual": (fn.residual(fn.serial(fn.linear(6), fn.dropout(0.2), fn.batch_norm())), ROWS),
     "shared": (fn.shared(fn.serial(fn.linear(2), fn.batch_norm(), fn.dropout(0.2))), PAIR),
     "siamese": (fn.serial(fn.shared(fn.linear(3)), fn.concat(), fn.linear(1)), PAIR),
+    "with_pullbacks": (
+        fn.with_pullbacks(fn.serial(fn.linear(4), fn.residual(fn.gelu())), in_another),
+        ROWS,
+    ),
     "remat": (fn.remat(fn.serial(fn.linear(4), fn.batch_norm(), fn.dropout(0.2))), ROWS),
     "remat within": (
         fn.serial(fn.remat(fn.serial(fn.linear(4), fn.tanh())), fn.remat(fn.linear(2))),
