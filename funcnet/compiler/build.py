@@ -46,7 +46,7 @@ _NO_WRITERS = frozenset(
     [
         *("__init__.py", "__main__.py", "build.py", "cache.py", "compiled.py", "dispatch.py"),
         *("errors.py", "escaped.py", "methods.py", "prefix.py", "progress.py", "reads.py"),
-        *("signature.py", "staged.py", "tracebacks.py", "user_code.py"),
+        *("recycling.py", "signature.py", "staged.py", "tracebacks.py", "user_code.py"),
     ]
 )
 

@@ -146,11 +146,7 @@ class Compiled:
         self.donated = [source for source in donated if source not in untouched]
         self.gone = [_without_memory(leaves[source].device) for source in self.donated]
         self.reused = pair(outputs, recorded.inputs, self.donated, self.passed)
-        self.fresh = [
-            index
-            for index in range(len(outputs))
-            if index not in self.reused and index not in self.passed
-        ]
+        self.fresh = sorted({*range(len(outputs))} - self.reused.keys() - self.passed.keys())
         self.pools = [(index, Pool.of(self.specs[index])) for index in self.fresh]
         self._apart: list[int] | None = None
         self.run: Callable[[int, int], int] | None = None
