@@ -28,6 +28,25 @@ from funcnet import (
     testing as testing,
     tree as tree,
 )
+from funcnet.backward.cotangents import (
+    clip_cotangent as clip_cotangent,
+    noise_cotangent as noise_cotangent,
+    reverse_gradient as reverse_gradient,
+    stop_gradient as stop_gradient,
+    straight_through as straight_through,
+)
+from funcnet.backward.feedback import (
+    feedback_alignment as feedback_alignment,
+    sign_symmetric as sign_symmetric,
+)
+from funcnet.backward.other_rules import (
+    cotangent as cotangent,
+    with_rule as with_rule,
+)
+from funcnet.backward.saliency import (
+    deconvnet as deconvnet,
+    guided_backprop as guided_backprop,
+)
 from funcnet.backward.walkers import (
     map_pullbacks as map_pullbacks,
     with_pullbacks as with_pullbacks,

@@ -9,7 +9,7 @@ for it.
 import functools
 import inspect
 import sys
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from types import CodeType
 from typing import Any, ClassVar, NamedTuple, NoReturn
 
@@ -79,6 +79,12 @@ def call_of(name: str) -> Call | None:
             break
         frame = frame.f_back
     return None
+
+
+def function_name(function: Callable[..., Any]) -> str:
+    """``linear`` for the function ``linear.<locals>.apply``: what defines it, or its own name."""
+    path = getattr(function, "__qualname__", type(function).__name__).split(".<locals>.")
+    return path[-2].rpartition(".")[2] if len(path) > 1 else path[0].split(".")[0]
 
 
 class Constructed:

@@ -23,12 +23,12 @@
 A batch is ``(x, target)``. The key of a step is ``fold_in(train_state.key, train_state.step)``.
 """
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any, NamedTuple
 
 from torch import Tensor
 
-from funcnet.constructors import Call, Constructed, call_of
+from funcnet.constructors import Call, Constructed, call_of, function_name as function_name
 from funcnet.pullbacks import (
     Box as Box,
     LossPullback as LossPullback,
@@ -43,9 +43,12 @@ from funcnet.pullbacks import (
     takes_box as takes_box,
     takes_sums as takes_sums,
 )
-
-Params = Mapping[str, Any]
-"""A nested dict with string keys and tensor leaves. State is one too."""
+from funcnet.training_types import (
+    Loss as Loss,
+    Optimizer as Optimizer,
+    Params as Params,
+    TrainState as TrainState,
+)
 
 Key = Tensor | None
 """A key of `funcnet.random`, or None where there is no randomness."""
@@ -111,6 +114,12 @@ class Layer(Constructed, _Triple):
     """True for a layer that computes what is of one example from others of its batch, as
     `batch_norm` does, or has a child that does."""
 
+    breaks: frozenset[str]
+    """The laws that its pullback, or a child's, is not meant to keep: "derivative", "linear"."""
+
+    probe: bool
+    """Whether the gradient of an entry of its params is what it tells of a step; see `observe`."""
+
     call: Call | None
     """The call of the constructor that made it, which is its ``repr``, or None."""
 
@@ -126,6 +135,8 @@ class Layer(Constructed, _Triple):
         rebuild: Callable[[Mapping[str, "Layer"]], "Layer"] | None = None,
         takes_key: bool = True,
         mixes_examples: bool = False,
+        breaks: Iterable[str] = (),
+        probe: bool = False,
     ) -> "Layer":
         layer = super().__new__(cls, init, apply, vjp)
         layer.forward = forward or (
@@ -135,6 +146,8 @@ class Layer(Constructed, _Triple):
         layer.children, layer.rebuild, layer.takes_key = children, rebuild, takes_key
         mixes = [child.mixes_examples for child in children.values()]
         layer.mixes_examples = mixes_examples or any(mixes)
+        broken = [child.breaks for child in children.values()]
+        layer.breaks, layer.probe = frozenset(breaks).union(*broken), probe
         layer.call = call_of(layer.name)
         return layer
 
@@ -148,143 +161,9 @@ class Layer(Constructed, _Triple):
 
         It has no children any more: a layer that is rebuilt of them would lose the new functions.
         """
-        told = {each: getattr(self, each) for each in ("name", "takes_key", "mixes_examples")}
-        layer = Layer(*super()._replace(**functions), **told)
+        layer = Layer(*super()._replace(**functions), name=self.name, **told_by(self))
         layer.call = self.call
         return layer
-
-
-class _LossFunctions(NamedTuple):
-    apply: Callable[[Tree, Tree], Tensor]
-    vjp: Callable[[Tree, Tree], tuple[Tensor, LossPullback]]
-
-
-class Loss(Constructed, _LossFunctions):
-    """Two pure functions, ``(apply, vjp)``, of a prediction and a target.
-
-    The value is a scalar, which one can train on, or has one number per element. ``name`` is what
-    errors call the loss; by default the name of the constructor that defines ``apply``.
-
-    >>> import funcnet as fn
-    >>> value, pullback = fn.mse().vjp(torch.tensor([1.0, 3.0]), torch.tensor([1.0, 1.0]))
-    >>> value, pullback()
-    (tensor(2.), tensor([0., 2.]))
-    """
-
-    apply: Callable[[Tree, Tree], Tensor]
-    """``apply(prediction, target) -> value``."""
-
-    vjp: Callable[[Tree, Tree], tuple[Tensor, LossPullback]]
-    """``vjp(prediction, target) -> (value, pullback)``."""
-
-    name: str
-    """What errors call it."""
-
-    call: Call | None
-    """The call of the constructor that made it, which is its ``repr``, or None."""
-
-    def __new__(
-        cls,
-        apply: Callable[[Tree, Tree], Tensor],
-        vjp: Callable[[Tree, Tree], tuple[Tensor, LossPullback]],
-        name: str | None = None,
-    ) -> "Loss":
-        loss = super().__new__(cls, apply, vjp)
-        loss.name = name or function_name(apply)
-        loss.call = call_of(loss.name)
-        return loss
-
-    not_called = (
-        "a loss is not called, its functions are: "
-        "value = loss.apply(prediction, target), or value, pullback = loss.vjp(...)"
-    )
-
-    def _replace(self, **changes: Any) -> "Loss":
-        loss = Loss(*super()._replace(**changes), name=self.name)
-        loss.call = self.call
-        return loss
-
-
-class _OptimizerFunctions(NamedTuple):
-    init_state: Callable[[Params], Tree]
-    update: Callable[[Tree, Tree, Params], tuple[Tree, Tree]]
-
-
-class Optimizer(Constructed, _OptimizerFunctions):
-    """Two pure functions, ``(init_state, update)``: from gradients to what is added to params.
-
-    ``name`` is what errors, and the state of a `chain`, call the optimizer; by default it is the
-    name of the constructor that defines ``update``. ``update_leaves`` is ``update`` on flattened
-    trees, if the optimizer was lifted from a formula: a chain flattens once for all its transforms.
-    ``loss_scale``, if not None, is ``opt_state -> scale``: the optimizer expects the gradients of
-    the loss times this 0-d tensor, and `train_step` computes those.
-    """
-
-    init_state: Callable[[Params], Tree]
-    """``init_state(params) -> opt_state``."""
-
-    update: Callable[[Tree, Tree, Params], tuple[Tree, Tree]]
-    """``update(grads, opt_state, params) -> (updates, opt_state)``."""
-
-    name: str
-    """What errors, and the state of a `chain`, call it."""
-
-    update_leaves: Callable[..., Any] | None
-    """``update`` on flattened trees, or None."""
-
-    loss_scale: Callable[[Tree], Tensor] | None
-    """``opt_state -> scale``, or None."""
-
-    call: Call | None
-    """The call of the constructor that made it, which is its ``repr``, or None."""
-
-    def __new__(
-        cls,
-        init_state: Callable[[Params], Tree],
-        update: Callable[[Tree, Tree, Params], tuple[Tree, Tree]],
-        name: str | None = None,
-        update_leaves: Callable[..., Any] | None = None,
-        loss_scale: Callable[[Tree], Tensor] | None = None,
-    ) -> "Optimizer":
-        optimizer = super().__new__(cls, init_state, update)
-        optimizer.name, optimizer.update_leaves = name or function_name(update), update_leaves
-        optimizer.loss_scale = loss_scale
-        optimizer.call = call_of(optimizer.name)
-        return optimizer
-
-    not_called = (
-        "an optimizer is not called, its functions are: "
-        "updates, opt_state = optimizer.update(grads, opt_state, params)"
-    )
-
-    def _replace(self, **changes: Any) -> "Optimizer":
-        functions = super()._replace(**changes)
-        optimizer = Optimizer(*functions, self.name, loss_scale=self.loss_scale)
-        optimizer.call = self.call
-        return optimizer
-
-
-class TrainState(NamedTuple):
-    """All that a training run is: restore it, and the run goes on bit for bit.
-
-    ``step`` is a 0-d int64 tensor: the number of steps that were taken. The key of a step is
-    ``fold_in(key, step)``.
-    """
-
-    params: Params
-    """What is learned: a nested dict of tensors."""
-
-    state: Params
-    """What layers keep besides, such as running statistics."""
-
-    opt_state: Tree
-    """What the optimizer keeps."""
-
-    key: Tensor
-    """The key of the run."""
-
-    step: Tensor
-    """How many steps were taken."""
 
 
 Applied = tuple[Tree, Params]
@@ -371,11 +250,16 @@ def wrap(layer: Layer, functions: Callable[[Layer], Layer]) -> Layer:
         name=layer.name,
         children=layer.children,
         rebuild=None if rebuild is None else wrapped,
-        takes_key=layer.takes_key,
-        mixes_examples=layer.mixes_examples,
+        **told_by(layer),
     )
     made.call = layer.call
     return made
+
+
+def told_by(layer: Layer) -> dict[str, Any]:
+    """What a layer tells of itself, for one that is made of it with other functions."""
+    told = "takes_key", "mixes_examples", "breaks", "probe"
+    return {each: getattr(layer, each) for each in told}
 
 
 def around(layer: Layer, rebuild: Callable[[Layer], Layer]) -> dict[str, Any]:
@@ -391,9 +275,3 @@ def around(layer: Layer, rebuild: Callable[[Layer], Layer]) -> dict[str, Any]:
         "rebuild": lambda children: rebuild(children[""]),
         "takes_key": layer.takes_key,
     }
-
-
-def function_name(function: Callable[..., Any]) -> str:
-    """``linear`` for the function ``linear.<locals>.apply``: what defines it, or its own name."""
-    path = getattr(function, "__qualname__", type(function).__name__).split(".<locals>.")
-    return path[-2].rpartition(".")[2] if len(path) > 1 else path[0].split(".")[0]

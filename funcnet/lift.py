@@ -18,6 +18,7 @@ from funcnet.core import (
     Pullback,
     Tree,
     function_name,
+    told_by,
 )
 from funcnet.errors import refuse_state
 from funcnet.params import Declaration, Param, declare
@@ -195,8 +196,7 @@ def with_forward(layer: Layer, forward: Callable[..., Forward]) -> Layer:
     def apply(params: Params, x: Tree, state: Params, key: Key, train: bool) -> Applied:
         return layer.apply(params, x, state, key=key, train=train)
 
-    metadata = {"takes_key": layer.takes_key, "mixes_examples": layer.mixes_examples}
-    made = stateful(layer.init, forward, apply=apply, name=layer.name, **metadata)
+    made = stateful(layer.init, forward, apply=apply, name=layer.name, **told_by(layer))
     made.call = layer.call
     return made
 

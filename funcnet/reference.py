@@ -79,6 +79,10 @@ PAGES = {
         "The backward pass as a value": """
             Deferred defer gradients map_pullbacks with_pullbacks
             """,
+        "Other backward rules": """
+            with_rule cotangent reverse_gradient stop_gradient clip_cotangent noise_cotangent
+            straight_through feedback_alignment sign_symmetric guided_backprop deconvnet
+            """,
         "Saving and loading": "save load",
         "Transformations": "jit vmap",
         "Control flow": "scan fori while_loop cond switch",

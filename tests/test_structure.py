@@ -24,7 +24,7 @@ ORDER = [
         "checks",
     },
     {"compiler"},
-    {"deferred", "pullbacks"},
+    {"deferred", "pullbacks", "training_types"},
     {"core", "control_flow", "debug", "indexing"},
     {"initializers", "params", "lift"},
     {"combinators"},

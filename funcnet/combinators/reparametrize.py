@@ -131,7 +131,7 @@ def learn_only(layer: Layer, learns: Callable[[str], bool]) -> Layer:
 
         def forward(params: Params, x: Tree, state: Params, key: Key, train: bool) -> Forward:
             y, pullback, state = layer.forward(params, x, state, key, train)
-            names = tuple(params)
+            names = tuple(tree.to_dotted(params))
             learned = tuple([name for name in names if learns(join_paths(path, name))])
             if learned != names:
                 pullback = Pullback(learn_only_rule, {"": pullback}, (learned,))
@@ -150,8 +150,9 @@ def learn_only_rule(
     dparams, dx = pull(residuals, "", dy, params=params if learned else False, x=x)
     if isinstance(dparams, Deferred):
         return mapped(_only, dparams, None, learned), dx
-    return {name: dparams[name] for name in learned} if params else None, dx
+    return _only(dparams or {}, None, learned) if params else None, dx
 
 
 def _only(dparams: Params, residuals: None, learned: tuple[str, ...]) -> Params:
-    return {name: dparams[name] for name in learned}
+    found = tree.to_dotted(dparams)
+    return tree.from_dotted({name: found[name] for name in learned})

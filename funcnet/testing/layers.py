@@ -361,7 +361,8 @@ def check_layer(
         x: an example input, a tree of tensors with values away from kinks and ties.
         key: for a layer that draws random numbers; default ``fn.key(0)``.
         modes: the values of ``train`` to check.
-        derivative: False for a rule that is meant not to be the derivative.
+        derivative: False for a rule that is meant not to be the derivative. Neither this law nor
+            any other is checked that the layer says it breaks, ``layer.breaks``.
         vmap, meta: False for a layer that cannot.
         jit: whether to compile it too, which takes seconds and a C++ compiler.
         rtol: the greatest relative error of the derivative in float64.
@@ -377,6 +378,7 @@ def check_layer(
     >>> check_layer(fn.serial(fn.linear(3), fn.tanh()), torch.ones(4, 2))
     """
     optional = {"derivative": derivative, "vmap": vmap, "meta": meta, "jit": jit}
+    optional |= dict.fromkeys(layer.breaks, False)
     name = layer.name
     key = random.key(0) if key is None else key
     x = tree.map(torch.Tensor.detach, cast(x, torch.float64))

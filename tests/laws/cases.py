@@ -8,6 +8,7 @@ import cases_norms
 import cases_pooling
 import cases_positions
 import cases_recurrent
+import cases_rules
 import cases_spatial
 import torch
 from cases_losses import LOSSES as LOSSES, WEIGHT as WEIGHT, losses as losses
@@ -113,6 +114,7 @@ LAYERS = {
     **cases_pooling.LAYERS,
     **cases_attention.LAYERS,
     **cases_recurrent.LAYERS,
+    **cases_rules.LAYERS,
 }
 
 COMBINATORS = {

@@ -73,6 +73,8 @@ def test_the_tables_have_every_layer():
         "elementwise",
         "reparametrize",
     }  # of those shown
+    # Rewrites of a model, which is shown as before or with layers of other names.
+    exempt |= {"feedback_alignment", "sign_symmetric", "guided_backprop", "deconvnet"}
     missing = {name for name in public(fn.Layer) - exempt if f"{name}(" not in shown}
     assert not missing
 
@@ -113,7 +115,7 @@ def test_apply_and_pullback_run_under_torch_func(name):
     y, pullback, _ = layer.vjp(params, x, state, key=fn.key(1), train=False)
     floating = [leaf for leaf in fn.tree.leaves(y) if leaf.is_floating_point()]
     flat = [leaf for leaf in fn.tree.leaves((params, x)) if leaf.is_floating_point()]
-    if name in EAGER_ONLY or not flat:
+    if name in EAGER_ONLY or not flat or layer.breaks:
         assert floating
         return
 

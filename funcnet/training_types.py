@@ -1,0 +1,145 @@
+"""The types of what a layer is trained with: losses, optimizers and the state of a run."""
+
+from collections.abc import Callable, Mapping
+from typing import Any, NamedTuple
+
+from torch import Tensor
+
+from funcnet.constructors import Call, Constructed, call_of, function_name
+from funcnet.pullbacks import LossPullback, Tree
+
+Params = Mapping[str, Any]
+"""A nested dict with string keys and tensor leaves. State is one too."""
+
+
+class _LossFunctions(NamedTuple):
+    apply: Callable[[Tree, Tree], Tensor]
+    vjp: Callable[[Tree, Tree], tuple[Tensor, LossPullback]]
+
+
+class Loss(Constructed, _LossFunctions):
+    """Two pure functions, ``(apply, vjp)``, of a prediction and a target.
+
+    The value is a scalar, which one can train on, or has one number per element. ``name`` is what
+    errors call the loss; by default the name of the constructor that defines ``apply``.
+
+    >>> import funcnet as fn
+    >>> value, pullback = fn.mse().vjp(torch.tensor([1.0, 3.0]), torch.tensor([1.0, 1.0]))
+    >>> value, pullback()
+    (tensor(2.), tensor([0., 2.]))
+    """
+
+    apply: Callable[[Tree, Tree], Tensor]
+    """``apply(prediction, target) -> value``."""
+
+    vjp: Callable[[Tree, Tree], tuple[Tensor, LossPullback]]
+    """``vjp(prediction, target) -> (value, pullback)``."""
+
+    name: str
+    """What errors call it."""
+
+    call: Call | None
+    """The call of the constructor that made it, which is its ``repr``, or None."""
+
+    def __new__(
+        cls,
+        apply: Callable[[Tree, Tree], Tensor],
+        vjp: Callable[[Tree, Tree], tuple[Tensor, LossPullback]],
+        name: str | None = None,
+    ) -> "Loss":
+        loss = super().__new__(cls, apply, vjp)
+        loss.name = name or function_name(apply)
+        loss.call = call_of(loss.name)
+        return loss
+
+    not_called = (
+        "a loss is not called, its functions are: "
+        "value = loss.apply(prediction, target), or value, pullback = loss.vjp(...)"
+    )
+
+    def _replace(self, **changes: Any) -> "Loss":
+        loss = Loss(*super()._replace(**changes), name=self.name)
+        loss.call = self.call
+        return loss
+
+
+class _OptimizerFunctions(NamedTuple):
+    init_state: Callable[[Params], Tree]
+    update: Callable[[Tree, Tree, Params], tuple[Tree, Tree]]
+
+
+class Optimizer(Constructed, _OptimizerFunctions):
+    """Two pure functions, ``(init_state, update)``: from gradients to what is added to params.
+
+    ``name`` is what errors, and the state of a `chain`, call the optimizer; by default it is the
+    name of the constructor that defines ``update``. ``update_leaves`` is ``update`` on flattened
+    trees, if the optimizer was lifted from a formula: a chain flattens once for all its transforms.
+    ``loss_scale``, if not None, is ``opt_state -> scale``: the optimizer expects the gradients of
+    the loss times this 0-d tensor, and `train_step` computes those.
+    """
+
+    init_state: Callable[[Params], Tree]
+    """``init_state(params) -> opt_state``."""
+
+    update: Callable[[Tree, Tree, Params], tuple[Tree, Tree]]
+    """``update(grads, opt_state, params) -> (updates, opt_state)``."""
+
+    name: str
+    """What errors, and the state of a `chain`, call it."""
+
+    update_leaves: Callable[..., Any] | None
+    """``update`` on flattened trees, or None."""
+
+    loss_scale: Callable[[Tree], Tensor] | None
+    """``opt_state -> scale``, or None."""
+
+    call: Call | None
+    """The call of the constructor that made it, which is its ``repr``, or None."""
+
+    def __new__(
+        cls,
+        init_state: Callable[[Params], Tree],
+        update: Callable[[Tree, Tree, Params], tuple[Tree, Tree]],
+        name: str | None = None,
+        update_leaves: Callable[..., Any] | None = None,
+        loss_scale: Callable[[Tree], Tensor] | None = None,
+    ) -> "Optimizer":
+        optimizer = super().__new__(cls, init_state, update)
+        optimizer.name, optimizer.update_leaves = name or function_name(update), update_leaves
+        optimizer.loss_scale = loss_scale
+        optimizer.call = call_of(optimizer.name)
+        return optimizer
+
+    not_called = (
+        "an optimizer is not called, its functions are: "
+        "updates, opt_state = optimizer.update(grads, opt_state, params)"
+    )
+
+    def _replace(self, **changes: Any) -> "Optimizer":
+        functions = super()._replace(**changes)
+        optimizer = Optimizer(*functions, self.name, loss_scale=self.loss_scale)
+        optimizer.call = self.call
+        return optimizer
+
+
+class TrainState(NamedTuple):
+    """All that a training run is: restore it, and the run goes on bit for bit.
+
+    ``step`` is a 0-d int64 tensor: the number of steps that were taken. The key of a step is
+    ``fold_in(key, step)``.
+    """
+
+    params: Params
+    """What is learned: a nested dict of tensors."""
+
+    state: Params
+    """What layers keep besides, such as running statistics."""
+
+    opt_state: Tree
+    """What the optimizer keeps."""
+
+    key: Tensor
+    """The key of the run."""
+
+    step: Tensor
+    """How many steps were taken."""
