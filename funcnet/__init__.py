@@ -388,6 +388,9 @@ from funcnet.losses.adaptive_log_softmax import (
 from funcnet.losses.linear_cross_entropy import (
     linear_cross_entropy as linear_cross_entropy,
 )
+from funcnet.observing import (
+    observe as observe,
+)
 from funcnet.optimizers import (
     adadelta as adadelta,
     adafactor as adafactor,

@@ -60,7 +60,9 @@ class Bar:
     def show(self, taken: int, metrics: Mapping[str, Any], *, now: bool = False) -> None:
         if self.bar is None or (time.perf_counter() < self.next and not now):
             return
-        values = {name: torch.as_tensor(value) for name, value in metrics.items()}
+        # Figures of layers, which have their paths, are too many for a bar.
+        short = {name: value for name, value in metrics.items() if "." not in name}
+        values = {name: torch.as_tensor(value) for name, value in short.items()}
         numbers = {name: f"{float(v):.4g}" for name, v in values.items() if v.numel() == 1}
         if numbers:
             self.bar.set_postfix(numbers, refresh=False)

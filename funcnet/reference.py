@@ -95,7 +95,7 @@ PAGES = {
             elementwise parameterless stateless stateful declare Param State combine map_layers
             sum_cotangents wrap pull barrier defers for_dx
             """,
-        "Tables of a model": "summary",
+        "Looking into a model": "summary observe",
         "Further pages": """
             losses optimizers schedules metrics random initializers tree checkpoint interop testing
             """,

@@ -25,6 +25,7 @@ from funcnet.data import leading_extent, on_device, pair
 from funcnet.errors import check_count, require
 from funcnet.finite import detect_nonfinite, require_finite
 from funcnet.metrics.core import Metric, batch_function
+from funcnet.observing import FIGURES, with_figures
 from funcnet.optimizers.lift import step_params
 from funcnet.optimizers.loss_scale import check_outermost
 from funcnet.random import fold_in
@@ -301,6 +302,7 @@ def train_step(
     run = _forward_backward(model, loss, measure, check_finite)
     if micro_batches > 1:
         run = _in_micro_batches(run, micro_batches)
+    run = with_figures(run, model)
     takes_key = model.takes_key
 
     def step(
@@ -366,15 +368,17 @@ def _measures(
         return {name: function(prediction, target) for name, function in functions.items()}
 
     def finish(measured: Measured, in_parts: bool) -> dict[str, Any]:
+        figures = measured.pop(FIGURES, {})
         if in_parts:
             measured = {
                 name: tree.map(_sum if name in sums else _mean, found)
                 for name, found in measured.items()
             }
-        return {
+        values = {
             name: sums[name].value(found) if name in sums else found
             for name, found in measured.items()
         }
+        return {**figures, **values}
 
     return measure, finish
 

@@ -29,7 +29,7 @@ ORDER = [
     {"initializers", "params", "lift"},
     {"combinators"},
     {"layers"},
-    {"losses", "optimizers", "finite", "data", "metrics", "train"},
+    {"losses", "optimizers", "finite", "data", "metrics", "observing", "train"},
     {"transforms"},
     {"backward"},
     {"checkpoint", "evaluation", "interop", "stopping", "summaries", "testing"},
