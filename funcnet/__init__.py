@@ -43,6 +43,9 @@ from funcnet.backward.other_rules import (
     cotangent as cotangent,
     with_rule as with_rule,
 )
+from funcnet.backward.reversible_pairs import (
+    reversible as reversible,
+)
 from funcnet.backward.saliency import (
     deconvnet as deconvnet,
     guided_backprop as guided_backprop,
