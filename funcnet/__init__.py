@@ -28,6 +28,9 @@ from funcnet import (
     testing as testing,
     tree as tree,
 )
+from funcnet.backward.compressed_residuals import (
+    compressed as compressed,
+)
 from funcnet.backward.cotangents import (
     clip_cotangent as clip_cotangent,
     noise_cotangent as noise_cotangent,

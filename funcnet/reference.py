@@ -60,7 +60,7 @@ PAGES = {
             serial parallel branch residual shared repeat stacked experts tie freeze cast lora remat
             checkpointed reparametrize
             """,
-        "Memory of the backward pass": "reversible",
+        "Memory of the backward pass": "reversible compressed",
         "Loss functions": """
             mse mae huber smooth_l1 cross_entropy nll bce bce_with_logits focal kl_div gaussian_nll
             poisson_nll hinge soft_margin margin_ranking multi_margin multilabel_margin

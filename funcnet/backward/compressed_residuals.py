@@ -1,0 +1,239 @@
+"""`compressed`: a model that stores its activations for the backward pass in less memory."""
+
+import threading
+import weakref
+from collections.abc import Callable
+from functools import lru_cache
+from typing import Any, cast
+
+import torch
+from torch import Tensor
+
+from funcnet import tree
+from funcnet.backward.storage import HALVES, Form, Told, check_form, decode, encode
+from funcnet.checks import check_kind
+from funcnet.core import (
+    Applied,
+    Forward,
+    Grads,
+    Key,
+    Layer,
+    Params,
+    Pullback,
+    Tree,
+    around,
+    map_layers,
+    pull,
+)
+from funcnet.errors import locate
+from funcnet.lift import elementwise_rule, stateful
+from funcnet.random import fold_in
+from funcnet.runtime import is_differentiated
+
+Choose = Form | Callable[[str, str, Tensor], Form | None]
+"""A form for all activations, or a function ``(path, name, tensor) -> form``; None leaves it."""
+
+_SMALL = 8
+"""A form for all is not for tensors this many times smaller than the largest of their layer, such
+as the statistics of a norm: they are few, and all values of a row depend on each."""
+
+
+def compressed(model: Layer, choose: Choose = "int8") -> Layer:
+    """The same model, which stores its activations for the backward pass in less memory.
+
+    The forward pass is unchanged. As each layer's ``vjp`` returns, what it keeps is encoded, and
+    it is decoded when the layer's pullback is called, one layer at a time. Parameters and state
+    are kept as they are. A tensor that two layers keep, such as the output of one and the input of
+    the next, is stored once.
+
+    Args:
+        model: any layer. What `remat` and `reversible` compute again is not encoded.
+        choose: a form, or a function ``(path, name, tensor) -> form`` of the dotted path of the
+            layer's params, the name of the residual and its value. The forms:
+
+            - "int8": a byte for each value and a scale for each block of 128. With a key, values
+              are rounded at random to one of the two nearest steps, so that the stored value has
+              the right mean, and so has the gradient of a layer that is linear in it. Without one
+              they are rounded to the nearest.
+            - "bfloat16", "float16": that dtype.
+            - a `torch.device`: moved there, and back.
+            - "bit": one bit for each value, of a boolean tensor, or of what an activation such as
+              `relu` keeps, whose derivative is 0 or 1. Exact. The dtypes and int8 imply it.
+            - None: as it is.
+
+    Params, State: those of the model.
+    VJP:
+        that of the model, at the decoded residuals. So it is not exactly the derivative, but for
+        "bit" and devices. Where torch.func takes a derivative of it, nothing is encoded.
+    Raises:
+        ValueError: int8 of values that are not finite; under `jit` and `vmap`, and on devices that
+            would have to be waited for, the gradients that depend on their blocks are NaN. A form
+            that is not known, or "bit" for what needs more.
+
+    Source: Chakrabarti and Moseley 2019; Chen et al. 2021, ActNN; Liu et al. 2022, GACT.
+
+    >>> import funcnet as fn
+    >>> net = fn.serial(fn.linear(64), fn.layer_norm(), fn.relu(), fn.linear(8))
+    >>> x = fn.random.normal(fn.key(0), (512, 64))
+    >>> params, _ = net.init(fn.key(1), x)
+    >>> def kept(net):
+    ...     _, pullback, _ = net.vjp(params, x, key=fn.key(2))
+    ...     return fn.tree.bytes(pullback) - fn.tree.bytes(params)
+    >>> kept(compressed(net)) < 0.3 * kept(net)
+    True
+    """
+    check_kind("compressed", model, Layer)
+    if not callable(choose):
+        check_form("compressed: choose", choose)
+    call = _Call()
+
+    def one(path: str, layer: Layer) -> Layer:
+        return layer if layer.rebuild is not None else _encoding(layer, path, choose, call)
+
+    inside = map_layers(one, model)
+
+    def apply(params: Params, x: Tree, state: Params, key: Key, train: bool) -> Applied:
+        return model.apply(params, x, state, key=key, train=train)
+
+    def forward(params: Params, x: Tree, state: Params, key: Key, train: bool) -> Forward:
+        before, call.stored = call.stored, {}
+        try:
+            return inside.forward(params, x, state, key, train)
+        finally:
+            call.stored = before
+
+    metadata = around(model, lambda model: compressed(model, choose))
+    return stateful(
+        model.init, forward, apply=apply, name="compressed", **metadata | {"takes_key": True}
+    )
+
+
+class _Call(threading.local):
+    """What was stored in the call of ``vjp`` that is under way; None outside of one.
+
+    By the tensor's id and its form: a weak reference to the tensor, so that it can go, and what is
+    stored of it.
+    """
+
+    stored: dict[tuple[int, Form], tuple[weakref.ref[Tensor], Any]] | None = None
+
+
+def _encoding(layer: Layer, path: str, choose: Choose, call: _Call) -> Layer:
+    """A leaf layer that encodes its residuals while a call is under way."""
+
+    def apply(params: Params, x: Tree, state: Params, key: Key, train: bool) -> Applied:
+        own_key = key if layer.takes_key else None
+        return layer.apply(params, x, state, key=own_key, train=train)
+
+    def forward(params: Params, x: Tree, state: Params, key: Key, train: bool) -> Forward:
+        own_key = key if layer.takes_key else None
+        y, pullback, new_state = layer.forward(params, x, state, own_key, train)
+        if call.stored is not None and not is_differentiated(*tree.leaves((pullback, params, x))):
+            kept = {id(leaf) for leaf in tree.leaves((params, state, key))}
+            try:
+                pullback = _stored(pullback, kept, path, choose, key, call.stored)
+            except ValueError as error:
+                locate(error, f"{layer.name}:")
+                raise
+        return y, pullback, new_state
+
+    return stateful(layer.init, forward, apply=apply, name=layer.name, takes_key=True)
+
+
+def _stored(
+    pullback: Pullback, kept: set[int], path: str, choose: Choose, key: Key, stored: Any
+) -> Pullback:
+    """The pullback with its residuals encoded, but for those whose ids are in ``kept``."""
+    residuals = dict(pullback.residuals)
+    names, leaves = tree.paths(residuals), tree.leaves(residuals)
+    largest = max([leaf.numel() for leaf in leaves if id(leaf) not in kept], default=0)
+    needs_a_bit = _needs_a_bit(pullback)
+
+    def form_of(name: str, leaf: Tensor) -> Form | None:
+        if id(leaf) in kept or not leaf.numel():
+            return None
+        if callable(choose):
+            form = choose(path, name, leaf)
+        else:
+            form = choose if leaf.numel() * _SMALL > largest else None
+        if form is None or isinstance(form, torch.device):
+            return form
+        check_form(f"choose({path!r}, {name!r}, ...)", form)
+        if leaf.dtype == torch.bool or (needs_a_bit and leaf.is_floating_point()):
+            return "bit"
+        if form == "bit":
+            if callable(choose):
+                what = "a boolean tensor, or what an activation keeps whose derivative is 0 or 1"
+                raise ValueError(f"'bit' is for {what}, got {name!r}, {tree.describe(leaf)}")
+            return None
+        narrower = HALVES.get(form, torch.int8).itemsize < leaf.dtype.itemsize
+        return form if leaf.is_floating_point() and narrower else None
+
+    forms = [form_of(name, leaf) for name, leaf in zip(names, leaves, strict=True)]
+    if needs_a_bit and forms == ["bit"]:
+        derivative, *options = pullback.static
+        mask = cast(Any, derivative)(*leaves, *options)
+        pullback = Pullback(masked_rule, {"mask": mask})
+        residuals, names, leaves = {"mask": mask}, ["mask"], [mask]
+    if not any(forms):
+        return pullback
+    made, told = [], []
+    for name, leaf, form in zip(names, leaves, forms, strict=True):
+        kept_as, its = (leaf, None) if form is None else _once(leaf, form, name, key, stored)
+        made.append(kept_as)
+        told.append(its)
+    treedef: Any = tree.flatten(residuals)[1]
+    static = (pullback.rule, pullback.static, tuple(told))
+    return Pullback(compressed_rule, treedef.unflatten(made), (treedef, *static))
+
+
+def _once(leaf: Tensor, form: Form, name: str, key: Key, stored: Any) -> tuple[Any, Told]:
+    """The encoded tensor; the same one for a tensor that was encoded so in this call."""
+    found = stored.get((id(leaf), form))
+    if found is None or found[0]() is not leaf:
+        own_key = None if key is None or form != "int8" else fold_in(key, f"stored {name}")
+        try:
+            found = weakref.ref(leaf), encode(leaf, form, own_key)
+        except ValueError as error:
+            locate(error, f"{name!r}:")
+            raise
+        stored[id(leaf), form] = found
+    return found[1]
+
+
+def _needs_a_bit(pullback: Pullback) -> bool:
+    """Whether it is that of an activation whose derivative is 0 or 1."""
+    return pullback.rule is elementwise_rule and _is_boolean(*pullback.static)
+
+
+@lru_cache(maxsize=256)
+def _is_boolean(derivative: Callable[..., Tensor], *options: Any) -> bool:
+    return derivative(torch.zeros(0), *options).dtype == torch.bool
+
+
+def masked_rule(residuals: Any, dy: Tensor, *, params: bool, x: bool) -> Grads:
+    """``dx = dy [mask]``."""
+    dx = torch.where(residuals["mask"], dy, 0.0) if x else None
+    return ({} if params else None), dx
+
+
+def compressed_rule(
+    residuals: Any,
+    dy: Tree,
+    treedef: Any,
+    rule: Any,
+    static: Any,
+    told: tuple[Told | None, ...],
+    *,
+    params: bool,
+    x: bool,
+) -> Grads:
+    """Decode the residuals, then the layer's own rule."""
+    inside = {"": Pullback(rule, _decoded(residuals, treedef, told), static)}
+    return pull(inside, "", dy, params=params, x=x)
+
+
+def _decoded(residuals: Any, treedef: Any, told: tuple[Told | None, ...]) -> Any:
+    stored = treedef.flatten_up_to(residuals)
+    pairs = zip(stored, told, strict=True)
+    return treedef.unflatten([one if its is None else decode(one, its) for one, its in pairs])
