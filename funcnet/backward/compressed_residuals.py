@@ -2,7 +2,7 @@
 
 import threading
 import weakref
-from collections.abc import Callable
+from collections.abc import Callable, Hashable
 from functools import lru_cache
 from typing import Any, cast
 
@@ -25,8 +25,9 @@ from funcnet.core import (
     map_layers,
     pull,
 )
-from funcnet.errors import locate
-from funcnet.lift import elementwise_rule, stateful
+from funcnet.deferred import DEFER, defers, term
+from funcnet.errors import locate, require
+from funcnet.lift import elementwise_rule, stateful, with_forward
 from funcnet.random import fold_in
 from funcnet.runtime import is_differentiated
 
@@ -108,22 +109,23 @@ def compressed(model: Layer, choose: Choose = "int8") -> Layer:
     )
 
 
+_Stored = dict[tuple[int, Form], tuple[weakref.ref[Tensor], tuple[dict[str, Tensor], Told]]]
+"""What was stored in a call of ``vjp``, by the tensor's id and its form.
+
+A weak reference to the tensor, so that it can go, and what `encode` gave."""
+
+_Encoded = tuple[str, Any, tuple[Told | None, ...]]
+"""The name of a residual, its structure, and what `decode` is told of each of its tensors."""
+
+
 class _Call(threading.local):
-    """What was stored in the call of ``vjp`` that is under way; None outside of one.
+    """What was stored in the call of ``vjp`` that is under way; None outside of one."""
 
-    By the tensor's id and its form: a weak reference to the tensor, so that it can go, and what is
-    stored of it.
-    """
-
-    stored: dict[tuple[int, Form], tuple[weakref.ref[Tensor], Any]] | None = None
+    stored: _Stored | None = None
 
 
 def _encoding(layer: Layer, path: str, choose: Choose, call: _Call) -> Layer:
     """A leaf layer that encodes its residuals while a call is under way."""
-
-    def apply(params: Params, x: Tree, state: Params, key: Key, train: bool) -> Applied:
-        own_key = key if layer.takes_key else None
-        return layer.apply(params, x, state, key=own_key, train=train)
 
     def forward(params: Params, x: Tree, state: Params, key: Key, train: bool) -> Forward:
         own_key = key if layer.takes_key else None
@@ -131,64 +133,77 @@ def _encoding(layer: Layer, path: str, choose: Choose, call: _Call) -> Layer:
         if call.stored is not None and not is_differentiated(*tree.leaves((pullback, params, x))):
             kept = {id(leaf) for leaf in tree.leaves((params, state, key))}
             try:
-                pullback = _stored(pullback, kept, path, choose, key, call.stored)
+                pullback = _encoded(pullback, kept, path, choose, key, call.stored)
             except ValueError as error:
                 locate(error, f"{layer.name}:")
                 raise
         return y, pullback, new_state
 
-    return stateful(layer.init, forward, apply=apply, name=layer.name, takes_key=True)
+    made = with_forward(layer, forward)
+    made.takes_key = True  # to round at random
+    return made
 
 
-def _stored(
-    pullback: Pullback, kept: set[int], path: str, choose: Choose, key: Key, stored: Any
+def _encoded(
+    pullback: Pullback, kept: set[int], path: str, choose: Choose, key: Key, stored: _Stored
 ) -> Pullback:
     """The pullback with its residuals encoded, but for those whose ids are in ``kept``."""
-    residuals = dict(pullback.residuals)
-    names, leaves = tree.paths(residuals), tree.leaves(residuals)
+    names, leaves = tree.paths(pullback.residuals), tree.leaves(pullback.residuals)
     largest = max([leaf.numel() for leaf in leaves if id(leaf) not in kept], default=0)
-    needs_a_bit = _needs_a_bit(pullback)
-
-    def form_of(name: str, leaf: Tensor) -> Form | None:
-        if id(leaf) in kept or not leaf.numel():
-            return None
-        if callable(choose):
-            form = choose(path, name, leaf)
-        else:
-            form = choose if leaf.numel() * _SMALL > largest else None
-        if form is None or isinstance(form, torch.device):
-            return form
-        check_form(f"choose({path!r}, {name!r}, ...)", form)
-        if leaf.dtype == torch.bool or (needs_a_bit and leaf.is_floating_point()):
-            return "bit"
-        if form == "bit":
-            if callable(choose):
-                what = "a boolean tensor, or what an activation keeps whose derivative is 0 or 1"
-                raise ValueError(f"'bit' is for {what}, got {name!r}, {tree.describe(leaf)}")
-            return None
-        narrower = HALVES.get(form, torch.int8).itemsize < leaf.dtype.itemsize
-        return form if leaf.is_floating_point() and narrower else None
-
-    forms = [form_of(name, leaf) for name, leaf in zip(names, leaves, strict=True)]
-    if needs_a_bit and forms == ["bit"]:
-        derivative, *options = pullback.static
-        mask = cast(Any, derivative)(*leaves, *options)
-        pullback = Pullback(masked_rule, {"mask": mask})
-        residuals, names, leaves = {"mask": mask}, ["mask"], [mask]
-    if not any(forms):
+    is_mask = _needs_a_bit(pullback)
+    forms = [
+        None if id(leaf) in kept else _form_of(path, name, leaf, choose, largest, is_mask)
+        for name, leaf in zip(names, leaves, strict=True)
+    ]
+    if is_mask and forms == ["bit"]:
+        derivative, *options = cast(Any, pullback.static)
+        leaves = [derivative(*leaves, *options)]
+        pullback = Pullback(masked_rule, {"mask": leaves[0]})
+    form, name_of = iter(forms), iter(names)
+    residuals: dict[str, Any] = {}
+    encoded: list[_Encoded] = []
+    for name, residual in sorted(pullback.residuals.items()):  # the order of the leaves
+        parts, treedef = tree.flatten(residual)
+        made = [_once(part, next(form), next(name_of), key, stored) for part in parts]
+        residuals[name] = treedef.unflatten([each for each, _ in made])
+        told = tuple([told for _, told in made])
+        if any(told):
+            encoded.append((name, treedef, told))
+    if not encoded:
         return pullback
-    made, told = [], []
-    for name, leaf, form in zip(names, leaves, forms, strict=True):
-        kept_as, its = (leaf, None) if form is None else _once(leaf, form, name, key, stored)
-        made.append(kept_as)
-        told.append(its)
-    treedef: Any = tree.flatten(residuals)[1]
-    static = (pullback.rule, pullback.static, tuple(told))
-    return Pullback(compressed_rule, treedef.unflatten(made), (treedef, *static))
+    return Pullback(compressed_rule, residuals, (pullback.rule, pullback.static, tuple(encoded)))
 
 
-def _once(leaf: Tensor, form: Form, name: str, key: Key, stored: Any) -> tuple[Any, Told]:
+def _form_of(
+    path: str, name: str, leaf: Tensor, choose: Choose, largest: int, is_mask: bool
+) -> Form | None:
+    """The form of a residual; ``is_mask`` if only one bit of it is read."""
+    if not leaf.numel():
+        return None
+    if callable(choose):
+        form = choose(path, name, leaf)
+    else:
+        form = choose if leaf.numel() * _SMALL > largest else None
+    if form is None or isinstance(form, torch.device):
+        return form
+    check_form(f"choose({path!r}, {name!r}, ...)", form)
+    if leaf.dtype == torch.bool or is_mask:
+        return "bit"
+    if form == "bit":
+        what = "a boolean tensor, or what an activation keeps whose derivative is 0 or 1"
+        wrong = f"'bit' is for {what}, got {name!r}, {tree.describe(leaf)}"
+        require(not callable(choose), wrong)
+        return None
+    narrower = HALVES.get(form, torch.int8).itemsize < leaf.dtype.itemsize
+    return form if leaf.is_floating_point() and narrower else None
+
+
+def _once(
+    leaf: Tensor, form: Form | None, name: str, key: Key, stored: _Stored
+) -> tuple[Any, Told | None]:
     """The encoded tensor; the same one for a tensor that was encoded so in this call."""
+    if form is None:
+        return leaf, None
     found = stored.get((id(leaf), form))
     if found is None or found[0]() is not leaf:
         own_key = None if key is None or form != "int8" else fold_in(key, f"stored {name}")
@@ -217,23 +232,31 @@ def masked_rule(residuals: Any, dy: Tensor, *, params: bool, x: bool) -> Grads:
     return ({} if params else None), dx
 
 
+@defers
 def compressed_rule(
     residuals: Any,
     dy: Tree,
-    treedef: Any,
     rule: Any,
-    static: Any,
-    told: tuple[Told | None, ...],
+    static: tuple[Hashable, ...],
+    encoded: tuple[_Encoded, ...],
     *,
-    params: bool,
+    params: Any,
     x: bool,
 ) -> Grads:
-    """Decode the residuals, then the layer's own rule."""
-    inside = {"": Pullback(rule, _decoded(residuals, treedef, told), static)}
-    return pull(inside, "", dy, params=params, x=x)
+    """Decode the residuals, then the layer's own rule. A deferred gradient keeps them encoded."""
+    deferred = None
+    if params is DEFER:
 
+        def make(rule: Any, residuals: Any, static: Any) -> Pullback:
+            return Pullback(compressed_rule, residuals, (rule, static, encoded))
 
-def _decoded(residuals: Any, treedef: Any, told: tuple[Told | None, ...]) -> Any:
-    stored = treedef.flatten_up_to(residuals)
-    pairs = zip(stored, told, strict=True)
-    return treedef.unflatten([one if its is None else decode(one, its) for one, its in pairs])
+        deferred, params = term(make, rule, residuals, static, dy), False
+        if not x:
+            return deferred, None
+    for name, treedef, told in encoded:
+        if name in residuals:  # a deferred gradient has not all
+            parts = zip(treedef.flatten_up_to(residuals[name]), told, strict=True)
+            decoded = [one if its is None else decode(one, its) for one, its in parts]
+            residuals[name] = treedef.unflatten(decoded)
+    dparams, dx = pull({"": Pullback(rule, residuals, static)}, "", dy, params=params, x=x)
+    return (dparams if deferred is None else deferred), dx

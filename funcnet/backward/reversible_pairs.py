@@ -8,9 +8,8 @@ from torch import Tensor
 
 from funcnet import tree
 from funcnet.checks import check_kind
-from funcnet.combinators.combine import Pull, Run, combine, combine_rule
+from funcnet.combinators.combine import OWN, Pull, Run, combine, combine_rule
 from funcnet.combinators.entries import parts_of
-from funcnet.compiler import loops
 from funcnet.core import (
     Applied,
     Forward,
@@ -19,6 +18,7 @@ from funcnet.core import (
     Params,
     Pullback,
     Tree,
+    barrier,
     sum_cotangents,
 )
 from funcnet.errors import require
@@ -27,7 +27,6 @@ from funcnet.lift import stateful
 Pair = tuple[Layer, Layer]
 
 _OUTPUT = ".y"
-_OWN = ".residuals"
 
 
 def reversible(*pairs: Pair, dim: int | None = None, **named: Pair) -> Layer:
@@ -114,7 +113,7 @@ def _reversible(children: Mapping[str, Layer], dim: int | None) -> Layer:
         if key is not None and plain.takes_key:
             own["key"] = {"": key}
         told = ("reversible", names, tuple(own["params"]), dim, layers, train)
-        kept = {_OUTPUT: y, _OWN: own}
+        kept = {_OUTPUT: y, OWN: own}
         return y, Pullback(combine_rule, kept, (reversible_backward, *told)), new_state
 
     return stateful(
@@ -158,7 +157,7 @@ def reversible_backward(
     for index in range(len(pairs) - 1, -1, -1):
         f, g = pairs[index]
         own = {what: _of(pairs[index], parts) for what, parts in residuals.items()}
-        own, y1, y2, dy1, dy2 = _barrier((own, y1, y2, dy1, dy2))
+        own, y1, y2, dy1, dy2 = barrier((own, y1, y2, dy1, dy2))
         key = own["key"][""] if "key" in own else None
         run = Run(pull.parent, children, own["params"], own["state"], key, train, pull.pullbacks)
         y2 = tree.map(torch.sub, y2, run(g, y1))
@@ -167,12 +166,6 @@ def reversible_backward(
         needed = pull.x or index > 0
         dy2 = sum_cotangents(dy2, pull(f, dy1, needed=needed))
     return _whole(dy1, dy2, dim) if pull.x else None
-
-
-def _barrier(values: Tree) -> Tree:
-    """The compiler may compute none of these before this point."""
-    leaves, treedef = tree.flatten(values)
-    return treedef.unflatten(loops.barrier(leaves))
 
 
 def _of(pair: tuple[str, str], parts: Mapping[str, Any]) -> dict[str, Any]:

@@ -124,7 +124,7 @@ def _round(rows: Tensor, noise: Tensor | None) -> tuple[Tensor, Tensor]:
     else:
         # floor(step + u), with u = (noise + 2**15 + 1/2) / 2**16 between 0 and 1.
         steps = torch.add(steps, noise, alpha=2.0**-16).add_(0.5 + 2.0**-17).floor_()
-    values = steps.clamp_(-127, 127).to(torch.int8)
+    values = steps.clamp(-127, 127).to(torch.int8)
     scale = largest.clamp_min(_TINY) / 127
     return values, torch.where(largest.isfinite(), scale, torch.nan)
 

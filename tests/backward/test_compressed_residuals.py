@@ -144,7 +144,9 @@ def test_choose_sees_each_residual_and_decides():
 
 COMBINATIONS = {
     "remat": lambda block: fn.serial(fn.remat(block), block),
-    "residual": lambda block: fn.serial(fn.residual(block), fn.shared(block, 2)),
+    "residual": lambda block: fn.serial(
+        fn.residual(block), fn.fan_out(2), fn.shared(block), fn.add()
+    ),
     "repeat": lambda block: fn.repeat(block, 3),
     "reversible": lambda block: fn.reversible((block, block), dim=0),
     "tie": lambda block: fn.tie(fn.serial(block, block), {"1.0.weight": "0.0.weight"}),
@@ -163,7 +165,7 @@ def test_it_works_around_combinators(name):
     for form, error in (("int8", 0.02), ("bit", 1e-6)):
         y2, pullback2, _ = fn.compressed(plain, form).vjp(params, X, state, key=fn.key(2))
         assert torch.equal(y, y2)
-        assert relative_error(pullback2(y), pullback(y)) < (1e-6 if name == "none" else error)
+        assert relative_error(pullback2(y), pullback(y)) < error
 
 
 def test_a_training_step_is_the_same_eager_jitted_vmapped_and_scanned():
@@ -245,7 +247,7 @@ def test_int8_of_any_shape_and_dtype(shape, dtype, key):
     again = decode(stored, told)
     assert (again.shape, again.dtype) == (x.shape, dtype)
     assert (again - x).abs().max() <= x.abs().max() * (0.013 if dtype == torch.bfloat16 else 0.008)
-    assert sum([each.nbytes for each in stored.values()]) <= x.numel() + 160
+    assert sum([each.nbytes for each in stored.values()]) <= x.numel() + 128 + 64
     member = {name: each[0] for name, each in fn.vmap(lambda x: encode(x, "int8", key)[0])(
         torch.stack([x, x])).items()}  # fmt: skip
     assert all([torch.equal(member[name], stored[name]) for name in stored])
@@ -313,6 +315,21 @@ def test_second_derivatives_are_those_of_the_model():
         return torch.func.grad(norm)(params)
 
     assert relative_error(penalty(fn.compressed(layers)), penalty(layers)) < 1e-6
+
+
+def test_a_deferred_gradient_keeps_what_is_stored():
+    layers = fn.serial(fn.linear(32), fn.relu(), fn.linear(32, bias=False), fn.layer_norm())
+    params, _ = layers.init(fn.key(1), X)
+    _, pullback, _ = fn.compressed(layers).vjp(params, X, key=fn.key(2))
+    expected = pullback(X)
+    deferred, dx = fn.defer(pullback)(X)
+    assert torch.equal(dx, expected[1])
+    assert relative_error(fn.gradients(deferred), expected[0]) == 0
+    assert fn.defer(pullback)(X, x=False)[1] is None
+    found = {id(leaf) for leaf in fn.tree.leaves(deferred)}
+    assert not found & {id(params[name]["weight"]) for name in ("0", "2")}
+    stored = [leaf for leaf in fn.tree.leaves(deferred) if leaf.dtype == torch.int8]
+    assert sum([leaf.numel() for leaf in stored]) == 3 * X.numel()
 
 
 def test_calls_of_several_threads_do_not_meet():

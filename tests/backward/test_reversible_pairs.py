@@ -88,6 +88,14 @@ def test_it_is_plain_pairs_dropout_and_running_statistics_too(halves, train):
     assert_close(pullback(X, **want), found, rtol=0, atol=0)
 
 
+def test_its_gradients_can_be_deferred():
+    net = fn.reversible(*[(block(), fn.batch_norm())] * 3)
+    params, state = net.init(fn.key(0), X)
+    _, pullback, _ = net.vjp(params, X, state, key=fn.key(5))
+    deferred, dx = fn.defer(pullback)(X)
+    assert_close((fn.gradients(deferred), dx), pullback(X), rtol=0, atol=0)
+
+
 def test_params_have_the_paths_of_the_pairs():
     net = fn.reversible((fn.linear(8), fn.tanh()), (fn.tanh(), fn.linear(8, bias=False)))
     params, _ = net.init(fn.key(0), X)

@@ -183,6 +183,15 @@ COMBINATORS = {
         fn.checkpointed(fn.serial(fn.linear(4), fn.tanh(), fn.dropout(0.2), fn.linear(2)), 3),
         ROWS,
     ),
+    "reversible": (
+        fn.reversible(*[(fn.linear(6), fn.serial(fn.tanh(), fn.dropout(0.2)))] * 2),
+        PAIR,
+    ),
+    "reversible halves": (fn.reversible((fn.linear(3), fn.batch_norm()), dim=1), ROWS),
+    "compressed by bits": (
+        fn.compressed(fn.serial(fn.linear(4), fn.relu(), fn.dropout(0.2), fn.tanh()), "bit"),
+        ROWS,
+    ),
     "repeat": (
         fn.repeat(fn.serial(fn.linear(6), fn.batch_norm(), fn.tanh(), fn.dropout(0.2)), 3),
         ROWS,
