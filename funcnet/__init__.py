@@ -42,6 +42,10 @@ from funcnet.backward.feedback import (
     feedback_alignment as feedback_alignment,
     sign_symmetric as sign_symmetric,
 )
+from funcnet.backward.implicit import (
+    fixed_point as fixed_point,
+    solver_figures as solver_figures,
+)
 from funcnet.backward.other_rules import (
     cotangent as cotangent,
     with_rule as with_rule,

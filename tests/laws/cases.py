@@ -3,6 +3,7 @@
 import cases_activations
 import cases_attention
 import cases_heads
+import cases_implicit
 import cases_noise
 import cases_norms
 import cases_pooling
@@ -246,6 +247,7 @@ COMBINATORS = {
         fn.serial(fn.spectral_norm(fn.serial(fn.linear(3), fn.batch_norm()), "1.weight")),
         ROWS,
     ),
+    **cases_implicit.COMBINATORS,
     "detect_nonfinite": (fn.detect_nonfinite(fn.serial(fn.linear(3), fn.tanh())), ROWS),
 }
 # Its values are read, which vmap cannot.

@@ -14,8 +14,9 @@ from torch.utils._python_dispatch import TorchDispatchMode
 import funcnet as fn
 
 THERE = torch.device("cuda:0")
-# detect_nonfinite is there to read values; the kernel of fractional_max_pool3d takes no fakes.
-APART = ("detect_nonfinite", "fractional_max_pool3d")
+# detect_nonfinite is there to read values, and loops that end when they have converged read whether
+# they have; the kernel of fractional_max_pool3d takes no fakes.
+APART = ("detect_nonfinite", "fixed_point", "fractional_max_pool3d")
 NETS = {name: case for name, case in (LAYERS | COMBINATORS).items() if not name.startswith(APART)}
 
 
