@@ -42,9 +42,15 @@ from funcnet.backward.feedback import (
     feedback_alignment as feedback_alignment,
     sign_symmetric as sign_symmetric,
 )
+from funcnet.backward.figures import (
+    solver_figures as solver_figures,
+)
 from funcnet.backward.implicit import (
     fixed_point as fixed_point,
     solver_figures as solver_figures,
+)
+from funcnet.backward.ode import (
+    neural_ode as neural_ode,
 )
 from funcnet.backward.other_rules import (
     cotangent as cotangent,

@@ -86,7 +86,7 @@ PAGES = {
             """,
         "Saving and loading": "save load",
         "Transformations": "jit vmap",
-        "Layers that solve equations": "fixed_point solver_figures",
+        "Layers that solve equations": "fixed_point neural_ode solver_figures",
         "Control flow": "scan fori while_loop cond switch",
         "Parts of a tensor": """
             dynamic_slice dynamic_slice_in_dim dynamic_update_slice dynamic_update_slice_in_dim

@@ -203,32 +203,6 @@ def fixed_point_rule(
     return dparams, both[0] if x else None
 
 
-def solver_figures(state: Params) -> dict[str, Tensor]:
-    """What the solvers in a model say of their last call, by path: for the metrics of a step.
-
-    Of each `fixed_point` the ``iterations``, the relative ``residual`` and whether it has
-    ``converged``.
-
-    Args:
-        state: of the model, such as ``train_state.state``.
-
-    >>> import funcnet as fn
-    >>> f = fn.serial(fn.parallel(fn.identity(), fn.linear(3, bias=False)), fn.add(), fn.tanh())
-    >>> net, x = fn.serial(fn.linear(3), fixed_point(f, tol=1e-3)), torch.ones(4, 2)
-    >>> step = fn.train_step(net, fn.mse(), fn.sgd(0.1))
-    >>> def told(train_state, batch):
-    ...     train_state, metrics = step(train_state, batch)
-    ...     return train_state, {**metrics, **solver_figures(train_state.state)}
-    >>> train_state = fn.init_train_state(net, fn.sgd(0.1), fn.key(0), x)
-    >>> train_state, metrics = told(train_state, (x, torch.zeros(4, 3)))
-    >>> sorted(metrics), bool(metrics["1.fixed_point.converged"])
-    (['1.fixed_point.converged', '1.fixed_point.iterations', '1.fixed_point.residual', 'loss'],
-     True)
-    """
-    leaves = tree.to_dotted(state).items()
-    return {path: leaf for path, leaf in leaves if path.split(".")[-2:-1] == [_NAME]}
-
-
 def _check(prefix: str, solver: Solver) -> None:
     tol, damping = solver.tol, solver.damping
     require(tol > 0, f"{_NAME}: {prefix}tol must be above 0, got {tol!r}")

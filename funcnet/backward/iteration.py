@@ -7,10 +7,9 @@ import torch
 from torch import Tensor
 
 from funcnet import tree
+from funcnet.backward.buffers import written
 from funcnet.control_flow import while_loop
 from funcnet.core import Tree
-from funcnet.indexing import dynamic_update_slice_in_dim
-from funcnet.runtime import is_transformed
 
 Evaluate = Callable[[Tree], tuple[Tree, Tree]]
 """``z -> (g(z), what else an evaluation gives)``."""
@@ -135,15 +134,8 @@ def _with_step(past: Any, before: Tree, after: Tree, number: Tensor, solver: Sol
         residual = change - moved
         step = change if solver.damping == 1.0 else moved + solver.damping * residual
         for name, row in (("residual", residual), ("step", step)):
-            made[name].append(_written(past[name][index], row, place))
+            made[name].append(written(past[name][index], row, place))
     return made
-
-
-def _written(rows: Tensor, row: Tensor, place: Tensor) -> Tensor:
-    """The rows with one replaced: in their own memory, where no transformation is at work."""
-    if is_transformed(rows, row):
-        return dynamic_update_slice_in_dim(rows, row[None], place)
-    return rows.index_copy_(0, place[None], row[None])
 
 
 def _pairs(a: Tree, b: Tree) -> Any:

@@ -20,6 +20,11 @@ def wide(x):
 # As exact as float64 allows, so that the derivative is that of the fixed point.
 EXACT = {"tol": 1e-14, "max_iter": 300}
 
+FIELD = fn.serial(fn.linear(4), fn.tanh(), fn.linear(6))
+NOISY = fn.serial(fn.linear(6), fn.batch_norm(), fn.dropout(0.2), fn.tanh())
+# Its derivative takes the sizes of the steps for constants, which is right to the tolerance.
+FINE = {"method": "dopri5", "rtol": 1e-7, "atol": 1e-8}
+
 COMBINATORS = {
     "fixed_point": (fn.fixed_point(cell(), **EXACT), ROWS),
     "fixed_point plain": (
@@ -39,6 +44,17 @@ COMBINATORS = {
                 **EXACT,
             ),
         ),
+        ROWS,
+    ),
+    "neural_ode": (fn.neural_ode(FIELD, (0.0, 1.0), 3), ROWS),
+    "neural_ode euler": (fn.neural_ode(NOISY, (0.0, 1.0), 3, "euler"), ROWS),
+    "neural_ode at times": (
+        fn.neural_ode(NOISY, torch.tensor([0.0, 0.5, 2.0]), 4, "midpoint", keep=2),
+        ROWS,
+    ),
+    "neural_ode dopri5": (fn.neural_ode(FIELD, (0.0, 1.0), 50, **FINE), ROWS),
+    "neural_ode dopri5 at times": (
+        fn.neural_ode(fn.serial(FIELD, fn.dropout(0.2)), torch.tensor([0.0, 0.5, 1.0]), 50, **FINE),
         ROWS,
     ),
 }

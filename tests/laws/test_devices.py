@@ -16,7 +16,7 @@ import funcnet as fn
 THERE = torch.device("cuda:0")
 # detect_nonfinite is there to read values, and loops that end when they have converged read whether
 # they have; the kernel of fractional_max_pool3d takes no fakes.
-APART = ("detect_nonfinite", "fixed_point", "fractional_max_pool3d")
+APART = ("detect_nonfinite", "fixed_point", "neural_ode dopri5", "fractional_max_pool3d")
 NETS = {name: case for name, case in (LAYERS | COMBINATORS).items() if not name.startswith(APART)}
 
 
