@@ -216,7 +216,7 @@ class Compiled:
                 with _of_known_torch():
                     plan = Plan(program, inputs, self.reused, self.passed, self.threads, kernels)
             except NoKernelError as missing:
-                mark_alike(graph, missing.nodes)
+                mark_alike(graph, missing)
             else:
                 return program, plan
 

@@ -13,6 +13,7 @@ from funcnet.compiler.nodes import (
     Graph,
     Node,
     graph_break,
+    is_called,
     is_free,
     mark_called,
     signature,
@@ -30,10 +31,16 @@ def mark_missing(graph: Graph) -> None:
             mark_called(node)
 
 
-def mark_alike(graph: Graph, found: Sequence[Node]) -> None:
-    """Have a program call these operators, and others that are like them."""
-    targets = {node.target for node in found}
-    alike = {signature(node) for node in found}
+def mark_alike(graph: Graph, missing: NoKernelError) -> None:
+    """Have a program call operators without a kernel, and others that are like them.
+
+    Raises:
+        NoKernelError: they are called already, so that the cause is another.
+    """
+    if all([is_called(node) for node in missing.nodes]):
+        raise missing
+    targets = {node.target for node in missing.nodes}
+    alike = {signature(node) for node in missing.nodes}
     for node in graph.nodes:
         if node.target in targets and signature(node) in alike:
             mark_called(node)

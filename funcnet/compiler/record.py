@@ -37,6 +37,7 @@ from funcnet.compiler.small_convolutions import make_products
 from funcnet.compiler.specs import InputSpec, spec_of
 from funcnet.compiler.tracebacks import quiet
 from funcnet.compiler.user_code import Line, Rerecorded
+from funcnet.compiler.zeros import fold_zeros
 
 aten = torch.ops.aten
 
@@ -157,6 +158,7 @@ def record(
                 for node in module.graph.nodes:
                     node.target = (_COPIES | ANY_LAYOUT).get(node.target, node.target)
                 module = _recorded_again(module)
+            fold_zeros(module.graph)
     _drop_unused(module.graph)
     del examples
     guard.made.let_go(name)
