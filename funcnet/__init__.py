@@ -45,6 +45,10 @@ from funcnet.backward.feedback import (
 from funcnet.backward.figures import (
     solver_figures as solver_figures,
 )
+from funcnet.backward.higher import (
+    hvp as hvp,
+    jvp as jvp,
+)
 from funcnet.backward.implicit import (
     fixed_point as fixed_point,
     solver_figures as solver_figures,

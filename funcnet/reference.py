@@ -84,6 +84,7 @@ PAGES = {
             with_rule cotangent reverse_gradient stop_gradient clip_cotangent noise_cotangent
             straight_through feedback_alignment sign_symmetric guided_backprop deconvnet
             """,
+        "Higher derivatives": "jvp hvp",
         "Saving and loading": "save load",
         "Transformations": "jit vmap",
         "Layers that solve equations": "fixed_point neural_ode solver_figures",

@@ -2,7 +2,6 @@
 
 import pytest
 import torch
-from cases import LAYERS
 
 import funcnet as fn
 
@@ -134,31 +133,3 @@ def test_huber_has_a_second_derivative_in_forward_mode():
 
     _, second = torch.func.jvp(gradient, (TARGET + 0.5,), (torch.ones_like(TARGET),))
     torch.testing.assert_close(second, torch.ones_like(TARGET))
-
-
-SECOND = [
-    name for name, (_, x) in LAYERS.items() if isinstance(x, torch.Tensor) and x.is_floating_point()
-]
-
-
-@pytest.mark.parametrize("train", [True, False])
-@pytest.mark.parametrize("name", SECOND)
-def test_a_pullback_has_a_derivative_by_x_and_params(name, train):
-    layer, x = LAYERS[name]
-    params, state = layer.init(fn.key(0), x)
-    params = fn.tree.map(lambda leaf: leaf.double() + 0.1, params)
-    state = fn.tree.map(lambda leaf: leaf.double() if leaf.is_floating_point() else leaf, state)
-    y, _, _ = layer.vjp(params, x, state, key=fn.key(1), train=train)
-    dy = fn.tree.map(lambda leaf: torch.sin(3 * leaf) if leaf.is_floating_point() else None, y)
-    direction = fn.tree.map(
-        lambda leaf: fn.random.normal(fn.key(3), leaf.shape, DOUBLE), (params, x)
-    )
-
-    def total(step):
-        moved = fn.tree.map(lambda leaf, move: leaf + step * move, (params, x), direction)
-        _, pullback, _ = layer.vjp(moved[0], moved[1], state, key=fn.key(1), train=train)
-        return sum(grad.sin().sum() for grad in fn.tree.leaves(pullback(dy)))
-
-    zero = torch.zeros((), dtype=DOUBLE)
-    expected = (total(zero + 1e-6) - total(zero - 1e-6)) / 2e-6
-    torch.testing.assert_close(torch.func.grad(total)(zero), expected, rtol=1e-5, atol=1e-6)

@@ -31,6 +31,11 @@ def fold_zeros(graph: Graph) -> None:
         _make_constant(graph, node)
 
 
+_MADE = {
+    aten._efficientzerotensor.default,
+    # Memory for a tangent that lies otherwise than its value, into which it is copied.
+    aten._new_zeros_with_same_feature_meta.default,
+}
 _PRODUCTS = {aten.mul.Tensor, aten.mm.default, aten.bmm.default, aten.convolution.default}
 _LINEAR = {aten.neg.default, aten.clone.default, aten._to_copy.default}
 _SUMS = {aten.add.Tensor, aten.sub.Tensor}
@@ -41,7 +46,7 @@ def _is_made_zero(node: Node) -> bool:
 
     That one names the layout and no pinned memory, as nothing does that a user can call.
     """
-    if node.target is aten._efficientzerotensor.default:
+    if node.target in _MADE:
         return True
     is_number = node.target is aten.zeros.default and node.args == ([],)
     return is_number and "layout" in node.kwargs and "pin_memory" not in node.kwargs

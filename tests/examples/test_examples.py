@@ -47,6 +47,7 @@ OPTIONS = {
     "deep_ensemble": ("--seed", "--members", "--epochs", "--output"),
     "digits_cnn": ("--seed", "--epochs", "--images", "--output"),
     "fit_dataloader": ("--epochs", "--images", "--workers", "--checkpoint"),
+    "pinn": ("--seed", "--steps", "--iterations", "--quick", "--output"),
     "policy_gradient": ("--seed", "--updates", "--quick", "--output"),
     "ppo": ("--seed", "--seeds", "--updates", "--quick", "--output"),
     "population_sweep": (
@@ -153,6 +154,7 @@ def test_disk_classifier_takes_other_settings(options: tuple[object, ...], tmp_p
         ("sequence_lstm", ("--places", 0)),
         ("policy_gradient", ("--updates", 15)),
         ("ppo", ("--seeds", 0)),
+        ("pinn", ("--steps", 15)),
         ("digits_cnn", ("--images", 50)),
         ("digits_cnn", ("--images", 5001)),
         ("char_lm", ("--steps", 30)),
