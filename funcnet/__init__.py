@@ -28,6 +28,10 @@ from funcnet import (
     testing as testing,
     tree as tree,
 )
+from funcnet.backward.accountant import (
+    private_epsilon as private_epsilon,
+    private_noise as private_noise,
+)
 from funcnet.backward.compressed_residuals import (
     compressed as compressed,
 )
@@ -38,12 +42,20 @@ from funcnet.backward.cotangents import (
     stop_gradient as stop_gradient,
     straight_through as straight_through,
 )
+from funcnet.backward.examples_of import (
+    example_gradients as example_gradients,
+    example_norms as example_norms,
+    weighted as weighted,
+)
 from funcnet.backward.feedback import (
     feedback_alignment as feedback_alignment,
     sign_symmetric as sign_symmetric,
 )
 from funcnet.backward.figures import (
     solver_figures as solver_figures,
+)
+from funcnet.backward.forward_examples import (
+    defer_examples as defer_examples,
 )
 from funcnet.backward.higher import (
     hvp as hvp,
@@ -59,6 +71,14 @@ from funcnet.backward.ode import (
 from funcnet.backward.other_rules import (
     cotangent as cotangent,
     with_rule as with_rule,
+)
+from funcnet.backward.poisson import (
+    PoissonBatch as PoissonBatch,
+    poisson_batch as poisson_batch,
+    poisson_capacity as poisson_capacity,
+)
+from funcnet.backward.private_steps import (
+    private_value_and_grad as private_value_and_grad,
 )
 from funcnet.backward.reversible_pairs import (
     reversible as reversible,

@@ -200,10 +200,24 @@ def term_rule(
             f"{name}: its deferred gradient was made for dy of {expected}, and dy is now {got}; "
             "one that was made under vmap is finished by vmap(gradients), or with weighted"
         )
+    residuals = with_absent(pullback, dy, left_out)
+    return pullback.rule(residuals, dy, *pullback.static, params=True, x=False)[0]
+
+
+def with_absent(pullback: Any, dy: Tree, left_out: tuple[_Absent, ...]) -> dict[str, Tree]:
+    """The residuals of a term, with zeros in the place of those that were left out."""
     residuals = dict(pullback.residuals)
     for absent in left_out:
         residuals[absent.name] = absent.zeros(tree.device_of(dy))
-    return pullback.rule(residuals, dy, *pullback.static, params=True, x=False)[0]
+    return residuals
+
+
+def shapes_of(term: Deferred) -> tuple[tuple[Any, ...], tuple[Any, ...]]:
+    """The shapes of a term's cotangents when it was made, and as they are now.
+
+    These have more dimensions in front for each vmap and each loop that the term came out of.
+    """
+    return term.static[0], _shapes(term.parts["dy"])  # type: ignore[return-value]
 
 
 def _shapes(dy: Tree) -> tuple[Any, ...]:

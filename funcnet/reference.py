@@ -85,6 +85,10 @@ PAGES = {
             straight_through feedback_alignment sign_symmetric guided_backprop deconvnet
             """,
         "Higher derivatives": "jvp hvp",
+        "Gradients of single examples, and privacy": """
+            defer_examples example_gradients example_norms weighted private_value_and_grad
+            private_epsilon private_noise poisson_batch poisson_capacity PoissonBatch
+            """,
         "Saving and loading": "save load",
         "Transformations": "jit vmap",
         "Layers that solve equations": "fixed_point neural_ode solver_figures",

@@ -59,6 +59,18 @@ def is_batched() -> bool:
     return _interpreter() is not None
 
 
+def is_mapped(tensor: Tensor) -> bool:
+    """Whether a tensor differs between the members of the innermost ``torch.vmap`` at work.
+
+    >>> torch.vmap(lambda x: torch.tensor(is_mapped(x)))(torch.ones(2))
+    tensor([True, True])
+    """
+    top = _interpreter()
+    if top is None or not _functorch.is_batchedtensor(tensor):
+        return False
+    return _functorch.maybe_get_level(tensor) == top.level()
+
+
 def is_differentiated(*tensors: Tensor) -> bool:
     """Whether a derivative is taken of what is computed with these tensors.
 

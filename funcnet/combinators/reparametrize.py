@@ -149,10 +149,11 @@ def learn_only_rule(
     """The pullback of a leaf layer, less the gradients of what does not learn."""
     dparams, dx = pull(residuals, "", dy, params=params if learned else False, x=x)
     if isinstance(dparams, Deferred):
-        return mapped(_only, dparams, None, learned), dx
-    return _only(dparams or {}, None, learned) if params else None, dx
+        return mapped(select_learned, dparams, None, learned), dx
+    return select_learned(dparams or {}, None, learned) if params else None, dx
 
 
-def _only(dparams: Params, residuals: None, learned: tuple[str, ...]) -> Params:
+def select_learned(dparams: Params, residuals: None, learned: tuple[str, ...]) -> Params:
+    """The gradients of what learns."""
     found = tree.to_dotted(dparams)
     return tree.from_dotted({name: found[name] for name in learned})

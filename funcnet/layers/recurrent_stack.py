@@ -183,10 +183,10 @@ def recurrent_rule(
             names = _names(stack, layer, way)
             if isinstance(found, Deferred):
                 deferred[f"{layer}.{int(way.reverse)}"] = mapped(
-                    _named, found, None, *names.items()
+                    under_names, found, None, *names.items()
                 )
             elif found is not None:
-                grads.update(_named(found, None, *names.items()))
+                grads.update(under_names(found, None, *names.items()))
             dinputs.append(dinput)
             dstarts.append(dstart)
         sequence = sum_cotangents(*dinputs)
@@ -201,7 +201,7 @@ def recurrent_rule(
     return dparams, in_form_of(whole, _shaped(stack, parts, sequence), dhx)
 
 
-def _named(grads: Params, residuals: None, *names: tuple[str, str]) -> dict[str, Any]:
+def under_names(grads: Params, residuals: None, *names: tuple[str, str]) -> dict[str, Any]:
     """The gradients of one direction under the names of the params."""
     return {name: grads[role] for role, name in names}
 

@@ -43,6 +43,25 @@ def vmap(f: Callable[..., Tree], in_axes: Axes = 0, out_axes: Axes = 0) -> Calla
     torch.Size([5, 2, 3])
     """
     check_function("vmap", f)
+    return _mapped(f, in_axes, out_axes, loops=True)
+
+
+def batched(f: Callable[..., Tree], in_axes: Axes = 0, out_axes: Axes = 0) -> Callable[..., Tree]:
+    """`vmap`, where under `jit` too each operator computes what is of all members at once.
+
+    For members that share their weights, as the examples of a batch do: a product of each with the
+    weights, one after another, would read these again and again, where one product of all reads
+    them once. Of a population each member has its own, and the loop of `vmap` is faster.
+
+    >>> batched(lambda x: x.square().sum())(torch.ones(3, 2))
+    tensor([2., 2., 2.])
+    """
+    return _mapped(f, in_axes, out_axes, loops=False)
+
+
+def _mapped(
+    f: Callable[..., Tree], in_axes: Axes, out_axes: Axes, loops: bool
+) -> Callable[..., Tree]:
     if isinstance(in_axes, list):
         in_axes = tuple(in_axes)
 
@@ -62,7 +81,7 @@ def vmap(f: Callable[..., Tree], in_axes: Axes = 0, out_axes: Axes = 0) -> Calla
             out = _axes("out_axes", out_axes, result, out_treedef)
             return [_as_tensor(each) for each in results]
 
-        run = _recorded if is_recording() else _eager
+        run = _recorded if loops and is_recording() else _eager
         stacked = run(flat, leaves, axes, length)
         placed = [
             _unmapped(each, length) if axis is None else each.movedim(0, _axis(axis, each))
