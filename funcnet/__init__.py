@@ -63,7 +63,6 @@ from funcnet.backward.higher import (
 )
 from funcnet.backward.implicit import (
     fixed_point as fixed_point,
-    solver_figures as solver_figures,
 )
 from funcnet.backward.ode import (
     neural_ode as neural_ode,
