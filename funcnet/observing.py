@@ -29,6 +29,7 @@ from funcnet.core import (
     map_layers,
     pull,
     rebuilt,
+    told_by,
 )
 from funcnet.data import pair
 from funcnet.errors import require
@@ -113,8 +114,8 @@ def _observed(layer: Layer) -> Layer:
             pullback = Pullback(observed_rule, {"": pullback, "y": _sums(y)})
         return y, pullback, state
 
-    kept: Any = {"takes_key": layer.takes_key, "breaks": layer.breaks}
-    made = stateful(layer.init, forward, apply=apply, name=layer.name, probe=True, **kept)
+    told: dict[str, Any] = told_by(layer) | {"probe": True}
+    made = stateful(layer.init, forward, apply=apply, name=layer.name, **told)
     made.call = layer.call
     return made
 
