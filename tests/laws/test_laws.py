@@ -74,7 +74,7 @@ def test_the_tables_have_every_layer():
         "reparametrize",
     }  # of those shown
     # Rewrites of a model, which is shown as before or with layers of other names.
-    exempt |= {"feedback_alignment", "sign_symmetric", "guided_backprop", "deconvnet"}
+    exempt |= {"feedback_alignment", "sign_symmetric", "guided_backprop", "deconvnet", "observe"}
     missing = {name for name in public(fn.Layer) - exempt if f"{name}(" not in shown}
     assert not missing
 
