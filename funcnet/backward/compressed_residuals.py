@@ -253,10 +253,29 @@ def compressed_rule(
         deferred, params = term(make, rule, residuals, static, dy), False
         if not x:
             return deferred, None
-    for name, treedef, told in encoded:
-        if name in residuals:  # a deferred gradient has not all
-            parts = zip(treedef.flatten_up_to(residuals[name]), told, strict=True)
-            decoded = [one if its is None else decode(one, its) for one, its in parts]
-            residuals[name] = treedef.unflatten(decoded)
-    dparams, dx = pull({"": Pullback(rule, residuals, static)}, "", dy, params=params, x=x)
+    inside = {"": _decoded(residuals, rule, static, encoded)}
+    dparams, dx = pull(inside, "", dy, params=params, x=x)
     return (dparams if deferred is None else deferred), dx
+
+
+def decompressed(pullback: Pullback) -> Pullback:
+    """A leaf layer's pullback with its residuals decoded; one without encoded ones as it is.
+
+    For what reads residuals by name, or slices them along the batch.
+    """
+    if pullback.rule is not compressed_rule:
+        return pullback
+    made = _decoded(dict(pullback.residuals), *cast(Any, pullback.static))
+    made.expected = pullback.expected
+    return made
+
+
+def _decoded(
+    residuals: dict[str, Any], rule: Any, static: Any, encoded: tuple[_Encoded, ...]
+) -> Pullback:
+    """The layer's own pullback. It writes to ``residuals``, a dict of the caller's own."""
+    for name, treedef, told in encoded:
+        parts = zip(treedef.flatten_up_to(residuals[name]), told, strict=True)
+        decoded = [one if its is None else decode(one, its) for one, its in parts]
+        residuals[name] = treedef.unflatten(decoded)
+    return Pullback(rule, residuals, static)

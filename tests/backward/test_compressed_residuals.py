@@ -8,6 +8,7 @@ import pytest
 import torch
 
 import funcnet as fn
+from funcnet.backward.compressed_residuals import decompressed
 from funcnet.backward.storage import decode, encode
 
 X = fn.random.normal(fn.key(0), (64, 32))
@@ -330,6 +331,21 @@ def test_a_deferred_gradient_keeps_what_is_stored():
     assert not found & {id(params[name]["weight"]) for name in ("0", "2")}
     stored = [leaf for leaf in fn.tree.leaves(deferred) if leaf.dtype == torch.int8]
     assert sum([leaf.numel() for leaf in stored]) == 3 * X.numel()
+
+
+def test_a_pullback_can_be_decompressed():
+    layers = fn.serial(fn.linear(32), fn.tanh(), fn.relu())
+    params, _ = layers.init(fn.key(1), X)
+    _, plain, _ = layers.vjp(params, X)
+    _, pullback, _ = fn.compressed(layers, "bfloat16").vjp(params, X)
+    again = fn.map_pullbacks(lambda path, each: decompressed(each), pullback)
+    assert relative_error(again(X), pullback(X)) == 0
+    assert [each.residuals.keys() for each in again.residuals.values()] == [
+        {"x", "weight"}, {"y"}, {"mask"},
+    ]  # fmt: skip
+    torch.testing.assert_close(again.residuals["0"].residuals["x"], X, rtol=0.01, atol=0)
+    for one in plain.residuals.values():
+        assert decompressed(one) is one
 
 
 def test_calls_of_several_threads_do_not_meet():

@@ -6,14 +6,16 @@
 Each run computes the gradient of the sum of y^2 / 2 with respect to all parameters, float32, on one
 thread, in a process of its own. ``eager`` calls vjp and pullback, ``jit`` a compiled function of
 both. Its memory is the peak of the resident set in the second call, less that before, with x and
-the parameters, less the size of the gradients: what activations and cotangents take. Its time is
-the least of five calls. The runs take turns; each number is the median over the rounds.
+the parameters, less the size of the gradients: what activations and cotangents take. It is measured
+with MALLOC_MMAP_THRESHOLD_=65536: by default glibc puts gradients into the holes that activations
+left, which are then too small for the next ones. Its time is the least of five calls. The runs take
+turns; each number is the median over the rounds.
 
 - ``pairs``, ``remat``, ``reversible``: that many pairs of residual blocks f and g, each
-  (layer_norm, linear, relu, linear), 128 wide, on two halves of 16384 rows: kept as they are, each
+  (layer_norm, linear, relu, linear), 128 wide, on two halves of 8192 rows: kept as they are, each
   pair rematerialised, and `fn.reversible`. ``torch`` is autograd, ``torch.utils.checkpoint`` around
   each pair, and a hand-written ``torch.autograd.Function`` of all pairs.
-- ``blocks``, ``bfloat16``, ``int8``: that many of (linear, layer_norm, relu), 512 wide, on 4096
+- ``blocks``, ``bfloat16``, ``int8``: that many of (linear, layer_norm, relu), 512 wide, on 2048
   rows: as they are, and by `fn.compressed`; relu by one bit, int8 by stochastic rounding.
 """
 
@@ -36,8 +38,8 @@ ROWS = (
     *("pairs 64", "remat 64", "reversible 4", "reversible 64"),
     *("blocks 32", "bfloat16 32", "int8 32"),
 )
-PAIR_WIDTH, PAIR_ROWS = 128, 16384
-WIDTH, BATCH = 512, 4096
+PAIR_WIDTH, PAIR_ROWS = 128, 8192
+WIDTH, BATCH = 512, 2048
 
 
 def net_of(kind: str, depth: int) -> Any:
@@ -196,6 +198,7 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=3, help="rounds (default 3)")
     parser.add_argument("--rows", nargs="*", default=ROWS, help="nets and depths")
     parser.add_argument("--peers", nargs="*", default=PEERS, help="eager, jit, torch")
+    parser.add_argument("--what", nargs="*", default=("memory", "time"), help="memory, time")
     parser.add_argument("--run", nargs=4, help=argparse.SUPPRESS)
     options = parser.parse_args()
     if options.run:
@@ -206,11 +209,10 @@ def main() -> None:
         (row, peer, what)
         for row in options.rows
         for peer in options.peers
-        for what in ("memory", "time")
+        for what in options.what
         if peer != "torch" or row.split()[0] not in ("bfloat16", "int8")
     ]
     found: dict[tuple[str, str, str], list[float]] = {each: [] for each in runs}
-    # What is freed goes back to the system at once, so that each call takes it anew.
     freed = {**os.environ, "MALLOC_MMAP_THRESHOLD_": "65536", "MALLOC_TRIM_THRESHOLD_": "65536"}
     for _ in range(options.rounds):
         for row, peer, what in runs:
