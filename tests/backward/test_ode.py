@@ -236,11 +236,13 @@ def test_a_compiled_step_trains_as_the_eager_one(method):
 
 
 def test_a_fixed_point_may_be_within():
-    f = fn.fixed_point(
-        fn.serial(fn.parallel(fn.linear(3), fn.linear(3)), fn.add(), fn.tanh()), tol=1e-12
-    )
-    net = fn.neural_ode(f, (0.0, 1.0), 3)
-    fn.testing.check_layer(net, X, rtol=1e-8)
+    cell = fn.serial(fn.parallel(fn.linear(3), fn.linear(3)), fn.add(), fn.tanh())
+    net = fn.neural_ode(fn.fixed_point(cell, tol=1e-12), (0.0, 1.0), 2, "midpoint")
+    params, state = net.init(fn.key(0), X)
+    y, pullback, state = net.vjp(params, X, state)
+    assert state["fixed_point"]["converged"]
+    expected = torch.func.vjp(lambda *arguments: net.apply(*arguments, state)[0], params, X)[1](y)
+    assert fn.tree.compare(pullback(y), expected, rtol=1e-8, atol=1e-10) is None
 
 
 ERRORS = {
