@@ -100,7 +100,7 @@ def example_norms(deferred: Deferred, by: str = "all") -> Any:
         raise ValueError(f"example_norms: by must be one of {BY}, got {by!r}")
     number_of_examples("example_norms", deferred)
     if by == "leaf":
-        return tree.map(torch.sqrt, _walk(deferred, Factors.squares))
+        return tree.map(torch.sqrt, _walk(deferred, _squares_of))
     squares = squares_by_layer(deferred)
     if by == "layer":
         return {path: each.sqrt() for path, each in squares.items()}
@@ -118,7 +118,7 @@ def squares_by_layer(deferred: Deferred) -> dict[str, Tensor]:
 
 
 def _squares(deferred: Deferred) -> list[Tensor]:
-    return tree.leaves(_walk(deferred, Factors.squares))
+    return tree.leaves(_walk(deferred, _squares_of))
 
 
 def _layers(deferred: Deferred, path: str = "") -> Iterator[tuple[str, Deferred]]:
@@ -159,6 +159,10 @@ def _walk(deferred: Deferred, finish: Callable[[Factors], Any]) -> Tree:
 
 def _static(deferred: Deferred) -> Any:
     return deferred.static
+
+
+def _squares_of(factors: Factors) -> Tensor:
+    return factors.squares()
 
 
 def _same(factors: Factors) -> Factors:

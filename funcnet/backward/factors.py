@@ -127,9 +127,8 @@ class Rows(Factors):
     shape: tuple[int, ...]
 
     def formed(self) -> Tensor:
-        return _added(self.index, self.rows, torch.Size(self.shape[:-1]).numel()).reshape(
-            -1, *self.shape
-        )
+        number = torch.Size(self.shape[:-1]).numel()
+        return _added(self.index, self.rows, number).reshape(len(self.index), *self.shape)
 
     def squares(self) -> Tensor:
         positions, number = self.index.shape[1], torch.Size(self.shape[:-1]).numel()

@@ -115,6 +115,8 @@ def _eager(
 
 def _axes(what: str, axes: Axes, of: Tree, treedef: Any) -> list[int | None]:
     """An axis for each leaf, from a prefix of the tree."""
+    if type(axes) is int:
+        return [axes] * treedef.num_leaves
     try:
         spread = optree.broadcast_prefix(
             axes, of, is_leaf=lambda each: each is None, none_is_leaf=True
