@@ -64,6 +64,11 @@ from funcnet.backward.higher import (
 from funcnet.backward.implicit import (
     fixed_point as fixed_point,
 )
+from funcnet.backward.layer_by_layer import (
+    clipped_train_step as clipped_train_step,
+    clipped_update as clipped_update,
+    gradient_norm as gradient_norm,
+)
 from funcnet.backward.ode import (
     neural_ode as neural_ode,
 )

@@ -80,6 +80,19 @@ class Deferred:
                 inside = name if self.rule in _OF_CHILDREN and name[:1] != "." else ""
                 yield from part.terms(".".join([each for each in (path, inside) if each]))
 
+    def places(self, path: str = "") -> Iterator[tuple[str, "Deferred"]]:
+        """The parts that can be finished one by one, each with the dotted path of its params.
+
+        Together they are the whole, and no two have the same params. A place is one layer, or
+        several where their gradients depend on each other, as of tied weights.
+        """
+        if self.rule not in _OF_CHILDREN:
+            yield path, self
+            return
+        for name, part in self.parts.items():
+            inside = name if name[:1] != "." else ""
+            yield from part.places(".".join([each for each in (path, inside) if each]))
+
     def __repr__(self) -> str:
         return f"{type(self).__name__}({[path for path, _ in self.terms()]})"
 

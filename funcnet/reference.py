@@ -79,6 +79,7 @@ PAGES = {
             """,
         "The backward pass as a value": """
             Deferred defer gradients map_pullbacks with_pullbacks
+            gradient_norm clipped_update clipped_train_step
             """,
         "Other backward rules": """
             with_rule cotangent reverse_gradient stop_gradient clip_cotangent noise_cotangent

@@ -22,6 +22,7 @@ from funcnet.core import (
     pull,
 )
 from funcnet.data import leading_extent, on_device, pair
+from funcnet.deferred import Defer
 from funcnet.errors import check_count, require
 from funcnet.finite import detect_nonfinite, require_finite
 from funcnet.metrics.core import Metric, batch_function
@@ -134,12 +135,13 @@ ForwardBackward = Callable[..., tuple[Params, Params, Measured]]
 """``(params, batch, state, key, train, dvalue=1.0, sums=True) -> (grads, state, measured)``."""
 
 
-def _forward_backward(
+def forward_backward(
     model: Layer, loss: Loss, measure: Measure, check_finite: bool
 ) -> ForwardBackward:
     """The forward and backward pass of one batch.
 
-    ``dvalue`` is the cotangent of the loss. With `Sums` for ``sums``, the gradients are added up.
+    ``dvalue`` is the cotangent of the loss. With `Sums` for ``sums``, the gradients are added up;
+    with ``DEFER`` they are a `Deferred`.
     """
     check_kind("train_step", model, Layer, "model")
     check_kind("train_step", loss, Loss, "loss")
@@ -153,7 +155,7 @@ def _forward_backward(
         key: Tensor | None,
         train: bool,
         dvalue: float | Tensor = 1.0,
-        sums: bool | Sums = True,
+        sums: bool | Sums | Defer = True,
     ) -> tuple[Params, Params, Measured]:
         x, target = pair("train_step", batch)
         prediction, pullback, state = model.forward(params, x, state, key, train)
@@ -234,7 +236,7 @@ def value_and_grad(
     >>> value, grads
     (tensor(1.), {'weight': tensor([[2.]])})
     """
-    run = _forward_backward(model, loss, lambda prediction, target: {}, check_finite)
+    run = forward_backward(model, loss, lambda prediction, target: {}, check_finite)
 
     def value_and_grads(
         params: Params,
@@ -298,8 +300,8 @@ def train_step(
         not (check_finite and loss_scale),
         "train_step: check_finite does not go with a loss scale, which skips such steps itself",
     )
-    measure, finish = _measures(metrics)
-    run = _forward_backward(model, loss, measure, check_finite)
+    measure, finish = measures(metrics)
+    run = forward_backward(model, loss, measure, check_finite)
     if micro_batches > 1:
         run = _in_micro_batches(run, micro_batches)
     run = with_figures(run, model)
@@ -343,7 +345,7 @@ def _refuse(train_state: Any, batch: Any, more: tuple[Any, ...]) -> NoReturn:
     raise TypeError(f"{expected}; got {1 + len(more)} arguments for it: write them as one, a tuple")
 
 
-def _measures(
+def measures(
     metrics: Mapping[str, Metric | Measure | Loss] | None,
 ) -> tuple[Measure, Callable[..., dict[str, Any]]]:
     """``(prediction, target) -> measured``, and ``(measured, in_parts) -> values``.

@@ -71,11 +71,7 @@ class _OptimizerFunctions(NamedTuple):
 class Optimizer(Constructed, _OptimizerFunctions):
     """Two pure functions, ``(init_state, update)``: from gradients to what is added to params.
 
-    ``name`` is what errors, and the state of a `chain`, call the optimizer; by default it is the
-    name of the constructor that defines ``update``. ``update_leaves`` is ``update`` on flattened
-    trees, if the optimizer was lifted from a formula: a chain flattens once for all its transforms.
-    ``loss_scale``, if not None, is ``opt_state -> scale``: the optimizer expects the gradients of
-    the loss times this 0-d tensor, and `train_step` computes those.
+    Beside them it carries metadata, which a lift such as `funcnet.optimizers.stateful` gives.
     """
 
     init_state: Callable[[Params], Tree]
@@ -85,13 +81,17 @@ class Optimizer(Constructed, _OptimizerFunctions):
     """``update(grads, opt_state, params) -> (updates, opt_state)``."""
 
     name: str
-    """What errors, and the state of a `chain`, call it."""
+    """What errors, and the state of a `chain`, call it; default the name of its constructor."""
 
     update_leaves: Callable[..., Any] | None
-    """``update`` on flattened trees, or None."""
+    """``update`` on flattened trees, or None: a chain flattens once for all its transforms."""
 
     loss_scale: Callable[[Tree], Tensor] | None
-    """``opt_state -> scale``, or None."""
+    """``opt_state -> scale``, or None. The gradients are to be those of the loss times this 0-d
+    tensor, as `train_step` computes them."""
+
+    needs_all_leaves: bool
+    """Whether an update of some leaves depends on others, so that they cannot be updated alone."""
 
     call: Call | None
     """The call of the constructor that made it, which is its ``repr``, or None."""
@@ -103,10 +103,11 @@ class Optimizer(Constructed, _OptimizerFunctions):
         name: str | None = None,
         update_leaves: Callable[..., Any] | None = None,
         loss_scale: Callable[[Tree], Tensor] | None = None,
+        needs_all_leaves: bool = False,
     ) -> "Optimizer":
         optimizer = super().__new__(cls, init_state, update)
         optimizer.name, optimizer.update_leaves = name or function_name(update), update_leaves
-        optimizer.loss_scale = loss_scale
+        optimizer.loss_scale, optimizer.needs_all_leaves = loss_scale, needs_all_leaves
         optimizer.call = call_of(optimizer.name)
         return optimizer
 
@@ -116,8 +117,8 @@ class Optimizer(Constructed, _OptimizerFunctions):
     )
 
     def _replace(self, **changes: Any) -> "Optimizer":
-        functions = super()._replace(**changes)
-        optimizer = Optimizer(*functions, self.name, loss_scale=self.loss_scale)
+        more: Any = self.name, None, self.loss_scale, self.needs_all_leaves
+        optimizer = Optimizer(*super()._replace(**changes), *more)
         optimizer.call = self.call
         return optimizer
 

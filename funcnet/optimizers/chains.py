@@ -64,7 +64,8 @@ def chained(name: str, children: Mapping[str, Optimizer]) -> Optimizer:
         params.fresh = donated
         return g, present(states)
 
-    return lifted(name, init_state, update_leaves)
+    needs_all_leaves = any([part.needs_all_leaves for part in children.values()])
+    return lifted(name, init_state, update_leaves, needs_all_leaves)
 
 
 def check_states(name: str, children: Mapping[str, Optimizer], opt_state: Tree) -> None:

@@ -77,7 +77,7 @@ def clip_by_global_norm(max_norm: Number, norm_type: float = 2.0) -> Optimizer:
         factor = max_norm / (global_norm(g, order) + 1e-6)
         return g * factor.clamp(max=1.0)
 
-    return stateless(update)
+    return stateless(update, needs_all_leaves=True)
 
 
 def clip_by_block_rms(threshold: Number) -> Optimizer:
@@ -142,7 +142,7 @@ def normalize(eps: Number = 1e-6) -> Optimizer:
     {'w': tensor([0.6000]), 'v': tensor([0.8000])}
     """
     check_options("normalize", eps=eps)
-    return stateless(lambda g, p: g / (global_norm(g) + eps))
+    return stateless(lambda g, p: g / (global_norm(g) + eps), needs_all_leaves=True)
 
 
 def _unit_norm(leaves: Any) -> Any:

@@ -108,4 +108,4 @@ def apply_if_finite(optimizer: Optimizer, max_consecutive_errors: int) -> Optimi
         total = state.total_notfinite + ~finite
         return updates, ApplyIfFiniteState(count, finite, total, inner)
 
-    return around(optimizer, init, update)
+    return around(optimizer, init, update, needs_all_leaves=True)

@@ -87,7 +87,8 @@ def inject_hyperparams(
         def start(step: Tensor) -> dict[str, Any]:
             return {option: _start(option, given, step) for option, given in injected.items()}
 
-        check_kind(_NAME, made(start(torch.zeros((), dtype=torch.int64))), Optimizer)
+        example = made(start(torch.zeros((), dtype=torch.int64)))
+        check_kind(_NAME, example, Optimizer)
 
         def init_state(params: Params) -> Tree:
             step = zero_step(Trees(params).params)  # type: ignore[arg-type]
@@ -106,7 +107,7 @@ def inject_hyperparams(
                 updates, inner = leaves_update(made(hyperparams))(g, inner, trees)
             return updates, InjectHyperparamsState(step + 1, hyperparams, inner)
 
-        return lifted(_NAME, init_state, update_leaves)
+        return lifted(_NAME, init_state, update_leaves, example.needs_all_leaves)
 
     return make
 

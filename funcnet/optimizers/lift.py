@@ -21,7 +21,12 @@ _flatten = tree.Flattener()
 _shape = attrgetter("shape")
 
 
-def stateless(update: Callable[[Tensor, Tensor], Tensor], *, name: str | None = None) -> Optimizer:
+def stateless(
+    update: Callable[[Tensor, Tensor], Tensor],
+    *,
+    name: str | None = None,
+    needs_all_leaves: bool = False,
+) -> Optimizer:
     """An optimizer, or a transform to chain, without state, lifted from a formula.
 
     Args:
@@ -29,6 +34,7 @@ def stateless(update: Callable[[Tensor, Tensor], Tensor], *, name: str | None = 
             makes of them, and ``p`` the params. It is written as for one tensor: operators,
             PyTorch's functions and a tensor's methods apply leaf by leaf, to all leaves at once.
         name: what errors and a chain's state call it; by default the constructor's name.
+        needs_all_leaves: whether what the formula gives for a leaf depends on other leaves.
 
     >>> def clip(limit):
     ...     return fn.optimizers.stateless(lambda g, p: g.clamp(-limit, limit))
@@ -45,7 +51,7 @@ def stateless(update: Callable[[Tensor, Tensor], Tensor], *, name: str | None = 
             refuse_state(name, opt_state)
         return formula(g, trees.params).to_dtypes(trees.params), {}
 
-    return lifted(name, lambda params: {}, update_leaves)
+    return lifted(name, lambda params: {}, update_leaves, needs_all_leaves)
 
 
 def stateful(
@@ -53,6 +59,7 @@ def stateful(
     update: Callable[[Tensor, Any, Tensor], tuple[Tensor, Any]],
     *,
     name: str | None = None,
+    needs_all_leaves: bool = False,
 ) -> Optimizer:
     """An optimizer, or a transform to chain, with state, lifted from a formula.
 
@@ -62,6 +69,7 @@ def stateful(
         update: ``(g, state, p) -> (updates, state)``; see `stateless` for ``g`` and ``p``, and
             how to compute with them and with the entries of the state.
         name: what errors and a chain's state call it; by default the constructor's name.
+        needs_all_leaves: whether what the formula gives for a leaf depends on other leaves.
 
     Updates have the dtypes of the params, and the state those that it had before.
 
@@ -89,7 +97,8 @@ def stateful(
      {'scale_by_lion': LionState(m={'w': tensor([ 0.0300, -0.0200])})})
     >>> fn.testing.check_optimizer(lion(0.1), params)
     """
-    return _with_state(name or function_name(update), init, update)
+    name = name or function_name(update)
+    return _with_state(name, init, update, needs_all_leaves=needs_all_leaves)
 
 
 def around(
@@ -99,6 +108,7 @@ def around(
     *,
     name: str | None = None,
     gives_state: bool = False,
+    needs_all_leaves: bool = False,
 ) -> Optimizer:
     """An optimizer around another one, lifted from a formula.
 
@@ -111,6 +121,7 @@ def around(
         name: what errors and a chain's state call it; by default the constructor's name.
         gives_state: whether the formula has no use for ``state.inner`` after ``inner_update``,
             which may then write to its memory where that is donated.
+        needs_all_leaves: whether what the formula gives for a leaf depends on other leaves.
 
     Errors of the optimizer inside get the name in front.
 
@@ -131,7 +142,7 @@ def around(
     """
     name = name or function_name(update)
     check_kind(name, optimizer, Optimizer)
-    return _with_state(name, init, update, optimizer, gives_state)
+    return _with_state(name, init, update, optimizer, gives_state, needs_all_leaves)
 
 
 def _with_state(
@@ -140,9 +151,11 @@ def _with_state(
     formula: Callable[..., Any],
     optimizer: Optimizer | None = None,
     gives_state: bool = False,
+    needs_all_leaves: bool = False,
 ) -> Optimizer:
     """`stateful`, or `around` an optimizer, whose formulas have an argument more."""
     inside = [] if optimizer is None else [optimizer]
+    needs_all_leaves = needs_all_leaves or any([each.needs_all_leaves for each in inside])
     # Which entries are trees does not depend on the params, so none show it as well.
     example = start(Leaves([]), *[EMPTY for _ in inside])
     kind, like_params = type(example), [isinstance(entry, Leaves) for entry in example]
@@ -182,7 +195,7 @@ def _with_state(
         ]
         return updates.to_dtypes(trees.params), kind(*new)
 
-    return lifted(name, init_state, update_leaves)
+    return lifted(name, init_state, update_leaves, needs_all_leaves)
 
 
 def check_state(name: str, kind: Any, opt_state: Tree) -> None:
@@ -258,7 +271,10 @@ class Trees:
 
 
 def lifted(
-    name: str, init_state: Callable[[Params], Tree], update_leaves: Callable[..., Any]
+    name: str,
+    init_state: Callable[[Params], Tree],
+    update_leaves: Callable[..., Any],
+    needs_all_leaves: bool = False,
 ) -> Optimizer:
     """An optimizer from ``update_leaves(g, opt_state, trees) -> (updates, opt_state)``.
 
@@ -276,7 +292,9 @@ def lifted(
         updates, opt_state = update_leaves(g, opt_state, trees)
         return trees.join(updates), opt_state
 
-    return Optimizer(checked_init_state, update, name, update_leaves)
+    return Optimizer(
+        checked_init_state, update, name, update_leaves, needs_all_leaves=needs_all_leaves
+    )
 
 
 def paths(p: Any) -> Sequence[str]:

@@ -103,7 +103,7 @@ def dynamic_loss_scale(
         return scale, torch.where(count == interval, 0, count)
 
     made = around(optimizer, init, update)
-    return Optimizer(*made, name, made.update_leaves, lambda opt_state: opt_state.scale)
+    return Optimizer(*made, name, made.update_leaves, lambda opt_state: opt_state.scale, True)
 
 
 def check_outermost(optimizer: Optimizer, opt_state: Tree) -> None:

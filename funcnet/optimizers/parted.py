@@ -49,7 +49,7 @@ def masked(optimizer: Optimizer, where: Where, *, name: str = "masked") -> Optim
             updates, opt_state = inside(part.take(g), opt_state, part.trees(trees))
         return part.put(updates, g.to_dtypes(trees.params)), opt_state
 
-    return lifted(name, init_state, update_leaves)
+    return lifted(name, init_state, update_leaves, needs_all_leaves=True)
 
 
 def partition(optimizers: Mapping[str, Optimizer], rules: Mapping[str, Where]) -> Optimizer:
@@ -110,7 +110,7 @@ def partition(optimizers: Mapping[str, Optimizer], rules: Mapping[str, Where]) -
             result = part.put(updates, result)
         return result, present(states)
 
-    return lifted("partition", init_state, update_leaves)
+    return lifted("partition", init_state, update_leaves, needs_all_leaves=True)
 
 
 def _meant(where: Where, paths: Mapping[str, Any]) -> Collection[str]:

@@ -45,6 +45,54 @@ class Part:
         return trees.part(self.take(trees.params).tensors, self.treedef, donated=True)
 
 
+class SplitState:
+    """The state of an optimizer, taken apart for updates of some leaves at a time.
+
+    Each tree in it that has the structure of the params is divided. What else there is, such as the
+    number of updates, is the same in all parts, before and after.
+    """
+
+    def __init__(self, opt_state: Tree, treedef: optree.PyTreeSpec) -> None:
+        """Take the state, and the structure of the params."""
+
+        def like_params(node: Any) -> bool:
+            return isinstance(node, dict) and tree.flatten(node)[1] == treedef
+
+        nodes, self.form = optree.tree_flatten(opt_state, is_leaf=like_params)
+        self.before = [tree.leaves(node) if like_params(node) else node for node in nodes]
+        self.after = [[*node] if isinstance(node, list) else node for node in self.before]
+        self.treedef = treedef
+
+    def of(self, part: Part) -> Tree:
+        """The state of the chosen leaves."""
+        return self.form.unflatten(
+            [
+                part.treedef.unflatten([node[index] for index in part.indices])
+                if isinstance(node, list)
+                else node
+                for node in self.before
+            ]
+        )
+
+    def put(self, part: Part, opt_state: Tree) -> None:
+        """Take what an update made of the state of the chosen leaves."""
+        for place, node in enumerate(self.form.flatten_up_to(opt_state)):
+            if isinstance(self.before[place], list):
+                for index, leaf in zip(part.indices, tree.leaves(node), strict=True):
+                    self.after[place][index] = leaf
+            else:
+                self.after[place] = node
+
+    def whole(self) -> Tree:
+        """The state with what was put."""
+        return self.form.unflatten(
+            [
+                self.treedef.unflatten(node) if isinstance(node, list) else node
+                for node in self.after
+            ]
+        )
+
+
 class Parts:
     """The parts into which rules divide params, by label; found once for each structure."""
 

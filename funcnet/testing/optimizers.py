@@ -9,6 +9,7 @@ from torch import Tensor
 from funcnet import random, tree
 from funcnet.core import Optimizer, Params, Tree
 from funcnet.optimizers import apply_updates
+from funcnet.optimizers.parts import Part, SplitState
 from funcnet.testing.assertions import (
     Unchanged,
     alike,
@@ -149,6 +150,23 @@ def check_vmap(case: Case) -> None:
     close("under vmap each member equals its solo run", alone, together)
 
 
+def check_alone(case: Case) -> None:
+    """Each leaf, with its part of the state, can be updated alone, unless the optimizer says no."""
+    if case.optimizer.needs_all_leaves:
+        return
+    for grads, state, params in case.arguments():
+        together = _update(case, grads, state, params)
+        leaves, treedef = tree.flatten(params)
+        states, updates = SplitState(state, treedef), [*leaves]
+        for index, path in enumerate(by_path(params)):
+            part = Part({path: index})
+            found, after = case.optimizer.update(part.of(grads), states.of(part), part.of(params))
+            (updates[index],) = tree.leaves(found)
+            states.put(part, after)
+        alone = {"updates": treedef.unflatten(updates), "state": states.whole()}
+        close("leaves updated alone are those updated together", together, alone)
+
+
 LAWS: dict[str, Callable[[Case], None]] = {
     "structure": check_structure,  # first, because the other checks take steps
     "pure": check_pure,
@@ -157,6 +175,7 @@ LAWS: dict[str, Callable[[Case], None]] = {
     "float32": check_float32,
     "zero gradients": check_zero_gradients,
     "vmap": check_vmap,
+    "alone": check_alone,
 }
 """The laws of optimizers, in the order of the checks; the first broken one is reported."""
 
