@@ -72,7 +72,7 @@ def clipped_update(
     *,
     donate: bool = False,
 ) -> tuple[Params, Tree, Tensor]:
-    """``chain(clip_by_global_norm(max_norm), optimizer)``, one layer at a time.
+    """``chain(optimizers.clip_by_global_norm(max_norm), optimizer)``, one layer at a time.
 
     First the norm of all gradients is computed, by `gradient_norm`; then place by place of the
     `Deferred` the gradients, scaled by ``min(1, max_norm / (norm + 1e-6))``, and the update of
@@ -80,8 +80,8 @@ def clipped_update(
     cannot be had otherwise are computed twice.
 
     Args:
-        optimizer: one that can update some leaves alone; so a `clip_by_global_norm` in it, or a
-            `partition`, is refused.
+        optimizer: one that can update some leaves alone; so one that has a
+            `funcnet.optimizers.clip_by_global_norm` or a partition in it is refused.
         deferred: the gradients of the params, of `defer`.
         opt_state: of the optimizer, ``optimizer.init_state(params)`` at first.
         params: what is updated.

@@ -177,6 +177,12 @@ def test_an_optimizer_that_needs_all_leaves_is_refused(optimizer):
         fn.clipped_train_step(fn.linear(1), fn.mse(), optimizer, 1.0)
 
 
+def test_an_optimizer_that_does_not_say_that_it_needs_all_leaves_breaks_a_law():
+    silent = opt.stateless(lambda g, p: g / sum([leaf.square().sum() for leaf in g]), name="silent")
+    with pytest.raises(AssertionError, match="leaves updated alone"):
+        fn.testing.check_optimizer(silent, {"a": torch.ones(2), "b": torch.ones(2)})
+
+
 def test_gradients_of_other_params_are_refused():
     params, deferred, _ = deferred_and_plain(*NETS["many rows"])
     fewer = {name: leaf for name, leaf in params.items() if name != "0"}
