@@ -64,6 +64,7 @@ OPTIONS = {
     "resume": ("--seed", "--kills", "--jit"),
     "sequence_lstm": ("--seed", "--steps", "--places", "--longest", "--hidden"),
     "report_tables": ("--table", "--seeds", "--epochs", "--output"),
+    "vanishing": ("--seed", "--depth", "--steps", "--output"),
 }
 
 
