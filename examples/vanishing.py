@@ -69,12 +69,14 @@ def draw_norms(runs: dict[str, Run], path: Path) -> None:
         for place, style, when in ((0, "--", "first"), (-1, "-", "last")):
             label = f"{name}, {when} step"
             blocks = range(1, run.outputs.shape[1] + 1)
-            axes[0].semilogy(blocks, run.outputs[place], style, color=color, label=label)
+            axes[0].plot(blocks, run.outputs[place], style, color=color, label=label)
             axes[1].semilogy(blocks, run.cotangents[place], style, color=color, label=label)
         axes[2].plot(run.loss, color=color, label=name)
     axes[0].set(title="norm of the output", xlabel="block", ylabel="norm of tanh's y")
     axes[1].set(title="norm of the cotangent", xlabel="block", ylabel="norm of tanh's dy")
-    axes[2].set(title="loss", xlabel="step", ylabel="cross-entropy", ylim=(0, None))
+    axes[2].set(title="loss", xlabel="step", ylabel="cross-entropy")
+    for each in (axes[0], axes[2]):
+        each.set_ylim(bottom=0)
     axes[1].legend(frameon=False)
     axes[2].legend(frameon=False)
     save(figure, path)

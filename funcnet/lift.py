@@ -1,6 +1,6 @@
 """Lifts: from the formulas of a layer to a `Layer`, with its signature and its checks."""
 
-from collections.abc import Callable, Hashable, Mapping
+from collections.abc import Callable, Hashable, Iterable, Mapping
 from typing import Any, Literal
 
 from torch import Tensor
@@ -35,6 +35,7 @@ def stateless(
     *,
     name: str | None = None,
     mixes_examples: bool = False,
+    breaks: Iterable[str] = (),
 ) -> Layer:
     """A layer without state and randomness, lifted from the short triple.
 
@@ -44,7 +45,7 @@ def stateless(
         apply: ``(params, x) -> y``.
         vjp: ``(params, x) -> (y, pullback)``.
         name: what errors and summaries call the layer; default the constructor's name.
-        mixes_examples: see `Layer`.
+        mixes_examples, breaks: see `Layer`.
 
     >>> import torch
     >>> import funcnet as fn
@@ -77,7 +78,7 @@ def stateless(
         return y, pullback, {}
 
     made: Any = init if isinstance(init, Declaration) else lambda key, x: (init(key, x), {})
-    metadata = {"takes_key": False, "mixes_examples": mixes_examples}
+    metadata: Any = {"mixes_examples": mixes_examples, "breaks": breaks}
     return stateful(made, forward, apply=full_apply, name=name, **metadata)
 
 

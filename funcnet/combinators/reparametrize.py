@@ -3,7 +3,7 @@
 `tie`, `freeze`, `lora`, `weight_norm` and `spectral_norm` are made with it.
 """
 
-from collections.abc import Callable, Hashable, Mapping
+from collections.abc import Callable, Hashable, Iterable, Mapping
 from typing import Any
 
 from torch import Tensor
@@ -38,6 +38,7 @@ def reparametrize(
     backward: Callable[..., Params],
     *static: Hashable,
     rebuild: Callable[[Layer], Layer],
+    breaks: Iterable[str] = (),
 ) -> Layer:
     """A layer whose params are made of other params at each call.
 
@@ -53,6 +54,7 @@ def reparametrize(
             layer's gradients to the own. A module-level function.
         static: hashable arguments of ``backward``.
         rebuild: the same of another layer.
+        breaks: see `Layer`.
 
     >>> def start(key, params, state):
     ...     return {"log_weight": params["weight"].abs().log()}, state
@@ -102,6 +104,7 @@ def reparametrize(
         forward,
         apply=apply,
         name=name,
+        breaks=breaks,
         **around(layer, rebuild),
     )
 

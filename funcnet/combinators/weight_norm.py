@@ -180,9 +180,10 @@ def spectral_norm(
     def again(layer: Layer) -> Layer:
         return spectral_norm(layer, name, n_power_iterations, eps, dim)
 
-    static = (name, path)
+    # The rule takes u and v for constants, as torch does, though they depend on the weight.
+    told: Any = {"rebuild": again, "breaks": ("derivative",)}
     return reparametrize(
-        "spectral_norm", layer, start, inside, spectral_norm_backward, *static, rebuild=again
+        "spectral_norm", layer, start, inside, spectral_norm_backward, name, path, **told
     )
 
 

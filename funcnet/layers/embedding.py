@@ -156,4 +156,7 @@ def embedding(
     def vjp(params: Params, x: Tensor) -> tuple[Tensor, Pullback]:
         return apply(params, x), Pullback(embedding_rule, {"x": x}, static)
 
-    return stateless(init, apply, vjp, mixes_examples=scale_grad_by_freq)
+    # What torch calls the gradient then is not the derivative.
+    other = padding_idx is not None or max_norm is not None or scale_grad_by_freq
+    told: Any = {"mixes_examples": scale_grad_by_freq, "breaks": ("derivative",) if other else ()}
+    return stateless(init, apply, vjp, **told)

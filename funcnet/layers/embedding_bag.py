@@ -346,4 +346,6 @@ def embedding_bag(
             residuals["weight"] = params["weight"]
         return y, Pullback(embedding_bag_rule, residuals, (options,))
 
-    return stateless(init, apply, vjp, mixes_examples=scale_grad_by_freq)
+    # What torch calls the gradient then is not the derivative.
+    breaks = ("derivative",) if max_norm is not None or scale_grad_by_freq else ()
+    return stateless(init, apply, vjp, mixes_examples=scale_grad_by_freq, breaks=breaks)

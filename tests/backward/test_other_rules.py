@@ -256,3 +256,41 @@ def test_in_a_compiled_scanned_population_of_steps_each_equals_its_solo_run():
     alone = fn.tree.map(lambda *leaves: torch.stack(leaves), *[run(key) for key in keys])
     for found, expected in zip(fn.tree.leaves(together), fn.tree.leaves(alone), strict=True):
         torch.testing.assert_close(found, expected)
+
+
+@fn.defers
+def twice_rule(residuals, dy, *, params, x):
+    """The layer's own pullback of twice dy, which it hands on as it is."""
+    return fn.pull(residuals, "pullback", 2 * dy, params=params, x=x)
+
+
+def test_gradients_by_other_rules_can_be_deferred():
+    net = fn.serial(
+        fn.with_rule(fn.linear(4), same_rule),
+        fn.reverse_gradient(),
+        fn.with_rule(fn.serial(fn.linear(3), fn.tanh(), fn.linear(2)), twice_rule),
+        *fn.feedback_alignment(fn.serial(fn.tanh(), fn.linear(2))).children.values(),
+    )
+    params, state = net.init(fn.key(0), X)
+    y, pullback, _ = net.vjp(params, X, state)
+    dy = fn.random.normal(fn.key(1), y.shape, y.dtype)
+    deferred, dx = fn.defer(pullback)(dy)
+    expected, expected_dx = pullback(dy)
+    assert torch.equal(dx, expected_dx)
+    found = fn.tree.to_dotted(fn.gradients(deferred))
+    for path, leaf in fn.tree.to_dotted(expected).items():
+        assert torch.equal(found[path], leaf)
+    # A rule that hands on what it gets is looked through, another one is a leaf.
+    assert [path for path, _ in deferred.terms()] == ["0", "2.0", "2.2", "4"]
+
+
+def test_examples_mixed_by_a_rule_are_refused_in_a_private_step():
+    step = fn.private_value_and_grad(fn.serial(fn.linear(2), fn.tanh()), fn.mse(), 1.0, 0.0)
+    params, _ = fn.linear(2).init(fn.key(0), X)
+    step({"0": params}, (X, X[:, :2]), key=fn.key(0))
+    assert fn.clip_cotangent(1.0).mixes_examples
+    assert fn.with_rule(fn.batch_norm(), same_rule).mixes_examples
+    assert not fn.reverse_gradient().mixes_examples
+    net = fn.serial(fn.linear(2), fn.clip_cotangent(1.0))
+    with pytest.raises(ValueError, match="clip_cotangent"):
+        fn.private_value_and_grad(net, fn.mse(), 1.0, 0.0)({"0": params}, (X, X[:, :2]))

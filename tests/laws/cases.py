@@ -252,12 +252,6 @@ COMBINATORS = {
 }
 # Its values are read, which vmap cannot.
 EAGER_ONLY = {"detect_nonfinite"}
-# Their rules take for constant what depends on the params; their own tests hold them to torch's.
-CONSTANTS_WITHIN = {
-    "spectral_norm",
-    "spectral_norm of a convolution",
-    "spectral_norm within",
-}
 
 PARAMS = {
     "0": {"weight": draw(6, 4, 3), "bias": draw(7, 4)},
