@@ -189,6 +189,27 @@ def test_a_training_step_is_the_same_eager_jitted_vmapped_and_scanned():
         assert relative_error(solo, eager) < 1e-4
 
 
+def test_a_donated_compiled_step_and_gradients_of_examples():
+    pairs = fn.reversible(*[(fn.tanh(), fn.linear(16))] * 2, dim=-1)
+    small = fn.compressed(fn.serial(pairs, fn.linear(8), fn.layer_norm(), fn.relu()))
+    optimizer, target = fn.adam(1e-2), torch.zeros(64, 8)
+    step = fn.train_step(small, fn.mse(), optimizer)
+    start = [fn.init_train_state(small, optimizer, fn.key(3), X) for _ in range(2)]
+    for each in range(2):
+        take = fn.jit(step, donate=0) if each else step
+        for _ in range(3):
+            start[each], _ = take(start[each], (X, target))
+    assert relative_error(start[1].params, start[0].params) < 1e-4
+
+    params = start[0].params
+    plain = fn.serial(pairs, fn.linear(8), fn.layer_norm(), fn.relu())
+    found, expected = [
+        fn.example_norms(fn.defer_examples(each, fn.mse())(params, (X, target))[1])
+        for each in (small, plain)
+    ]
+    torch.testing.assert_close(found, expected, rtol=0.02, atol=0)
+
+
 def workspace(form, depth=12, width=64, batch=1024):
     """Units of an activation that the compiled gradient needs beside arguments and results."""
     layers = [each for _ in range(depth) for each in (fn.linear(width), fn.layer_norm(), fn.relu())]
