@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from funcnet import tree
-from funcnet.backward.buffers import first_rows, read_row, rows_like, written
+from funcnet.backward.loops import first_rows, loop_with_values, read_row, rows_like, written
 from funcnet.backward.runge_kutta import (
     DOPRI5,
     DOPRI5_ERROR,
@@ -17,7 +17,6 @@ from funcnet.backward.runge_kutta import (
     time_dtype,
     weighted,
 )
-from funcnet.control_flow import while_loop
 from funcnet.core import Params, Tree
 
 _SAFETY, _SHRINK, _GROW = 0.9, 0.2, 10.0
@@ -62,7 +61,7 @@ class Adaptive(NamedTuple):
             tried = carry["steps"] + carry["rejected"]
             return (carry["next"] < len(self.times)) & (tried < self.steps)
 
-        carry = while_loop(goes_on, lambda carry: self._tried(field, times, carry), carry)
+        carry = loop_with_values(goes_on, lambda carry: self._tried(field, times, carry), carry)
         finished = carry["next"] == len(self.times)
         result = carry["outputs"] if self.at_all else carry["y"]
         result = tree.map(lambda leaf: torch.where(finished, leaf, torch.nan), result)
@@ -132,7 +131,7 @@ class Adaptive(NamedTuple):
             )
             return {"left": place, "dy": before, "total": total}
 
-        carry = while_loop(lambda carry: carry["left"] > 0, body, carry)
+        carry = loop_with_values(lambda carry: carry["left"] > 0, body, carry)
         dx = tree.map(torch.add, carry["dy"], first) if self.at_all else carry["dy"]
         return carry["total"], dx
 

@@ -10,7 +10,6 @@ from funcnet import tree
 from funcnet.backward.iteration import Solver, solve
 from funcnet.checks import check_function, check_kind
 from funcnet.combinators.combine import output_on_meta
-from funcnet.compiler.loops import barrier
 from funcnet.core import (
     Applied,
     Forward,
@@ -21,10 +20,12 @@ from funcnet.core import (
     Pullback,
     Tree,
     around,
+    barrier,
     pull,
     sum_cotangents,
     takes_sums,
 )
+from funcnet.deferred import defers
 from funcnet.errors import check_count, locate, require
 from funcnet.lift import stateful
 
@@ -142,11 +143,7 @@ def fixed_point(
             _require_alike(z, g)
             return g, new_state
 
-        if any([leaf.is_meta for leaf in tree.leaves(z)]):
-            y, new_state = evaluate(z)
-            figures = _no_figures(y)
-        else:
-            y, new_state, figures = solve(evaluate, z, forward_solver)
+        y, new_state, figures = solve(evaluate, z, forward_solver)
         return y, tree.merge(new_state, {_NAME: figures})
 
     def forward(params: Params, x: Tree, state: Params, key: Key, train: bool) -> Forward:
@@ -170,9 +167,12 @@ def fixed_point(
             limit=limit,
         )
 
-    return stateful(init, forward, apply=apply, name=_NAME, **around(f, rebuild))
+    return stateful(
+        init, forward, apply=apply, name=_NAME, mixes_examples=True, **around(f, rebuild)
+    )
 
 
+@defers
 @takes_sums
 def fixed_point_rule(
     residuals: dict[str, Any],
@@ -188,8 +188,7 @@ def fixed_point_rule(
     """Solve ``u = dy + (df/dz)^T u`` by f's pullback at z, and pull u back to params and x."""
     if not (params or x):
         return None, None
-    leaves, treedef = tree.flatten((residuals, dy))
-    at, dy = treedef.unflatten(barrier(leaves))
+    at, dy = barrier((residuals, dy))
     _, pullback, _ = f.forward(at["params"], (at["x"], at["z"]), at["state"], at.get("key"), train)
 
     def evaluate(u: Tree) -> tuple[Tree, Params]:

@@ -7,8 +7,7 @@ import torch
 from torch import Tensor
 
 from funcnet import tree
-from funcnet.backward.buffers import written
-from funcnet.control_flow import while_loop
+from funcnet.backward.loops import loop_with_values, written
 from funcnet.core import Tree
 
 Evaluate = Callable[[Tree], tuple[Tree, Tree]]
@@ -66,7 +65,7 @@ def solve(evaluate: Evaluate, start: Tree, solver: Solver) -> tuple[Tree, Tree, 
             "past": past and _with_step(past, (z, g), (new_z, new_g), count - 1, solver),
         }
 
-    carry = while_loop(goes_on, body, carry)
+    carry = loop_with_values(goes_on, body, carry)
     residual = carry["residual"]
     converged = residual <= solver.tol
     found = {"iterations": carry["iterations"], "residual": residual, "converged": converged}
@@ -108,7 +107,8 @@ def _least_squares(rows: list[Tensor], target: list[Tensor]) -> Tensor:
     gram = sum([each @ each.mT for each, _ in wide])
     right = sum([each @ leaf for each, leaf in wide])
     assert isinstance(gram, Tensor)
-    scale = gram.diagonal().clamp(min=_tiny(gram)).rsqrt()
+    # Whatever the scale, gamma is the same: no derivative of it is needed, nor is there one at 0.
+    scale = gram.detach().diagonal().clamp(min=_tiny(gram)).rsqrt()
     ridge = 16 * torch.finfo(gram.dtype).eps
     unit = torch.eye(gram.shape[-1], dtype=gram.dtype, device=gram.device)
     normal = scale[:, None] * gram * scale + ridge * unit

@@ -12,8 +12,18 @@ from funcnet.backward.equal_steps import Equal
 from funcnet.backward.runge_kutta import METHODS, Field, require_alike, time_dtype
 from funcnet.checks import check_kind
 from funcnet.combinators.combine import output_on_meta
-from funcnet.compiler.loops import barrier
-from funcnet.core import Applied, Forward, Grads, Key, Layer, Params, Pullback, Tree, around
+from funcnet.core import (
+    Applied,
+    Forward,
+    Grads,
+    Key,
+    Layer,
+    Params,
+    Pullback,
+    Tree,
+    around,
+    barrier,
+)
 from funcnet.errors import check_count, locate, require
 from funcnet.lift import stateful
 
@@ -51,8 +61,7 @@ def neural_ode(
         keep: k, to keep only every k-th y, where k divides ``steps``: the k steps in between are
             run a second time in the backward pass. Not for "dopri5".
         rtol, atol: of "dopri5": the error of a step, estimated by a solution of order 4, is at most
-            ``atol + rtol |y|``, in the root mean square over all of y; members under `vmap` have
-            steps of their own.
+    XX
 
     Inputs:
         x: a tree of floating-point tensors.
@@ -120,7 +129,7 @@ def neural_ode(
         """y, what is kept of the steps, and the new state."""
         _check_y(x)
         field = Field(f, takes_time, train, params, _inside(state), key if f.takes_key else None)
-        if any([leaf.is_meta for leaf in tree.leaves(x)]):
+        if not keeps and any([leaf.is_meta for leaf in tree.leaves(x)]):
             time = torch.empty((), dtype=time_dtype(x), device="meta")
             y, new_state = field(time, x)
             y = tree.map(lambda leaf: torch.stack([leaf] * len(times)), y) if at_all else y
@@ -143,7 +152,9 @@ def neural_ode(
         options: Any = {"takes_time": takes_time, "keep": keep, "rtol": rtol, "atol": atol}
         return neural_ode(f, t, steps, method, **options)
 
-    return stateful(init, forward, apply=apply, name=_NAME, **around(f, rebuild))
+    return stateful(
+        init, forward, apply=apply, name=_NAME, mixes_examples=adapts, **around(f, rebuild)
+    )
 
 
 def neural_ode_rule(
@@ -160,8 +171,7 @@ def neural_ode_rule(
     """The pullbacks of the steps, each of which is run again, from the last to the first."""
     if not (params or x):
         return None, None
-    leaves, treedef = tree.flatten((residuals, dy))
-    again, dy = treedef.unflatten(barrier(leaves))
+    again, dy = barrier((residuals, dy))
     field = Field(f, takes_time, train, again["params"], again["state"], again.get("key"))
     total = tree.map(torch.zeros_like, again["params"]) if params else None
     dparams, dx = solver.run_back(field, again["steps"], dy, total)

@@ -243,3 +243,18 @@ def test_an_f_that_does_not_keep_the_shape_is_refused_with_its_path():
         fn.fixed_point(torch.tanh)
     with pytest.raises(TypeError, match="start"):
         fn.fixed_point(cell(), 3)
+
+
+def test_the_gradients_of_f_are_deferred_layer_by_layer():
+    net = fn.serial(fn.linear(6), fn.fixed_point(cell(), **EXACT))
+    params, state = net.init(fn.key(0), X)
+    y, pullback, _ = net.vjp(params, X, state)
+    deferred, dx = fn.defer(pullback)(y)
+    assert [path for path, _ in deferred.terms()] == ["0", "1.0.1.0"]
+    assert fn.tree.compare((fn.gradients(deferred), dx), pullback(y)) is None
+
+
+def test_a_summary_counts_an_evaluation():
+    row = fn.summary(fn.fixed_point(cell()), X).total
+    assert row.residual_bytes == 2 * X.nbytes  # x and z
+    assert row.forward_flops > 0

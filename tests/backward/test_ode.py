@@ -245,6 +245,11 @@ def test_a_fixed_point_may_be_within():
     assert fn.tree.compare(pullback(y), expected, rtol=1e-8, atol=1e-10) is None
 
 
+@pytest.mark.parametrize("method", ["rk4", "dopri5"])
+def test_a_summary_can_be_made_of_it(method):
+    assert fn.summary(fn.neural_ode(NET, (0.0, 1.0), 3, method), X).total.backward_flops > 0
+
+
 ERRORS = {
     "t must increase, got (1.0, 0.0)": {"t": (1, 0)},
     "t must increase, got (0.0, 1.0, 1.0)": {"t": torch.tensor([0.0, 1.0, 1.0])},

@@ -1,10 +1,24 @@
-"""Rows of a table that loops write one after another, each loop to a table of its own."""
+"""Loops whose number of iterations is not known, and tables that they write row by row."""
+
+from collections.abc import Callable
+from typing import Any
 
 import torch
 from torch import Tensor
 
+from funcnet import tree
+from funcnet.control_flow import while_loop
 from funcnet.indexing import dynamic_slice_in_dim, dynamic_update_slice_in_dim
 from funcnet.runtime import has_one_value, is_transformed
+
+
+def loop_with_values(
+    condition: Callable[[Any], Tensor], body: Callable[[Any], Any], carry: Any
+) -> Any:
+    """A `while_loop`; on the meta device, where the condition has no value, one iteration."""
+    if any([leaf.is_meta for leaf in tree.leaves(carry)]):
+        return body(carry)
+    return while_loop(condition, body, carry)
 
 
 def rows_like(row: Tensor, count: int) -> Tensor:
