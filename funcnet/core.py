@@ -62,6 +62,22 @@ EMPTY: Params = {}
 result: a caller owns what is returned, and may write to it."""
 
 
+class Probe(NamedTuple):
+    """What a layer tells of its backward pass: the gradient of an entry of its params.
+
+    Only a training step makes the entry, beside the params; see `funcnet.observing`.
+    """
+
+    entry: str
+    """Its name among the params of the layer."""
+
+    size: int
+    """How many numbers the layer tells. They are sums, as gradients are."""
+
+    figures: Callable[[Tensor, Any], dict[str, Tensor]]
+    """``(sums, dvalue) -> figures``, by name; ``dvalue`` is the scale of the loss."""
+
+
 class _Triple(NamedTuple):
     init: Callable[..., tuple[Params, Params]]
     apply: Callable[..., tuple[Tree, Params]]
@@ -117,8 +133,8 @@ class Layer(Constructed, _Triple):
     breaks: frozenset[str]
     """The laws that its pullback, or a child's, is not meant to keep: "derivative", "linear"."""
 
-    probe: bool
-    """Whether the gradient of an entry of its params is what it tells of a step; see `observe`."""
+    probe: "Probe | None"
+    """What it tells of a training step as the gradient of an entry of its params; see `observe`."""
 
     call: Call | None
     """The call of the constructor that made it, which is its ``repr``, or None."""
@@ -136,7 +152,7 @@ class Layer(Constructed, _Triple):
         takes_key: bool = True,
         mixes_examples: bool = False,
         breaks: Iterable[str] = (),
-        probe: bool = False,
+        probe: "Probe | None" = None,
     ) -> "Layer":
         layer = super().__new__(cls, init, apply, vjp)
         layer.forward = forward or (

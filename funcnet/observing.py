@@ -23,6 +23,7 @@ from funcnet.core import (
     Key,
     Layer,
     Params,
+    Probe,
     Pullback,
     Tree,
     join_paths,
@@ -114,7 +115,7 @@ def _observed(layer: Layer) -> Layer:
             pullback = Pullback(observed_rule, {"": pullback, "y": _sums(y)})
         return y, pullback, state
 
-    told: dict[str, Any] = told_by(layer) | {"probe": True}
+    told: dict[str, Any] = told_by(layer) | {"probe": _OF_OUTPUTS}
     made = stateful(layer.init, forward, apply=apply, name=layer.name, **told)
     made.call = layer.call
     return made
@@ -151,6 +152,9 @@ def _figures(sums: Tensor, dvalue: float | Tensor) -> dict[str, Tensor]:
     return named
 
 
+_OF_OUTPUTS = Probe(_PROBE, 2 * _SUMS, _figures)
+
+
 def with_figures(run: Callable[..., Any], model: Layer) -> Callable[..., Any]:
     """The same forward and backward pass, with the figures of an observed model.
 
@@ -161,22 +165,23 @@ def with_figures(run: Callable[..., Any], model: Layer) -> Callable[..., Any]:
     Returns: a function of the same arguments, whose ``measured`` has ``FIGURES`` too: a dict from
     names, as "0.y_norm", to tensors.
     """
-    observed: list[str] = []
+    kinds: dict[str, Probe] = {}  # by the name of the entry
 
     def probed(path: str, layer: Layer) -> Layer:
-        if not layer.probe:
+        probe = layer.probe
+        if probe is None:
             return layer
-        observed.append(path)
+        kinds[probe.entry] = probe
 
         def init(key: Tensor, x: Tree) -> tuple[Params, Params]:
             params, state = layer.init(key, x)
-            probe = torch.zeros(2 * _SUMS, device=tree.device_of(x))
-            return {**params, _PROBE: probe}, state
+            zeros = torch.zeros(probe.size, device=tree.device_of(x))
+            return {**params, probe.entry: zeros}, state
 
         return layer._replace(init=init)
 
     with_probes = map_layers(probed, model)
-    if not observed:
+    if not kinds:
         return run
     shapes: dict[str, Any] = {}  # of the probes by path, which do not depend on the batch
 
@@ -184,10 +189,14 @@ def with_figures(run: Callable[..., Any], model: Layer) -> Callable[..., Any]:
         if not shapes:
             key = torch.empty(2, dtype=torch.int64, device="meta")
             flat = tree.to_dotted(with_probes.init(key, tree.map(_on_meta, x))[0])
-            shapes.update({path: leaf.shape for path, leaf in flat.items() if _is_probe(path)})
-            require(shapes, "observe: all layers that are observed are frozen, and tell nothing")
+            shapes.update({path: leaf.shape for path, leaf in flat.items() if entry(path) in kinds})
+            tells = _PROBE not in kinds or _PROBE in map(entry, shapes)
+            require(tells, "observe: all layers that are observed are frozen, and tell nothing")
         zero = torch.zeros((), device=tree.device_of(x))
         return tree.from_dotted({path: zero.expand(shape) for path, shape in shapes.items()})
+
+    def entry(path: str) -> str:
+        return path.rpartition(".")[2]
 
     def run_with_figures(
         params: Params,
@@ -200,19 +209,15 @@ def with_figures(run: Callable[..., Any], model: Layer) -> Callable[..., Any]:
         x, _ = pair("train_step", batch)
         everything = tree.merge(params, probes(x))
         grads, state, measured = run(everything, batch, state, key, train, dvalue)
-        sums, grads = tree.partition(_is_probe, grads)
+        sums, grads = tree.partition(lambda path: path in shapes, grads)
         figures = {
-            path.removesuffix(_PROBE) + name: figure
+            path.removesuffix(entry(path)) + name: figure
             for path, each in tree.to_dotted(sums).items()
-            for name, figure in _figures(each, dvalue).items()
+            for name, figure in kinds[entry(path)].figures(each, dvalue).items()
         }
         return grads, state, {**measured, FIGURES: figures}
 
     return run_with_figures
-
-
-def _is_probe(path: str) -> bool:
-    return path.rpartition(".")[2] == _PROBE
 
 
 def _on_meta(leaf: Tensor) -> Tensor:

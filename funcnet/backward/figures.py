@@ -9,7 +9,7 @@ _LAYERS = ("fixed_point", "neural_ode")
 
 
 def solver_figures(state: Params) -> dict[str, Tensor]:
-    """What the solvers in a model say of their last call, by path: for the metrics of a step.
+    """What the solvers in a model say of their last call, by path, with or without training.
 
     Of each `fixed_point` the ``iterations``, the relative ``residual`` and whether it has
     ``converged``; of each adaptive `neural_ode` the ``steps``, those that were ``rejected``, the
@@ -21,15 +21,11 @@ def solver_figures(state: Params) -> dict[str, Tensor]:
     >>> import funcnet as fn
     >>> f = fn.serial(fn.parallel(fn.identity(), fn.linear(3, bias=False)), fn.add(), fn.tanh())
     >>> net, x = fn.serial(fn.linear(3), fn.fixed_point(f, tol=1e-3)), torch.ones(4, 2)
-    >>> step = fn.train_step(net, fn.mse(), fn.sgd(0.1))
-    >>> def told(train_state, batch):
-    ...     train_state, metrics = step(train_state, batch)
-    ...     return train_state, {**metrics, **solver_figures(train_state.state)}
-    >>> train_state = fn.init_train_state(net, fn.sgd(0.1), fn.key(0), x)
-    >>> train_state, metrics = told(train_state, (x, torch.zeros(4, 3)))
-    >>> sorted(metrics), bool(metrics["1.fixed_point.converged"])
-    (['1.fixed_point.converged', '1.fixed_point.iterations', '1.fixed_point.residual', 'loss'],
-     True)
+    >>> params, state = net.init(fn.key(0), x)
+    >>> _, state = net.apply(params, x, state)
+    >>> figures = solver_figures(state)
+    >>> list(figures), bool(figures["1.fixed_point.converged"])
+    (['1.fixed_point.iterations', '1.fixed_point.residual', '1.fixed_point.converged'], True)
     """
     flat = tree.to_dotted(state).items()
     return {path: leaf for path, leaf in flat if f".{path}".split(".")[-2] in _LAYERS}

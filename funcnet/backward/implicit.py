@@ -17,15 +17,15 @@ from funcnet.core import (
     Key,
     Layer,
     Params,
+    Probe,
     Pullback,
     Tree,
     around,
     barrier,
     pull,
     sum_cotangents,
-    takes_sums,
 )
-from funcnet.deferred import defers
+from funcnet.deferred import Deferred, defers, mapped
 from funcnet.errors import check_count, locate, require
 from funcnet.lift import stateful
 
@@ -58,7 +58,7 @@ def fixed_point(
             `rnn_cell` is such a layer.
         start: the first z, as a function of x; no derivative goes through it. Default zeros like x.
         tol: the relative residual at which z has converged. All of z, with all examples of a batch,
-            is one vector in these norms.
+            is one vector in these norms, so that examples have their iterations in common.
         max_iter: the most evaluations of f.
         history: of Anderson acceleration; 0 for the plain iteration. The solver holds twice as many
             tensors like z while it runs.
@@ -73,15 +73,19 @@ def fixed_point(
     Params: those of f.
     State:
         that of f, and ``fixed_point``: the ``iterations`` of the last call, the relative
-        ``residual`` at their end, and whether it has ``converged``. `solver_figures` makes metrics
-        of them. f is evaluated on the state that came in, and with the same key, at each iteration,
-        so that a dropout within has one mask; the new state is that of the last evaluation.
+        ``residual`` at their end, and whether it has ``converged``; see `solver_figures`. f is
+        evaluated on the state that came in, and with the same key, at each iteration, so that a
+        dropout within has one mask; the new state is that of the last evaluation.
+    Metrics:
+        `train_step` tells the three figures of the step's forward pass and, with ``backward_``
+        before their names, of its backward pass by the path of the layer, as "1.residual". Of
+        several calls they are means; ``converged`` is the part of them that has.
     VJP:
         ``u = dy + (df/dz)^T u``, solved for u; ``dparams = (df/dparams)^T u``,
         ``dx = (df/dx)^T u``. f runs once more at z, so that nothing but z is kept for it.
-        If the solver ends with a residual above ``limit``, the cotangents are NaN, which
-        ``check_finite`` of `train_step` and ``apply_if_finite`` act upon: no wrong gradient is
-        taken for a right one.
+        If the solver ends with a residual above ``limit``, the cotangents are NaN, on which
+        ``check_finite`` of `train_step` and ``apply_if_finite`` act: no wrong gradient is taken for
+        a right one.
     Raises:
         ValueError: f does not keep the shape and dtype of z, or z is not floating point.
 
@@ -131,7 +135,7 @@ def fixed_point(
         return params, tree.merge(state, {_NAME: _no_figures(z)})
 
     def apply(params: Params, x: Tree, state: Params, key: Key, train: bool) -> Applied:
-        inside = _inside(state)
+        params, inside = _without(PROBE.entry, params), _without(_NAME, state)
         z = first(x)
 
         def evaluate(z: Tree) -> tuple[Tree, Params]:
@@ -148,7 +152,10 @@ def fixed_point(
 
     def forward(params: Params, x: Tree, state: Params, key: Key, train: bool) -> Forward:
         y, new_state = apply(params, x, state, key, train)
-        kept = {"params": params or {}, "x": x, "z": y, "state": _inside(state)}
+        own = _without(PROBE.entry, params)
+        kept: dict[str, Any] = {"params": own, "x": x, "z": y, "state": _without(_NAME, state)}
+        if PROBE.entry in params:
+            kept["figures"] = new_state[_NAME]
         if key is not None and f.takes_key:
             kept["key"] = key
         static = (f, train, backward_solver, limit)
@@ -168,12 +175,17 @@ def fixed_point(
         )
 
     return stateful(
-        init, forward, apply=apply, name=_NAME, mixes_examples=True, **around(f, rebuild)
+        init,
+        forward,
+        apply=apply,
+        name=_NAME,
+        mixes_examples=True,
+        probe=PROBE,
+        **around(f, rebuild),
     )
 
 
 @defers
-@takes_sums
 def fixed_point_rule(
     residuals: dict[str, Any],
     dy: Tree,
@@ -199,7 +211,41 @@ def fixed_point_rule(
     good = figures["residual"] <= limit
     u = tree.map(lambda leaf: torch.where(good, leaf, torch.nan), u)
     dparams, both = pull({"": pullback}, "", u, params=params, x=x)
+    if params and "figures" in at:
+        told = _sums(at["figures"], figures)
+        if isinstance(dparams, Deferred):
+            dparams = mapped(_with_probe, dparams, told)
+        else:
+            dparams = _with_probe(dparams, told)
     return dparams, both[0] if x else None
+
+
+def _with_probe(dparams: Params, told: Tensor) -> Params:
+    return {**dparams, PROBE.entry: told}
+
+
+def _sums(forward: Mapping[str, Tensor], backward: Mapping[str, Tensor]) -> Tensor:
+    """1, and of both ways the iterations, the square of the residual, and whether it is too big."""
+    told = [torch.ones_like(forward["residual"])]
+    for found in (forward, backward):
+        told += [found["iterations"], found["residual"].square(), ~found["converged"]]
+    return torch.stack([each.to(torch.float32) for each in told])
+
+
+def _figures(sums: Tensor, dvalue: Any) -> dict[str, Tensor]:
+    """The means of the figures over the calls of a step."""
+    calls, *each = sums.unbind(-1)
+    named: dict[str, Tensor] = {}
+    for prefix, part in (("", each[:3]), ("backward_", each[3:])):
+        iterations, squares, failures = [number / calls for number in part]
+        named[f"{prefix}iterations"] = iterations
+        named[f"{prefix}residual"] = squares.sqrt()
+        named[f"{prefix}converged"] = 1 - failures
+    return named
+
+
+PROBE = Probe("solved", 7, _figures)
+"""What a training step is told of both solvers."""
 
 
 def _check(prefix: str, solver: Solver) -> None:
@@ -210,9 +256,9 @@ def _check(prefix: str, solver: Solver) -> None:
     require(0 < damping <= 1, f"{_NAME}: damping must be above 0 and at most 1, got {damping!r}")
 
 
-def _inside(state: Params) -> Params:
-    """The state of f."""
-    return {name: part for name, part in state.items() if name != _NAME}
+def _without(name: str, entries: Params) -> Params:
+    """The params or the state of f: all but an entry of the solver's own."""
+    return {each: part for each, part in entries.items() if each != name}
 
 
 def _no_figures(z: Tree) -> Mapping[str, Tensor]:

@@ -128,7 +128,7 @@ def with_rule(
         "takes_key": keyed or layer.takes_key,
         "breaks": {*breaks, *layer.breaks},
         "mixes_examples": mixes_examples or layer.mixes_examples,
-        "probe": False,
+        "probe": None,
     }
     return stateful(made, forward, apply=apply, keyed=keyed, name=name, **told)
 

@@ -103,13 +103,19 @@ def test_one_that_does_not_converge_says_so_in_the_metrics_and_gives_no_gradient
     start = fn.init_train_state(net, fn.sgd(0.1), fn.key(0), X)
     for scale, converges in ((0.5, True), (2.0, False)):
         params = {**start.params, "core": params_of(weights(scale))}
-        after, _ = step(start._replace(params=params), (X, X[:, :1]))
-        metrics = fn.solver_figures(after.state)
-        assert list(metrics) == [
+        after, metrics = step(start._replace(params=params), (X, X[:, :1]))
+        for way in ("", "backward_"):
+            assert metrics[f"core.{way}converged"] == converges
+            assert (metrics[f"core.{way}residual"] <= 1e-5) == converges
+            assert (metrics[f"core.{way}iterations"] < 50) == converges
+        state = fn.solver_figures(after.state)
+        assert [*state] == [
             f"core.fixed_point.{name}" for name in ("iterations", "residual", "converged")
         ]
-        assert metrics["core.fixed_point.converged"] == converges
+        assert state["core.fixed_point.converged"] == converges
+        assert state["core.fixed_point.iterations"] == metrics["core.iterations"]
         assert after.params["core"]["0"]["1"]["weight"].isfinite().all() == converges
+        assert fn.tree.paths(after.params) == fn.tree.paths(start.params)
     checked = fn.train_step(net, fn.mse(), fn.sgd(0.1), check_finite=True)
     with pytest.raises(ValueError, match="core"):
         checked(start._replace(params=params), (X, X[:, :1]))
@@ -258,3 +264,32 @@ def test_a_summary_counts_an_evaluation():
     row = fn.summary(fn.fixed_point(cell()), X).total
     assert row.residual_bytes == 2 * X.nbytes  # x and z
     assert row.forward_flops > 0
+
+
+AROUND = {
+    "repeat": lambda layer: fn.repeat(layer, 2),
+    "remat": fn.remat,
+    "shared": lambda layer: fn.serial(fn.fan_out(2), fn.shared(layer), fn.add()),
+    "freeze": lambda layer: fn.freeze(layer, ["0.1.0.weight"]),
+    "weight_norm": lambda layer: fn.weight_norm(layer, "0.1.0.weight"),
+    "tie": lambda layer: fn.tie(fn.serial(layer, layer), {"1.0.1.0.weight": "0.0.1.0.weight"}),
+    "observe": fn.observe,
+    "neural_ode": lambda layer: fn.neural_ode(layer, (0.0, 1.0), 2, "euler"),
+    "itself": lambda layer: fn.fixed_point(
+        fn.serial(fn.parallel(fn.identity(), layer), fn.add(), fn.linear(6), fn.tanh())
+    ),
+}
+
+
+@pytest.mark.parametrize("name", AROUND)
+def test_its_figures_are_among_the_metrics_whatever_is_around_it(name):
+    net = fn.serial(fn.linear(6), AROUND[name](fn.fixed_point(cell())))
+    optimizer = fn.adam(1e-2)
+    start = fn.init_train_state(net, optimizer, fn.key(0), X)
+    for parts in (1, 5):
+        step = fn.train_step(net, fn.mse(), optimizer, micro_batches=parts)
+        state, metrics = step(start, (X, X))
+        found = [each for path, each in metrics.items() if path.endswith(".backward_converged")]
+        assert found
+        assert all((each == 1).all() for each in found)
+        assert fn.tree.alike(state, start)
