@@ -15,7 +15,7 @@ and the squared error at the start and the edges. Three derivatives meet in it:
 - the gradient of the loss by the params, through both, is ``torch.func.grad`` of a plain function.
 
 `fn.jit` makes one program of all that, with Adam, the points drawn anew for each step and the loop
-over the steps in it. L-BFGS goes on from there in float64, with points that stay.
+over the steps in it.
 
 Prints the relative L2 error on a grid, ``|u - exact| / |exact|``, as it falls, and the time of a
 step of Adam beside the same step in plain PyTorch, where autograd takes the derivatives.
@@ -38,8 +38,6 @@ import funcnet as fn
 NU = 0.01 / math.pi
 POINTS, KNOWN = 1000, 200
 """Of a batch: where the equation is to hold, and where u is known, half at the start."""
-FIXED = 5
-"""L-BFGS has so many times as many."""
 LAYERS, WIDTH = 4, 32
 CHUNKS = 10
 """Calls of the program, after each of which the error is printed."""
@@ -117,7 +115,7 @@ class Grid:
 
 
 class ByAdam:
-    """The first half of the training: Adam, with points drawn anew for each step."""
+    """The training, with points drawn anew for each step."""
 
     def __init__(self, key: Tensor, steps: int) -> None:
         optimizer = fn.adam(fn.schedules.linear(3e-3, 1.0, 0.0, steps))
@@ -175,23 +173,6 @@ class InPyTorch:
             self.schedule.step()
 
 
-def by_lbfgs(params: fn.Params, key: Tensor, iterations: int) -> fn.Params:
-    """The second half: L-BFGS, with points that stay."""
-    batch = draw(key, FIXED * POINTS, FIXED * KNOWN)
-    params, batch = fn.tree.map(Tensor.double, (params, batch))
-    compiled = fn.jit(value_and_grad)
-    minimizer = fn.lbfgs(
-        max_iter=iterations,
-        max_eval=2 * iterations,
-        history_size=50,
-        line_search_fn="strong_wolfe",
-    )
-    params, _, _ = minimizer.step(
-        lambda params: compiled(params, batch), minimizer.init_state(params), params
-    )
-    return params
-
-
 def draw_figure(grid: Grid, params: fn.Params, path: Path) -> None:
     found = grid.found(params)
     figure, (left, middle, right) = plt.subplots(1, 3, figsize=(14, 4), layout="constrained")
@@ -205,7 +186,7 @@ def draw_figure(grid: Grid, params: fn.Params, path: Path) -> None:
     for place, color in zip((24, 49, 99), ("tab:blue", "tab:orange", "tab:red"), strict=True):
         right.plot(grid.x, found[:, place], color=color, label=f"$t = {grid.t[place]:.2f}$")
         right.plot(grid.x[::5], grid.u[::5, place], ".", color=color, markersize=5)
-    right.set(title="The net (lines) and the exact solution (dots)", xlabel="$x$")
+    right.set(title="The net (lines), the solution (dots)", xlabel="$x$")
     right.legend(frameon=False)
     path.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(path, dpi=100)
@@ -219,14 +200,13 @@ def parse() -> argparse.Namespace:
     )
     add = parser.add_argument
     add("--seed", type=int, default=0, help="of the net and the points")
-    add("--steps", type=int, default=20_000, help=f"of Adam, a multiple of {CHUNKS}")
-    add("--iterations", type=int, default=1000, help="of L-BFGS")
-    add("--quick", action="store_true", help="100 steps and 5 iterations, for a test")
+    add("--steps", type=int, default=40_000, help=f"of Adam, a multiple of {CHUNKS}")
+    add("--quick", action="store_true", help="100 steps, for a test")
     add("--output", type=Path, default=Path("pinn.png"), help="the figure's file")
     options = parser.parse_args()
     if options.quick:
-        options.steps, options.iterations = 100, 5
-    require_positive(parser, options, "steps", "iterations")
+        options.steps = 100
+    require_positive(parser, options, "steps")
     if options.steps % CHUNKS:
         parser.error(f"--steps must be a multiple of {CHUNKS}")
     return options
@@ -236,27 +216,24 @@ def main() -> None:
     options = parse()
     key, grid, begin = fn.key(options.seed), Grid(), time.perf_counter()
 
-    def say(done: str, params: fn.Params) -> None:
-        seconds = time.perf_counter() - begin
-        print(f"{done}, {seconds:.1f} s: relative L2 error {grid.error(params):.2e}", flush=True)
-
     adam, chunk = ByAdam(key, options.steps), options.steps // CHUNKS
     for first in range(0, options.steps, chunk):
         values = adam.run(torch.arange(first, first + chunk))
-        say(f"{first + chunk} steps, loss {values[-100:].mean():.1e}", adam.params)
-    params = by_lbfgs(adam.params, fn.fold_in(key, "fixed"), options.iterations)
-    say(f"{options.iterations} iterations of L-BFGS", params)
+        seconds, error = time.perf_counter() - begin, grid.error(adam.params)
+        print(
+            f"{first + chunk} steps, {seconds:.1f} s: loss {values[-100:].mean():.1e}, "
+            f"relative L2 error {error:.2e}",
+            flush=True,
+        )
+    draw_figure(grid, adam.params, options.output)
 
     counts, peer = torch.arange(20 if options.quick else 300), InPyTorch(options.steps)
-    seconds = seconds_of(
-        {"program": lambda: adam.run(counts), "PyTorch": lambda: peer.run(counts)}, 3
-    )
-    ours, theirs = (1000 * seconds[name] / len(counts) for name in ("program", "PyTorch"))
+    programs = {"program": lambda: adam.run(counts), "PyTorch": lambda: peer.run(counts)}
+    ours, theirs = (1000 * each / len(counts) for each in seconds_of(programs, 3).values())
     print(
         f"a step of Adam takes {ours:.2f} ms in the program, {theirs:.2f} ms in plain PyTorch: "
         f"{ours / theirs:.2f} of that"
     )
-    draw_figure(grid, params, options.output)
 
 
 if __name__ == "__main__":

@@ -47,7 +47,7 @@ OPTIONS = {
     "deep_ensemble": ("--seed", "--members", "--epochs", "--output"),
     "digits_cnn": ("--seed", "--epochs", "--images", "--output"),
     "fit_dataloader": ("--epochs", "--images", "--workers", "--checkpoint"),
-    "pinn": ("--seed", "--steps", "--iterations", "--quick", "--output"),
+    "pinn": ("--seed", "--steps", "--quick", "--output"),
     "policy_gradient": ("--seed", "--updates", "--quick", "--output"),
     "ppo": ("--seed", "--seeds", "--updates", "--quick", "--output"),
     "population_sweep": (
