@@ -140,7 +140,7 @@ def hutchinson(
         gradient: ``params -> grads`` of a batch's loss, as ``fn.value_and_grad`` gives.
         params: where the Hessian is estimated.
         hvp: ``(params, z) -> H z``, exactly, for instance
-            ``lambda p, z: torch.func.jvp(gradient, (p,), (z,))[1]``.
+            ``lambda p, z: fn.hvp(net, loss)(p, batch, z)[1]``.
         distance: d; by default the cube root of the dtype's rounding error, 0.005 for float32.
 
     Returns:
