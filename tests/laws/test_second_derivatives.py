@@ -18,8 +18,8 @@ NETS = LAYERS | COMBINATORS
 # PyTorch's own operator, which apply calls, has a single derivative.
 NO_ORACLE = {"hardsigmoid"}
 SAMPLE = [
-    *("linear", "conv2d reflect", "batch_norm of images", "layer_norm", "gelu", "max_pool2d"),
-    *("embedding", "multihead_attention", "lstm", "serial of all kinds", "repeat", "remat"),
+    *("linear", "conv2d", "batch_norm of images", "layer_norm", "gelu", "max_pool2d", "embedding"),
+    *("scaled_dot_product_attention", "gru_cell", "serial of all kinds", "remat"),
 ]
 # A program for many cases takes little longer to compile than one for a single case.
 TOGETHER = 12
