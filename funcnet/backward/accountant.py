@@ -144,6 +144,7 @@ def _fractional_moment(noise: float, rate: float, order: float) -> float:
     spread = math.sqrt(2) * noise
     plus: list[float] = []
     minus: list[float] = []
+    most = -math.inf
     for k in range(10_000):
         sign, choose = _log_binomial(order, k)
         other = order - k
@@ -153,9 +154,9 @@ def _fractional_moment(noise: float, rate: float, order: float) -> float:
         above += (other * other - other) / (2 * noise**2)
         above += math.log(0.5) + _log_erfc((middle - other) / spread)
         (plus if sign > 0 else minus).extend([below, above])
-        if k > order and max(below, above) < max(plus) - 40:
+        most = max(most, below, above)
+        if k > order and max(below, above) < most - 40:
             break
-    most = max(plus)
     total = math.fsum(
         [math.exp(each - most) for each in plus] + [-math.exp(each - most) for each in minus]
     )

@@ -98,13 +98,13 @@ def example_norms(deferred: Deferred, by: str = "all") -> Any:
     """
     if by not in BY:
         raise ValueError(f"example_norms: by must be one of {BY}, got {by!r}")
-    number_of_examples("example_norms", deferred)
+    examples = number_of_examples("example_norms", deferred)
     if by == "leaf":
         return tree.map(torch.sqrt, _walk(deferred, _squares_of))
     squares = squares_by_layer(deferred)
     if by == "layer":
         return {path: each.sqrt() for path, each in squares.items()}
-    return torch.stack([*squares.values()]).sum(0).sqrt()
+    return total_of(squares, examples).sqrt()
 
 
 def squares_by_layer(deferred: Deferred) -> dict[str, Tensor]:
@@ -115,6 +115,11 @@ def squares_by_layer(deferred: Deferred) -> dict[str, Tensor]:
         for square in leaves:
             found[path] = found[path] + square if path in found else square
     return found
+
+
+def total_of(squares: dict[str, Tensor], examples: int) -> Tensor:
+    """The squared norms of all layers' gradients together."""
+    return torch.stack([*squares.values()]).sum(0) if squares else torch.zeros(examples)
 
 
 def _squares(deferred: Deferred) -> list[Tensor]:
@@ -309,7 +314,7 @@ def number_of_examples(name: str, deferred: Any) -> int:
         return found.pop()
     hint = "make it under vmap over the batch, each example as a batch of one: defer_examples"
     if not found:
-        raise ValueError(f"{name}: expects a Deferred of examples, got one of no params")
+        raise ValueError(f"{name}: expects a Deferred of examples, got one of no layers")
     if None in found:
         raise ValueError(
             f"{name}: expects a Deferred of examples, got that of a whole batch; {hint}"

@@ -114,10 +114,16 @@ def _axes(name: str, in_axes: Axes, inputs: tuple[Tree, Tree]) -> Tree:
         raise TypeError(f"{name}: in_axes {in_axes!r} does not fit the batch: {error}") from None
     leaves, treedef = optree.tree_flatten(of, none_is_leaf=True)
     found: list[Any] = [
-        _SHARED if axis is None or leaf is None else axis % leaf.dim()
+        _SHARED if axis is None or leaf is None else _axis(name, axis, leaf)
         for leaf, axis in zip(leaves, whole, strict=True)
     ]
     return treedef.unflatten(found)
+
+
+def _axis(name: str, axis: int, leaf: Tensor) -> int:
+    if not -leaf.dim() <= axis < leaf.dim():
+        raise ValueError(f"{name}: in_axes: {axis} is no axis of {tree.describe(leaf)}")
+    return axis % leaf.dim()
 
 
 def _with_axis(leaf: Tensor, axis: Any) -> Tensor:

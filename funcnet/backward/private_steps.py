@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from funcnet import tree
-from funcnet.backward.examples_of import squares_by_layer, weighted
+from funcnet.backward.examples_of import squares_by_layer, total_of, weighted
 from funcnet.backward.forward_examples import defer_examples
 from funcnet.core import EMPTY, Layer, Loss, Params, Tree
 from funcnet.deferred import gradients
@@ -97,7 +97,7 @@ def private_value_and_grad(
         count = len(values)
         if mask is not None and mask.shape != (count,):
             raise ValueError(f"{_NAME}: expects a mask of ({count},), got {tuple(mask.shape)}")
-        weights = _weights(squares_by_layer(deferred), bound, clipping, mask)
+        weights = _weights(squares_by_layer(deferred), count, bound, clipping, mask)
         grads = gradients(weighted(deferred, weights))
         size = count if batch_size is None else batch_size
         deviation = None if noiseless else noise * bound
@@ -111,7 +111,11 @@ def private_value_and_grad(
 
 
 def _weights(
-    squares: dict[str, Tensor], bound: float | Tensor, clipping: str, mask: Tensor | None
+    squares: dict[str, Tensor],
+    count: int,
+    bound: float | Tensor,
+    clipping: str,
+    mask: Tensor | None,
 ) -> Tensor | dict[str, Tensor]:
     """By what the gradients of each example are multiplied; 0 for those that only pad the batch."""
 
@@ -127,7 +131,7 @@ def _weights(
     if clipping == "layer":
         part = bound / len(squares) ** 0.5
         return {path: clipped(square, part) for path, square in squares.items()}
-    return clipped(torch.stack([*squares.values()]).sum(0), bound)
+    return clipped(total_of(squares, count), bound)
 
 
 def _noised(leaf: Tensor, deviation: Any, key: Tensor | None, path: str) -> Tensor:
