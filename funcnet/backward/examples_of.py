@@ -8,7 +8,7 @@ from torch import Tensor
 
 from funcnet import tree
 from funcnet.backward.example_rules import AS_ONE_BATCH, FACTORS
-from funcnet.backward.factors import Factors, Formed
+from funcnet.backward.factors import Factors, Formed, Products
 from funcnet.combinators.combine import children_rule
 from funcnet.combinators.reparametrize import select_learned
 from funcnet.combinators.repeat import stacked_rule
@@ -18,6 +18,7 @@ from funcnet.deferred import (
     Deferred,
     gradients,
     is_term,
+    map_terms,
     mapped_rule,
     shapes_of,
     sum_rule,
@@ -159,7 +160,8 @@ def _walk(deferred: Deferred, finish: Callable[[Factors], Any]) -> Tree:
         (n,) = static
         copies = tree.map(lambda leaf: leaf.flatten(0, 1), parts[""])
         return _walk(copies, lambda factors: finish(factors.copies(n)))
-    return tree.map(lambda leaf: finish(Formed(leaf)), _formed(deferred))
+    formed = gradients(deferred) if rule is formed_rule else _formed(deferred)
+    return tree.map(lambda leaf: finish(Formed(leaf)), formed)
 
 
 def _static(deferred: Deferred) -> Any:
@@ -202,6 +204,40 @@ def _of_term(term: Deferred, finish: Callable[[Factors], Any]) -> Tree:
 
 def _formed(deferred: Deferred) -> Params:
     return batched(gradients)(deferred)
+
+
+def formed_where_small(deferred: Deferred) -> Deferred:
+    """The same gradients, formed for each example where they are small and their norms need them.
+
+    Then their weighted sum costs next to nothing, and norms and sum together what the gradients of
+    the batch cost. They are kept where they take no more memory than the residuals and
+    cotangents that they are made of, as those of convolutions of large images.
+    """
+
+    def one(term: Deferred) -> Deferred:
+        pullback, dy = term.parts["pullback"], term.parts["dy"]
+        made, now = shapes_of(term)
+        several = max([leaf.dim() for leaf in tree.leaves(dy)]) > 2 and now[0][1:-1].numel() > 1
+        if not several or pullback.rule not in FACTORS or len(now[0]) != len(made[0]) + 1:
+            return term
+        found: dict[str, Factors] = _of_term(term, _same)
+        products = [each for each in found.values() if isinstance(each, Products)]
+        if not products or not all([each.is_formed() for each in products]):
+            return term
+        size = len(dy) * sum([torch.Size(each.shape).numel() for each in products])
+        if size > _MOST * sum([leaf.numel() for leaf in tree.leaves((pullback.residuals, dy))]):
+            return term
+        return Deferred(formed_rule, {name: each.formed() for name, each in found.items()})
+
+    return map_terms(one, deferred)
+
+
+_MOST = 1
+
+
+def formed_rule(parts: Mapping[str, Tensor]) -> Params:
+    """The gradients that were formed."""
+    return {**parts}
 
 
 def weighted(deferred: Deferred, weights: Tensor | Mapping[str, Tensor]) -> Deferred:
@@ -283,7 +319,8 @@ def weighted_rule(parts: Mapping[str, Any]) -> Tree:
     """``sum_i weights_i g_i``, by the layer's own rule for one batch, where it takes one."""
     deferred, weights = parts["of"], parts["weights"]
     if not is_term(deferred):
-        return tree.map(lambda leaf: _weighted_sum(leaf, weights), _formed(deferred))
+        formed = gradients(deferred) if deferred.rule is formed_rule else _formed(deferred)
+        return tree.map(lambda leaf: _weighted_sum(leaf, weights), formed)
     pullback = deferred.parts["pullback"]
     dy = tree.map(lambda leaf: leaf * _beside(weights, leaf), deferred.parts["dy"])
     static = pullback.static
@@ -297,7 +334,7 @@ def weighted_rule(parts: Mapping[str, Any]) -> Tree:
 
 
 def _weighted_sum(leaf: Tensor, weights: Tensor) -> Tensor:
-    return (leaf * _beside(weights, leaf)).sum(0)
+    return (weights.to(leaf.dtype) @ leaf.reshape(len(leaf), -1)).reshape(leaf.shape[1:])
 
 
 def _beside(weights: Tensor, leaf: Tensor) -> Tensor:
@@ -330,6 +367,8 @@ def _examples(deferred: Deferred, loops: int) -> Iterator[Any]:
     if is_term(deferred):
         for made, now in zip(*shapes_of(deferred), strict=True):
             yield now[0] if len(now) == len(made) + loops + 1 else None
+    if deferred.rule is formed_rule:
+        yield from [len(leaf) for leaf in deferred.parts.values()]
     loops += deferred.rule is stacked_rule
     for part in deferred.parts.values():
         if isinstance(part, Deferred):

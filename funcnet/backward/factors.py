@@ -84,14 +84,20 @@ class Products(Factors):
 
     def squares(self) -> Tensor:
         rows, columns = _wide(self.rows), _wide(self.columns)
-        (*_, positions, out), wide = rows.shape, columns.shape[-1]
-        if positions == 1:
+        if rows.shape[-2] == 1:
             return _sums(rows.square().sum((-2, -1)) * columns.square().sum((-2, -1)))
-        # Gram matrices where they take fewer multiplications; then they are the smaller ones too.
-        if positions * (out + wide) < out * wide:
+        if not self.is_formed():
             grams = (rows @ rows.mT) * (columns @ columns.mT)
             return _sums(grams).clamp_min(0.0)
         return _squares(rows.mT @ columns)
+
+    def is_formed(self) -> bool:
+        """Whether forming the gradients takes no more multiplications than Gram matrices.
+
+        Where it takes more, the Gram matrices are smaller than the gradients too.
+        """
+        (*_, positions, out), wide = self.rows.shape, self.columns.shape[-1]
+        return positions > 1 and positions * (out + wide) >= out * wide
 
     def copies(self, n: int) -> Factors:
         rows, columns = (each.unflatten(0, (-1, n)) for each in (self.rows, self.columns))

@@ -94,7 +94,7 @@ def defer_examples(
 
         mapped_axes = tree.map(lambda axis: None if axis is _SHARED else axis, axes)
         in_axes_of_all = (mapped_axes, None if keys is None else 0)
-        return batched(one, in_axes_of_all, (0, 0, None))(inputs, keys)
+        return batched(one, in_axes_of_all, (0, 0, None) if state else 0)(inputs, keys)
 
     return run
 

@@ -1,13 +1,12 @@
 """Differentially private gradients: those of each example clipped, summed, and noise added."""
 
 from collections.abc import Callable
-from typing import Any
 
 import torch
 from torch import Tensor
 
 from funcnet import tree
-from funcnet.backward.examples_of import squares_by_layer, total_of, weighted
+from funcnet.backward.examples_of import formed_where_small, squares_by_layer, total_of, weighted
 from funcnet.backward.forward_examples import defer_examples
 from funcnet.core import EMPTY, Layer, Loss, Params, Tree
 from funcnet.deferred import gradients
@@ -97,15 +96,14 @@ def private_value_and_grad(
         count = len(values)
         if mask is not None and mask.shape != (count,):
             raise ValueError(f"{_NAME}: expects a mask of ({count},), got {tuple(mask.shape)}")
-        weights = _weights(squares_by_layer(deferred), count, bound, clipping, mask)
-        grads = gradients(weighted(deferred, weights))
         size = count if batch_size is None else batch_size
-        deviation = None if noiseless else noise * bound
-        made = {
-            path: _noised(leaf, deviation, draw, path) / size
-            for path, leaf in tree.to_dotted(grads).items()
-        }
-        return _mean(values, mask), _like(grads, made), state
+        deferred = formed_where_small(deferred)
+        weights = _weights(squares_by_layer(deferred), count, bound, clipping, mask)
+        weights = tree.map(lambda each: each / size, weights)
+        grads = gradients(weighted(deferred, weights))
+        if draw is not None and not noiseless:
+            grads = _noised(grads, noise * bound / size, draw)
+        return _mean(values, mask), grads, state
 
     return value_and_grads
 
@@ -134,20 +132,17 @@ def _weights(
     return clipped(total_of(squares, count), bound)
 
 
-def _noised(leaf: Tensor, deviation: Any, key: Tensor | None, path: str) -> Tensor:
-    if key is None or deviation is None:
-        return leaf
-    drawn = normal(fold_in(key, path), leaf.shape, leaf.dtype, device=leaf.device)
-    return leaf + deviation * drawn
+def _noised(grads: Params, deviation: float | Tensor, key: Tensor) -> Params:
+    """The gradients with normal noise, of which each leaf draws by its path."""
+    leaves, treedef = tree.flatten(grads)
+    found = [
+        leaf + deviation * normal(fold_in(key, path), leaf.shape, leaf.dtype, device=leaf.device)
+        for path, leaf in zip(tree.paths(grads), leaves, strict=True)
+    ]
+    return treedef.unflatten(found)
 
 
 def _mean(values: Tensor, mask: Tensor | None) -> Tensor:
     if mask is None:
         return values.mean()
     return torch.where(mask, values, 0.0).sum() / mask.sum().clamp_min(1)
-
-
-def _like(grads: Params, flat: dict[str, Tensor]) -> Params:
-    leaves, treedef = tree.flatten(grads)
-    del leaves
-    return treedef.unflatten([flat[path] for path in tree.paths(grads)])
