@@ -64,6 +64,17 @@ from funcnet.backward.higher import (
 from funcnet.backward.implicit import (
     fixed_point as fixed_point,
 )
+from funcnet.backward.kfac_training import (
+    KfacGradients as KfacGradients,
+    KfacState as KfacState,
+    adapt_damping as adapt_damping,
+    kfac as kfac,
+    kfac_train_step as kfac_train_step,
+)
+from funcnet.backward.kronecker import (
+    Factors as Factors,
+    kronecker_factors as kronecker_factors,
+)
 from funcnet.backward.layer_by_layer import (
     clipped_train_step as clipped_train_step,
     clipped_update as clipped_update,

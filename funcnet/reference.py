@@ -79,7 +79,8 @@ PAGES = {
             """,
         "The backward pass as a value": """
             Deferred defer gradients map_pullbacks with_pullbacks
-            gradient_norm clipped_update clipped_train_step
+            gradient_norm clipped_update clipped_train_step kronecker_factors Factors
+            kfac kfac_train_step KfacGradients KfacState adapt_damping
             """,
         "Other backward rules": """
             with_rule cotangent reverse_gradient stop_gradient clip_cotangent noise_cotangent
