@@ -135,7 +135,8 @@ def _sums(values: Tree) -> Tensor:
     for leaf in found:
         kind = torch.promote_types(leaf.dtype, torch.float32)
         squares = torch.linalg.vector_norm(leaf, dtype=kind).square()
-        count, zeros = torch.full_like(squares, leaf.numel()), (leaf == 0).sum().to(kind)
+        count = torch.full_like(squares, leaf.numel())
+        zeros = count - torch.linalg.vector_norm(leaf.sign(), 1, dtype=kind)
         total = total + torch.stack([count, leaf.sum(dtype=kind), squares, zeros]).float()
     return total
 
