@@ -35,9 +35,10 @@ def reversible(*pairs: Pair, dim: int | None = None, **named: Pair) -> Layer:
     A pair of layers (f, g) maps ``(x1, x2)`` to ``y1 = x1 + f(x2)``, ``y2 = x2 + g(y1)``. That has
     an inverse, ``x2 = y2 - g(y1)``, ``x1 = y1 - f(x2)``. So the backward pass computes each pair's
     input from its output, and the memory of activations is the same at any depth. It runs f and g
-    once more, as `remat` does, with the same key, state and params; their noise is the same. In eager
-    mode on a CPU glibc's malloc may keep holes between the gradients that nothing fits in; with
-    MALLOC_MMAP_THRESHOLD_=65536 in the environment it gives them back.
+    once more, as `remat` does, with the same key, state and params; their noise is the same.
+
+    In eager mode on a CPU glibc's malloc may keep holes between the gradients that nothing fits in;
+    with MALLOC_MMAP_THRESHOLD_=65536 in the environment it gives them back.
 
     Args:
         pairs: (f, g), named "0", "1", ...; or
