@@ -107,8 +107,9 @@ def _least_squares(rows: list[Tensor], target: list[Tensor]) -> Tensor:
     gram = sum([each @ each.mT for each, _ in wide])
     right = sum([each @ leaf for each, leaf in wide])
     assert isinstance(gram, Tensor)
-    # Whatever the scale, gamma is the same: no derivative of it is needed, nor is there one at 0.
-    scale = gram.detach().diagonal().clamp(min=_tiny(gram)).rsqrt()
+    squares = gram.diagonal()
+    # Rows of zeros count as of length 1: at 0, forward mode would multiply 0 by an infinite slope.
+    scale = torch.where(squares > _tiny(gram), squares, 1.0).rsqrt()
     ridge = 16 * torch.finfo(gram.dtype).eps
     unit = torch.eye(gram.shape[-1], dtype=gram.dtype, device=gram.device)
     normal = scale[:, None] * gram * scale + ridge * unit

@@ -17,6 +17,8 @@ DOUBLE = torch.float64
 NETS = LAYERS | COMBINATORS
 # PyTorch's own operator, which apply calls, has a single derivative.
 NO_ORACLE = {"hardsigmoid"}
+# The number of their iterations is not known, and a derivative of a compiled loop unrolls it.
+LOOPS = {name for name in NETS if name.startswith(("fixed_point", "neural_ode dopri5"))}
 SAMPLE = [
     *("linear", "conv2d", "batch_norm of images", "layer_norm", "gelu", "max_pool2d", "embedding"),
     *("scaled_dot_product_attention", "gru_cell", "serial of all kinds", "remat"),
@@ -30,7 +32,8 @@ def pytest_generate_tests(metafunc):
         return
     names = SAMPLE
     if metafunc.config.getoption("whole"):
-        names = [name for name in NETS if name not in EAGER_ONLY]
+        left_out = EAGER_ONLY | LOOPS
+        names = [name for name in NETS if name not in left_out]
     groups = [names[start : start + TOGETHER] for start in range(0, len(names), TOGETHER)]
     metafunc.parametrize("group", groups, ids=[group[0] for group in groups])
 
@@ -106,7 +109,7 @@ def test_a_pullback_has_autograds_second_derivatives(name):
     for case in cases if first.at else ():
         forward, reverse = case.second_derivatives(case.at)
         torch.testing.assert_close(forward, reverse, rtol=1e-9, atol=1e-9)
-        if name not in NO_ORACLE:
+        if name not in NO_ORACLE and not case.layer.breaks:
             torch.testing.assert_close(forward, case.by_autograd(), rtol=1e-9, atol=1e-9)
 
 
