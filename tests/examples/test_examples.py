@@ -49,6 +49,7 @@ OPTIONS = {
     "fit_dataloader": ("--epochs", "--images", "--workers", "--checkpoint"),
     "pinn": ("--seed", "--steps", "--quick", "--output"),
     "policy_gradient": ("--seed", "--updates", "--quick", "--output"),
+    "private_digits": ("--seed", "--epochs", "--epsilon", "--images"),
     "ppo": ("--seed", "--seeds", "--updates", "--quick", "--output"),
     "population_sweep": (
         "--seed",
@@ -158,6 +159,8 @@ def test_disk_classifier_takes_other_settings(options: tuple[object, ...], tmp_p
         ("pinn", ("--steps", 15)),
         ("digits_cnn", ("--images", 50)),
         ("digits_cnn", ("--images", 5001)),
+        ("private_digits", ("--epsilon", 0)),
+        ("private_digits", ("--images", 50)),
         ("char_lm", ("--steps", 30)),
         ("char_lm", ("--temperature", 0)),
         ("char_lm", ("--small", "--prompt", 33 * "x")),
@@ -174,6 +177,16 @@ def test_custom_loop_prints_losses_and_error() -> None:
     assert re.fullmatch(
         r"epoch 1: loss 0\.\d+\nepoch 2: loss 0\.\d+\ntest error \d+\.\d\d%\n", printed
     )
+
+
+def test_private_digits_prints_the_epsilon_that_it_spends() -> None:
+    printed = output_of("private_digits", "--images", 600, "--epochs", 2, "--epsilon", 3)
+    lines = (
+        r"noise \d\.\d\d times the bound, for 6 steps at a rate of 0\.417\n"
+        r"epoch 1: epsilon [12]\.\d\d, accuracy \d+\.\d%\n"
+        r"epoch 2: epsilon 3\.00, accuracy \d+\.\d%\n"
+    )
+    assert re.fullmatch(lines, printed)
 
 
 def test_digits_cnn_prints_its_accuracy_and_draws(tmp_path: Path) -> None:
