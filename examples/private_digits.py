@@ -1,7 +1,7 @@
 """Train on digits so that no image can be told to have been among them: DP-SGD.
 
-    python examples/private.py
-    python examples/private.py --epsilon 2 --epochs 30
+    python examples/private_digits.py
+    python examples/private_digits.py --epsilon 2 --epochs 30
 
 Each image's gradient is clipped to a norm of 1, and noise is added to the sum of each batch: so the
 trained net is (epsilon, delta)-differentially private with respect to each of its 4000 images. The
@@ -20,7 +20,7 @@ from torch import Tensor
 import funcnet as fn
 
 BATCH_SIZE = 200
-BOUND, RATE, MOMENTUM = 1.0, 1.0, 0.9
+BOUND, RATE, MOMENTUM = 1.0, 0.4, 0.9
 DELTA = 1e-5
 
 # A normalization of each example by itself: one over the batch would mix them.
