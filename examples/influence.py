@@ -130,7 +130,7 @@ def study(params: fn.Params, images: Tensor, labels: Tensor, wrong: Tensor) -> l
 
 
 def draw(params: fn.Params, images: Tensor, labels: Tensor, path: Path) -> None:
-    """The images with the largest influence on themselves, and those that helped a new one most."""
+    """The images with the largest influence on themselves."""
     deferred = defer(params, images, labels)
     own = influence(deferred, deferred).diagonal().topk(24).indices
     figure, panels = plt.subplots(3, 8, figsize=(9, 4), layout="constrained")
@@ -139,7 +139,7 @@ def draw(params: fn.Params, images: Tensor, labels: Tensor, path: Path) -> None:
         panel.imshow(images[index, 0].numpy(), cmap="gray_r")
         panel.set_title(f"label {labels[index]}, net {guesses[index]}", fontsize=8)
         panel.axis("off")
-    figure.suptitle("training images with the largest gradients: learned by heart, or not at all")
+    figure.suptitle("training images with the largest gradients, with label and guess")
     save(figure, path)
 
 

@@ -50,6 +50,8 @@ class KfacState(NamedTuple):
     """How many updates there were."""
     damping: Tensor
     """The damping now."""
+    least: Tensor
+    """The least that it may become."""
     decrease: Tensor
     """By how much the last update lowers the loss, if the quadratic model is right."""
     factors: Mapping[str, Factors]
@@ -65,6 +67,7 @@ class KfacState(NamedTuple):
 def kfac(
     damping: float = 1.0,
     *,
+    least_damping: float | None = None,
     decay: float = 0.95,
     inverse_every: int = 5,
     others: Optimizer | None = None,
@@ -84,6 +87,9 @@ def kfac(
 
     Args:
         damping: the first one, in units of the loss's second derivatives, a number > 0.
+        least_damping: below which it does not fall, a number >= 0; default a thousandth of the
+            first. How well a step does on its own batch says too much good of long ones, so without
+            a bound the damping of small batches would go to 0.
         decay: of the running means, in [0, 1); the first means are plain ones.
         inverse_every: every how many updates the inverses are computed anew.
         others: updates the params that are no linear layer's weight or bias; default: there are
@@ -108,6 +114,8 @@ def kfac(
     {'0': (3, 3), '2': (4, 1)}
     """
     check_positive("kfac", damping=damping)
+    least = damping / 1000 if least_damping is None else least_damping
+    check_options("kfac", least_damping=least)
     check_options("kfac", below=1.0, decay=decay)
     check_count("kfac", inverse_every=inverse_every)
     if others is not None:
@@ -129,7 +137,8 @@ def kfac(
         return KfacState(
             number.long(),
             number + damping,
-            number,
+            number + least,
+            number.clone(),
             factors,
             tree.map(torch.clone, factors),
             tree.map(torch.zeros_like, matrices),
@@ -166,9 +175,8 @@ def kfac(
         if others is not None:
             own = _divided(params)[1]
             others_updates, others_state = others.update(rest, state.others, own)
-        new = KfacState(
-            state.step + 1, state.damping, decrease, factors, inverses, step, others_state
-        )
+        number = state.step + 1, state.damping, state.least, decrease
+        new = KfacState(*number, factors, inverses, step, others_state)
         return _joined(params, step, others_updates), new
 
     return Optimizer(init_state, update, "kfac", needs_all_leaves=True)
@@ -249,7 +257,7 @@ def adapt_damping(
     """The state with a damping for how well the last update's decrease of the loss was foretold.
 
     It is multiplied by ``shrink`` where the loss fell by more than 3/4 of what the quadratic model
-    said, and divided by it where it fell by less than 1/4.
+    said, down to the least damping, and divided by it where it fell by less than 1/4.
 
     Args:
         opt_state: of `kfac`, after an update.
@@ -262,7 +270,8 @@ def adapt_damping(
     factor = torch.where(better, shrink, torch.where(worse, 1.0 / shrink, 1.0))
     # A loss that is not a number counts as worse.
     factor = torch.where(after.isfinite(), factor, 1.0 / shrink)
-    return opt_state._replace(damping=(opt_state.damping * factor).to(opt_state.damping.dtype))
+    damping = torch.maximum(opt_state.damping * factor, opt_state.least)
+    return opt_state._replace(damping=damping.to(opt_state.damping.dtype))
 
 
 def kfac_train_step(

@@ -76,8 +76,8 @@ def kronecker_factors(deferred: Deferred) -> dict[str, Factors]:
     """The Kronecker factors of each linear layer's block of the Fisher matrix, by its path.
 
     ``F = E[g g^T]`` with ``g = dy x^T`` is about ``E[x x^T] (x) E[dy dy^T] = A (x) G``, where x has
-    a 1 behind it if there is a bias. An example with several positions, as in a sequence, has the sum
-    of theirs in G.
+    a 1 behind it if there is a bias. An example with several positions, as in a sequence, has the
+    sum of theirs in G.
 
     Args:
         deferred: gradients of the mean of the examples' losses, with the examples in the first

@@ -191,6 +191,13 @@ def test_the_damping_follows_how_well_the_loss_was_foretold():
         torch.testing.assert_close(found, torch.tensor(0.1 * expected))
 
 
+def test_the_damping_does_not_fall_below_the_least():
+    _, train_state = started(least_damping=0.09)
+    state = train_state.opt_state._replace(decrease=torch.tensor(1.0))
+    found = fn.adapt_damping(state, torch.tensor(5.0), torch.tensor(4.0))
+    assert found.damping == found.least == torch.tensor(0.09)
+
+
 def test_wrong_arguments_are_refused():
     optimizer, state = started()
     with pytest.raises(ValueError, match="kfac: damping must be > 0"):
@@ -198,7 +205,7 @@ def test_wrong_arguments_are_refused():
     with pytest.raises(ValueError, match="kfac: decay must be below 1"):
         fn.kfac(decay=1.0)
     with pytest.raises(
-        TypeError, match="KfacGradients, got .*; fn.kfac_train_step takes the place"
+        TypeError, match=r"KfacGradients, got .*; fn.kfac_train_step takes the place"
     ):
         fn.train_step(NET, fn.mse(), optimizer)(state, (X, TARGET))
     with pytest.raises(ValueError, match="expects the optimizer kfac, got adam"):

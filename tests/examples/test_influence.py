@@ -69,3 +69,13 @@ def test_a_tenth_of_the_labels_is_wrong():
     assert torch.equal(labels != digits, wrong)
     assert 0.08 < wrong.float().mean() < 0.12
     assert labels.unique().tolist() == [*range(10)]
+
+
+def test_the_program_prints_a_row_for_each_epoch_and_draws(tmp_path, capsys):
+    example.main(["--epochs", "1", "--output", str(tmp_path / "made" / "influence.png")])
+    header, before, after, wrote = capsys.readouterr().out.splitlines()
+    assert header.startswith("epoch  loss  noise scale")
+    assert (before.split()[0], after.split()[0]) == ("0", "1")
+    assert float(after.split()[1]) < float(before.split()[1])
+    assert int(before.split()[-1][:-1]) < 30 < int(after.split()[-1][:-1])
+    assert wrote.startswith("wrote")
