@@ -73,6 +73,15 @@ def batch_norm_forward(
     x: Tensor, weight: Any, bias: Any, running: Any, rate: Any, eps: float
 ) -> tuple[Tensor, Tensor, Tensor, Any]:
     """y, the batch's ``mean`` and ``rstd``, and the new running mean and variance, if any."""
+    if runtime.is_forward_mode():
+        # The operator's own derivative mixes devices on fake tensors where x alone moves.
+        wide = x.to(torch.promote_types(x.dtype, torch.float32))
+        var, mean = torch.var_mean(wide, other_dims(x), correction=0)
+        rstd = (var + eps).rsqrt()
+        y = (wide - by_channel(mean, x)) * by_channel(rstd, x)
+        y = y if weight is None else y * by_channel(weight, x)
+        y = y if bias is None else y + by_channel(bias, x)
+        return y.to(x.dtype), mean, rstd, running and running_statistics(x, running, rate)
     y, mean, rstd = torch.native_batch_norm(x, weight, bias, None, None, True, 0.0, eps)
     mean, rstd = fastest(norm_statistics, x)(x, mean, rstd, other_dims(x), eps)
     return y, mean, rstd, running and running_statistics(x, running, rate)

@@ -15,6 +15,7 @@ from funcnet.layers.norm import (
     norm_backward,
     norm_rule,
     norm_statistics,
+    with_affine,
 )
 from funcnet.lift import fastest, require_floating, stateful, with_kernel
 from funcnet.params import Param, declare
@@ -110,8 +111,11 @@ def group_norm(
         sizes = examples, _, group, values = group_sizes(x, num_groups)
         x = x.contiguous()
         weight, bias = params.get("weight"), params.get("bias")
-        y, mean, rstd = torch.native_group_norm(
-            x, weight, bias, examples, num_groups * group, values, num_groups, eps
+        y, mean, rstd = with_affine(
+            lambda weight, bias: torch.native_group_norm(
+                x, weight, bias, examples, num_groups * group, values, num_groups, eps
+            ),
+            *(weight, bias, lambda leaf: leaf.reshape(-1, *[1] * (x.dim() - 2))),
         )
         mean, rstd = fastest(norm_statistics, x)(x.reshape(sizes), mean, rstd, [2, 3], eps)
         residuals = {"x": x, "mean": mean, "rstd": rstd}

@@ -16,6 +16,7 @@ from funcnet.layers.norm import (
     norm_backward,
     norm_rule,
     norm_statistics,
+    with_affine,
 )
 from funcnet.lift import fastest, require_floating, stateful, with_kernel
 from funcnet.params import Declaration, Param, declare
@@ -111,7 +112,10 @@ def layer_norm(
     def forward(params: Params, x: Tensor, state: Params, key: Key, train: bool) -> Forward:
         shape = tuple(x.shape[-1:]) if normalized is None else normalized
         weight, bias = params.get("weight"), params.get("bias")
-        y, mean, rstd = torch.native_layer_norm(x, shape, weight, bias, eps)
+        y, mean, rstd = with_affine(
+            lambda weight, bias: torch.native_layer_norm(x, shape, weight, bias, eps),
+            *(weight, bias, lambda leaf: leaf),
+        )
         mean, rstd = fastest(norm_statistics, x)(x, mean, rstd, last_dims(shape), eps)
         residuals = {"x": x, "mean": mean, "rstd": rstd, **params}
         return y, Pullback(norm_rule, residuals, (layer_norm_backward, (shape,), names)), state

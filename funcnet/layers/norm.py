@@ -1,10 +1,12 @@
 """What the normalizations share: their parameters, their statistics, and their derivative."""
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from funcnet import runtime
 from funcnet.core import Grads
 from funcnet.deferred import for_dx
 from funcnet.errors import require
@@ -43,6 +45,22 @@ def channel_params(
         declared["running_var"] = State(shape, ones(), dtype, wide=True, of_x=of_x)
         declared["num_batches_tracked"] = State((), zeros(), torch.int64)
     return declared
+
+
+def with_affine(
+    normalize: Callable[[Any, Any], Any], weight: Any, bias: Any, shaped: Callable[[Any], Any]
+) -> Any:
+    """``(y, mean, rstd)`` of ``normalize(weight, bias)``, an operator of PyTorch's.
+
+    In forward mode they are applied to its y: where x alone moves, the operator's own derivative
+    mixes devices on fake tensors, so that it could not be compiled.
+    """
+    if not runtime.is_forward_mode():
+        return normalize(weight, bias)
+    y, mean, rstd = normalize(None, None)
+    made = y if weight is None else y * shaped(weight)
+    made = made if bias is None else made + shaped(bias)
+    return made.to(y.dtype), mean, rstd
 
 
 @with_kernel(lambda x, mean, rstd, dims, eps: (mean, rstd))

@@ -180,3 +180,20 @@ def test_hvp_runs_under_jit_and_for_many_directions_under_vmap():
         return fn.vmap(along)(keys)
 
     torch.testing.assert_close(fn.jit(run)(keys), run(keys))
+
+
+def test_norms_are_compiled_where_x_alone_moves():
+    images = fn.random.normal(fn.key(4), (3, 4, 5), DOUBLE)
+    layers = fn.layer_norm(), fn.group_norm(2), fn.batch_norm()
+    made = [layer.init(fn.key(0), images) for layer in layers]
+
+    def run(x):
+        def norms(x):
+            return [
+                layer.apply(params, x, state, train=True)[0].tanh()
+                for layer, (params, state) in zip(layers, made, strict=True)
+            ]
+
+        return fn.jvp(norms, (x,), (x.sin(),))
+
+    torch.testing.assert_close(fn.jit(run)(images), run(images))
