@@ -76,7 +76,8 @@ def example_norms(deferred: Deferred, by: str = "all") -> Any:
     Args:
         deferred: of examples, as `defer_examples` gives it.
         by: "all" for the norm of all gradients of an example, "layer" for a dict of those of each
-            layer by its dotted path, "leaf" for a tree like params.
+            layer by its dotted path, "leaf" for a tree like params. A layer whose params are made
+            of others, as of `tie` or `lora`, is one layer with all that is in it.
 
     Returns:
         norms of shape (examples,).
@@ -210,21 +211,22 @@ def formed_where_small(deferred: Deferred) -> Deferred:
     """The same gradients, formed for each example where they are small and their norms need them.
 
     Then their weighted sum costs next to nothing, and norms and sum together what the gradients of
-    the batch cost. They are kept where they take no more memory than the residuals and
-    cotangents that they are made of, as those of convolutions of large images.
+    the batch cost. They are kept where they take about the memory of the residuals and
+    cotangents that they are made of, or less, as those of convolutions of large images.
     """
 
     def one(term: Deferred) -> Deferred:
         pullback, dy = term.parts["pullback"], term.parts["dy"]
         made, now = shapes_of(term)
-        several = max([leaf.dim() for leaf in tree.leaves(dy)]) > 2 and now[0][1:-1].numel() > 1
-        if not several or pullback.rule not in FACTORS or len(now[0]) != len(made[0]) + 1:
+        within_loop = len(now[0]) != len(made[0]) + 1
+        one_position = made[0][:-1].numel() == 1
+        if pullback.rule not in FACTORS or within_loop or one_position:
             return term
         found: dict[str, Factors] = _of_term(term, _same)
         products = [each for each in found.values() if isinstance(each, Products)]
         if not products or not all([each.is_formed() for each in products]):
             return term
-        size = len(dy) * sum([torch.Size(each.shape).numel() for each in products])
+        size = now[0][0] * sum([torch.Size(each.shape).numel() for each in products])
         if size > _MOST * sum([leaf.numel() for leaf in tree.leaves((pullback.residuals, dy))]):
             return term
         return Deferred(formed_rule, {name: each.formed() for name, each in found.items()})
@@ -232,7 +234,9 @@ def formed_where_small(deferred: Deferred) -> Deferred:
     return map_terms(one, deferred)
 
 
-_MOST = 1
+_MOST = 1.5
+"""Compiled, a GPT's step with 4 layers of 128 features takes 1.04 of the plain one's time with it,
+1.13 without (private.py)."""
 
 
 def formed_rule(parts: Mapping[str, Tensor]) -> Params:

@@ -45,7 +45,8 @@ def private_value_and_grad(
         batch_size: by what the sum is divided: under Poisson sampling the expected size, rate times
             the number of examples that there are. Default the size of the batch.
         clipping: "flat" for the norm of all of an example's gradients; "layer" for that of each
-            layer by itself, with bound / sqrt(layers), so that all together keep the bound;
+            layer by itself (as `example_norms` has them), with bound / sqrt(layers), so that all
+            together keep the bound;
             "normalized" for ``bound / (|g_i| + 0.01)``, where the bound is only a scale.
         in_axes: the axis of the examples; see `defer_examples`.
 

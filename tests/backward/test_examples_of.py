@@ -8,6 +8,7 @@ import torch
 from torch.utils.flop_counter import FlopCounterMode
 
 import funcnet as fn
+from funcnet.backward.examples_of import formed_rule, formed_where_small
 
 KEY = fn.key(5)
 
@@ -285,3 +286,18 @@ def test_a_layer_of_the_users_needs_no_formula():
 
     layer = fn.stateless(fn.declare(init), lambda params, x: x * params["scale"], vjp, name="scale")
     compare(fn.serial(fn.linear(3), layer), STEPS)
+
+
+def test_small_gradients_are_formed_once_for_norm_and_sum():
+    x = fn.random.normal(KEY, (5, 64, 16))
+    net = fn.serial(fn.linear(8), fn.tanh(), fn.repeat(fn.linear(8), 2))
+    params, _ = net.init(KEY, x)
+    _, deferred, _ = fn.defer_examples(net, fn.mse())(params, (x, torch.zeros(5, 64, 8)))
+    formed = formed_where_small(deferred)
+    assert formed.parts["0"].rule is formed_rule
+    assert formed.parts["2"].rule is deferred.parts["2"].rule
+    torch.testing.assert_close(fn.example_norms(deferred), fn.example_norms(formed))
+    weights = torch.arange(5.0)
+    expected, found = (fn.gradients(fn.weighted(each, weights)) for each in (deferred, formed))
+    torch.testing.assert_close(expected, found)
+    assert flops(lambda: fn.gradients(fn.weighted(formed.parts["0"], weights))) < 2 * 5 * 200
