@@ -64,7 +64,9 @@ def linear_factors(residuals: Any, dy: Tensor, bias: bool) -> dict[str, Factors]
     rows, columns = positions(dy), positions(residuals["x"])
     shape = (rows.shape[-1], columns.shape[-1])
     found: dict[str, Factors] = {"weight": Products(rows, columns, shape)}
-    return {**found, "bias": Formed(rows.sum(1))} if bias else found
+    if bias:
+        found["bias"] = Formed(rows.squeeze(1) if rows.shape[1] == 1 else rows.sum(1))
+    return found
 
 
 @factors_of(linear_like_rule)

@@ -51,8 +51,10 @@ def _wide(tensor: Tensor) -> Tensor:
 
 
 def _squares(tensor: Tensor) -> Tensor:
-    """The sum of squares over all dimensions but the first."""
-    return _sums(_wide(tensor).square())
+    """The sum of squares over all dimensions but the first; the norm takes no copy of them."""
+    if tensor.dim() < 2:
+        return _wide(tensor).square()
+    return torch.linalg.vector_norm(_wide(tensor).flatten(1), dim=1).square()
 
 
 @dataclass(frozen=True, eq=False)
@@ -85,7 +87,8 @@ class Products(Factors):
     def squares(self) -> Tensor:
         rows, columns = _wide(self.rows), _wide(self.columns)
         if rows.shape[-2] == 1:
-            return _sums(rows.square().sum((-2, -1)) * columns.square().sum((-2, -1)))
+            norms = [torch.linalg.vector_norm(each, dim=(-2, -1)) for each in (rows, columns)]
+            return _sums((norms[0] * norms[1]).square())
         if not self.is_formed():
             grams = (rows @ rows.mT) * (columns @ columns.mT)
             return _sums(grams).clamp_min(0.0)
