@@ -9,8 +9,8 @@ from funcnet.backward.accountant import ORDERS, renyi
 
 DELTA = 1e-5
 
-# github.com/tensorflow/privacy, tutorials/README.md, MNIST with batches of 256 of 60 000:
-# noise, epochs, epsilon. They are by the conversion of Mironov 2017, which gives more.
+# github.com/tensorflow/privacy, tutorials/README.md, now (the first three) and in its first version,
+# MNIST with batches of 256 of 60 000: noise, epochs, epsilon. They are by the conversion of Mironov 2017, which gives more.
 PUBLISHED = [(1.12, 60, 2.92), (0.6, 30, 9.74), (1.2, 10, 1.20), (1.3, 15, 1.19), (0.7, 45, 7.10)]
 
 
@@ -23,7 +23,7 @@ def test_epsilons_are_as_published(noise, epochs, epsilon):
 
 
 # noise, rate, steps, delta; epsilon by opacus 1.6.0, opacus.accountants.analysis.rdp, of the same
-# orders. By dp-accounting 0.6, rdp.RdpAccountant, they are the same to 0.04 %.
+# orders. By dp-accounting's rdp.RdpAccountant they are the same to 0.04 %.
 BY_OPACUS = [
     (1.1, 256 / 60_000, 14_100, 1e-5, 2.6003429386103023),
     (1.3, 250 / 60_000, 3_600, 1e-5, 0.9422002181627518),
