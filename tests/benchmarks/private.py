@@ -5,8 +5,8 @@
 A step computes each example's gradient norm, clips and sums, without noise, and takes SGD's step,
 but for the rows with torch.func. The MLP is 784-256-256-10, batch 128; the CNN has 2 convolutions
 and 2 linear layers, batch 32 of 28 x 28; the GPT 4 layers of 128 features, batch 16 x 64. Float32,
-one thread. Times are of the processor, taken in turn in one process: medians over the rounds, of
-the ratio too.
+one thread. Times are of the processor, of five steps in a row, the peers in turn in one process:
+medians over the rounds, of the ratio too.
 Memory is the greatest resident set of a process of its own beyond that with data and params, and
 after a first step of a small batch; of a program, its workspace and results. Opacus is its
 PrivacyEngine with grad_sample_mode="ghost"; without it (``pip install opacus``) its row says so.
@@ -35,6 +35,8 @@ import funcnet as fn
 
 VOCABULARY, WIDTH, HEADS, LAYERS, CONTEXT = 65, 128, 4, 4, 64
 RATE, BOUND = 0.1, 1.0
+IN_A_ROW = 5
+"""Steps of a peer before it is the turn of the next one, as in a training."""
 # By row: the net, the batch, and the peers, of which the last one is compared with.
 ROWS = {
     "mlp eager": ("mlp", 128, ("funcnet", "torch.func")),
@@ -257,14 +259,15 @@ def peak(peer: str, net: str, batch: int) -> float:
 
 
 def timed(peers: tuple[str, ...], net: str, batch: int, rounds: int) -> dict[str, list[float]]:
-    """Milliseconds of the processor, of each peer in each round."""
+    """Milliseconds of the processor for a step, of each peer in each round."""
     steps = {peer: make(peer, net, batch) for peer in peers}
     times: dict[str, list[float]] = {peer: [] for peer in peers}
     for _ in range(rounds + 2):
         for peer, step in steps.items():
             start = time.process_time()
-            step()
-            times[peer].append(1e3 * (time.process_time() - start))
+            for _ in range(IN_A_ROW):
+                step()
+            times[peer].append(1e3 * (time.process_time() - start) / IN_A_ROW)
     return {peer: found[2:] for peer, found in times.items()}
 
 
