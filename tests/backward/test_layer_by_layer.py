@@ -1,6 +1,7 @@
 """Updates layer by layer: those of the chain with a clipped norm, in less memory."""
 
 import math
+import weakref
 
 import pytest
 import torch
@@ -64,6 +65,21 @@ def test_gradients_of_few_rows_are_not_made_for_their_norm(monkeypatch):
     _, deferred, _ = deferred_and_plain(*NETS["few rows"])
     monkeypatch.setattr("funcnet.backward.layer_by_layer.gradients", None)
     fn.gradient_norm(deferred)
+
+
+def test_the_gradients_of_one_place_are_alive_at_a_time(monkeypatch):
+    params, deferred, _ = deferred_and_plain(*NETS["few rows"])
+    made, alive = [], []
+
+    def watched(place):
+        alive.append(sum(leaf() is not None for leaf in made))
+        grads = fn.gradients(place)
+        made.extend([weakref.ref(leaf) for leaf in fn.tree.leaves(grads)])
+        return grads
+
+    monkeypatch.setattr("funcnet.backward.layer_by_layer.gradients", watched)
+    fn.clipped_update(fn.sgd(0.1), deferred, {}, params, 1.0, donate=True)
+    assert alive == [0, 0, 0]
 
 
 @EVERY_NET
