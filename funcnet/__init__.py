@@ -28,77 +28,77 @@ from funcnet import (
     testing as testing,
     tree as tree,
 )
-from funcnet.backward.accountant import (
-    private_epsilon as private_epsilon,
-    private_noise as private_noise,
-)
-from funcnet.backward.compressed_residuals import (
-    compressed as compressed,
-)
-from funcnet.backward.cotangents import (
-    clip_cotangent as clip_cotangent,
-    noise_cotangent as noise_cotangent,
-    reverse_gradient as reverse_gradient,
-    stop_gradient as stop_gradient,
-    straight_through as straight_through,
-)
-from funcnet.backward.examples_of import (
-    example_gradients as example_gradients,
-    example_norms as example_norms,
-    weighted as weighted,
-)
-from funcnet.backward.feedback import (
-    feedback_alignment as feedback_alignment,
-    sign_symmetric as sign_symmetric,
-)
-from funcnet.backward.figures import (
-    solver_figures as solver_figures,
-)
-from funcnet.backward.forward_examples import (
-    defer_examples as defer_examples,
-)
-from funcnet.backward.higher import (
-    hvp as hvp,
-    jvp as jvp,
-)
-from funcnet.backward.implicit import (
-    fixed_point as fixed_point,
-)
-from funcnet.backward.kfac_training import (
+from funcnet.backward.curvature.kfac_training import (
     KfacGradients as KfacGradients,
     KfacState as KfacState,
     adapt_damping as adapt_damping,
     kfac as kfac,
     kfac_train_step as kfac_train_step,
 )
-from funcnet.backward.kronecker import (
-    Factors as Factors,
+from funcnet.backward.curvature.kronecker import (
+    KroneckerFactors as KroneckerFactors,
     kronecker_factors as kronecker_factors,
+)
+from funcnet.backward.equations.figures import (
+    solver_figures as solver_figures,
+)
+from funcnet.backward.equations.implicit import (
+    fixed_point as fixed_point,
+)
+from funcnet.backward.equations.ode import (
+    neural_ode as neural_ode,
+)
+from funcnet.backward.higher import (
+    hvp as hvp,
+    jvp as jvp,
 )
 from funcnet.backward.layer_by_layer import (
     clipped_train_step as clipped_train_step,
     clipped_update as clipped_update,
     gradient_norm as gradient_norm,
 )
-from funcnet.backward.ode import (
-    neural_ode as neural_ode,
+from funcnet.backward.memory.compressed_residuals import (
+    compressed as compressed,
 )
-from funcnet.backward.other_rules import (
-    cotangent as cotangent,
-    with_rule as with_rule,
+from funcnet.backward.memory.reversible_pairs import (
+    reversible as reversible,
 )
-from funcnet.backward.poisson import (
+from funcnet.backward.per_example.examples_of import (
+    example_gradients as example_gradients,
+    example_norms as example_norms,
+    weighted as weighted,
+)
+from funcnet.backward.per_example.forward_examples import (
+    defer_examples as defer_examples,
+)
+from funcnet.backward.privacy.accountant import (
+    private_epsilon as private_epsilon,
+    private_noise as private_noise,
+)
+from funcnet.backward.privacy.poisson import (
     PoissonBatch as PoissonBatch,
     poisson_batch as poisson_batch,
     poisson_capacity as poisson_capacity,
 )
-from funcnet.backward.private_steps import (
+from funcnet.backward.privacy.private_steps import (
     private_value_and_grad as private_value_and_grad,
 )
-from funcnet.backward.reversible_pairs import (
-    reversible as reversible,
+from funcnet.backward.rules.cotangents import (
+    clip_cotangent as clip_cotangent,
+    noise_cotangent as noise_cotangent,
+    reverse_gradient as reverse_gradient,
+    stop_gradient as stop_gradient,
+    straight_through as straight_through,
 )
-from funcnet.backward.saliency import (
+from funcnet.backward.rules.feedback import (
+    feedback_alignment as feedback_alignment,
+    sign_symmetric as sign_symmetric,
+)
+from funcnet.backward.rules.other_rules import (
+    cotangent as cotangent,
+    with_rule as with_rule,
+)
+from funcnet.backward.rules.saliency import (
     deconvnet as deconvnet,
     guided_backprop as guided_backprop,
 )

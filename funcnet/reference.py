@@ -79,7 +79,7 @@ PAGES = {
             """,
         "The backward pass as a value": """
             Deferred defer gradients map_pullbacks with_pullbacks
-            gradient_norm clipped_update clipped_train_step kronecker_factors Factors
+            gradient_norm clipped_update clipped_train_step kronecker_factors KroneckerFactors
             kfac kfac_train_step KfacGradients KfacState adapt_damping
             """,
         "Other backward rules": """

@@ -5,12 +5,13 @@ import math
 import pytest
 
 import funcnet as fn
-from funcnet.backward.accountant import ORDERS, renyi
+from funcnet.backward.privacy.accountant import ORDERS, renyi
 
 DELTA = 1e-5
 
-# github.com/tensorflow/privacy, tutorials/README.md, now (the first three) and in its first version,
-# MNIST with batches of 256 of 60 000: noise, epochs, epsilon. They are by the conversion of Mironov 2017, which gives more.
+# github.com/tensorflow/privacy, tutorials/README.md, now (the first three) and at first, of MNIST
+# with batches of 256 of 60 000: noise, epochs, epsilon. They are by the conversion of Mironov 2017,
+# which gives more.
 PUBLISHED = [(1.12, 60, 2.92), (0.6, 30, 9.74), (1.2, 10, 1.20), (1.3, 15, 1.19), (0.7, 45, 7.10)]
 
 

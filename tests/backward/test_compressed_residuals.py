@@ -8,8 +8,8 @@ import pytest
 import torch
 
 import funcnet as fn
-from funcnet.backward.compressed_residuals import decompressed
-from funcnet.backward.storage import decode, encode
+from funcnet.backward.memory.compressed_residuals import decompressed
+from funcnet.backward.memory.storage import decode, encode
 
 X = fn.random.normal(fn.key(0), (64, 32))
 

@@ -8,7 +8,7 @@ import torch
 from torch.utils.flop_counter import FlopCounterMode
 
 import funcnet as fn
-from funcnet.backward.examples_of import formed_rule, formed_where_small
+from funcnet.backward.per_example.examples_of import formed_rule, formed_where_small
 
 KEY = fn.key(5)
 

@@ -5,7 +5,7 @@ import torch
 from torch.func import grad, vmap
 
 import funcnet as fn
-from funcnet.backward.kronecker import linear_rows
+from funcnet.backward.curvature.kronecker import linear_rows
 
 KEY = fn.key(5)
 X = fn.random.normal(fn.key(1), (6, 5), torch.float64)

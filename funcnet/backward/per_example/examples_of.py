@@ -7,8 +7,8 @@ import torch
 from torch import Tensor
 
 from funcnet import tree
-from funcnet.backward.example_rules import AS_ONE_BATCH, FACTORS
-from funcnet.backward.factors import Factors, Formed, Products
+from funcnet.backward.per_example.example_rules import AS_ONE_BATCH, FACTORS
+from funcnet.backward.per_example.factors import Factors, Formed, Products
 from funcnet.combinators.combine import children_rule
 from funcnet.combinators.reparametrize import select_learned
 from funcnet.combinators.repeat import stacked_rule

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from funcnet import tree
-from funcnet.backward.kronecker import Factors, Rows, factors_of, linear_rows
+from funcnet.backward.curvature.kronecker import KroneckerFactors, Rows, factors_of, linear_rows
 from funcnet.checks import check_function, check_kind
 from funcnet.core import (
     EMPTY,
@@ -54,9 +54,9 @@ class KfacState(NamedTuple):
     """The least that it may become."""
     decrease: Tensor
     """By how much the last update lowers the loss, if the quadratic model is right."""
-    factors: Mapping[str, Factors]
+    factors: Mapping[str, KroneckerFactors]
     """Running means of the factors A and G."""
-    inverses: Mapping[str, Factors]
+    inverses: Mapping[str, KroneckerFactors]
     """The inverses of the damped factors."""
     previous: Mapping[str, Tensor]
     """The last update."""
@@ -130,7 +130,7 @@ def kfac(
             "the rest",
         )
         factors = {
-            path: Factors(_eye(matrix, matrix.shape[1]), _eye(matrix, matrix.shape[0]))
+            path: KroneckerFactors(_eye(matrix, matrix.shape[1]), _eye(matrix, matrix.shape[0]))
             for path, matrix in matrices.items()
         }
         number = torch.zeros((), device=tree.device_of(params))
@@ -211,12 +211,14 @@ def _eye(like: Tensor, size: int) -> Tensor:
     return torch.eye(size, dtype=like.dtype, device=like.device)
 
 
-def _inverses(factors: Factors, damping: Tensor) -> Factors:
+def _inverses(factors: KroneckerFactors, damping: Tensor) -> KroneckerFactors:
     """Of the factors with a damping in the ratio of their mean eigenvalues, by Cholesky."""
     a, g = factors
     tiny = torch.finfo(a.dtype).tiny
     ratio = (a.diagonal().mean().clamp(min=tiny) / g.diagonal().mean().clamp(min=tiny)).sqrt()
-    return Factors(_inverse(a, damping.sqrt() * ratio), _inverse(g, damping.sqrt() / ratio))
+    return KroneckerFactors(
+        _inverse(a, damping.sqrt() * ratio), _inverse(g, damping.sqrt() / ratio)
+    )
 
 
 def _inverse(matrix: Tensor, damping: Tensor) -> Tensor:

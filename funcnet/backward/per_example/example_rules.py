@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from funcnet.backward.factors import Factors, Formed, Joined, Products, Rows
+from funcnet.backward.per_example.factors import Factors, Formed, Joined, Products, Rows
 from funcnet.core import Tree
 from funcnet.layers.conv import convolution_rule
 from funcnet.layers.embedding import embedding_rule

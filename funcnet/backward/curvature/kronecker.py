@@ -13,7 +13,7 @@ from funcnet.layers.linear import linear_rule
 from funcnet.tree import describe
 
 
-class Factors(NamedTuple):
+class KroneckerFactors(NamedTuple):
     """``A``, of a layer's inputs, and ``G``, of the cotangents of its outputs."""
 
     inputs: Tensor
@@ -29,10 +29,10 @@ class Rows(NamedTuple):
     x: Tensor
     dy: Tensor
 
-    def factors(self) -> Factors:
+    def factors(self) -> KroneckerFactors:
         """The mean of ``x x^T``, and the mean over examples of the sums of ``dy dy^T``."""
         x, dy = self.x.flatten(0, -2), self.dy.flatten(0, -2)
-        return Factors(x.mT @ x / max(len(x), 1), dy.mT @ dy / max(len(self.dy), 1))
+        return KroneckerFactors(x.mT @ x / max(len(x), 1), dy.mT @ dy / max(len(self.dy), 1))
 
     def slopes(self, direction: Tensor) -> Tensor:
         """``<g, direction>`` for the gradient g of each example, which is not made."""
@@ -72,7 +72,7 @@ def linear_rows(
     return found
 
 
-def kronecker_factors(deferred: Deferred) -> dict[str, Factors]:
+def kronecker_factors(deferred: Deferred) -> dict[str, KroneckerFactors]:
     """The Kronecker factors of each linear layer's block of the Fisher matrix, by its path.
 
     ``F = E[g g^T]`` with ``g = dy x^T`` is about ``E[x x^T] (x) E[dy dy^T] = A (x) G``, where x has
@@ -85,7 +85,7 @@ def kronecker_factors(deferred: Deferred) -> dict[str, Factors]:
             they are those of the Fisher matrix, with the data's those of the empirical one.
 
     Returns:
-        `Factors` (A, G) by path.
+        `KroneckerFactors` (A, G) by path.
     Raises:
         ValueError: a layer whose x has not the examples first.
 
@@ -98,7 +98,7 @@ def kronecker_factors(deferred: Deferred) -> dict[str, Factors]:
     >>> _, pullback, _ = net.vjp(params, x)
     >>> deferred, _ = fn.defer(pullback)(torch.tensor([[0.5], [1.0]]))
     >>> kronecker_factors(deferred)[""]
-    Factors(inputs=tensor([[5., 1., 2.],
+    KroneckerFactors(inputs=tensor([[5., 1., 2.],
             [1., 2., 1.],
             [2., 1., 1.]]), outputs=tensor([[2.5000]]))
     """
@@ -107,8 +107,8 @@ def kronecker_factors(deferred: Deferred) -> dict[str, Factors]:
     return {path: factors_of(rows) for path, rows in found.items()}
 
 
-def factors_of(uses: list[Rows]) -> Factors:
+def factors_of(uses: list[Rows]) -> KroneckerFactors:
     """Those of a layer that is used several times: the mean of A, and the sum of G."""
     found = [rows.factors() for rows in uses]
     inputs, outputs = (torch.stack(each) for each in zip(*found, strict=True))
-    return Factors(inputs.mean(0), outputs.sum(0))
+    return KroneckerFactors(inputs.mean(0), outputs.sum(0))

@@ -6,8 +6,14 @@ import torch
 from torch import Tensor
 
 from funcnet import tree
-from funcnet.backward.loops import first_rows, loop_with_values, read_row, rows_like, written
-from funcnet.backward.runge_kutta import (
+from funcnet.backward.equations.loops import (
+    first_rows,
+    loop_with_values,
+    read_row,
+    rows_like,
+    written,
+)
+from funcnet.backward.equations.runge_kutta import (
     DOPRI5,
     DOPRI5_ERROR,
     Field,

@@ -6,8 +6,13 @@ import torch
 from torch import Tensor
 
 from funcnet import tree
-from funcnet.backward.examples_of import formed_where_small, squares_by_layer, total_of, weighted
-from funcnet.backward.forward_examples import defer_examples
+from funcnet.backward.per_example.examples_of import (
+    formed_where_small,
+    squares_by_layer,
+    total_of,
+    weighted,
+)
+from funcnet.backward.per_example.forward_examples import defer_examples
 from funcnet.core import EMPTY, Layer, Loss, Params, Tree
 from funcnet.deferred import gradients
 from funcnet.random import fold_in, normal

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from funcnet import random, tree
-from funcnet.backward.other_rules import cotangent, with_rule
+from funcnet.backward.rules.other_rules import cotangent, with_rule
 from funcnet.checks import check_function
 from funcnet.core import Grads, Layer, Tree
 from funcnet.errors import require

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from funcnet import tree
-from funcnet.backward.runge_kutta import Field, Method, step, step_back, time_dtype
+from funcnet.backward.equations.runge_kutta import Field, Method, step, step_back, time_dtype
 from funcnet.control_flow import scan
 from funcnet.core import EMPTY, Params, Tree
 

@@ -4,7 +4,7 @@ from typing import Any
 
 from torch import Tensor
 
-from funcnet.backward.other_rules import with_rule
+from funcnet.backward.rules.other_rules import with_rule
 from funcnet.checks import check_kind
 from funcnet.core import Grads, Layer, map_layers, pull
 from funcnet.errors import require

@@ -7,9 +7,9 @@ import torch
 from torch import Tensor
 
 from funcnet import runtime, tree
-from funcnet.backward.adaptive_steps import Adaptive
-from funcnet.backward.equal_steps import Equal
-from funcnet.backward.runge_kutta import METHODS, Field, require_alike, time_dtype
+from funcnet.backward.equations.adaptive_steps import Adaptive
+from funcnet.backward.equations.equal_steps import Equal
+from funcnet.backward.equations.runge_kutta import METHODS, Field, require_alike, time_dtype
 from funcnet.checks import check_kind
 from funcnet.combinators.combine import output_on_meta
 from funcnet.core import (

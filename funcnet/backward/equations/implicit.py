@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from funcnet import tree
-from funcnet.backward.iteration import Solver, solve
+from funcnet.backward.equations.iteration import Solver, solve
 from funcnet.checks import check_function, check_kind
 from funcnet.combinators.combine import output_on_meta
 from funcnet.core import (

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from funcnet import tree
-from funcnet.backward.storage import HALVES, Form, Told, check_form, decode, encode
+from funcnet.backward.memory.storage import HALVES, Form, Told, check_form, decode, encode
 from funcnet.checks import check_kind
 from funcnet.core import (
     Applied,

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from funcnet import tree
-from funcnet.backward.loops import loop_with_values, written
+from funcnet.backward.equations.loops import loop_with_values, written
 from funcnet.core import Tree
 
 Evaluate = Callable[[Tree], tuple[Tree, Tree]]

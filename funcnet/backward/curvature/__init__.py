@@ -1,0 +1,1 @@
+"""Second-order training: Kronecker factors and K-FAC."""

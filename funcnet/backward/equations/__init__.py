@@ -1,0 +1,1 @@
+"""Layers that solve equations, and their adjoints."""

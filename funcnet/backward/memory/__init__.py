@@ -1,0 +1,1 @@
+"""Residuals that are stored in less memory, or computed back."""

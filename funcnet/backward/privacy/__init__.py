@@ -1,0 +1,1 @@
+"""Private training: clipped and noised gradients, sampling, and the accountant."""

@@ -1,0 +1,1 @@
+"""Other backward rules for the same forward pass."""
