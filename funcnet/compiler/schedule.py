@@ -106,7 +106,9 @@ def _with_operands(reduction: Node, run: Run) -> Run:
 
 
 def _is_pointwise(node: Node) -> bool:
-    return torch.Tag.pointwise in getattr(node.target, "tags", ())
+    # A copy to another dtype, as of Adam's corrections, has no such tag.
+    is_copy = node.target is torch.ops.aten._to_copy.default
+    return is_copy or torch.Tag.pointwise in getattr(node.target, "tags", ())
 
 
 def _is_reduction(node: Node) -> bool:

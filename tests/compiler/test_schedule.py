@@ -1,5 +1,7 @@
 """Which operators make a segment, and that equal segments are compiled once."""
 
+import re
+
 import pytest
 import torch
 
@@ -68,6 +70,17 @@ def test_an_update_is_made_where_its_gradient_is(segments):
     text = fn.jit(function).lower(x, x, x).blocks
     first, second = (index for index, line in enumerate(text.splitlines()) if "segment" in line)
     assert [line for line in text.splitlines()[first:second] if "aten::mm" in line]
+
+
+@pytest.mark.parametrize(
+    "optimizer", [fn.sgd(0.1, 0.9), fn.adam(0.1), fn.adamw(0.1), fn.rmsprop(0.1)], ids=repr
+)
+def test_a_donated_step_never_has_all_gradients(optimizer):
+    net, x = fn.serial(*[fn.linear(64)] * 12), torch.ones(2, 64)
+    state = fn.init_train_state(net, optimizer, fn.key(0), x)
+    step = fn.jit(fn.train_step(net, fn.mse(), optimizer), donate=0)
+    (workspace,) = re.findall(r"Workspace workspace\((\d+)\)", step.lower(state, (x, x)).code)
+    assert int(workspace) < 4 * fn.tree.bytes(state.params) / 12
 
 
 def test_a_reduction_stays_behind_a_barrier():

@@ -90,6 +90,7 @@ def test_the_tables_have_every_loss_and_optimizer():
         "scale_by_learning_rate",
     }
     exempt |= {"dynamic_loss_scale"}  # it refuses float16, and has tests of its own
+    exempt |= {"kfac"}  # it takes gradients of its own kind, and has tests of its own
     # A transform of one named optimizer is held to the laws within that.
     exempt |= {"scale_by_factored_rms", "scale_by_rms", "scale_by_trust_ratio"}
 

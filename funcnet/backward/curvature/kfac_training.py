@@ -266,6 +266,13 @@ def adapt_damping(
         before, after: the loss of its batch before and after it.
 
     Source: the Levenberg-Marquardt rule of Martens and Grosse 2015, section 6.5.
+
+    >>> import funcnet as fn
+    >>> state = fn.kfac().init_state({"weight": torch.ones(1, 1)})
+    >>> state = state._replace(decrease=torch.tensor(1.0))
+    >>> worse = adapt_damping(state, torch.tensor(2.0), torch.tensor(2.5), shrink=0.5)
+    >>> state.damping, worse.damping
+    (tensor(1.), tensor(2.))
     """
     fell = before - after
     better, worse = fell > 0.75 * opt_state.decrease, fell < 0.25 * opt_state.decrease

@@ -89,8 +89,7 @@ def kronecker_factors(deferred: Deferred) -> dict[str, KroneckerFactors]:
     Raises:
         ValueError: a layer whose x has not the examples first.
 
-    Source: Martens and Grosse 2015, "Optimizing neural networks with Kronecker-factored approximate
-    curvature"; Eschenhagen et al. 2023, "K-FAC expand", for positions.
+    Source: Martens and Grosse 2015; Eschenhagen et al. 2023, "K-FAC expand", for positions.
 
     >>> import funcnet as fn
     >>> net, x = fn.linear(1), torch.tensor([[1.0, 2.0], [3.0, 0.0]])
