@@ -321,8 +321,7 @@ def kfac_train_step(
     Linear layers whose x has not the examples in its first dimension are refused. Layers
     that mix the examples of a batch, such as `batch_norm`, make the quadratic model less exact.
 
-    Source: Martens and Grosse 2015, *Optimizing neural networks with Kronecker-factored approximate
-    curvature*.
+    Source: Martens and Grosse 2015.
 
     >>> import funcnet as fn
     >>> net, optimizer = fn.serial(fn.linear(3), fn.tanh(), fn.linear(2)), kfac()
