@@ -24,10 +24,12 @@ Run = Callable[[], Any]
 def nets() -> dict[str, tuple[fn.Layer, torch.Tensor]]:
     """The nets by name, with an input."""
     hidden = [layer for _ in range(4) for layer in (fn.linear(512), fn.relu())]
+    wide = [layer for _ in range(4) for layer in (fn.linear(1024), fn.relu())]
     images = [fn.conv2d(32, 3, padding=1), fn.relu(), fn.conv2d(32, 3, padding=1), fn.relu()]
     block = fn.transformer_encoder_layer(4, 512, dropout=0.0, batch_first=True)
     return {
         "MLP, 4 x 512, batch 256": (fn.serial(*hidden, fn.linear(10)), torch.randn(256, 256)),
+        "MLP, 4 x 1024, batch 256": (fn.serial(*wide, fn.linear(10)), torch.randn(256, 1024)),
         "CNN, 32 channels, batch 32": (
             fn.serial(*images, fn.flatten(), fn.linear(10)),
             torch.randn(32, 3, 28, 28),

@@ -9,7 +9,7 @@ one thread. Times are of the processor, of five steps in a row, the peers in tur
 medians over the rounds, of the ratio too.
 Memory is the greatest resident set of a process of its own beyond that with data and params, and
 after a first step of a small batch; of a program, its workspace and results. Opacus is its
-PrivacyEngine with grad_sample_mode="ghost"; without it (``pip install opacus``) its row says so.
+PrivacyEngine with grad_sample_mode="ghost"; without it (it is in the extra bench) its row says so.
 """
 
 import argparse
