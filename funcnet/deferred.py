@@ -249,8 +249,15 @@ def sum_rule(parts: Mapping[str, Deferred]) -> Tree:
     """The sum of the gradients of all parts, which are of the same params."""
     first, *others = [gradients(part) for _, part in sorted(parts.items())]
     for each in others:
+        if _kinds(first) != _kinds(each):
+            expected, got = _kinds(first), _kinds(each)
+            raise ValueError(f"Deferred: a sum is of the same params, got {expected} and {got}")
         first = tree.map(torch.add, first, each)
     return first
+
+
+def _kinds(grads: Tree) -> dict[str, tuple[int, ...]]:
+    return {path: tuple(leaf.shape) for path, leaf in tree.to_dotted(grads).items()}
 
 
 def mapped(

@@ -9,7 +9,7 @@ from torch import Tensor
 from funcnet import tree
 from funcnet.checks import check_kind
 from funcnet.core import Box, Layer, Loss, Optimizer, Params, TrainState, Tree, barrier, join_paths
-from funcnet.deferred import DEFER, Deferred, gradients, is_term
+from funcnet.deferred import DEFER, Deferred, gradients, is_term, shapes_of
 from funcnet.errors import require
 from funcnet.layers.linear import linear_rule
 from funcnet.metrics.core import Metric
@@ -46,9 +46,12 @@ def gradient_norm(deferred: Deferred) -> Tensor:
 def _norm(place: Deferred) -> Tensor:
     if is_term(place) and place.parts["pullback"].rule is linear_rule:
         pullback, dy = place.parts["pullback"], place.parts["dy"]
-        x, d = pullback.residuals["x"].flatten(0, -2), dy.flatten(0, -2)
-        rows, sizes = x.shape[:-1].numel(), (x.shape[-1], d.shape[-1])
-        if x.dim() == 2 and rows * sum(sizes) < sizes[0] * sizes[1]:
+        made, now = shapes_of(place)
+        if made != now:
+            gradients(place)  # raises: it is of the members of a vmap
+        x, d = (torch.atleast_2d(each).flatten(0, -2) for each in (pullback.residuals["x"], dy))
+        rows, sizes = len(x), (x.shape[-1], d.shape[-1])
+        if rows * sum(sizes) < sizes[0] * sizes[1]:
             return _norm_by_products(x, d, *pullback.static)
     return global_norm(tree.leaves(gradients(place)))
 

@@ -204,3 +204,9 @@ def test_a_wrong_cotangent_or_factor_is_refused():
         deferred_of(MLP, ROWS) * torch.ones(4)
     with pytest.raises(TypeError):
         deferred_of(MLP, ROWS) * "2"
+
+
+def test_a_sum_of_other_params_is_refused():
+    one, other = (deferred_of(fn.linear(size), ROWS) for size in (1, 4))
+    with pytest.raises(ValueError, match=r"same params, got .*'bias': \(1,\).* and .* \(4,\)"):
+        fn.gradients(one + other)

@@ -9,6 +9,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 import funcnet as fn
 from funcnet.backward.per_example.examples_of import formed_rule, formed_where_small
+from funcnet.backward.per_example.factors import Products, Rows
 
 KEY = fn.key(5)
 
@@ -160,6 +161,16 @@ TWICE = {
         ),
         TOKENS,
     ),
+    "stacks of stacks of embeddings": (
+        fn.serial(
+            fn.reshape(3, 1, -1),
+            fn.fan_out(2),
+            fn.concat(1),
+            fn.stacked(fn.stacked(fn.embedding(60, 3, dtype=DOUBLE), 2), 3),
+        ),
+        TOKENS,
+    ),
+    "no tokens": (fn.embedding(6, 3, dtype=DOUBLE), TOKENS[:, :0]),
     "remat": (fn.remat(fn.serial(fn.linear(6), fn.dropout(0.5), fn.linear(3))), STEPS),
     "lora": (fn.lora(WIDE, 2), STEPS),
     "repeated weight_norm": (fn.repeat(fn.weight_norm(fn.linear(4)), 2), STEPS),
@@ -227,6 +238,14 @@ def test_half_precision_has_norms_in_float32():
     norms = fn.example_norms(deferred)
     assert norms.dtype == torch.float32
     assert bool((norms > 0).all())
+
+
+def test_the_norm_of_tied_weights_that_cancel_is_a_number():
+    index = torch.tensor([[3, 7, 7], [1, 0, 3]])
+    x, dy = fn.random.normal(KEY, (2, 3, 4)), torch.zeros(2, 3, 50)
+    dy.scatter_(2, index[..., None], 1000.0)
+    both = Products(dy, x, (50, 4)) + Rows(index, -1000.0 * x, (50, 4))
+    assert both.squares().sqrt().isfinite().all()
 
 
 def test_without_params_the_norms_are_zero():

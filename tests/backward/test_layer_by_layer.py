@@ -214,3 +214,18 @@ def test_gradients_of_other_params_are_refused():
         fn.clipped_update(fn.sgd(0.1), deferred, {}, params, -1.0)
     with pytest.raises(TypeError, match="gradient_norm: expects a Deferred"):
         fn.gradient_norm(params)
+
+
+@pytest.mark.parametrize("features", [3, 300])
+def test_the_norm_of_examples_is_refused(features):
+    net, x = fn.linear(features), torch.ones(4, features)
+    params, _ = net.init(fn.key(0), x)
+    _, deferred, _ = fn.defer_examples(net, fn.mse())(params, (x, x))
+    with pytest.raises(ValueError, match="finished by vmap"):
+        fn.gradient_norm(deferred)
+
+
+@pytest.mark.parametrize("shape", [(300,), (0, 300), (2, 0, 300), (1, 2, 300)])
+def test_the_norm_of_a_linear_layer_is_that_of_any_number_of_rows(shape):
+    deferred, plain = deferred_and_plain(fn.linear(200), fn.random.normal(fn.key(2), shape))
+    torch.testing.assert_close(fn.gradient_norm(deferred), norm_of(plain))

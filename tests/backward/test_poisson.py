@@ -55,6 +55,7 @@ def test_it_is_the_same_under_jit():
     ("arguments", "message"),
     [
         ((10, 1.1), "rate must be from 0 to 1, got 1.1"),
+        ((10, 0.5, 5.0), "capacity must be an integer >= 1, got 5.0"),
         ((10, 0.5, 11), "capacity must be from 1 to n = 10, got 11"),
         ((0, 0.5), "n must be an integer >= 1"),
     ],

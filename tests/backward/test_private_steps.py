@@ -98,6 +98,40 @@ def test_what_pads_a_batch_counts_for_nothing():
     assert not any(leaf.any() for leaf in fn.tree.leaves(nothing))
 
 
+def test_padding_need_not_be_finite():
+    mask = torch.arange(10) % 3 != 0
+    f = fn.private_value_and_grad(NET, LOSS, 0.5, 0.0, batch_size=8.0)
+    expected = f(PARAMS, (X[mask], TARGET[mask]))[:2]
+    for wrong in (float("nan"), float("inf"), 1e200):
+        x = torch.where(mask[:, None], X, wrong)
+        require_close(expected, f(PARAMS, (x, TARGET), mask=mask)[:2])
+
+
+def test_no_example_is_above_the_bound_where_positions_cancel():
+    # Cotangents that sum to 0, of positions that are nearly equal, as those of keys in attention.
+    x = 100 + 0.005 * fn.random.normal(fn.key(2), (8, 5, 64))
+    net, loss = fn.linear(64, bias=False), fn.mse("sum")
+    params, _ = net.init(KEY, x)
+    dy = 1000 * fn.random.normal(fn.key(3), (8, 5, 64))
+    dy -= dy.mean(1, keepdim=True)
+    batch = x, net.apply(params, x)[0] - dy / 2
+    f = fn.private_value_and_grad(net, loss, 1.0, 0.0, batch_size=1)
+    for index in range(8):
+        _, grads, _ = f(params, batch, mask=torch.arange(8) == index)
+        assert grads["weight"].norm() <= 1.0 + 1e-5
+
+
+@pytest.mark.parametrize("clipping", ["flat", "layer", "normalized"])
+def test_without_params_there_is_the_value_alone(clipping):
+    frozen = fn.freeze(NET, ("0", "2", "3"))
+    for net in (fn.tanh(), fn.serial(), frozen):
+        params, state = net.init(KEY, X)
+        f = fn.private_value_and_grad(net, fn.mse(), 1.0, 1.0, clipping=clipping)
+        target = net.apply(params, X, state)[0] + 1
+        value, grads, _ = f(params, (X, target), state, key=KEY)
+        assert (value.item(), grads) == (pytest.approx(1.0), {})
+
+
 def test_a_step_of_a_poisson_batch_runs_under_jit_and_over_seeds():
     f = fn.private_value_and_grad(NET, LOSS, 0.5, 1.0, batch_size=4.0)
 
@@ -205,8 +239,13 @@ def test_a_wrong_batch_mask_loss_or_key_is_refused():
     f = fn.private_value_and_grad(NET, LOSS, 1.0, 1.0)
     with pytest.raises(ValueError, match="noise needs a key"):
         f(PARAMS, BATCH)
-    with pytest.raises(ValueError, match=r"expects a mask of \(10,\), got \(9,\)"):
+    with pytest.raises(ValueError, match=r"expects a mask of \(10,\), .* got bool \(9,\)"):
         f(PARAMS, BATCH, key=KEY, mask=torch.ones(9, dtype=torch.bool))
+    for wrong in (torch.ones(10), torch.arange(10), [True] * 10):
+        with pytest.raises(ValueError, match=r"expects a mask of \(10,\), of booleans, got "):
+            f(PARAMS, BATCH, key=KEY, mask=wrong)
+    with pytest.raises(ValueError, match="expects mapped axes of one length"):
+        f(PARAMS, (X, TARGET[:9]), key=KEY, mask=torch.ones(10, dtype=torch.bool))
     with pytest.raises(ValueError, match="at least one example"):
         f(PARAMS, (X[:0], TARGET[:0]), key=KEY)
     with pytest.raises(ValueError, match="expects mapped axes of one length"):
@@ -215,5 +254,7 @@ def test_a_wrong_batch_mask_loss_or_key_is_refused():
         fn.private_value_and_grad(NET, fn.cross_entropy(reduction="none"), 1.0, 0.0)(PARAMS, BATCH)
     with pytest.raises(TypeError, match=r"in_axes .* does not fit the batch"):
         fn.private_value_and_grad(NET, LOSS, 1.0, 0.0, in_axes=(0,))(PARAMS, BATCH)
+    with pytest.raises(TypeError, match=r"in_axes expects integers and None, got 'a'"):
+        fn.private_value_and_grad(NET, LOSS, 1.0, 0.0, in_axes="a")(PARAMS, BATCH)
     with pytest.raises(ValueError, match="in_axes: 2 is no axis of"):
         fn.private_value_and_grad(NET, LOSS, 1.0, 0.0, in_axes=(2, 0))(PARAMS, BATCH)

@@ -71,7 +71,9 @@ def example_norms(deferred: Deferred, by: str = "all") -> Any:
     two T x T Gram matrices, unless the gradient is smaller. Convolutions are linear in their
     windows, recurrent layers in their steps; of an embedding dy is summed over equal tokens. All
     else, and layers of the user's, form the gradients of one layer at a time, by vmap of their
-    rules. Of params that are used several times the sum is exact: inner products are in it.
+    rules. Of params that are used several times the sum is exact: inner products are in it. Where
+    positions or uses cancel to less than about a thousandth (float32), the norm may be too large
+    by what rounding leaves, and never too small by more.
 
     Args:
         deferred: of examples, as `defer_examples` gives it.

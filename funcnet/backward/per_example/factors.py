@@ -91,7 +91,8 @@ class Products(Factors):
             return _sums((norms[0] * norms[1]).square())
         if not self.is_formed():
             grams = (rows @ rows.mT) * (columns @ columns.mT)
-            return _sums(grams).clamp_min(0.0)
+            terms = grams.diagonal(dim1=-2, dim2=-1).clamp_min(0.0).sqrt()
+            return _above_rounding(_sums(grams), _sums(terms.sum(-1, keepdim=True).square()))
         return _squares(rows.mT @ columns)
 
     def is_formed(self) -> bool:
@@ -121,6 +122,14 @@ def _sums(tensor: Tensor) -> Tensor:
     return tensor.flatten(1).sum(1) if tensor.dim() > 1 else tensor
 
 
+def _above_rounding(squares: Tensor, terms: Tensor) -> Tensor:
+    """Squared norms, no less than what rounding leaves of terms of this size that cancel.
+
+    A norm that is too small would let a private step take more of an example than its bound.
+    """
+    return torch.maximum(squares, 4 * torch.finfo(squares.dtype).eps * terms)
+
+
 @dataclass(frozen=True, eq=False)
 class Rows(Factors):
     """``gradient[r] = sum of rows[p] where index[p] = r``, as of an embedding.
@@ -141,7 +150,7 @@ class Rows(Factors):
 
     def squares(self) -> Tensor:
         positions, number = self.index.shape[1], torch.Size(self.shape[:-1]).numel()
-        if number <= positions:
+        if not positions or number <= positions:
             return super().squares()
         # Equal indices are summed where the first of them stands: that takes no whole table.
         equal = self.index.unsqueeze(2) == self.index.unsqueeze(1)
@@ -150,7 +159,7 @@ class Rows(Factors):
         return _squares(_added(first, _wide(self.rows), positions))
 
     def copies(self, n: int) -> Factors:
-        number = self.shape[0]
+        number = torch.Size(self.shape[:-1]).numel()
         copy = torch.arange(n, device=self.index.device).repeat(len(self.index) // n)
         index = (self.index + number * copy[:, None]).unflatten(0, (-1, n)).flatten(1)
         return Rows(index, self.rows.unflatten(0, (-1, n)).flatten(1, 2), (n, *self.shape))
@@ -189,7 +198,8 @@ class Tied(Factors):
         dy, x = _wide(self.products.rows), _wide(self.products.columns)
         index = self.rows.index.unsqueeze(1).expand(-1, dy.shape[1], -1)
         both = dy.gather(2, index) * (x @ _wide(self.rows.rows).mT)
-        return self.products.squares() + 2 * _sums(both) + self.rows.squares()
+        apart = self.products.squares() + self.rows.squares()
+        return _above_rounding(apart + 2 * _sums(both), apart)
 
     def __add__(self, other: Factors) -> Factors:
         if isinstance(other, Rows):

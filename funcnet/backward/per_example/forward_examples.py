@@ -72,10 +72,10 @@ def defer_examples(
         train: bool = True,
     ) -> OfExamples:
         inputs = pair(name, batch)
-        axes = _axes(name, in_axes, inputs)
+        axes = axes_of(name, in_axes, inputs)
         if key is not None:
             check_key(name, key)
-        count = _count(name, inputs, axes)
+        count = count_of(name, inputs, axes)
         keys = split(key, count) if key is not None and model.takes_key else None
 
         def one(inputs: tuple[Tree, Tree], key: Tensor | None) -> tuple[Tensor, Deferred, Params]:
@@ -103,7 +103,7 @@ _SHARED = object()
 """Stands for the axis None, which in a tree would be no leaf."""
 
 
-def _axes(name: str, in_axes: Axes, inputs: tuple[Tree, Tree]) -> Tree:
+def axes_of(name: str, in_axes: Axes, inputs: tuple[Tree, Tree]) -> Tree:
     """An axis for each tensor of x and target, those below 0 counted from the front."""
     of: Any = inputs
     try:
@@ -121,6 +121,8 @@ def _axes(name: str, in_axes: Axes, inputs: tuple[Tree, Tree]) -> Tree:
 
 
 def _axis(name: str, axis: int, leaf: Tensor) -> int:
+    if not isinstance(axis, int) or isinstance(axis, bool):
+        raise TypeError(f"{name}: in_axes expects integers and None, got {axis!r}")
     if not -leaf.dim() <= axis < leaf.dim():
         raise ValueError(f"{name}: in_axes: {axis} is no axis of {tree.describe(leaf)}")
     return axis % leaf.dim()
@@ -130,7 +132,8 @@ def _with_axis(leaf: Tensor, axis: Any) -> Tensor:
     return leaf if axis is _SHARED else leaf.unsqueeze(axis)
 
 
-def _count(name: str, inputs: Tree, axes: Tree) -> int:
+def count_of(name: str, inputs: Tree, axes: Tree) -> int:
+    """How many examples a batch has."""
     pairs = zip(tree.leaves(inputs), tree.leaves(axes), strict=True)
     lengths = [leaf.shape[axis] for leaf, axis in pairs if axis is not _SHARED]
     if not lengths or not lengths[0]:

@@ -54,7 +54,8 @@ def poisson_batch(key: Tensor, n: int, rate: float, capacity: int | None = None)
     check_count("poisson_batch", n=n)
     _check_rate("poisson_batch", rate)
     capacity = poisson_capacity(n, rate) if capacity is None else capacity
-    if not 1 <= capacity <= n:
+    check_count("poisson_batch", capacity=capacity)
+    if capacity > n:
         raise ValueError(f"poisson_batch: capacity must be from 1 to n = {n}, got {capacity}")
     chosen = bernoulli(key, rate, (n,), device=key.device)
     drawn = chosen.sum()

@@ -12,8 +12,9 @@ from funcnet.backward.per_example.examples_of import (
     total_of,
     weighted,
 )
-from funcnet.backward.per_example.forward_examples import defer_examples
+from funcnet.backward.per_example.forward_examples import axes_of, count_of, defer_examples
 from funcnet.core import EMPTY, Layer, Loss, Params, Tree
+from funcnet.data import pair
 from funcnet.deferred import gradients
 from funcnet.random import fold_in, normal
 from funcnet.transforms.vmap import Axes
@@ -44,7 +45,8 @@ def private_value_and_grad(
     Args:
         model: a layer that mixes no examples; see `defer_examples`, which says what an example is.
         loss: its value of a batch of one is the loss of an example.
-        bound: the most that the norm of an example's gradient may be.
+        bound: the most that the norm of an example's gradient may be. In half precision its
+            numbers are rounded after that, so that it may be 1 % more: with `cast` it is not.
         noise: the standard deviation of the noise, as a multiple of the bound. `private_noise`
             finds it for an epsilon. 0 for none: then nothing is private.
         batch_size: by what the sum is divided: under Poisson sampling the expected size, rate times
@@ -57,7 +59,8 @@ def private_value_and_grad(
 
     Returns:
         ``(params, batch, state={}, *, key=None, train=True, mask=None) -> (value, grads, state)``.
-        ``mask``, (examples,), is False for what only pads a batch, as `poisson_batch` gives it. The
+        ``mask``, (examples,), is False for what only pads a batch, as `poisson_batch` gives it: any
+        values may be there. An example that counts must have a finite gradient, or no sum is. The
         value is the mean over the other examples; it is not private, and should not be published.
         The key is needed for noise and by layers that draw; no two steps may have the same one.
     Raises:
@@ -98,10 +101,12 @@ def private_value_and_grad(
             raise ValueError(f"{_NAME}: noise needs a key, of which each step has another: key=...")
         draw = None if key is None else fold_in(key, "noise")
         key = fold_in(key, "examples") if key is not None and model.takes_key else None
+        if mask is not None:
+            batch = _without_padding(batch, mask, in_axes)
         values, deferred, state = run(params, batch, state, key=key, train=train)
         count = len(values)
-        if mask is not None and mask.shape != (count,):
-            raise ValueError(f"{_NAME}: expects a mask of ({count},), got {tuple(mask.shape)}")
+        if not tree.leaves(params):
+            return _mean(values, mask), tree.map(torch.clone, params), state
         size = count if batch_size is None else batch_size
         deferred = formed_where_small(deferred)
         weights = _weights(squares_by_layer(deferred), count, bound, clipping, mask)
@@ -112,6 +117,29 @@ def private_value_and_grad(
         return _mean(values, mask), grads, state
 
     return value_and_grads
+
+
+def _without_padding(batch: tuple[Tree, Tree], mask: Tensor, in_axes: Axes) -> tuple[Tree, Tree]:
+    """The batch with its first example that counts in the places of those that do not.
+
+    So what is there need not be finite: 0 times a gradient that is not is nothing to add.
+    """
+    inputs = pair(_NAME, batch)
+    axes = axes_of(_NAME, in_axes, inputs)
+    count = count_of(_NAME, inputs, axes)
+    if not isinstance(mask, Tensor) or mask.dtype != torch.bool or mask.shape != (count,):
+        got = tree.describe(mask)
+        raise ValueError(f"{_NAME}: expects a mask of ({count},), of booleans, got {got}")
+    first = mask.int().argmax()
+    rows = torch.where(mask, torch.arange(count, device=mask.device), first)
+
+    def one(leaf: Tensor, axis: object) -> Tensor:
+        # One of another length stays as it is, and vmap refuses it.
+        fits = isinstance(axis, int) and leaf.shape[axis] == count
+        return leaf.index_select(axis, rows) if fits else leaf  # type: ignore[arg-type]
+
+    replaced: tuple[Tree, Tree] = tree.map(one, inputs, axes)
+    return replaced
 
 
 def _weights(
