@@ -195,6 +195,8 @@ def clipped_train_step(
     check_options(name, max_norm=max_norm)
     _check_alone(name, optimizer)
     measure, finish = measures(metrics)
+    taken = "grad_norm" in (metrics or {})
+    require(not taken, f"{name}: the metric 'grad_norm' is there already, pick another name")
     run = forward_backward(model, loss, measure, check_finite=False)
 
     def step(train_state: TrainState, batch: Batch) -> tuple[TrainState, dict[str, Any]]:

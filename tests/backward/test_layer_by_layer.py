@@ -227,5 +227,13 @@ def test_the_norm_of_examples_is_refused(features):
 
 @pytest.mark.parametrize("shape", [(300,), (0, 300), (2, 0, 300), (1, 2, 300)])
 def test_the_norm_of_a_linear_layer_is_that_of_any_number_of_rows(shape):
-    deferred, plain = deferred_and_plain(fn.linear(200), fn.random.normal(fn.key(2), shape))
+    x = fn.random.normal(fn.key(2), shape)
+    _, deferred, plain = deferred_and_plain(fn.linear(200), x)
     torch.testing.assert_close(fn.gradient_norm(deferred), norm_of(plain))
+
+
+def test_a_metric_in_the_place_of_the_norm_is_refused():
+    with pytest.raises(ValueError, match="clipped_train_step: the metric 'grad_norm' is there"):
+        fn.clipped_train_step(
+            fn.linear(1), fn.mse(), fn.sgd(0.1), 1.0, metrics={"grad_norm": fn.mse()}
+        )
