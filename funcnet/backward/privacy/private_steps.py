@@ -45,8 +45,8 @@ def private_value_and_grad(
     Args:
         model: a layer that mixes no examples; see `defer_examples`, which says what an example is.
         loss: its value of a batch of one is the loss of an example.
-        bound: the most that the norm of an example's gradient may be. In half precision its
-            numbers are rounded after that, so that it may be 1 % more: with `cast` it is not.
+        bound: the most that the norm of an example's gradient may be. What is computed in half
+            precision, in a `cast` too, is rounded after that, by which it may be 1 % more.
         noise: the standard deviation of the noise, as a multiple of the bound. `private_noise`
             finds it for an epsilon. 0 for none: then nothing is private.
         batch_size: by what the sum is divided: under Poisson sampling the expected size, rate times
