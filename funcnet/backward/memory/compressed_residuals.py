@@ -85,7 +85,7 @@ def compressed(model: Layer, choose: Choose = "int8") -> Layer:
     """
     check_kind("compressed", model, Layer)
     if not callable(choose):
-        check_form("compressed: choose", choose)
+        check_form("compressed: choose", choose, "a function")
     call = _Call()
 
     def one(path: str, layer: Layer) -> Layer:

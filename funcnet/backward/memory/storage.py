@@ -34,11 +34,11 @@ _TINY = 1e-30
 _CHUNK = 1 << 17
 
 
-def check_form(name: str, form: Any) -> None:
-    """Raise ValueError unless it is a form."""
+def check_form(name: str, form: Any, other: str = "None") -> None:
+    """Raise ValueError unless it is a form; ``other`` is what else might have been given."""
     known = form in ("int8", "bit", *HALVES) or isinstance(form, torch.device)
-    forms = "'int8', 'bfloat16', 'float16', 'bit', a torch.device or None"
-    require(known, f"{name} expects {forms}, got {form!r}")
+    forms = "'int8', 'bfloat16', 'float16', 'bit', a torch.device"
+    require(known, f"{name} expects {forms} or {other}, got {form!r}")
 
 
 def encode(x: Tensor, form: Form, key: Tensor | None) -> tuple[dict[str, Tensor], Told]:
@@ -125,7 +125,9 @@ def _round(rows: Tensor, noise: Tensor | None) -> tuple[Tensor, Tensor]:
         # floor(step + u), with u = (noise + 2**7 + 1/2) / 2**8 between 0 and 1.
         steps = torch.add(steps, noise, alpha=2.0**-8).add_(0.5 + 2.0**-9).floor_()
     values = steps.clamp(-127, 127).to(torch.int8)
-    scale = largest.clamp_min(_TINY) / 127
+    # Of the greatest number 127 scale could be infinite, by rounding.
+    info = torch.finfo(rows.dtype)
+    scale = largest.clamp(_TINY, info.max * (1 - 4 * info.eps)) / 127
     return values, torch.where(largest.isfinite(), scale, torch.nan)
 
 
