@@ -294,3 +294,21 @@ def test_examples_mixed_by_a_rule_are_refused_in_a_private_step():
     net = fn.serial(fn.linear(2), fn.clip_cotangent(1.0))
     with pytest.raises(ValueError, match="clip_cotangent"):
         fn.private_value_and_grad(net, fn.mse(), 1.0, 0.0)({"0": params}, (X, X[:, :2]))
+
+
+def reads_x_rule(residuals, dy, *, params, x):
+    return None, dy * residuals["x"]
+
+
+def test_a_name_alone_may_be_given():
+    net = fn.with_rule(fn.relu(), reads_x_rule, reads="x", breaks="derivative")
+    assert net.breaks == {"derivative"}
+    _, pullback, _ = fn.with_rule(fn.relu(), same_rule, reads="pullback").vjp({}, X)
+    assert torch.equal(pullback(X)[1], X.relu())
+
+
+def test_a_rule_that_reads_what_it_did_not_ask_for_is_named():
+    net = fn.serial(fn.with_rule(fn.relu(), reads_x_rule))
+    _, pullback, _ = net.vjp({}, torch.ones(2))
+    with pytest.raises(ValueError, match=r"serial\['0'\] with_rule: the rule has no 'x' among"):
+        pullback(torch.ones(2))

@@ -77,8 +77,8 @@ def with_rule(
     """
     check_kind(name, layer, Layer)
     check_function(f"{name}: rule", rule)
-    _check_names(name, "reads", reads, READABLE)
-    _check_names(name, "breaks", breaks, ("derivative", "linear"))
+    reads = _names(name, "reads", reads, READABLE)
+    breaks = _names(name, "breaks", breaks, ("derivative", "linear"))
 
     def made(key: Tensor, x: Tree) -> tuple[Params, Params]:
         params, state = layer.init(key, x)
@@ -138,8 +138,14 @@ def checked_rule(
 ) -> Grads:
     """The rule, and an error where what it gives is not like params and x."""
     name, of_params, of_x, of_y = told
+    names = list(residuals)
     try:
         given = rule(residuals, dy, *static, params=params, x=x)
+    except KeyError as error:
+        if error.args[0] not in READABLE or error.args[0] in names:
+            raise
+        what = f"the rule has no {error} among its residuals, only {names}; it needs reads="
+        raise ValueError(f"{name}: {what}") from error
     except Exception as error:
         locate(error, f"{name}:")
         raise
@@ -186,11 +192,14 @@ def _check_like(name: str, what: str, told: Any, given: Tree, whole: bool) -> No
         require(leaf.dtype == dtype, f"{place} of {dtype}, got {got}", TypeError)
 
 
-def _check_names(name: str, option: str, given: Collection[str], known: Collection[str]) -> None:
-    """Raise ValueError for names that are none of those that are known."""
+def _names(
+    name: str, option: str, given: Collection[str], known: Collection[str]
+) -> tuple[str, ...]:
+    """The names, of which a string is one; ValueError for some that are none of the known ones."""
     names = (given,) if isinstance(given, str) else tuple(given)
     unknown = [each for each in names if each not in known]
     require(not unknown, f"{name}: {option} may have {list(known)}, got {unknown}")
+    return names
 
 
 def cotangent(
@@ -226,7 +235,7 @@ def cotangent(
     tensor([-1.0000,  0.5000,  1.0000])
     """
     check_function(f"{name}: function", function)
-    _check_names(name, "reads", reads, ("x", "key"))
+    reads = _names(name, "reads", reads, ("x", "key"))
     options: Any = {"reads": reads, "breaks": breaks, "mixes_examples": mixes_examples}
     return with_rule(identity(), cotangent_rule, function, *static, name=name, **options)
 
