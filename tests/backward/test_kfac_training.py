@@ -216,3 +216,13 @@ def test_wrong_arguments_are_refused():
     step = fn.kfac_train_step(embedding, half_square(), optimizer, draw)
     with pytest.raises(ValueError, match=r"kfac: expects linear layers, not what is at \['0'\]"):
         step(state, (tokens, torch.ones(2, 2)))
+
+
+def test_a_layer_of_which_a_part_is_frozen_is_named():
+    net, optimizer, x = fn.freeze(fn.serial(fn.linear(2)), "0.bias"), fn.kfac(), torch.ones(4, 3)
+    step = fn.kfac_train_step(net, fn.cross_entropy(), optimizer, fn.random.categorical)
+    state = fn.init_train_state(net, optimizer, fn.key(0), x)
+    with pytest.raises(ValueError, match="kfac: '0' expects the weight and bias of a linear layer"):
+        step(state, (x, torch.tensor([0, 1, 0, 1])))
+    with pytest.raises(ValueError, match="expects params of linear layers, got none"):
+        fn.kfac(others=fn.adam()).init_state({"bias": torch.ones(3)})

@@ -102,7 +102,8 @@ def kfac(
         TypeError: plain gradients, as of `train_step`.
 
     A 2-d ``weight``, and the ``bias`` beside it, count as a linear layer's; where they are
-    another's, as of an embedding, the update says so by its path.
+    another's, as of an embedding, the update says so by its path. Of a weight that `tie` shares the
+    curvature is that of its use at its own path alone.
 
     Source: Martens and Grosse 2015, without the exact adaption of the factors' damping.
 
@@ -129,6 +130,7 @@ def kfac(
             f"kfac: expects params of linear layers alone, got {left}; others=fn.adam() is for "
             "the rest",
         )
+        require(matrices, "kfac: expects params of linear layers, got none")
         factors = {
             path: KroneckerFactors(_eye(matrix, matrix.shape[1]), _eye(matrix, matrix.shape[0]))
             for path, matrix in matrices.items()
@@ -153,6 +155,10 @@ def kfac(
             raise TypeError(f"kfac: expects KfacGradients, got {got}; {hint}")
         state: KfacState = opt_state
         rows = linear_rows(grads.sampled, state.factors.keys(), "kfac")
+        for path, old in state.factors.items():
+            alike = {each.x.shape[-1] for each in rows[path]} == {len(old.inputs)}
+            what = "expects the weight and bias of a linear layer among the params, or neither"
+            require(alike, f"kfac: {path!r} {what}; one of them is frozen, or tied")
         weight = torch.maximum(1.0 / (state.step + 1), torch.full_like(state.damping, 1.0 - decay))
         factors = {
             path: tree.map(lambda old, new: old + weight * (new - old), old, factors_of(rows[path]))
