@@ -293,3 +293,19 @@ def test_its_figures_are_among_the_metrics_whatever_is_around_it(name):
         assert found
         assert all((each == 1).all() for each in found)
         assert fn.tree.alike(state, start)
+
+
+@pytest.mark.parametrize("size", [1e-30, 1e30])
+def test_the_gradients_are_linear_in_cotangents_whose_squares_float32_has_not(size):
+    weight, net = weights(0.9).float(), fn.fixed_point(affine())
+    _, pullback, _ = net.vjp(params_of(weight), X.float())
+    dy = X.float().cos()
+    torch.testing.assert_close(pullback(size * dy)[1] / size, pullback(dy)[1])
+    assert not pullback(0 * dy)[1].any()
+
+
+def test_one_directly_within_another_is_refused():
+    inner = fn.serial(fn.parallel(fn.add(), fn.linear(6)), fn.add(), fn.tanh())
+    net = fn.fixed_point(fn.fixed_point(inner, lambda pair: torch.zeros_like(pair[0])))
+    with pytest.raises(ValueError, match="fixed_point: f has state called 'fixed_point' at its t"):
+        net.init(fn.key(0), X)

@@ -286,3 +286,29 @@ def test_an_f_that_does_not_keep_the_shape_is_refused_with_its_path():
         wrong.apply(params, torch.arange(3))
     with pytest.raises(TypeError, match="neural_ode: expects a Layer"):
         fn.neural_ode(torch.tanh, (0.0, 1.0), 2)
+
+
+@pytest.mark.parametrize("method", ["rk4", "dopri5"])
+def test_some_of_its_params_may_be_frozen(method):
+    net = fn.neural_ode(NET, (0.0, 1.0), 40, method)
+    params, _ = net.init(fn.key(0), X)
+    frozen, learned = fn.tree.partition(lambda path: path.startswith("0."), params)
+    _, pullback, _ = net.vjp(params, X)
+    dparams, dx = pullback(X)
+    _, pullback, _ = fn.freeze(net, "0").vjp(learned, X, {"frozen": frozen})
+    some, same_dx = pullback(X)
+    torch.testing.assert_close(some, {"2": dparams["2"]})
+    torch.testing.assert_close(same_dx, dx)
+
+
+def test_a_lora_of_it_learns():
+    net = fn.lora(fn.neural_ode(fn.serial(fn.linear(3), fn.tanh()), (0.0, 1.0), 4), rank=2)
+    fn.testing.check_layer(net, X)
+
+
+def test_one_directly_within_another_is_refused():
+    net = fn.neural_ode(fn.neural_ode(LINEAR, (0.0, 1.0), 9, "dopri5"), (0.0, 1.0), 9, "dopri5")
+    with pytest.raises(ValueError, match="neural_ode: f has state called 'neural_ode' at its top"):
+        net.init(fn.key(0), X)
+    with pytest.raises(ValueError, match="t must be finite"):
+        fn.neural_ode(LINEAR, (0.0, float("inf")), 4)

@@ -1,6 +1,7 @@
 """`fixed_point`: a layer whose output solves an equation, and whose pullback solves its adjoint."""
 
 from collections.abc import Callable, Mapping
+from functools import reduce
 from typing import Any
 
 import torch
@@ -132,6 +133,8 @@ def fixed_point(
             locate(error, _NAME)
             raise
         _require_alike(z, made)
+        taken = f"{_NAME}: f has state called {_NAME!r} at its top; put it into a serial"
+        require(_NAME not in state, taken)
         return params, tree.merge(state, {_NAME: _no_figures(z)})
 
     def apply(params: Params, x: Tree, state: Params, key: Key, train: bool) -> Applied:
@@ -201,6 +204,9 @@ def fixed_point_rule(
     if not (params or x):
         return None, None
     at, dy = barrier((residuals, dy))
+    # It is linear in dy, and the squares of the norms must neither vanish nor overflow.
+    scale = _largest(dy)
+    dy = tree.map(lambda leaf: leaf / scale.to(leaf.dtype), dy)
     _, pullback, _ = f.forward(at["params"], (at["x"], at["z"]), at["state"], at.get("key"), train)
 
     def evaluate(u: Tree) -> tuple[Tree, Params]:
@@ -209,7 +215,7 @@ def fixed_point_rule(
 
     u, _, figures = solve(evaluate, dy, solver)
     good = figures["residual"] <= limit
-    u = tree.map(lambda leaf: torch.where(good, leaf, torch.nan), u)
+    u = tree.map(lambda leaf: torch.where(good, leaf * scale.to(leaf.dtype), torch.nan), u)
     dparams, both = pull({"": pullback}, "", u, params=params, x=x)
     if params and "figures" in at:
         told = _sums(at["figures"], figures)
@@ -218,6 +224,16 @@ def fixed_point_rule(
         else:
             dparams = _with_probe(dparams, told)
     return dparams, both[0] if x else None
+
+
+def _largest(dy: Tree) -> Tensor:
+    """The largest magnitude, for what no derivative goes through; 1 where there is none."""
+    found = [leaf.detach().abs().max() for leaf in tree.leaves(dy) if leaf.numel()]
+    if not found:
+        return torch.ones((), device=tree.device_of(dy))
+    wide = reduce(torch.promote_types, [leaf.dtype for leaf in found])
+    largest = torch.stack([leaf.to(wide) for leaf in found]).max()
+    return torch.where(largest > 0, largest, 1.0)
 
 
 def _with_probe(dparams: Params, told: Tensor) -> Params:

@@ -1,7 +1,9 @@
 """`neural_ode`: the solution of a differential equation whose right-hand side is a layer."""
 
 from itertools import pairwise
+from math import isfinite
 from typing import Any
+from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor
@@ -23,6 +25,7 @@ from funcnet.core import (
     Tree,
     around,
     barrier,
+    pull,
 )
 from funcnet.errors import check_count, locate, require
 from funcnet.lift import stateful
@@ -61,7 +64,7 @@ def neural_ode(
         keep: k, to keep only every k-th y, where k divides ``steps``: the k steps in between are
             run a second time in the backward pass. Not for "dopri5".
         rtol, atol: of "dopri5": the error of a step, estimated by a solution of order 4, is at most
-    XX
+            ``atol + rtol |y|``, in the root mean square over all numbers of y.
 
     Inputs:
         x: a tree of floating-point tensors.
@@ -121,6 +124,8 @@ def neural_ode(
             locate(error, _NAME)
             raise
         require_alike(x, made)
+        taken = f"{_NAME}: f has state called {_NAME!r} at its top; put it into a serial"
+        require(_NAME not in state, taken)
         return params, _merged(state, solver.no_figures(x))
 
     def run(
@@ -173,9 +178,29 @@ def neural_ode_rule(
         return None, None
     again, dy = barrier((residuals, dy))
     field = Field(f, takes_time, train, again["params"], again["state"], again.get("key"))
-    total = tree.map(torch.zeros_like, again["params"]) if params else None
+    total = _no_gradients(field, dy, solver.at_all) if params else None
     dparams, dx = solver.run_back(field, again["steps"], dy, total)
     return dparams, dx if x else None
+
+
+_GRADIENTS: WeakKeyDictionary[Any, dict[Any, Any]] = WeakKeyDictionary()
+"""The structure of the gradients of an f, by its forward pass and the names of its params."""
+
+
+def _no_gradients(field: Field, dy: Tree, at_all: bool) -> Params:
+    """Zeros for the gradients that f's pullback gives: of a `freeze` around it not those of all."""
+    params = tree.to_dotted(field.params)
+    known = _GRADIENTS.setdefault(field.f.forward, {})
+    names = field.train, *params
+    if names not in known:
+        y = tree.to_meta(tree.map(lambda leaf: leaf[0], dy) if at_all else dy)
+        time = torch.empty((), dtype=time_dtype(y), device="meta")
+        k, pullback = field.on_meta().forward(time, y)
+        dparams = pull({"": pullback}, "", k, params=True, x=False)[0]
+        known[names] = tree.paths(dparams), tree.flatten(dparams)[1]
+    paths, treedef = known[names]
+    zeros: Params = treedef.unflatten([torch.zeros_like(params[path]) for path in paths])
+    return zeros
 
 
 def _times(t: Any) -> tuple[tuple[float, ...], bool]:
@@ -195,6 +220,7 @@ def _times(t: Any) -> tuple[tuple[float, ...], bool]:
         require(fits, f"{_NAME}: t must be a pair of numbers or a 1-d tensor of times, got {t!r}")
         found = t
     times = tuple([float(each) for each in found])
+    require(all(map(isfinite, times)), f"{_NAME}: t must be finite, got {times}")
     increase = all([before < after for before, after in pairwise(times)])
     require(increase, f"{_NAME}: t must increase, got {times}")
     return times, isinstance(t, Tensor)

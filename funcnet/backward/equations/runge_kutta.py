@@ -87,6 +87,11 @@ class Field:
         )
         return k, pullback
 
+    def on_meta(self) -> "Field":
+        """The same without data."""
+        given = tree.to_meta((self.params, self.state, self.key))
+        return Field(self.f, self.takes_time, self.train, *given)
+
     def input(self, t: Tensor, y: Tree) -> Tree:
         """What f takes."""
         return (t, y) if self.takes_time else y
