@@ -58,12 +58,12 @@ def _norm(place: Deferred) -> Tensor:
 
 def _norm_by_products(x: Tensor, d: Tensor, bias: bool) -> Tensor:
     """That of a linear layer's gradients, from the products of its rows with each other."""
-    wide = torch.promote_types(d.dtype, torch.float32)
-    x, d = x.to(wide), d.to(wide)
+    # In double precision: where rows cancel, little is left of terms that are much larger.
+    wide, x, d = torch.promote_types(d.dtype, torch.float32), x.double(), d.double()
     square = ((x @ x.mT) * (d @ d.mT)).sum()
     if bias:
         square = square + d.sum(0).square().sum()
-    return square.clamp(min=0.0).sqrt()
+    return square.clamp(min=0.0).sqrt().to(wide)
 
 
 def clipped_update(

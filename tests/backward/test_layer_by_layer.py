@@ -237,3 +237,15 @@ def test_a_metric_in_the_place_of_the_norm_is_refused():
         fn.clipped_train_step(
             fn.linear(1), fn.mse(), fn.sgd(0.1), 1.0, metrics={"grad_norm": fn.mse()}
         )
+
+
+def test_a_norm_by_products_of_rows_that_cancel_is_right():
+    net = fn.linear(300, bias=False)
+    x = 100 + 0.005 * fn.random.normal(fn.key(0), (5, 400))
+    params, _ = net.init(fn.key(1), x)
+    _, pullback, _ = net.vjp(params, x)
+    dy = 10 * fn.random.normal(fn.key(2), (5, 300))
+    dy = dy - dy.mean(0)
+    deferred, _ = fn.defer(pullback)(dy)
+    expected = (dy.double().mT @ x.double()).norm()
+    torch.testing.assert_close(fn.gradient_norm(deferred).double(), expected, rtol=1e-4, atol=0.0)
