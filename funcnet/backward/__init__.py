@@ -1,7 +1,8 @@
 """What explicit backward passes give beyond gradients.
 
 The two halves of a backward pass, `Deferred`, `defer` and `gradients`, are below this package, in
-`funcnet.deferred` and `funcnet.pullbacks`, since combinators know them. Here is what is made of them:
+`funcnet.deferred` and `funcnet.pullbacks`, since combinators know them. Here is what is made of
+them, and beside them:
 
 - ``walkers``: visit the pullback of each leaf layer;
 - ``rules``: other backward rules for the same forward pass;

@@ -1,5 +1,6 @@
 """Differentially private gradients: those of each example clipped, summed, and noise added."""
 
+import math
 from collections.abc import Callable
 
 import torch
@@ -16,6 +17,7 @@ from funcnet.backward.per_example.forward_examples import axes_of, count_of, def
 from funcnet.core import EMPTY, Layer, Loss, Params, Tree
 from funcnet.data import pair
 from funcnet.deferred import gradients
+from funcnet.errors import require
 from funcnet.random import fold_in, normal
 from funcnet.transforms.vmap import Axes
 
@@ -80,12 +82,18 @@ def private_value_and_grad(
     """
     if clipping not in CLIPPINGS:
         raise ValueError(f"{_NAME}: clipping must be one of {CLIPPINGS}, got {clipping!r}")
-    for what, number in (("bound", bound), ("batch_size", batch_size)):
-        if number is not None and not isinstance(number, Tensor) and not number > 0:
-            raise ValueError(f"{_NAME}: {what} must be > 0, got {number}")
+    options = {"bound": bound, "noise": noise}
+    if batch_size is not None:
+        options["batch_size"] = batch_size
+    for what, number in options.items():
+        if not isinstance(number, (int, float, Tensor)):
+            raise TypeError(f"{_NAME}: {what} must be a number, got {number!r}")
+        enough = isinstance(number, Tensor) or number > 0 or (what == "noise" and number == 0)
+        least = ">= 0" if what == "noise" else "> 0"
+        require(enough, f"{_NAME}: {what} must be {least}, got {number}")
     noiseless = not isinstance(noise, Tensor) and noise == 0
-    if not noiseless and not isinstance(noise, Tensor) and not noise > 0:
-        raise ValueError(f"{_NAME}: noise must be >= 0, got {noise}")
+    bounded = noiseless or isinstance(bound, Tensor) or math.isfinite(bound)
+    require(bounded, f"{_NAME}: bound must be finite where there is noise, got {bound}")
     run = defer_examples(model, loss, in_axes, name=_NAME)
 
     def value_and_grads(
