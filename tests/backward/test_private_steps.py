@@ -261,7 +261,7 @@ def test_a_wrong_batch_mask_loss_or_key_is_refused():
 
 
 def test_a_bound_is_a_number_and_finite_where_there_is_noise():
-    with pytest.raises(TypeError, match="bound must be a number, got None"):
+    with pytest.raises(TypeError, match="bound must be a number or a 0-d tensor, got None"):
         fn.private_value_and_grad(fn.linear(1), fn.mse(), None, 1.0)
     with pytest.raises(ValueError, match="bound must be finite where there is noise"):
         fn.private_value_and_grad(fn.linear(1), fn.mse(), float("inf"), 1.0)

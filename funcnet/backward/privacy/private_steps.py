@@ -18,6 +18,7 @@ from funcnet.core import EMPTY, Layer, Loss, Params, Tree
 from funcnet.data import pair
 from funcnet.deferred import gradients
 from funcnet.errors import require
+from funcnet.optimizers.checks import check_options, check_positive
 from funcnet.random import fold_in, normal
 from funcnet.transforms.vmap import Axes
 
@@ -82,15 +83,10 @@ def private_value_and_grad(
     """
     if clipping not in CLIPPINGS:
         raise ValueError(f"{_NAME}: clipping must be one of {CLIPPINGS}, got {clipping!r}")
-    options = {"bound": bound, "noise": noise}
+    check_positive(_NAME, bound=bound)
+    check_options(_NAME, noise=noise)
     if batch_size is not None:
-        options["batch_size"] = batch_size
-    for what, number in options.items():
-        if not isinstance(number, (int, float, Tensor)):
-            raise TypeError(f"{_NAME}: {what} must be a number, got {number!r}")
-        enough = isinstance(number, Tensor) or number > 0 or (what == "noise" and number == 0)
-        least = ">= 0" if what == "noise" else "> 0"
-        require(enough, f"{_NAME}: {what} must be {least}, got {number}")
+        check_positive(_NAME, batch_size=batch_size)
     noiseless = not isinstance(noise, Tensor) and noise == 0
     bounded = noiseless or isinstance(bound, Tensor) or math.isfinite(bound)
     require(bounded, f"{_NAME}: bound must be finite where there is noise, got {bound}")
