@@ -13,6 +13,7 @@ from collections.abc import Callable, Iterable, Mapping
 from types import CodeType
 from typing import Any, ClassVar, NamedTuple, NoReturn
 
+import torch
 from torch import Tensor
 
 from funcnet.tree import describe
@@ -185,7 +186,9 @@ def _text(value: Any, depth: int) -> str:
         return f"{{{inside}}}"
     if isinstance(value, functools.partial):
         return _text(value.func, depth)
-    name = getattr(value, "__qualname__", None)
+    name, own = getattr(value, "__qualname__", None), getattr(value, "__name__", "")
+    if name is not None and getattr(torch, own, None) is value:
+        return f"torch.{own}"
     if name is not None:
         # What a function made, such as an initializer, has the name of that function.
         maker, made, _ = name.rpartition(".<locals>.")

@@ -151,7 +151,19 @@ CASES = {
 
 
 def test_what_is_shown_makes_the_same():
-    plain = ("float", "<lambda>", "(...)", "Linear", "neg()", "... ")
+    plain = (
+        "_rule",
+        "halved",
+        "gaussian",
+        "wide",
+        "_relu(relu",
+        "float",
+        "<lambda>",
+        "(...)",
+        "Linear",
+        "neg()",
+        "... ",
+    )
     checked = 0
     for name, made in CASES.items():
         shown = repr(made)

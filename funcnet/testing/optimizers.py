@@ -187,6 +187,7 @@ def check_optimizer(
     reference: Reference | None = None,
     steps: int = 10,
     vmap: bool = True,
+    alone: bool = False,
     rtol: float = 1e-12,
 ) -> None:
     """Check that an optimizer keeps the laws of the protocol; it is computed in float64.
@@ -198,6 +199,8 @@ def check_optimizer(
             after each of ``steps`` steps must equal its.
         steps: how many steps to check, at least one.
         vmap: False for an optimizer that cannot.
+        alone: whether to check that it can update one layer at a time, unless it says that it
+            needs all leaves, as `clipped_train_step` asks.
         rtol: the greatest relative difference from the reference.
 
     Raises:
@@ -214,7 +217,7 @@ def check_optimizer(
     params, key = cast(params, torch.float64), random.key(0)
     grads = [noise(random.fold_in(key, step), params) for step in range(steps)]
     case = Case(optimizer, params, grads, key, reference, rtol)
-    check_laws("optimizer", LAWS, case, {"vmap": vmap})
+    check_laws("optimizer", LAWS, case, {"vmap": vmap, "alone": alone})
 
 
 check_optimizer.__doc__ = (check_optimizer.__doc__ or "").replace("{laws}", list_of_laws(LAWS))

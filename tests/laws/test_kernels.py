@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from cases import LAYERS
+from cases import COMBINATORS, LAYERS
 
 import funcnet as fn
 from funcnet import lift, runtime
@@ -12,8 +12,8 @@ LAYERS_WITH_KERNELS = {
     "adaptive_avg_pool", "adaptive_max_pool", "attention", "avg_pool", "batch_norm", "celu",
     "convolution", "cross_entropy", "elu", "embedding", "embedding_bag", "fractional_max_pool",
     "gelu", "glu", "group_norm", "hardsigmoid", "hardswish", "hardtanh", "layer_norm",
-    "leaky_relu", "log_softmax", "logsigmoid", "max_pool", "mish", "norm", "prelu", "relu",
-    "relu6", "resample", "rms_norm", "running_norm", "selu", "shrink", "sigmoid", "silu",
+    "leaky_relu", "log_softmax", "logsigmoid", "masked", "max_pool", "mish", "norm", "prelu",
+    "relu", "relu6", "resample", "rms_norm", "running_norm", "selu", "shrink", "sigmoid", "silu",
     "softmax", "softmin", "softplus", "tanh", "threshold",
 }  # fmt: skip
 
@@ -55,7 +55,7 @@ def results(layer, x, train):
 
 
 def test_each_kernel_is_used_by_a_layer_of_the_table(used):
-    for layer, x in LAYERS.values():
+    for layer, x in (LAYERS | COMBINATORS).values():
         results(layer, x, train=True)
         results(layer, x, train=False)
     assert used == set(lift.KERNELS)

@@ -50,7 +50,7 @@ def test_a_loss_keeps_the_laws(name):
 @pytest.mark.parametrize("name", OPTIMIZERS)
 def test_an_optimizer_keeps_the_laws(name):
     optimizer, reference = OPTIMIZERS[name]
-    check_optimizer(optimizer, PARAMS, reference=reference)
+    check_optimizer(optimizer, PARAMS, reference=reference, alone=True)
 
 
 def public(kind):

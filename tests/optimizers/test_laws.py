@@ -90,7 +90,8 @@ def assert_close(found, expected, rtol=1e-11, atol=1e-12):
 
 @cases
 def test_it_keeps_the_laws_of_the_protocol(case):
-    fn.testing.check_optimizer(case.make(case.rate), tree_of(zeros=False), reference=case.reference)
+    params = tree_of(zeros=False)
+    fn.testing.check_optimizer(case.make(case.rate), params, reference=case.reference, alone=True)
 
 
 @pytest.mark.parametrize("tree", TREES)
