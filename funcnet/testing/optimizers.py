@@ -200,7 +200,7 @@ def check_optimizer(
         steps: how many steps to check, at least one.
         vmap: False for an optimizer that cannot.
         alone: whether to check that it can update one layer at a time, unless it says that it
-            needs all leaves, as `clipped_train_step` asks.
+            needs all leaves, as `funcnet.clipped_train_step` asks.
         rtol: the greatest relative difference from the reference.
 
     Raises:
