@@ -51,7 +51,8 @@ class Deferred:
         parts: Mapping[str, Tree],
         static: tuple[Hashable, ...] = (),
     ) -> None:
-        self.rule, self.parts, self.static = rule, parts, static
+        self.rule, self.parts = rule, parts
+        self.static: Any = static
 
     def __mul__(self, factor: float | Tensor) -> "Deferred":
         """The Deferred of ``factor`` times the gradients; a number or a 0-d tensor."""
@@ -230,7 +231,7 @@ def shapes_of(term: Deferred) -> tuple[tuple[Any, ...], tuple[Any, ...]]:
 
     These have more dimensions in front for each vmap and each loop that the term came out of.
     """
-    return term.static[0], _shapes(term.parts["dy"])  # type: ignore[return-value]
+    return term.static[0], _shapes(term.parts["dy"])
 
 
 def _shapes(dy: Tree) -> tuple[Any, ...]:
@@ -261,13 +262,16 @@ def _kinds(grads: Tree) -> dict[str, tuple[int, ...]]:
 
 
 def mapped(
-    function: Callable[..., Tree], deferred: Deferred, residuals: Tree = None, *static: Hashable
-) -> Deferred:
-    """The Deferred of ``function(gradients, residuals, *static)``, linear in the gradients.
+    function: Callable[..., Tree], dparams: Tree, residuals: Tree = None, *static: Hashable
+) -> Tree:
+    """``function(dparams, residuals, *static)``; of a `Deferred` the Deferred of it.
 
-    For the rule of a layer whose params are made of others, such as `tie`.
+    For the rule of a layer whose params are made of others, such as `tie`. The function is linear
+    in the gradients.
     """
-    return Deferred(mapped_rule, {"": deferred, "residuals": residuals}, (function, *static))
+    if not isinstance(dparams, Deferred):
+        return function(dparams, residuals, *static)
+    return Deferred(mapped_rule, {"": dparams, "residuals": residuals}, (function, *static))
 
 
 def mapped_rule(parts: Mapping[str, Any], function: Callable[..., Tree], *static: Any) -> Tree:

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from funcnet.core import Grads, Layer, Params, Pullback, Tree, map_layers, pull, wrap
-from funcnet.deferred import Deferred, defers, mapped
+from funcnet.deferred import defers, mapped
 
 
 def detect_nonfinite(model: Layer) -> Layer:
@@ -62,9 +62,7 @@ def finite_rule(
         require_finite(name, "dy", dy)
     dparams, dx = pull(residuals, "layer", dy, params=params, x=x)
     require_finite(name, "dx", dx)
-    if isinstance(dparams, Deferred):
-        return mapped(_finite_dparams, dparams, None, name), dx
-    return _finite_dparams(dparams, None, name), dx
+    return mapped(_finite_dparams, dparams, None, name), dx
 
 
 def _finite_dparams(dparams: Params | None, residuals: None, name: str) -> Params | None:

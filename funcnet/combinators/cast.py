@@ -8,7 +8,7 @@ from torch import Tensor
 
 from funcnet import tree
 from funcnet.core import Forward, Grads, Key, Layer, Params, Pullback, Tree, around, pull
-from funcnet.deferred import Deferred, defers, mapped
+from funcnet.deferred import defers, mapped
 from funcnet.errors import require
 from funcnet.lift import stateful
 
@@ -68,9 +68,7 @@ def cast_rule(
     """dy in the dtype of the layer's y, then dparams and dx in those of params and x."""
     dparams, dx = pull(residuals, "", _like(of_y, dy), params=params, x=x)
     dx = _like(of_x, dx) if x else None
-    if isinstance(dparams, Deferred):
-        return mapped(_cast_back, dparams, None, of_params), dx
-    return _like(of_params, dparams) if params else None, dx
+    return mapped(_cast_back, dparams, None, of_params) if params else None, dx
 
 
 def _cast_back(dparams: Params, residuals: None, of_params: Any) -> Params:

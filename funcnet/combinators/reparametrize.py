@@ -23,7 +23,7 @@ from funcnet.core import (
     map_layers,
     pull,
 )
-from funcnet.deferred import Deferred, defers, mapped
+from funcnet.deferred import defers, mapped
 from funcnet.errors import locate
 from funcnet.lift import stateful, with_forward
 
@@ -116,9 +116,7 @@ def reparametrize_rule(
     """The layer's pullback, then that of its params."""
     own = residuals.pop(_OWN)
     dparams, dx = pull(residuals, "", dy, params=params, x=x)
-    if isinstance(dparams, Deferred):
-        return mapped(backward, dparams, own, *static), dx
-    return backward(dparams, own, *static) if params else None, dx
+    return mapped(backward, dparams, own, *static) if params else None, dx
 
 
 def learn_only(layer: Layer, learns: Callable[[str], bool]) -> Layer:
@@ -151,9 +149,7 @@ def learn_only_rule(
 ) -> Grads:
     """The pullback of a leaf layer, less the gradients of what does not learn."""
     dparams, dx = pull(residuals, "", dy, params=params if learned else False, x=x)
-    if isinstance(dparams, Deferred):
-        return mapped(select_learned, dparams, None, learned), dx
-    return select_learned(dparams or {}, None, learned) if params else None, dx
+    return mapped(select_learned, dparams or {}, None, learned) if params else None, dx
 
 
 def select_learned(dparams: Params, residuals: None, learned: tuple[str, ...]) -> Params:

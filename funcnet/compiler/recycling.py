@@ -1,6 +1,5 @@
 """Memory for the results of a program: that of earlier results which nobody has any more."""
 
-import math
 import sys
 
 import torch
@@ -62,15 +61,14 @@ class Pool:
     """
 
     def __init__(self, spec: Spec) -> None:
-        self._spec = spec
-        self._bytes = math.prod(spec.shape) * spec.dtype.itemsize
+        self._spec, self._bytes = spec, spec.bytes
         self._calls = 0
         self._known: list[_Memory] = []
 
     @classmethod
     def of(cls, spec: Spec) -> "Pool | None":
         """A pool for a result, if it is large and on the CPU."""
-        large = math.prod(spec.shape) * spec.dtype.itemsize >= _LEAST_BYTES
+        large = spec.bytes >= _LEAST_BYTES
         return cls(spec) if large and spec.device.type == "cpu" else None
 
     def new(self) -> Tensor:

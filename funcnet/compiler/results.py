@@ -1,7 +1,6 @@
 """Where the results of loops and branches lie: where they must end up, or in what they replace."""
 
 from collections.abc import Sequence
-from math import prod
 
 from funcnet.compiler.memory import Address, Frame, Target, Values
 from funcnet.compiler.nodes import Node, memory_of, size_of
@@ -79,7 +78,7 @@ class Results:
         """Where the iterations of a loop put what is stacked."""
         result = item.results.get(position)
         spec = item.loop.outer[position]
-        size = prod(spec.shape) * spec.dtype.itemsize
+        size = spec.bytes
         each = size // max(item.loop.length, 1)
         target = frame.targets.get(result)
         base = frame.free_target(result, step)
@@ -119,7 +118,7 @@ class Results:
         """Where branches put a result; ``owned`` gets the value that they may replace by it."""
         result = item.results.get(position)
         spec = item.branches.outer[position]
-        size = prod(spec.shape) * spec.dtype.itemsize
+        size = spec.bytes
         slot = frame.free_target(result, step)
         owner = result if result is not None else _Unread(f"result {position}")
         if slot is None:

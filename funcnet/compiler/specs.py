@@ -1,5 +1,6 @@
 """What is known of a tensor before a program runs."""
 
+from math import prod
 from typing import NamedTuple
 
 import torch
@@ -17,6 +18,11 @@ class Spec(NamedTuple):
     shape: tuple[int, ...]
     dtype: torch.dtype
     device: torch.device
+
+    @property
+    def bytes(self) -> int:
+        """How many bytes its values take."""
+        return prod(self.shape) * self.dtype.itemsize
 
     def empty(self) -> Tensor:
         """A contiguous tensor like that, with any values."""

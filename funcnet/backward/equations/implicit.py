@@ -26,7 +26,7 @@ from funcnet.core import (
     pull,
     sum_cotangents,
 )
-from funcnet.deferred import Deferred, defers, mapped
+from funcnet.deferred import defers, mapped
 from funcnet.errors import check_count, locate, require
 from funcnet.lift import stateful
 
@@ -218,11 +218,7 @@ def fixed_point_rule(
     u = tree.map(lambda leaf: torch.where(good, leaf * scale.to(leaf.dtype), torch.nan), u)
     dparams, both = pull({"": pullback}, "", u, params=params, x=x)
     if params and "figures" in at:
-        told = _sums(at["figures"], figures)
-        if isinstance(dparams, Deferred):
-            dparams = mapped(_with_probe, dparams, told)
-        else:
-            dparams = _with_probe(dparams, told)
+        dparams = mapped(_with_probe, dparams, _sums(at["figures"], figures))
     return dparams, both[0] if x else None
 
 

@@ -1,6 +1,7 @@
 """Gradients, norms and weighted sums of single examples, from one backward pass of all of them."""
 
 from collections.abc import Callable, Iterator, Mapping
+from operator import add
 from typing import Any
 
 import torch
@@ -142,7 +143,7 @@ def _layers(deferred: Deferred, path: str = "") -> Iterator[tuple[str, Deferred]
 
 def _walk(deferred: Deferred, finish: Callable[[Factors], Any]) -> Tree:
     """A tree like params of ``finish(factors)``, one leaf layer after the other."""
-    rule, parts, static = deferred.rule, deferred.parts, _static(deferred)
+    rule, parts, static = deferred.rule, deferred.parts, deferred.static
     if is_term(deferred):
         return _of_term(deferred, finish)
     if rule in ARRANGING:
@@ -154,7 +155,7 @@ def _walk(deferred: Deferred, finish: Callable[[Factors], Any]) -> Tree:
     if rule is sum_rule:
         first, *others = [_walk(part, _same) for _, part in sorted(parts.items())]
         for each in others:
-            first = tree.map(_plus, first, each)
+            first = tree.map(add, first, each)
         return tree.map(finish, first)
     if rule is mapped_rule and static[0] in OF_FACTORS:
         found = static[0](_walk(parts[""], _same), None, *static[1:])
@@ -167,20 +168,12 @@ def _walk(deferred: Deferred, finish: Callable[[Factors], Any]) -> Tree:
     return tree.map(lambda leaf: finish(Formed(leaf)), formed)
 
 
-def _static(deferred: Deferred) -> Any:
-    return deferred.static
-
-
 def _squares_of(factors: Factors) -> Tensor:
     return factors.squares()
 
 
 def _same(factors: Factors) -> Factors:
     return factors
-
-
-def _plus(one: Factors, other: Factors) -> Factors:
-    return one + other
 
 
 class _Made(Deferred):
@@ -199,7 +192,7 @@ def _read(parts: Mapping[str, Any]) -> Tree:
 def _of_term(term: Deferred, finish: Callable[[Factors], Any]) -> Tree:
     pullback, dy = term.parts["pullback"], term.parts["dy"]
     formula = FACTORS.get(pullback.rule)
-    found = formula and formula(with_absent(pullback, dy, *_static(term)[1:]), dy, *pullback.static)
+    found = formula and formula(with_absent(pullback, dy, *term.static[1:]), dy, *pullback.static)
     if not found:
         return tree.map(lambda leaf: finish(Formed(leaf)), _formed(term))
     return {name: finish(each) for name, each in found.items()}
@@ -301,7 +294,7 @@ def _weighted(deferred: Deferred, weights: Tensor, axis: int) -> Deferred:
 
     It is not 0 in copies of a layer, of which there is a loop around what comes of it.
     """
-    rule, parts, static = deferred.rule, deferred.parts, _static(deferred)
+    rule, parts, static = deferred.rule, deferred.parts, deferred.static
     if rule is stacked_rule:
         (n,) = static
         copies = tree.map(lambda leaf: leaf.movedim(axis + 1, axis), parts[""])
@@ -330,7 +323,7 @@ def weighted_rule(parts: Mapping[str, Any]) -> Tree:
     pullback = deferred.parts["pullback"]
     dy = tree.map(lambda leaf: leaf * _beside(weights, leaf), deferred.parts["dy"])
     static = pullback.static
-    residuals = with_absent(pullback, dy, *_static(deferred)[1:])
+    residuals = with_absent(pullback, dy, *deferred.static[1:])
     merge = AS_ONE_BATCH.get(pullback.rule)
     if found := merge and merge(residuals, dy, *static):
         residuals, dy = found

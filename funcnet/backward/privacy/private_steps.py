@@ -139,8 +139,9 @@ def _without_padding(batch: tuple[Tree, Tree], mask: Tensor, in_axes: Axes) -> t
 
     def one(leaf: Tensor, axis: object) -> Tensor:
         # One of another length stays as it is, and vmap refuses it.
-        fits = isinstance(axis, int) and leaf.shape[axis] == count
-        return leaf.index_select(axis, rows) if fits else leaf  # type: ignore[arg-type]
+        if isinstance(axis, int) and leaf.shape[axis] == count:
+            return leaf.index_select(axis, rows)
+        return leaf
 
     replaced: tuple[Tree, Tree] = tree.map(one, inputs, axes)
     return replaced
