@@ -18,6 +18,7 @@ compiled, looped and mapped over a population.
 from funcnet import (
     checkpoint as checkpoint,
     core as _core,
+    distributed as distributed,
     initializers as initializers,
     interop as interop,
     losses as losses,

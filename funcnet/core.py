@@ -28,6 +28,7 @@ from typing import Any, NamedTuple
 
 from torch import Tensor
 
+from funcnet.collectives import Axis, Split
 from funcnet.constructors import Call, Constructed, call_of, function_name as function_name
 from funcnet.pullbacks import (
     Box as Box,
@@ -136,6 +137,14 @@ class Layer(Constructed, _Triple):
     probe: "Probe | None"
     """What it tells of a training step as the gradient of an entry of its params; see `observe`."""
 
+    global_form: "Callable[[Axis], Layer] | None"
+    """Makes the layer that computes, of a rank's part of a batch, what this one does of all of it;
+    for a layer that draws numbers or mixes examples. See `funcnet.distributed.data_parallel`."""
+
+    placed: "Callable[[Tree], Mapping[str, Split]] | None"
+    """How params of its own are parted over ranks, by dotted path, for an input x; see
+    `funcnet.distributed.placements`. None: each rank has all of them."""
+
     call: Call | None
     """The call of the constructor that made it, which is its ``repr``, or None."""
 
@@ -153,6 +162,8 @@ class Layer(Constructed, _Triple):
         mixes_examples: bool = False,
         breaks: Iterable[str] = (),
         probe: "Probe | None" = None,
+        global_form: "Callable[[Axis], Layer] | None" = None,
+        placed: "Callable[[Tree], Mapping[str, Split]] | None" = None,
     ) -> "Layer":
         layer = super().__new__(cls, init, apply, vjp)
         layer.forward = forward or (
@@ -164,6 +175,7 @@ class Layer(Constructed, _Triple):
         layer.mixes_examples = mixes_examples or any(mixes)
         broken = [child.breaks for child in children.values()]
         layer.breaks, layer.probe = frozenset(breaks).union(*broken), probe
+        layer.global_form, layer.placed = global_form, placed
         layer.call = call_of(layer.name)
         return layer
 
@@ -274,7 +286,7 @@ def wrap(layer: Layer, functions: Callable[[Layer], Layer]) -> Layer:
 
 def told_by(layer: Layer) -> dict[str, Any]:
     """What a layer tells of itself, for one that is made of it with other functions."""
-    told = "takes_key", "mixes_examples", "breaks", "probe"
+    told = "takes_key", "mixes_examples", "breaks", "probe", "global_form", "placed"
     return {each: getattr(layer, each) for each in told}
 
 

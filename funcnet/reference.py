@@ -106,7 +106,8 @@ PAGES = {
             """,
         "Looking into a model": "summary observe",
         "Further pages": """
-            losses optimizers schedules metrics random initializers tree checkpoint interop testing
+            losses optimizers schedules metrics random initializers tree checkpoint interop
+            distributed testing
             """,
     },
     "funcnet.losses": {
@@ -200,6 +201,10 @@ PAGES = {
         "Modules": "from_module to_module from_state_dict to_state_dict export",
         "Functions": "autodiff",
         "Arrays": "from_numpy to_numpy from_dlpack to_dlpack",
+    },
+    "funcnet.distributed": {
+        "Processes and their mesh": "initialize finalize mesh axis_of PeerError",
+        "Where params lie": "placements",
     },
     "funcnet.testing": {
         "The laws": "check_layer check_loss check_optimizer",

@@ -25,7 +25,7 @@ ORDER = [
     },
     {"compiler"},
     {"deferred", "pullbacks", "training_types"},
-    {"core", "control_flow", "debug", "indexing"},
+    {"core", "collectives", "control_flow", "debug", "indexing"},
     {"initializers", "params", "lift"},
     {"combinators"},
     {"layers"},
@@ -34,6 +34,7 @@ ORDER = [
     {"backward"},
     {"checkpoint", "evaluation", "interop", "stopping", "summaries", "testing"},
     {"fitting", "fit_parts"},
+    {"distributed"},
 ]
 
 

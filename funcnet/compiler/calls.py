@@ -36,6 +36,24 @@ _OFTEN = 1000
 _KEPT = 64
 
 
+_WRITERS: dict[str, Callable[..., Any]] = {}
+
+
+def writes(operator: str) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
+    """Says how a program calls an operator of one result without a copy.
+
+    Args:
+        operator: its name. The function takes the memory of the result, then what the operator
+            takes.
+    """
+
+    def register(function: Callable[..., Any]) -> Callable[..., Any]:
+        _WRITERS[operator] = function
+        return function
+
+    return register
+
+
 def called(node: Any) -> Primitive:
     """A primitive that calls the operator of a node through PyTorch."""
     name, formula = node.target._schema.name, _function_of(node)
@@ -45,14 +63,26 @@ def called(node: Any) -> Primitive:
 
 def _function_of(node: Any) -> Callable[..., Any]:
     """What a node calls, as a function of its operands alone."""
+    return _of_operands(node, node.target)
+
+
+def _of_operands(node: Any, target: Callable[..., Any]) -> Callable[..., Any]:
     nodes = node.all_input_nodes
     fill = _filled((node.args, node.kwargs), {each: place for place, each in enumerate(nodes)})
 
     def function(*operands: Tensor) -> Any:
         args, kwargs = fill(operands)
-        return node.target(*args, **kwargs)
+        return target(*args, **kwargs)
 
     return function
+
+
+def _writer_of(node: Any) -> Callable[..., Any] | None:
+    """What a node calls, as a function of the memory of its result and its operands."""
+    writer = _WRITERS.get(node.target._schema.name)
+    if writer is None:
+        return None
+    return lambda out, *operands: _of_operands(node, functools.partial(writer, out))(*operands)
 
 
 def _filled(given: Any, places: dict[Any, int]) -> Callable[[Sequence[Any]], Any]:
@@ -192,6 +222,7 @@ class _Call:
     def __init__(self, step: "PrimitiveStep") -> None:
         self._formula: Callable[..., Any] = step.primitive.formula
         self._operator = step.primitive.operator
+        self._writer = _writer_of(step.node)
         self._operands = [_Place(node.meta["val"]) for node in step.operands]
         self._single = isinstance(step.node.meta["val"], Tensor)
         values = [step.results[index].meta["val"] for index in sorted(step.results)]
@@ -202,6 +233,14 @@ class _Call:
     def __call__(self, addresses: Any) -> None:
         start = time.perf_counter()
         operands = [place(addresses[index]) for index, place in enumerate(self._operands)]
+        if self._writer is not None and self._results:
+            self._writer(self._results[0][1](addresses[len(operands)]), *operands)
+        else:
+            self._call(operands, addresses)
+        self.count += 1
+        self.seconds += time.perf_counter() - start
+
+    def _call(self, operands: list[Tensor], addresses: Any) -> None:
         results = self._formula(*operands)
         if self._single:
             results = (results,)
@@ -213,8 +252,6 @@ class _Call:
                     f"{spec_of(kept)}"
                 )
             kept.copy_(made)
-        self.count += 1
-        self.seconds += time.perf_counter() - start
 
 
 class _Place:

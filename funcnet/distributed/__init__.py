@@ -1,0 +1,18 @@
+"""Training on several processes, with torch.distributed: what is communicated is in the functions.
+
+A transform in an optimizer's chain, a layer whose rule is a collective, a schedule of pullbacks.
+"""
+
+from funcnet import reference as _reference
+from funcnet.distributed.faults import PeerError as PeerError
+from funcnet.distributed.splits import placements as placements
+from funcnet.distributed.start import (
+    axis_of as axis_of,
+    finalize as finalize,
+    initialize as initialize,
+    mesh as mesh,
+)
+
+__docformat__ = "google"
+__doc__ = _reference.described(__name__, __doc__)
+__all__ = _reference.names(__name__)

@@ -1,0 +1,63 @@
+"""Where the params of a model lie: which of them are parts, of what, over which ranks."""
+
+from collections.abc import Mapping
+from typing import Any
+
+from funcnet import tree
+from funcnet.collectives import Split
+from funcnet.core import Key, Layer, Params, Tree, join_paths, map_layers
+from funcnet.random import key
+
+Splits = tuple[Split, ...]
+"""How a tensor came to be a part: parted by the first, that part by the second, and so on."""
+
+
+def placements(model: Layer, x: Tree) -> dict[str, Splits]:
+    """How each parameter of a model is parted over ranks, by dotted path; ``()`` for a whole one.
+
+    Args:
+        model: any layer; nothing is computed or communicated.
+        x: an example input, of which only shape, dtype and device matter.
+
+    >>> import funcnet as fn
+    >>> placements(fn.linear(2), torch.ones(5, 3))
+    {'weight': (), 'bias': ()}
+    """
+    found: dict[str, list[Split]] = {}
+
+    def watched(path: str, layer: Layer) -> Layer:
+        placed = layer.placed
+        if placed is None:
+            return layer
+
+        def init(key: Key, x: Tree) -> tuple[Params, Params]:
+            made = layer.init(key, x)
+            for name, split in placed(x).items():
+                found.setdefault(join_paths(path, name), []).append(split)
+            return made
+
+        return layer._replace(init=init)
+
+    example: Any = tree.to_meta(x)
+    params, _ = map_layers(watched, model).init(key(0), example)
+    return {path: tuple(found.get(path, ())) for path in tree.to_dotted(params)}
+
+
+def whole(part: Any, splits: Splits) -> Any:
+    """The whole tensor, on all ranks, from the part of each."""
+    for split in reversed(splits):
+        part = split.whole(part)
+    return part
+
+
+def own_part(tensor: Any, splits: Splits) -> Any:
+    """This rank's part of a tensor that all ranks have."""
+    for split in splits:
+        tensor = split.part(tensor)
+    return tensor
+
+
+def whole_params(params: Params, placed: Mapping[str, Splits]) -> Params:
+    """Params on all ranks as a single process has them."""
+    dotted = tree.to_dotted(params)
+    return tree.from_dotted({path: whole(leaf, placed[path]) for path, leaf in dotted.items()})

@@ -1,0 +1,26 @@
+"""Two and four ranks on this machine, for all tests of a session."""
+
+import pytest
+from distributed.ranks import Ranks
+
+
+def _ranks(size):
+    ranks = Ranks(size)
+    yield ranks
+    ranks.stop()
+
+
+@pytest.fixture(scope="session")
+def two_ranks():
+    yield from _ranks(2)
+
+
+@pytest.fixture(scope="session")
+def four_ranks():
+    yield from _ranks(4)
+
+
+@pytest.fixture(scope="session", params=[2, 4])
+def ranks(request):
+    """Two ranks, then four."""
+    return request.getfixturevalue({2: "two_ranks", 4: "four_ranks"}[request.param])
