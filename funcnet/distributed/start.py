@@ -37,8 +37,8 @@ def initialize(*, device: str | torch.device | None = None, timeout: float = 300
     >>> import funcnet as fn
     >>> fn.distributed.initialize(device="cpu")
     device(type='cpu')
-    >>> fn.distributed.mesh()
-    DeviceMesh((pipe=1, data=1, model=1), 'cpu', stride=(1, 1, 1))
+    >>> fn.distributed.mesh().mesh_dim_names
+    ('pipe', 'data', 'model')
     >>> fn.distributed.finalize()
     """
     kind = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu")).type
