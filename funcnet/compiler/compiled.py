@@ -176,7 +176,8 @@ class Compiled:
         made_for = f"{self.threads} {torch.get_default_dtype()} {deterministic} {others}"
         key = text_key(str(self.recorded), repr((self.reused, self.passed)), made_for)
         try:
-            library = load(self._text(key), self.threads)
+            with cache.alone(key):
+                library = load(self._text(key), self.threads)
             self.run, self.error = library.funcnet_run, library.funcnet_error
             self._clear = library.funcnet_clear
             weakref.finalize(self, self._clear).atexit = False

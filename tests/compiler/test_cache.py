@@ -164,7 +164,7 @@ def test_where_programs_cannot_be_kept_it_says_so_once_and_works(trouble, folder
     with pytest.warns(RuntimeWarning, match="compiled programs cannot be kept in") as found:
         twice()
     assert len(found) == 1
-    assert not [*folder.glob(".*")]
+    assert not [*folder.glob(".*.part")]
     assert not [path for path in folder.glob("*.so") if path.is_file()]
 
 
@@ -376,3 +376,37 @@ def test_a_text_is_compiled_without_inductor_and_a_library_loaded_without_a_comp
     works()
     assert len(calls) == 1
     assert cache.find(library.name) == library
+
+
+COMPILING = """
+import torch, funcnet as fn
+from funcnet.compiler import build
+compile_one = build._compile
+build._compile = lambda *args: print("compiles") or compile_one(*args)
+fn.jit(lambda x: (x * 3).sin().sum())(torch.arange(6.0))
+"""
+
+
+def test_of_processes_that_want_a_program_at_once_one_compiles_it(folder):
+    started = [
+        subprocess.Popen([sys.executable, "-c", COMPILING], stdout=subprocess.PIPE, text=True)
+        for _ in range(3)
+    ]
+    said = [process.communicate(timeout=120)[0] for process in started]
+    assert [process.returncode for process in started] == [0, 0, 0]
+    assert "".join(said).split() == ["compiles"]
+
+
+def test_a_process_that_is_killed_while_it_compiles_keeps_nobody_waiting(folder):
+    slow = COMPILING.replace("compiles", "begins").replace(
+        'print("begins")', 'print("begins", flush=True) or __import__("time").sleep(60)'
+    )
+    with subprocess.Popen(
+        [sys.executable, "-c", slow], stdout=subprocess.PIPE, text=True
+    ) as process:
+        assert process.stdout.readline() == "begins\n"
+        process.kill()
+    found = subprocess.run(
+        [sys.executable, "-c", COMPILING], stdout=subprocess.PIPE, text=True, timeout=120
+    )
+    assert found.stdout == "compiles\n"
