@@ -40,7 +40,7 @@ _WRITERS: dict[str, Callable[..., Any]] = {}
 
 
 def writes(operator: str) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
-    """Says how a program calls an operator of one result without a copy.
+    """Says how a program calls a collective of one result, in its memory and in order.
 
     Args:
         operator: its name. The function takes the memory of the result, then what the operator
@@ -57,8 +57,9 @@ def writes(operator: str) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
 def called(node: Any) -> Primitive:
     """A primitive that calls the operator of a node through PyTorch."""
     name, formula = node.target._schema.name, _function_of(node)
-    # Those that print do so in order.
-    return Primitive(name, formula, _no_text, CALLS, has_threads=name == PRINTS, takes=any_order)
+    # Those that print do so in order, and collectives in one that is the same on all ranks.
+    in_order = name == PRINTS or name in _WRITERS
+    return Primitive(name, formula, _no_text, CALLS, has_threads=in_order, takes=any_order)
 
 
 def _function_of(node: Any) -> Callable[..., Any]:
@@ -156,7 +157,8 @@ def say_if_often(name: str, sites: Sequence[CallSite]) -> None:
     """Warn of operators that a run of a program calls so often that it is slow."""
     for site in sites:
         name_of_operator = site.step.primitive.operator
-        if site.times >= _OFTEN and name_of_operator not in EFFECTS:
+        expected = (*EFFECTS, *_WRITERS)
+        if site.times >= _OFTEN and name_of_operator not in expected:
             where = f" for {site.line}" if site.line else ""
             say_once(
                 f"{name}: a run calls {name_of_operator} {site.times} times{where}",

@@ -1,8 +1,10 @@
 """Sums and gathers over ranks: eager, under jit, in scan, under vmap and torch.func."""
 
+import pytest
 import torch
 
 import funcnet as fn
+from funcnet.compiler.compiled import Compiled
 
 
 def axis():
@@ -102,3 +104,85 @@ def test_vmap_and_autograd(two_ranks):
                 for name, value in alone.items():
                     torch.testing.assert_close(each[name][member], value)
         torch.testing.assert_close(found, expected, rtol=1e-6, atol=1e-6)
+
+
+def parallel_members():
+    torch.set_num_threads(2)
+    data = axis()
+    f = fn.jit(fn.vmap(lambda x: data.sum((x * (1 + data.index)).exp()) / data.size))
+    x = torch.linspace(-1, 1, 64 * 500, dtype=torch.float64).reshape(64, 500)
+    found = [f(x) for _ in range(5)]
+    torch.set_num_threads(1)
+    return found, x
+
+
+def test_members_of_a_map_do_not_overtake_each_other(two_ranks):
+    for found, x in two_ranks(parallel_members):
+        expected = (x.exp() + (2 * x).exp()) / 2
+        for each in found:
+            torch.testing.assert_close(each, expected)
+
+
+def hoisted():
+    data = axis()
+
+    def f(x, factors):
+        def body(carry, factor):
+            once = data.sum(x.sin())  # does not depend on the iteration
+            return carry + once * factor, data.max(carry)
+
+        return fn.scan(body, x, factors)
+
+    x, factors = own((4,)), torch.arange(3.0, dtype=torch.float64)
+    return f(x, factors), fn.jit(f)(x, factors), fn.jit(f).lower(x, factors).called
+
+
+def test_what_a_loop_computes_once_is_summed_once(two_ranks):
+    for eager, jitted, called in two_ranks(hoisted):
+        torch.testing.assert_close(eager, jitted)
+        assert sorted([line.split(" a run")[0] for line in called]) == [
+            "funcnet::all_reduce, 3 times",
+            "funcnet::all_reduce, once",
+        ]
+
+
+def on_the_staged_path():
+    data, x = axis(), own()
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(Compiled, "_make_one", lambda self: setattr(self, "why_not_one", "a test"))
+        return all_of(data)(x), fn.jit(all_of(data))(x)
+
+
+def test_stages(two_ranks):
+    for eager, staged in two_ranks(on_the_staged_path):
+        torch.testing.assert_close(eager, staged)
+
+
+def fails_in_a_program():
+    data = axis()
+
+    def fail(*args, **options):
+        raise RuntimeError("connection closed")
+
+    f = fn.jit(lambda x: data.sum(x * 2) + 1)
+    f(own())
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(torch.distributed, "all_reduce", fail)
+        with pytest.raises(fn.distributed.PeerError, match="data of") as found:
+            f(own())
+    return type(found.value.__cause__).__name__, f(own()).shape
+
+
+def test_an_error_of_a_collective_in_a_program_is_the_users(two_ranks):
+    assert two_ranks(fails_in_a_program) == 2 * [("RuntimeError", (3, 4))]
+
+
+def without_a_mesh():
+    data = fn.distributed.axis_of({"data": 3}, "data")
+    with pytest.raises(RuntimeError, match="there is no mesh with the axis data of"):
+        data.sum(torch.ones(2))
+    return data.gather(torch.ones(2, device="meta")).shape
+
+
+def test_an_axis_without_processes_has_shapes_only(two_ranks):
+    assert two_ranks(without_a_mesh) == 2 * [(6,)]
