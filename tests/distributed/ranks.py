@@ -58,7 +58,9 @@ class Ranks:
         self.size, self._processes = size, []
 
     def _start(self):
-        context, port = multiprocessing.get_context("spawn"), free_port()
+        context, port = multiprocessing.get_context("forkserver"), free_port()
+        # One process imports torch, which takes seconds, and all ranks are its children.
+        context.set_forkserver_preload(["funcnet"])
         pairs = [context.Pipe() for _ in range(self.size)]
         self._pipes = [ours for ours, _ in pairs]
         self._processes = [
