@@ -1,62 +1,26 @@
 """Sums and gathers over the ranks of one axis of a mesh, as pure functions of tensors.
 
-torch.distributed does them. They are operators of their own, so that `jit` records them, and the
-compiled program calls them in the order in which they are written, within its loops too. What a
-program knows of an axis is its key, which is the same text on all ranks, and the rank enters as a
-tensor: so all ranks share one program.
+torch.distributed does them. What a program knows of an axis is its key, which is the same text on
+all ranks, and the rank enters as a tensor: so all ranks share one program.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from math import prod
 from typing import Any
 
 import torch
-import torch.distributed as dist
 from torch import Tensor
 
-from funcnet.compiler.calls import writes
-from funcnet.runtime import is_transformed
-
-
-@dataclass(frozen=True)
-class Group:
-    """The ranks of an axis that this process talks to, and its place among them."""
-
-    process_group: Any
-    """That of torch.distributed; None for one rank."""
-
-    index: int
-    """This process's place, from 0."""
-
-    failed: Callable[[str, Exception], Exception]
-    """``(what, error) -> error`` to raise where a collective failed: it names ranks at fault."""
-
-
-_GROUPS: dict[str, Group] = {}
-
-
-def register(key: str, group: Group) -> None:
-    """Say which ranks an axis of this key has in this process."""
-    _GROUPS[key] = group
-
-
-def forget() -> None:
-    """Forget all groups: they are closed."""
-    _GROUPS.clear()
-
-
-def group_of(key: str) -> Group:
-    """The ranks of the axis of a key.
-
-    Raises: RuntimeError: there is no such mesh in this process.
-    """
-    if key not in _GROUPS:
-        raise RuntimeError(
-            f"there is no mesh with the axis {key} in this process: call "
-            "fn.distributed.initialize() and fn.distributed.mesh(...) first"
-        )
-    return _GROUPS[key]
+from funcnet import ranks
+from funcnet.ranks import (
+    Group as Group,
+    forget as forget,
+    group_of as group_of,
+    register as register,
+    sum_dtype as sum_dtype,
+)
+from funcnet.runtime import is_batched, is_differentiated, is_tracing, is_transformed
 
 
 @dataclass(frozen=True)
@@ -101,14 +65,36 @@ class Axis:
         """The mean of the ranks' floating-point tensors; half precision is summed in float32."""
         if self.size == 1:
             return x
-        wide = x.to(torch.promote_types(x.dtype, torch.float32))
-        return (self.sum(wide) / self.size).to(x.dtype)
+        return (self.sum(x.to(sum_dtype(x.dtype))) / self.size).to(x.dtype)
+
+    def sum_flat(self, xs: Sequence[Tensor], factor: float = 1.0) -> Tensor:
+        """The sum of the ranks' numbers of several tensors, times a factor: a vector of all.
+
+        They are on one device, and of one `sum_dtype`, in which they are summed.
+        """
+        return self.start_sum_flat(xs, factor)()
+
+    def start_sum_flat(self, xs: Sequence[Tensor], factor: float = 1.0) -> Callable[[], Tensor]:
+        """`sum_flat` while other things are done; the function that waits for it and gives it.
+
+        Under a transformation it is computed at once.
+        """
+        if self.size == 1 or is_differentiated(*xs) or is_batched():
+            dtype = sum_dtype(xs[0].dtype)
+            flat = self.sum(torch.cat([x.reshape(-1).to(dtype) for x in xs])) * factor
+        elif is_tracing() or xs[0].is_meta:
+            flat = torch.ops.funcnet.sum_flat([*xs], self.key, factor)
+        else:
+            out = ranks.flat_like(xs)
+            finish = ranks.start_sum_flat(out, xs, self.key, factor)
+            return lambda: (finish(), out)[1]
+        return lambda: flat
 
     def gather(self, x: Tensor, dim: int = 0) -> Tensor:
         """The ranks' tensors, of one shape, one after another along ``dim``."""
         if self.size == 1:
             return x
-        stacked = self._run(_all_gather, "all_gather", x, self.size)
+        stacked = self._run(ranks.all_gather, "all_gather", x, self.size)
         dim %= x.dim()
         return stacked.movedim(0, dim).flatten(dim, dim + 1) if dim else stacked.flatten(0, 1)
 
@@ -119,7 +105,7 @@ class Axis:
         """
         if self.size == 1:
             return x
-        return self._run(_reduce_scatter, "reduce_scatter", self._stacked(x, dim))
+        return self._run(ranks.reduce_scatter, "reduce_scatter", self._stacked(x, dim))
 
     def part(self, x: Tensor, dim: int = 0) -> Tensor:
         """This rank's part along ``dim`` of a tensor that all ranks have.
@@ -143,7 +129,7 @@ class Axis:
         return parts.movedim(dim, 0)
 
     def _reduced(self, x: Tensor, kind: str) -> Tensor:
-        return x if self.size == 1 else self._run(_all_reduce, "all_reduce", x, kind)
+        return x if self.size == 1 else self._run(ranks.all_reduce, "all_reduce", x, kind)
 
     def _run(self, function: Callable[..., Tensor], name: str, x: Tensor, *told: Any) -> Tensor:
         if is_transformed(x) or x.is_meta:
@@ -207,143 +193,3 @@ class Split:
         extents = (prod(self.shape),) if self.dim is None else self.shape
         dim = self.dim or 0
         return padded.narrow(dim, 0, extents[dim]).reshape(self.shape)
-
-
-_REDUCTIONS = {"sum": dist.ReduceOp.SUM, "max": dist.ReduceOp.MAX} if dist.is_available() else {}
-
-
-def _all_reduce(x: Tensor, key: str, kind: str) -> Tensor:
-    return _into_all_reduce(
-        torch.empty_like(x, memory_format=torch.contiguous_format), x, key, kind
-    )
-
-
-def _into_all_reduce(out: Tensor, x: Tensor, key: str, kind: str) -> Tensor:
-    out.copy_(x)
-    _wait(key, "a sum" if kind == "sum" else "a maximum", dist.all_reduce, out, _REDUCTIONS[kind])
-    return out
-
-
-def _all_gather(x: Tensor, key: str, size: int) -> Tensor:
-    return _into_all_gather(x.new_empty((size, *x.shape)), x, key, size)
-
-
-def _into_all_gather(out: Tensor, x: Tensor, key: str, size: int) -> Tensor:
-    _wait(key, "a gather", dist.all_gather_into_tensor, out.flatten(), x.contiguous().flatten())
-    return out
-
-
-def _reduce_scatter(x: Tensor, key: str) -> Tensor:
-    return _into_reduce_scatter(x.new_empty(x.shape[1:]), x, key)
-
-
-def _into_reduce_scatter(out: Tensor, x: Tensor, key: str) -> Tensor:
-    x = x.contiguous()
-    if x.is_cpu:
-        # Gloo's own takes twice as long for 25 MB: python -m tests.benchmarks.distributed
-        received = torch.empty_like(x)
-        _wait(key, "a sum of parts", dist.all_to_all_single, received.flatten(), x.flatten())
-        return torch.sum(received, 0, out=out)
-    _wait(key, "a sum of parts", dist.reduce_scatter_tensor, out.flatten(), x.flatten())
-    return out
-
-
-def _wait(key: str, what: str, function: Callable[..., Any], *args: Any) -> None:
-    group = group_of(key)
-    try:
-        function(*args, group=group.process_group)
-    except Exception as error:
-        raise group.failed(f"{what} over {key}", error) from error
-
-
-def _axis_rank(key: str, device: torch.device | None) -> Tensor:
-    return torch.full((), group_of(key).index, dtype=torch.int64, device=device)
-
-
-_library = torch.library.Library("funcnet", "FRAGMENT")
-_NEVER_FOLDED = torch.Tag.nondeterministic_seeded
-for _schema, _function in {
-    "axis_rank(str axis, Device? device) -> Tensor": _axis_rank,
-    "all_reduce(Tensor x, str axis, str kind) -> Tensor": _all_reduce,
-    "all_gather(Tensor x, str axis, int size) -> Tensor": _all_gather,
-    "reduce_scatter(Tensor x, str axis) -> Tensor": _reduce_scatter,
-}.items():
-    # The tag keeps make_fx from calling it at once on small constants.
-    _library.define(_schema, tags=_NEVER_FOLDED)
-    _library.impl(_schema.partition("(")[0], _function, "CompositeExplicitAutograd")
-
-writes("funcnet::all_reduce")(_into_all_reduce)
-writes("funcnet::all_gather")(_into_all_gather)
-writes("funcnet::reduce_scatter")(_into_reduce_scatter)
-
-
-@torch.library.register_fake("funcnet::axis_rank", lib=_library)
-def _(axis: str, device: torch.device | None) -> Tensor:
-    return torch.empty((), dtype=torch.int64, device=device)
-
-
-@torch.library.register_fake("funcnet::all_reduce", lib=_library)
-def _(x: Tensor, axis: str, kind: str) -> Tensor:
-    return x.new_empty(x.shape)
-
-
-@torch.library.register_fake("funcnet::all_gather", lib=_library)
-def _(x: Tensor, axis: str, size: int) -> Tensor:
-    return x.new_empty((size, *x.shape))
-
-
-@torch.library.register_fake("funcnet::reduce_scatter", lib=_library)
-def _(x: Tensor, axis: str) -> Tensor:
-    return x.new_empty(x.shape[1:])
-
-
-@torch.library.register_vmap("funcnet::all_reduce", lib=_library)
-def _(info: Any, in_dims: Any, x: Tensor, axis: str, kind: str) -> Any:
-    return torch.ops.funcnet.all_reduce(x.movedim(in_dims[0], 0), axis, kind), 0
-
-
-@torch.library.register_vmap("funcnet::all_gather", lib=_library)
-def _(info: Any, in_dims: Any, x: Tensor, axis: str, size: int) -> Any:
-    return torch.ops.funcnet.all_gather(x.movedim(in_dims[0], 0), axis, size), 1
-
-
-@torch.library.register_vmap("funcnet::reduce_scatter", lib=_library)
-def _(info: Any, in_dims: Any, x: Tensor, axis: str) -> Any:
-    return torch.ops.funcnet.reduce_scatter(x.movedim(in_dims[0], 1), axis), 0
-
-
-def _setup(*names: str) -> Callable[..., None]:
-    """Keeps the arguments of these names for the backward pass of autograd's or torch.func's."""
-
-    def setup(ctx: Any, inputs: Any, output: Any) -> None:
-        ctx.told = dict(zip(names, inputs, strict=True))
-        shape = ctx.told.pop("x").shape
-        ctx.size = shape[0] if shape else 1
-
-    return setup
-
-
-def _all_reduce_backward(ctx: Any, dy: Tensor) -> Any:
-    if ctx.told["kind"] != "sum":
-        raise NotImplementedError("the greatest over ranks has no derivative here")
-    return torch.ops.funcnet.all_reduce(dy, **ctx.told), None, None
-
-
-def _all_gather_backward(ctx: Any, dy: Tensor) -> Any:
-    return torch.ops.funcnet.reduce_scatter(dy, ctx.told["axis"]), None, None
-
-
-def _reduce_scatter_backward(ctx: Any, dy: Tensor) -> Any:
-    return torch.ops.funcnet.all_gather(dy, ctx.told["axis"], ctx.size), None
-
-
-# The derivative of the sum of what all ranks make of it, for the law's oracle, which is autograd
-# through apply; the rules of layers say theirs themselves.
-for _name, _backward, _arguments in (
-    ("all_reduce", _all_reduce_backward, ("x", "axis", "kind")),
-    ("all_gather", _all_gather_backward, ("x", "axis", "size")),
-    ("reduce_scatter", _reduce_scatter_backward, ("x", "axis")),
-):
-    torch.library.register_autograd(
-        f"funcnet::{_name}", _backward, setup_context=_setup(*_arguments), lib=_library
-    )

@@ -37,7 +37,8 @@ def evaluate(
     for a loss that divides by something else, as with class weights or ``ignore_index``, unless all
     is in one batch; and of ``reduction="sum"`` it is the mean of the batches' sums. Losses with
     ``reduction="none"`` are the mean over all their elements, those that are ignored as well.
-    `funcnet.metrics.perplexity` has ``ignore_index``.
+    `funcnet.metrics.perplexity` has ``ignore_index``; and `funcnet.distributed.total` of a loss is
+    that of all that counts, whatever it divides by.
 
     Args:
         model, loss: as for `train_step`.
@@ -122,6 +123,8 @@ def _check_batches(batches: Any) -> None:
 
 def _weighted(name: str, part: Any) -> Metric:
     """A metric whose update also takes the number of examples, for what has no counts itself."""
+    if isinstance(part, Loss) and part.over_batches is not None:
+        part = part.over_batches
     if isinstance(part, Metric):
         add = part.update
         return part._replace(update=lambda acc, y, target, examples: add(acc, y, target))

@@ -219,6 +219,10 @@ class Sums:
     def __init__(self, total: Tree) -> None:
         self.total = total
 
+    def of(self, total: Tree) -> "Sums":
+        """The same for a part of the gradients, such as a child's."""
+        return Sums(total)
+
     def plus(self, dparams: Tree) -> Tree:
         """The sums with the gradients of one layer."""
         return tree.map(_plus, self.total, dparams)

@@ -204,6 +204,7 @@ PAGES = {
     },
     "funcnet.distributed": {
         "Processes and their mesh": "initialize finalize mesh axis_of PeerError",
+        "Parts of a batch, and what is of all of it": "part mean sum total everywhere replicated",
         "Where params lie": "placements",
     },
     "funcnet.testing": {

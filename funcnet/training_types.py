@@ -38,6 +38,14 @@ class Loss(Constructed, _LossFunctions):
     name: str
     """What errors call it."""
 
+    fraction: Callable[[Tree, Tree], tuple[Tensor, Tensor | float, LossPullback]] | None
+    """``(prediction, target) -> (numerator, denominator, pullback)``, or None. The value is their
+    ratio, and both are sums over what is in the batch, so that those of its parts can be added up;
+    the pullback is the numerator's. The denominator is a number, or a 0-d tensor."""
+
+    over_batches: Any
+    """The `funcnet.metrics.Metric` that it is over several batches, or None: see `evaluate`."""
+
     call: Call | None
     """The call of the constructor that made it, which is its ``repr``, or None."""
 
@@ -46,9 +54,12 @@ class Loss(Constructed, _LossFunctions):
         apply: Callable[[Tree, Tree], Tensor],
         vjp: Callable[[Tree, Tree], tuple[Tensor, LossPullback]],
         name: str | None = None,
+        fraction: Callable[..., Any] | None = None,
+        over_batches: Any = None,
     ) -> "Loss":
         loss = super().__new__(cls, apply, vjp)
-        loss.name = name or function_name(apply)
+        loss.name, loss.fraction = name or function_name(apply), fraction
+        loss.over_batches = over_batches
         loss.call = call_of(loss.name)
         return loss
 

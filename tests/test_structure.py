@@ -24,7 +24,7 @@ ORDER = [
         "checks",
     },
     {"compiler"},
-    {"deferred", "pullbacks", "training_types"},
+    {"deferred", "pullbacks", "training_types", "messages", "ranks"},
     {"core", "collectives", "control_flow", "debug", "indexing"},
     {"initializers", "params", "lift"},
     {"combinators"},

@@ -174,7 +174,7 @@ def combine_rule(
     pull = Pull(name, names, residuals, learned if params else (), x)
     if isinstance(params, Sums):
         pull.learned.update(parts_of(name, names, "grads", params.total))
-        pull.sums = True
+        pull.sums = params
     pull.deferred = params is DEFER
     box = dy if isinstance(dy, Box) else Box([dy])
     # A call without a star hands its arguments over.
@@ -325,7 +325,7 @@ class Pull:
     ) -> None:
         self.parent, self.names, self.pullbacks, self.x = parent, names, pullbacks, x
         self.learned: dict[Any, Any] = dict.fromkeys(learned)  # the gradients, in this order
-        self.sums = False  # whether they are those of other batches, to be added to
+        self.sums: Sums | None = None  # where they are those of other batches, to be added to
         self.deferred = False  # whether they are for later
 
     def __call__(
@@ -340,8 +340,8 @@ class Pull:
             raise _unknown(self.parent, child, self.names)
         learns = child in self.learned
         params: Any = learns
-        if learns and self.sums:
-            params = Sums(self.learned[child])
+        if learns and self.sums is not None:
+            params = self.sums.of(self.learned[child])
         elif learns and self.deferred:
             params = DEFER
         try:
@@ -350,7 +350,7 @@ class Pull:
             locate(error, _path(self.parent, child, use))
             raise
         if learns:
-            before = None if self.sums else self.learned[child]  # of another use
+            before = None if self.sums is not None else self.learned[child]  # of another use
             self.learned[child] = sum_cotangents(before, dparams) if before else dparams
         return dx
 

@@ -4,7 +4,10 @@ A transform in an optimizer's chain, a layer whose rule is a collective, a sched
 """
 
 from funcnet import reference as _reference
+from funcnet.distributed.batches import part as part
 from funcnet.distributed.faults import PeerError as PeerError
+from funcnet.distributed.gradients import mean as mean, sum as sum
+from funcnet.distributed.replicate import replicated as replicated
 from funcnet.distributed.splits import placements as placements
 from funcnet.distributed.start import (
     axis_of as axis_of,
@@ -12,6 +15,7 @@ from funcnet.distributed.start import (
     initialize as initialize,
     mesh as mesh,
 )
+from funcnet.distributed.totals import everywhere as everywhere, total as total
 
 __docformat__ = "google"
 __doc__ = _reference.described(__name__, __doc__)

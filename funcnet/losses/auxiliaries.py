@@ -17,9 +17,9 @@ def auxiliary_rule(
     residuals: dict[str, Any], dvalue: Tensor | float, weights: tuple[tuple[str, float], ...]
 ) -> Tree:
     """The loss's own gradient of the output, and ``weight dvalue`` of each scalar."""
-    given = dict(weights)
+    given, scale = dict(weights), dvalue * residuals.get("times", 1.0)
     scalars = {
-        name: (torch.ones_like(scalar) * (given.get(name, 0.0) * dvalue)).to(scalar.dtype)
+        name: (torch.ones_like(scalar) * (given.get(name, 0.0) * scale)).to(scalar.dtype)
         for name, scalar in residuals["scalars"].items()
     }
     return residuals["loss"](dvalue), scalars
@@ -50,14 +50,18 @@ def auxiliary(loss: Loss, weights: Mapping[str, float]) -> Loss:
     """
     static = tuple(sorted(weights.items()))
 
-    def vjp(prediction: Tree, target: Tree) -> tuple[Tensor, LossPullback]:
+    def checked(prediction: Tree) -> tuple[Tree, dict[str, Tensor]]:
         pair = isinstance(prediction, tuple) and len(prediction) == 2
         scalars = prediction[1] if pair and isinstance(prediction[1], dict) else {}
         present = [name for name, scalar in scalars.items() if _is_scalar(scalar)]
         words = f"a prediction (output, scalars) with the scalars {sorted(weights)}"
         fits = pair and set(weights) <= set(present) and len(present) == len(scalars)
         require(fits, f"{_NAME}: expects {words}, got {tree.describe(prediction)}")
-        value, pullback = loss.vjp(prediction[0], target)
+        return prediction[0], scalars
+
+    def vjp(prediction: Tree, target: Tree) -> tuple[Tensor, LossPullback]:
+        output, scalars = checked(prediction)
+        value, pullback = loss.vjp(output, target)
         require(not value.dim(), f"{_NAME}: expects a loss with a scalar value, got {value.shape}")
         for name, weight in static:
             value = value + weight * scalars[name]
@@ -67,7 +71,19 @@ def auxiliary(loss: Loss, weights: Mapping[str, float]) -> Loss:
     def apply(prediction: Tree, target: Tree) -> Tensor:
         return vjp(prediction, target)[0]
 
-    return Loss(apply, vjp)
+    of_loss = loss.fraction
+
+    def fraction(prediction: Tree, target: Tree) -> tuple[Tensor, Tensor | float, LossPullback]:
+        assert of_loss is not None
+        output, scalars = checked(prediction)
+        numerator, n, pullback = of_loss(output, target)
+        times = torch.as_tensor(n, dtype=numerator.dtype, device=numerator.device)
+        for name, weight in static:
+            numerator = numerator + weight * scalars[name] * times
+        residuals = {"loss": pullback, "scalars": scalars, "times": times}
+        return numerator, n, LossPullback(auxiliary_rule, residuals, (static,), numerator, _NAME)
+
+    return Loss(apply, vjp, fraction=None if of_loss is None else fraction)
 
 
 def _is_scalar(scalar: Any) -> bool:

@@ -13,7 +13,7 @@ from funcnet import tree
 from funcnet.core import EMPTY, Loss, LossPullback, Tree, function_name
 from funcnet.lift import KERNELS, fastest
 from funcnet.losses.checks import broadcastable, check_pair, check_tensor
-from funcnet.losses.reductions import REDUCTIONS, check_reduction, divided, reduced
+from funcnet.losses.reductions import REDUCTIONS, check_reduction, divided, reduced, summed
 
 
 class Elements(NamedTuple):
@@ -82,9 +82,15 @@ def loss_of(
     def apply(prediction: Tree, target: Tree) -> Tensor:
         return vjp(prediction, target)[0]
 
+    def fraction(prediction: Tree, target: Tree) -> tuple[Tensor, Tensor | float, LossPullback]:
+        elements, residuals, static, total = forward(prediction, target)
+        numerator, n = summed(elements, reduction, total)
+        kept: dict[str, Any] = {"elements": residuals}
+        return numerator, n, LossPullback(loss_rule, kept, (backward, 1, *static), numerator, name)
+
     # Python's own errors name them.
     apply.__qualname__, vjp.__qualname__ = f"{name}.apply", f"{name}.vjp"
-    return Loss(apply, vjp, name)
+    return Loss(apply, vjp, name, None if reduction == "none" else fraction)
 
 
 def from_formulas(

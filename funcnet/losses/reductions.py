@@ -30,10 +30,23 @@ def reduced(
         return elements.sum(), 1
     if reduction == "mean" and total is None:
         return elements.mean(), elements.numel()
+    numerator, n = summed(elements, reduction, total)
+    return (numerator / n).to(elements.dtype), n
+
+
+def summed(
+    elements: Tensor, reduction: str, total: Tensor | float | None = None
+) -> tuple[Tensor, Tensor | float]:
+    """The sum over the elements, in float32 at least, and n, what the value is divided by.
+
+    Args:
+        elements, total: see `reduced`.
+        reduction: any but "none".
+    """
     batch = elements.shape[0] if elements.dim() else 1
-    n = {"mean": total, "batchmean": batch, "half_mean": 2 * batch}[reduction]
-    assert n is not None
-    return (wide_sum(elements) / n).to(elements.dtype), n
+    mean = elements.numel() if total is None else total
+    n = {"sum": 1, "mean": mean, "batchmean": batch, "half_mean": 2 * batch}[reduction]
+    return wide_sum(elements), n
 
 
 def wide_sum(values: Tensor) -> Tensor:

@@ -167,7 +167,7 @@ def fails_in_a_program():
     f = fn.jit(lambda x: data.sum(x * 2) + 1)
     f(own())
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(torch.distributed, "all_reduce", fail)
+        patch.setattr(torch.distributed, "all_to_all_single", fail)
         with pytest.raises(fn.distributed.PeerError, match="data of") as found:
             f(own())
     return type(found.value.__cause__).__name__, f(own()).shape

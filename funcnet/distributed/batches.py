@@ -1,0 +1,58 @@
+"""`part`: a rank's rows of a batch that all ranks have."""
+
+from typing import Any
+
+from torch import Tensor
+
+from funcnet import tree
+from funcnet.core import Tree
+from funcnet.data import leading_extent, on_device
+from funcnet.distributed.start import Mesh, axis_of
+from funcnet.errors import require
+from funcnet.runtime import is_transformed
+
+
+def part(batch: Tree, mesh: Mesh, *, axis: str = "data") -> Any:
+    """This rank's rows of a batch that all ranks have: rows one after another, of every leaf.
+
+    All ranks go through the same global batches, such as those of `funcnet.batches` with one key.
+    So what is trained does not depend on the number of ranks.
+
+    Args:
+        batch: a tree of tensors or numpy arrays, of shape (n, ...).
+        mesh: that of all ranks, or a dict of the sizes of its axes.
+        axis: the ranks that share the batch.
+
+    Returns:
+        the rows of the first rank first. Where the ranks do not divide n, the first parts have a
+        row more; so `mean` is not exact, and `sum` with a `total` loss is. Under a transformation
+        all parts have one size.
+
+    Raises:
+        ValueError: fewer rows than ranks; leaves of different lengths; under `jit`, a number of
+            rows that the ranks do not divide.
+
+    >>> import torch
+    >>> part((torch.ones(4, 2), torch.zeros(4)), {"data": 1})[0].shape
+    torch.Size([4, 2])
+    """
+    ranks = axis_of(mesh, axis)
+    batch = on_device(None)(batch)
+    rows = leading_extent("part", batch, "a batch of tensors")
+    require(rows >= ranks.size, f"part: expects a row for each of {ranks.size} ranks, got {rows}")
+    if ranks.size == 1:
+        return batch
+    if is_transformed() or any([leaf.is_meta for leaf in tree.leaves(batch)]):
+        require(
+            rows % ranks.size == 0,
+            f"part: under jit, expects a number of rows that {ranks.size} ranks divide, got {rows}",
+        )
+        return tree.map(ranks.part, batch)
+    each, more = divmod(rows, ranks.size)
+    begin = ranks.index * each + min(ranks.index, more)
+    end = begin + each + (ranks.index < more)
+
+    def own(leaf: Tensor) -> Tensor:
+        return leaf[begin:end]
+
+    return tree.map(own, batch)

@@ -1,0 +1,77 @@
+"""`mean` and `sum`: the gradients of all ranks, as the first transform of an optimizer's chain."""
+
+from typing import Any
+
+from funcnet.collectives import Axis
+from funcnet.core import Optimizer
+from funcnet.distributed.buckets import BUCKET_BYTES, all_summed
+from funcnet.distributed.start import Mesh, axis_of
+from funcnet.errors import check_count
+from funcnet.optimizers.leaves import Leaves
+from funcnet.optimizers.lift import stateless
+
+
+def mean(mesh: Mesh, *, axis: str = "data", bucket_bytes: int = BUCKET_BYTES) -> Optimizer:
+    """The mean of the ranks' gradients: data-parallel training.
+
+        g = (g_0 + ... + g_{n-1}) / n
+
+    Each rank has its part of the batch, of equal size, and the loss is the mean over it; then this
+    is the gradient of the loss of the whole batch. For parts that do not count the same, use `sum`
+    and `total`.
+
+    Args:
+        mesh: that of all ranks, or a dict of the sizes of its axes.
+        axis: the ranks that share the batch.
+        bucket_bytes: the gradients are put together to vectors of about so many bytes, one
+            collective each, and what it gives are views of these.
+
+    It is the first of a `chain`, so that what follows sees the same on all ranks. With
+    ``train_step(micro_batches=k)``, and within `funcnet.optimizers.accumulate`, gradients are added
+    up on each rank, and reduced once. Half precision is summed in float32.
+
+    Raises:
+        PeerError: another rank failed, or did not come.
+
+    Source: Li et al. 2020, "PyTorch Distributed"; ``DistributedDataParallel``.
+
+    >>> import torch
+    >>> import funcnet as fn
+    >>> optimizer = fn.chain(fn.distributed.mean({"data": 1}), fn.sgd(0.5))
+    >>> params = {"w": torch.ones(1)}
+    >>> optimizer.update({"w": torch.ones(1)}, optimizer.init_state(params), params)[0]
+    {'w': tensor([-0.5000])}
+    """
+    ranks = axis_of(mesh, axis)
+    return reduction("mean", ranks, 1.0 / ranks.size, bucket_bytes)
+
+
+def sum(mesh: Mesh, *, axis: str = "data", bucket_bytes: int = BUCKET_BYTES) -> Optimizer:
+    """The sum of the ranks' gradients, for a loss that is the `total` of all ranks.
+
+        g = g_0 + ... + g_{n-1}
+
+    Args:
+        mesh, axis, bucket_bytes: see `mean`.
+
+    >>> import torch
+    >>> import funcnet as fn
+    >>> params = {"w": torch.ones(1)}
+    >>> fn.distributed.sum({"data": 1}).update({"w": torch.ones(1)}, {}, params)
+    ({'w': tensor([1.])}, {})
+    """
+    return reduction("sum", axis_of(mesh, axis), 1.0, bucket_bytes)
+
+
+def reduction(name: str, ranks: Axis, factor: float, bucket_bytes: int) -> Optimizer:
+    """The sum of the ranks' gradients, times a factor."""
+    check_count(name, bucket_bytes=bucket_bytes)
+
+    def update(g: Any, p: Any) -> Any:
+        if ranks.size == 1:
+            return g
+        # They are read here for the last time, and go bucket by bucket.
+        left, g.tensors = [*g.tensors], []
+        return Leaves(all_summed(ranks, left, factor, bucket_bytes), fresh=True)
+
+    return stateless(update, name=name)
