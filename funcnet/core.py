@@ -45,6 +45,7 @@ from funcnet.pullbacks import (
     takes_sums as takes_sums,
 )
 from funcnet.training_types import (
+    Fraction as Fraction,
     Loss as Loss,
     Optimizer as Optimizer,
     Params as Params,

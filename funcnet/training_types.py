@@ -12,6 +12,10 @@ Params = Mapping[str, Any]
 """A nested dict with string keys and tensor leaves. State is one too."""
 
 
+Fraction = tuple[Tensor, Tensor | float | None, LossPullback]
+"""Of a loss: a numerator, a denominator, and the pullback of the numerator; see `Loss`."""
+
+
 class _LossFunctions(NamedTuple):
     apply: Callable[[Tree, Tree], Tensor]
     vjp: Callable[[Tree, Tree], tuple[Tensor, LossPullback]]
@@ -38,10 +42,11 @@ class Loss(Constructed, _LossFunctions):
     name: str
     """What errors call it."""
 
-    fraction: Callable[[Tree, Tree], tuple[Tensor, Tensor | float, LossPullback]] | None
+    fraction: Callable[[Tree, Tree], Fraction] | None
     """``(prediction, target) -> (numerator, denominator, pullback)``, or None. The value is their
     ratio, and both are sums over what is in the batch, so that those of its parts can be added up;
-    the pullback is the numerator's. The denominator is a number, or a 0-d tensor."""
+    the pullback is the numerator's. The denominator is a number, a 0-d tensor, or None for a value
+    that is the numerator itself."""
 
     over_batches: Any
     """The `funcnet.metrics.Metric` that it is over several batches, or None: see `evaluate`."""
@@ -54,7 +59,7 @@ class Loss(Constructed, _LossFunctions):
         apply: Callable[[Tree, Tree], Tensor],
         vjp: Callable[[Tree, Tree], tuple[Tensor, LossPullback]],
         name: str | None = None,
-        fraction: Callable[..., Any] | None = None,
+        fraction: Callable[[Tree, Tree], Fraction] | None = None,
         over_batches: Any = None,
     ) -> "Loss":
         loss = super().__new__(cls, apply, vjp)

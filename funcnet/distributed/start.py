@@ -129,7 +129,8 @@ def axis_of(mesh: Mesh, name: str) -> Axis:
     Axis(name='data', size=8, key='data of (data=8, model=2)')
     """
     if isinstance(mesh, DeviceMesh):
-        sizes = {each: mesh[each].size() for each in mesh.mesh_dim_names or ()}
+        # Not by the mesh's parts, which are made by tensors' values: it may be called under jit.
+        sizes = dict(zip(mesh.mesh_dim_names or (), mesh.shape, strict=False))
     elif isinstance(mesh, Mapping):
         sizes = {**mesh}
     else:
@@ -139,6 +140,6 @@ def axis_of(mesh: Mesh, name: str) -> Axis:
     shape = ", ".join([f"{each}={size}" for each, size in sizes.items()])
     axis = Axis(name, sizes[name], f"{name} of ({shape})")
     if isinstance(mesh, DeviceMesh):
-        part = mesh[name]
-        register(axis.key, Group(part.get_group(), part.get_local_rank(), failed))
+        group = mesh.get_group(name)
+        register(axis.key, Group(group, group.rank(), failed))
     return axis

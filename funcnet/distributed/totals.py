@@ -1,13 +1,13 @@
 """`total`: a loss of the whole batch, on all ranks; `everywhere`: a metric of what all saw."""
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from funcnet.checks import check_kind
-from funcnet.collectives import Axis
-from funcnet.core import Loss, LossPullback, Tree
+from funcnet.core import Fraction, Loss, LossPullback, Tree
 from funcnet.distributed.buckets import all_summed
 from funcnet.distributed.start import Mesh, axis_of
 from funcnet.errors import require
@@ -17,7 +17,24 @@ from funcnet.metrics.core import Accumulated, Metric, summed
 
 def total_rule(residuals: dict[str, Any], dvalue: Tensor | float) -> Tree:
     """``dprediction = numerator's pullback(dvalue / n)`` with the n of all ranks."""
-    return residuals["loss"](divided(dvalue, residuals["n"]))
+    return residuals["loss"](divided(dvalue, residuals.get("n", 1)))
+
+
+def _over_batches(name: str, fraction: Callable[[Tree, Tree], Fraction]) -> Metric:
+    """A loss as a metric of several batches: of the sums over all of them."""
+
+    def sums(prediction: Any, target: Any, keep: Tensor | None) -> dict[str, Any]:
+        require(keep is None, f"{name}: takes no mask", TypeError)
+        numerator, n, _ = fraction(prediction, target)
+        # A sum is divided by nothing, which is told by a denominator that no mean has.
+        return {"numerator": numerator, "denominator": -1 if n is None else n}
+
+    def value(acc: Accumulated) -> Tensor:
+        is_mean = acc["denominator"] >= 0
+        return acc["numerator"] / torch.where(is_mean, acc["denominator"], 1.0)
+
+    totals = {"numerator": (), "denominator": ()}
+    return summed(name, sums, value, totals=totals, like_target=False)
 
 
 def total(loss: Loss, mesh: Mesh, *, axis: str = "data") -> Loss:
@@ -25,10 +42,10 @@ def total(loss: Loss, mesh: Mesh, *, axis: str = "data") -> Loss:
 
         (a_0 + ... + a_{n-1}) / (b_0 + ... + b_{n-1})
 
-    with the numerator a and the denominator b of each rank's own value. So each example, token or
-    weight counts the same, whichever rank it is on; the mean of the ranks' means is something else
-    where parts have different lengths, masks, weights, or targets that are ignored. All ranks get
-    the value. The gradients that the pullbacks lead to are this rank's part of the whole, so the
+    with the numerator a and the denominator b of each rank's own value, or none for a sum. So each
+    example, token or weight counts the same, whichever rank it is on; the mean of the ranks' means
+    is something else where parts have different lengths, masks, weights, or targets that are
+    ignored. All ranks get the value. The gradients that the pullbacks lead to are this rank's part of the whole, so the
     optimizer's chain begins with `sum`, not with `mean`.
 
     Args:
@@ -64,32 +81,23 @@ def total(loss: Loss, mesh: Mesh, *, axis: str = "data") -> Loss:
 
     def vjp(prediction: Tree, target: Tree) -> tuple[Tensor, LossPullback]:
         numerator, n, pullback = fraction(prediction, target)
-        value, n = _of_all(ranks, numerator, n)
+        if n is None:
+            value = ranks.sum(numerator)
+            return value, LossPullback(total_rule, {"loss": pullback}, (), value, name)
+        count = torch.as_tensor(n, dtype=torch.float64, device=numerator.device)
+        both = ranks.sum(torch.stack((numerator.double(), count)))
+        value, n = (both[0] / both[1]).to(numerator.dtype), both[1].to(numerator.dtype)
         return value, LossPullback(total_rule, {"loss": pullback, "n": n}, (), value, name)
 
     def apply(prediction: Tree, target: Tree) -> Tensor:
         return vjp(prediction, target)[0]
 
-    def sums(prediction: Any, target: Any, keep: Tensor | None) -> dict[str, Any]:
-        require(keep is None, f"{name}: takes no mask", TypeError)
-        numerator, n, _ = fraction(prediction, target)
-        return {"numerator": numerator, "denominator": n}
-
-    over_batches = summed(
-        name,
-        sums,
-        lambda acc: acc["numerator"] / acc["denominator"],
-        totals={"numerator": (), "denominator": ()},
-        like_target=False,
+    return Loss(
+        apply,
+        vjp,
+        loss.name,
+        over_batches=everywhere(_over_batches(name, fraction), mesh, axis=axis),
     )
-    return Loss(apply, vjp, loss.name, over_batches=everywhere(over_batches, mesh, axis=axis))
-
-
-def _of_all(ranks: Axis, numerator: Tensor, n: Tensor | float) -> tuple[Tensor, Tensor]:
-    """The value and the denominator of all ranks together."""
-    denominator = torch.as_tensor(n, dtype=torch.float64, device=numerator.device)
-    both = ranks.sum(torch.stack((numerator.double(), denominator)))
-    return (both[0] / both[1]).to(numerator.dtype), both[1].to(numerator.dtype)
 
 
 def everywhere(metric: Metric, mesh: Mesh, *, axis: str = "data") -> Metric:

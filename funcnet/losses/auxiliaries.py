@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from funcnet import tree
-from funcnet.core import Loss, LossPullback, Tree
+from funcnet.core import Fraction, Loss, LossPullback, Tree
 from funcnet.errors import require
 
 _NAME = "auxiliary"
@@ -73,10 +73,13 @@ def auxiliary(loss: Loss, weights: Mapping[str, float]) -> Loss:
 
     of_loss = loss.fraction
 
-    def fraction(prediction: Tree, target: Tree) -> tuple[Tensor, Tensor | float, LossPullback]:
+    def fraction(
+        prediction: Tree, target: Tree
+    ) -> tuple[Tensor, Tensor | float | None, LossPullback]:
         assert of_loss is not None
         output, scalars = checked(prediction)
         numerator, n, pullback = of_loss(output, target)
+        require(n is not None, f"{_NAME}: expects a mean, to which a scalar of a part can be added")
         times = torch.as_tensor(n, dtype=numerator.dtype, device=numerator.device)
         for name, weight in static:
             numerator = numerator + weight * scalars[name] * times

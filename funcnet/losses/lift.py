@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 from torch import Tensor
 
 from funcnet import tree
-from funcnet.core import EMPTY, Loss, LossPullback, Tree, function_name
+from funcnet.core import EMPTY, Fraction, Loss, LossPullback, Tree, function_name
 from funcnet.lift import KERNELS, fastest
 from funcnet.losses.checks import broadcastable, check_pair, check_tensor
 from funcnet.losses.reductions import REDUCTIONS, check_reduction, divided, reduced, summed
@@ -82,7 +82,7 @@ def loss_of(
     def apply(prediction: Tree, target: Tree) -> Tensor:
         return vjp(prediction, target)[0]
 
-    def fraction(prediction: Tree, target: Tree) -> tuple[Tensor, Tensor | float, LossPullback]:
+    def fraction(prediction: Tree, target: Tree) -> Fraction:
         elements, residuals, static, total = forward(prediction, target)
         numerator, n = summed(elements, reduction, total)
         kept: dict[str, Any] = {"elements": residuals}

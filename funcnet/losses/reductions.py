@@ -31,13 +31,14 @@ def reduced(
     if reduction == "mean" and total is None:
         return elements.mean(), elements.numel()
     numerator, n = summed(elements, reduction, total)
+    assert n is not None
     return (numerator / n).to(elements.dtype), n
 
 
 def summed(
     elements: Tensor, reduction: str, total: Tensor | float | None = None
-) -> tuple[Tensor, Tensor | float]:
-    """The sum over the elements, in float32 at least, and n, what the value is divided by.
+) -> tuple[Tensor, Tensor | float | None]:
+    """The sum over the elements, in float32 at least, and what the value divides it by, if it does.
 
     Args:
         elements, total: see `reduced`.
@@ -45,7 +46,7 @@ def summed(
     """
     batch = elements.shape[0] if elements.dim() else 1
     mean = elements.numel() if total is None else total
-    n = {"sum": 1, "mean": mean, "batchmean": batch, "half_mean": 2 * batch}[reduction]
+    n = {"sum": None, "mean": mean, "batchmean": batch, "half_mean": 2 * batch}[reduction]
     return wide_sum(elements), n
 
 
