@@ -45,8 +45,8 @@ def total(loss: Loss, mesh: Mesh, *, axis: str = "data") -> Loss:
     with the numerator a and the denominator b of each rank's own value, or none for a sum. So each
     example, token or weight counts the same, whichever rank it is on; the mean of the ranks' means
     is something else where parts have different lengths, masks, weights, or targets that are
-    ignored. All ranks get the value. The gradients that the pullbacks lead to are this rank's part of the whole, so the
-    optimizer's chain begins with `sum`, not with `mean`.
+    ignored. All ranks get the value. The gradients that the pullbacks lead to are this rank's part
+    of the whole, so the optimizer's chain begins with `sum`, not with `mean`.
 
     Args:
         loss: of the library, with a scalar value; or one with a ``fraction``, see `funcnet.Loss`.

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from funcnet import tree
-from funcnet.core import Fraction, Loss, LossPullback, Tree
+from funcnet.core import Loss, LossPullback, Tree
 from funcnet.errors import require
 
 _NAME = "auxiliary"
