@@ -14,7 +14,9 @@ from torch import Tensor
 
 from funcnet import ranks
 from funcnet.ranks import (
+    Collective as Collective,
     Group as Group,
+    collective as collective,
     forget as forget,
     group_of as group_of,
     register as register,

@@ -4,15 +4,33 @@ They are operators of their own, so that `jit` records them, and the compiled pr
 the order in which they are written, within its loops too. They know a group by its key.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from funcnet import messages
 from funcnet.compiler.calls import writes
+
+
+class Collective(NamedTuple):
+    """What ranks do together; all of an axis must do the same."""
+
+    what: str
+    """Such as "a sum"."""
+
+    key: str
+    """Of the axis."""
+
+    dtype: torch.dtype
+    shape: torch.Size
+
+    def __str__(self) -> str:
+        dtype = str(self.dtype).removeprefix("torch.")
+        return f"{self.what} of {dtype} {tuple(self.shape)} over {self.key}"
 
 
 @dataclass(frozen=True)
@@ -27,6 +45,18 @@ class Group:
 
     failed: Callable[[str, Exception], Exception]
     """``(what, error) -> error`` to raise where a collective failed: it names ranks at fault."""
+
+    ranks: tuple[int, ...] = ()
+    """Their numbers in the world."""
+
+    enters: Callable[["Group", Collective, bool], None] = lambda group, it, begins: None
+    """``(group, collective, begins)``: called before a collective is started, or waited for.
+
+    It raises where the ranks are about to do different things.
+    """
+
+    leaves: Callable[[], None] = lambda: None
+    """Called when that is done, or has failed."""
 
 
 _GROUPS: dict[str, Group] = {}
@@ -128,23 +158,37 @@ def _into_reduce_scatter(out: Tensor, x: Tensor, key: str) -> Tensor:
     return out
 
 
-def _start(key: str, what: str, start: Callable[..., Any], *args: Any) -> Callable[[], Any]:
-    """Start an exchange; the function that waits for it. What fails names the ranks at fault."""
-    group = group_of(key)
+@contextmanager
+def collective(it: Collective, begins: bool = True) -> Iterator[Group]:
+    """The group of its axis, to communicate within; what fails there is a `PeerError`.
 
-    def failed(error: Exception) -> Exception:
-        return group.failed(f"{what} over {key}", error)
-
+    All ranks of the axis enter it with the same, in the same order, and once more, with ``begins``
+    False, to wait for what they only started.
+    """
+    group = group_of(it.key)
     try:
-        wait = start(*args, group.process_group)
+        group.enters(group, it, begins)
+        yield group
     except Exception as error:
-        raise failed(error) from error
+        raised = group.failed(f"{it.what} over {it.key}", error)
+        if raised is error:
+            raise
+        raise raised from error
+    finally:
+        group.leaves()
+
+
+def _start(
+    key: str, what: str, start: Callable[..., Any], out: Tensor, *args: Any
+) -> Callable[[], Any]:
+    """Start an exchange; the function that waits for it."""
+    it = Collective(what, key, out.dtype, out.shape)
+    with collective(it) as group:
+        wait = start(out, *args, group.process_group)
 
     def finish() -> None:
-        try:
+        with collective(it, begins=False):
             wait()
-        except Exception as error:
-            raise failed(error) from error
 
     return finish
 

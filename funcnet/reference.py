@@ -203,7 +203,8 @@ PAGES = {
         "Arrays": "from_numpy to_numpy from_dlpack to_dlpack",
     },
     "funcnet.distributed": {
-        "Processes and their mesh": "initialize finalize mesh axis_of PeerError",
+        "Processes and their mesh": "initialize finalize mesh axis_of",
+        "Faults": "PeerError check_same",
         "Parts of a batch, and what is of all of it": "part mean sum total everywhere replicated",
         "Where params lie": "placements",
     },

@@ -8,6 +8,7 @@ from funcnet.distributed.batches import part as part
 from funcnet.distributed.faults import PeerError as PeerError
 from funcnet.distributed.gradients import mean as mean, sum as sum
 from funcnet.distributed.replicate import replicated as replicated
+from funcnet.distributed.sameness import check_same as check_same
 from funcnet.distributed.splits import placements as placements
 from funcnet.distributed.start import (
     axis_of as axis_of,

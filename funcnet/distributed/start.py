@@ -1,15 +1,21 @@
 """The start of a program of several processes, and the mesh that its ranks make."""
 
+import atexit
 import os
 from collections.abc import Mapping
+from dataclasses import replace
 from datetime import timedelta
+from functools import partial
+from typing import Any
 
 import torch
 import torch.distributed as dist
-from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
+from torch.distributed.device_mesh import DeviceMesh
 
 from funcnet.collectives import Axis, Group, forget, register
-from funcnet.distributed.faults import failed
+from funcnet.distributed import environment
+from funcnet.distributed.faults import Named, PeerError, Watch
+from funcnet.distributed.rendezvous import store_of
 from funcnet.errors import require
 
 AXES = ("pipe", "data", "model")
@@ -21,18 +27,34 @@ Mesh = DeviceMesh | Mapping[str, int]
 
 # Groups of processes are made by all ranks together, once for a mesh.
 _MESHES: dict[tuple[int, ...], DeviceMesh] = {}
+_TIMEOUTS: list[timedelta] = []
+_WATCHES: list[Watch] = []
 
 
-def initialize(*, device: str | torch.device | None = None, timeout: float = 300.0) -> torch.device:
+def initialize(
+    *, device: str | torch.device | None = None, timeout: float = 300.0, check: bool = False
+) -> torch.device:
     """Join the processes of the program, and return this one's device.
 
     Under torchrun, or with the variables that it sets (``RANK``, ``WORLD_SIZE``, ``LOCAL_RANK``,
-    ``MASTER_ADDR``, ``MASTER_PORT``), each process calls it once. Without them the program is one
-    process, and all of this package is the identity.
+    ``MASTER_ADDR``, ``MASTER_PORT``), and under Slurm's srun each process calls it once. Without
+    them the program is one process, and all of this package is the identity. Where torchrun starts
+    the processes again, after one has died, they find each other anew. `finalize` is called when
+    the program ends.
+
+    Under Slurm rank 0 is on the first machine of the step, and listens on a port that is made from
+    the job's number; ``MASTER_ADDR`` and ``MASTER_PORT`` say otherwise.
 
     Args:
         device: "cuda" or "cpu", which picks NCCL or gloo; default "cuda" where there is one.
-        timeout: how long a collective waits for other ranks, in seconds, before it is an error.
+        timeout: how long a collective waits for other ranks, in seconds, before it is a
+            `PeerError`.
+        check: compare kind, shape and dtype of each collective over the ranks before it, which
+            takes a millisecond; else only of those that are new to a rank.
+
+    Raises:
+        ValueError: variables are missing, or are not numbers that fit.
+        PeerError: not all ranks came within the timeout.
 
     >>> import funcnet as fn
     >>> fn.distributed.initialize(device="cpu")
@@ -41,32 +63,65 @@ def initialize(*, device: str | torch.device | None = None, timeout: float = 300
     ('pipe', 'data', 'model')
     >>> fn.distributed.finalize()
     """
+    place = environment.place()
     kind = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu")).type
     where = torch.device(kind)
     if kind == "cuda":
-        where = torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")))
+        count = torch.cuda.device_count()
+        require(
+            place.local_rank < count,
+            f"initialize: expects a GPU for each process of a machine, got {count} GPUs for the "
+            f"process of local rank {place.local_rank}",
+        )
+        where = torch.device("cuda", place.local_rank)
         torch.cuda.set_device(where)
     if dist.is_initialized():
         return where
-    backend = "nccl" if kind == "cuda" else "gloo"
     limit = timedelta(seconds=timeout)
-    if "WORLD_SIZE" in os.environ:
-        dist.init_process_group(backend, timeout=limit)
-    else:
-        store = dist.HashStore()
-        dist.init_process_group(backend, store=store, rank=0, world_size=1, timeout=limit)
+    store: dist.Store = dist.HashStore()
+    if place.world > 1:
+        store = store_of(place, timeout)
+        store.set_timeout(limit)
+    try:
+        dist.init_process_group(
+            "nccl" if kind == "cuda" else "gloo",
+            store=store,
+            rank=place.rank,
+            world_size=place.world,
+            timeout=limit,
+        )
+    except RuntimeError as error:
+        raise PeerError(f"initialize: the ranks do not reach each other: {error}") from error
+    _TIMEOUTS.append(limit)
+    if place.world > 1:
+        holder = None if place.has_agent else 0
+        watched = dist.PrefixStore("watch", store)
+        _WATCHES.append(Watch(watched, place.rank, place.world, holder, timeout, check))
+    atexit.register(_end, os.getpid())
     return where
 
 
 def finalize() -> None:
-    """Leave the processes of the program; see `initialize`.
+    """Leave the processes of the program, as is done when it ends; see `initialize`.
 
     >>> finalize()
     """
     forget()
     _MESHES.clear()
+    _TIMEOUTS.clear()
+    for watch in _WATCHES:
+        watch.ending = True
     if dist.is_initialized():
         dist.destroy_process_group()
+    while _WATCHES:
+        _WATCHES.pop().close()
+    atexit.unregister(_end)
+
+
+def _end(process: int) -> None:
+    # A process that this one was forked to has its functions, but is no rank.
+    if os.getpid() == process:
+        finalize()
 
 
 def mesh(*, data: int | None = None, model: int = 1, pipe: int = 1) -> DeviceMesh:
@@ -112,9 +167,27 @@ def mesh(*, data: int | None = None, model: int = 1, pipe: int = 1) -> DeviceMes
     )
     sizes = (pipe, data, model)
     if sizes not in _MESHES:
-        kind = "cuda" if dist.get_backend() == "nccl" else "cpu"
-        _MESHES[sizes] = init_device_mesh(kind, sizes, mesh_dim_names=AXES)
+        _MESHES[sizes] = _made(sizes)
     return _MESHES[sizes]
+
+
+def _made(sizes: tuple[int, ...]) -> DeviceMesh:
+    """A mesh whose groups have the timeout of `initialize`; those of torch's own do not."""
+    world = dist.get_world_size()
+    ranks = torch.arange(world, dtype=torch.int32).reshape(sizes)
+    limit = group_timeout()
+    groups: list[Any] = []
+    for dim, size in enumerate(sizes):
+        group: Any = dist.group.WORLD
+        if size < world:
+            rows = ranks.movedim(dim, -1).reshape(-1, size).tolist()
+            try:
+                group, _ = dist.new_subgroups_by_enumeration(rows, timeout=limit)
+            except RuntimeError as error:
+                raise _failed(_rank_name, "mesh", error) from error
+        groups.append(group)
+    kind = "cuda" if dist.get_backend() == "nccl" else "cpu"
+    return DeviceMesh.from_group(groups, kind, ranks, mesh_dim_names=AXES)
 
 
 def axis_of(mesh: Mesh, name: str) -> Axis:
@@ -140,6 +213,45 @@ def axis_of(mesh: Mesh, name: str) -> Axis:
     shape = ", ".join([f"{each}={size}" for each, size in sizes.items()])
     axis = Axis(name, sizes[name], f"{name} of ({shape})")
     if isinstance(mesh, DeviceMesh):
-        group = mesh.get_group(name)
-        register(axis.key, Group(group, group.rank(), failed))
+        register(axis.key, _group(mesh, mesh.get_group(name)))
     return axis
+
+
+def group_timeout() -> timedelta | None:
+    """That of `initialize`, which groups of one's own are to be given too: torch forgets it."""
+    return _TIMEOUTS[-1] if _TIMEOUTS else None
+
+
+def rank_name(mesh: DeviceMesh, rank: int) -> str:
+    """What errors call a rank: its number, and its place on the mesh."""
+    found = (mesh.mesh == rank).nonzero()
+    if not len(found) or mesh.mesh_dim_names is None:
+        return _rank_name(rank)
+    places = zip(mesh.mesh_dim_names, found[0].tolist(), mesh.mesh.shape, strict=True)
+    told = ", ".join([f"{name} {place}" for name, place, size in places if size > 1])
+    return f"{_rank_name(rank)} ({told})"
+
+
+def _rank_name(rank: int) -> str:
+    return f"rank {rank}"
+
+
+def _group(mesh: DeviceMesh, process_group: Any) -> Group:
+    """The ranks of an axis of a mesh, watched if `initialize` has made the processes' group."""
+    called = partial(rank_name, mesh)
+    group = Group(
+        process_group,
+        process_group.rank(),
+        partial(_failed, called),
+        tuple(dist.get_process_group_ranks(process_group)),
+    )
+    if not _WATCHES:
+        return group
+    watch = _WATCHES[-1]
+    return replace(group, enters=partial(watch.enters, called), leaves=watch.leaves)
+
+
+def _failed(name: Named, what: str, error: Exception) -> Exception:
+    if _WATCHES:
+        return _WATCHES[-1].failed(name, what, error)
+    return error if isinstance(error, PeerError) else PeerError(f"{what} failed: {error}")
