@@ -6,77 +6,27 @@ numbers: as easy as 1, 2, 3", 2011), in the layout that JAX calls partitionable.
 `fold_in`, `bits`, `randint` and `permutation` give exactly the numbers of ``jax.random``; the
 floating-point draws equal JAX's up to rounding. A number depends only on the key and on its own
 index: not on the device, nor on whether it is drawn eagerly, compiled, under vmap or after a
-restart.
+restart. ``start`` is the index of the first number that is drawn: of a longer draw, some of its
+numbers. It is an integer or a 0-d tensor; or a tensor of the shape's first sizes, which has an
+index for each slice.
 
 Words are held in int64 tensors, because torch has no arithmetic for uint32.
 """
 
 import math
 import zlib
-from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor
 
 from funcnet import reference
+from funcnet.draws import Device, Shape, check_key, hash_range, key_words, unsigned
 from funcnet.runtime import is_tracing, read
-from funcnet.threefry import MASK, counters, signed, threefry_ints, threefry_tensors
+from funcnet.threefry import MASK, signed, threefry_ints, threefry_tensors
 
 __docformat__ = "google"
 __doc__ = reference.described(__name__, __doc__)
 __all__ = reference.names(__name__)
-
-Shape = Sequence[int]
-Device = torch.device | str | None
-
-# Of the sizes from 2**12 to 2**17 the fastest on CPUs with 1 MiB of L2 cache a core.
-_BLOCK = 1 << 16
-
-
-def _check_key(key: Tensor) -> None:
-    if not isinstance(key, Tensor) or key.dtype != torch.int64 or key.shape[-1:] != (2,):
-        what = f"{key.dtype} {tuple(key.shape)}" if isinstance(key, Tensor) else repr(key)
-        raise TypeError(
-            f"expected a key, an int64 tensor of shape (2,) such as fn.key(0), got {what}"
-        )
-    if key.dim() != 1:
-        raise ValueError(f"expected one key, got keys of shape {tuple(key.shape)}; use fn.vmap")
-
-
-def _key_words(key: Tensor, device: Device) -> tuple[int, int] | tuple[Tensor, Tensor]:
-    words = read(key)
-    if words is not None:
-        return signed(words[0]), signed(words[1])
-    k0, k1 = key.to(device=device, dtype=torch.int32).unbind()
-    return k0, k1
-
-
-def _hash_range(
-    key: Tensor, shape: Shape, device: Device, finish: Callable[[Tensor, Tensor], Tensor]
-) -> Tensor:
-    """``finish(x0, x1)`` of the hashes of 0 ... n-1, in blocks that stay in the cache."""
-    _check_key(key)
-    if any(extent < 0 for extent in shape):
-        raise ValueError(f"expected a shape without negative sizes, got {tuple(shape)}")
-    size = math.prod(shape)
-    device = torch.device(device) if device is not None else key.device
-    if is_tracing() and size <= 1 << 32:
-        hashed = finish(*torch.ops.funcnet.threefry(key.to(device), 0, size))
-        return hashed.reshape((*shape, *hashed.shape[1:]))
-    k0, k1 = _key_words(key, device)
-    blocks = []
-    block = max(size, 1) if device.type == "meta" else _BLOCK
-    for start in range(0, size, block) or (0,):
-        stop = min(size, start + block)
-        # 2**32 is a multiple of the block's size, so the high word is one number a block.
-        high, low = signed(start >> 32), counters(start & MASK, stop - start, device)
-        blocks.append(finish(*threefry_tensors(k0, k1, high, low)))
-    hashed = blocks[0] if len(blocks) == 1 else torch.cat(blocks)
-    return hashed.reshape((*shape, *hashed.shape[1:]))
-
-
-def _unsigned(word: Tensor) -> Tensor:
-    return word.to(torch.int64) & MASK
 
 
 def key(seed: int, *, device: Device = None) -> Tensor:
@@ -99,7 +49,7 @@ def split(key: Tensor, n: int = 2) -> Tensor:
     tensor([[1797259609, 2579123966],
             [ 928981903, 3453687069]])
     """
-    return _hash_range(key, (n,), None, lambda x0, x1: _unsigned(torch.stack((x0, x1), -1)))
+    return hash_range(key, (n,), None, lambda x0, x1: unsigned(torch.stack((x0, x1), -1)))
 
 
 def fold_in(key: Tensor, data: int | str | Tensor) -> Tensor:
@@ -110,7 +60,7 @@ def fold_in(key: Tensor, data: int | str | Tensor) -> Tensor:
     >>> fold_in(key(3), 7)
     tensor([2647473427, 4234374204])
     """
-    _check_key(key)
+    check_key(key)
     if isinstance(data, str):
         data = zlib.crc32(data.encode())
     if isinstance(data, Tensor) and not data.is_floating_point() and data.dim() == 0:
@@ -127,34 +77,48 @@ def fold_in(key: Tensor, data: int | str | Tensor) -> Tensor:
         return torch.tensor(hashed, dtype=torch.int64, device=key.device)
     if is_tracing() and type(counter) is int:
         words = torch.ops.funcnet.threefry(key, counter, 1)
-        return _unsigned(torch.cat(words))
+        return unsigned(torch.cat(words))
     if not isinstance(data, Tensor):
         # Unlike torch.tensor, it does not wait for a device.
         data = torch.full((), signed(data), dtype=torch.int32, device=key.device)
     data = data.to(device=key.device, dtype=torch.int32)
     if is_tracing():
-        return _unsigned(torch.stack(torch.ops.funcnet.threefry_at(key, data), -1))
-    k0, k1 = _key_words(key, key.device)
-    return _unsigned(torch.stack(threefry_tensors(k0, k1, 0, data), -1))
+        return unsigned(torch.stack(torch.ops.funcnet.threefry_at(key, data), -1))
+    k0, k1 = key_words(key, key.device)
+    return unsigned(torch.stack(threefry_tensors(k0, k1, 0, data), -1))
 
 
-def bits(key: Tensor, shape: Shape = (), *, width: int = 32, device: Device = None) -> Tensor:
+def bits(
+    key: Tensor,
+    shape: Shape = (),
+    *,
+    width: int = 32,
+    device: Device = None,
+    start: int | Tensor = 0,
+) -> Tensor:
     """Random words of ``width`` 8, 16, 32 or 64 bits, in an int64 tensor of ``shape``.
 
-    A word of 64 bits is returned as the int64 with the same bits.
+    A word of 64 bits is returned as the int64 with the same bits. ``start`` is the index of the
+    first one, in a longer draw with the same key; or those of the slices along the first
+    dimensions.
 
     >>> bits(key(0), (3,))
     tensor([4070199207, 4202968722, 1427181096])
+    >>> bits(key(0), (2,), start=1)
+    tensor([4202968722, 1427181096])
+    >>> bits(key(0), (2, 2), start=torch.tensor([1, 0]))
+    tensor([[4202968722, 1427181096],
+            [4070199207, 4202968722]])
     """
     if width not in (8, 16, 32, 64):
         raise ValueError(f"bits: expects a width of 8, 16, 32 or 64, got {width}")
 
     def finish(x0: Tensor, x1: Tensor) -> Tensor:
         if width == 64:
-            return (x0.to(torch.int64) << 32) | _unsigned(x1)
+            return (x0.to(torch.int64) << 32) | unsigned(x1)
         return x0.bitwise_xor_(x1).to(torch.int64) & ((1 << width) - 1)
 
-    return _hash_range(key, shape, device, finish)
+    return hash_range(key, shape, device, finish, start)
 
 
 def uniform(
@@ -165,13 +129,14 @@ def uniform(
     maxval: float | Tensor = 1.0,
     *,
     device: Device = None,
+    start: int | Tensor = 0,
 ) -> Tensor:
     """Uniform draws from [minval, maxval).
 
     On [0, 1) a draw is ``u = k 2**-m``, with m the number of bits of the dtype's mantissa, and k
     a random integer of m bits. On another interval it is ``minval + u (maxval - minval)``, which
     is rounded, and may be rounded up to maxval: rarely in float32, often in bfloat16 and float16,
-    as in JAX.
+    as in JAX. ``start`` as in `bits`.
 
     >>> uniform(key(42), (3,))
     tensor([0.4887, 0.6798, 0.6163])
@@ -185,13 +150,13 @@ def uniform(
 
     def finish(x0: Tensor, x1: Tensor) -> Tensor:
         if width == 64:
-            x = (((x0.to(torch.int64) << 32) | _unsigned(x1)) >> 12) & ((1 << 52) - 1)
+            x = (((x0.to(torch.int64) << 32) | unsigned(x1)) >> 12) & ((1 << 52) - 1)
         else:
             x = x0.bitwise_xor_(x1).bitwise_right_shift_(width - kept)
             x = x.bitwise_and_((1 << kept) - 1)
         return x.to(dtype).mul_(2.0**-kept)
 
-    unit = _hash_range(key, shape, device, finish)
+    unit = hash_range(key, shape, device, finish, start)
     if not isinstance(minval, Tensor) and not isinstance(maxval, Tensor):
         if (minval, maxval) == (0.0, 1.0):
             return unit
@@ -225,16 +190,21 @@ def _next(value: float, toward: float, dtype: torch.dtype) -> float:
 
 
 def normal(
-    key: Tensor, shape: Shape = (), dtype: torch.dtype = torch.float32, *, device: Device = None
+    key: Tensor,
+    shape: Shape = (),
+    dtype: torch.dtype = torch.float32,
+    *,
+    device: Device = None,
+    start: int | Tensor = 0,
 ) -> Tensor:
-    """Draws from N(0, 1): ``sqrt(2) erfinv(u)`` with u uniform on (-1, 1).
+    """Draws from N(0, 1): ``sqrt(2) erfinv(u)`` with u uniform on (-1, 1); ``start`` as in `bits`.
 
     >>> normal(key(42), (3,))
     tensor([-0.0283,  0.4671,  0.2957])
     """
     if not dtype.is_floating_point:
         raise TypeError(f"normal: expects a floating-point dtype, got {dtype}")
-    u = uniform(key, shape, dtype, _next(-1.0, 0.0, dtype), 1.0, device=device)
+    u = uniform(key, shape, dtype, _next(-1.0, 0.0, dtype), 1.0, device=device, start=start)
     return u.erfinv_().mul_(math.sqrt(2.0))
 
 
@@ -246,8 +216,9 @@ def truncated_normal(
     dtype: torch.dtype = torch.float32,
     *,
     device: Device = None,
+    start: int | Tensor = 0,
 ) -> Tensor:
-    """Draws from N(0, 1), conditioned on being in (lower, upper).
+    """Draws from N(0, 1), conditioned on being in (lower, upper); ``start`` as in `bits`.
 
     >>> truncated_normal(key(42), -1.0, 1.0, (3,))
     tensor([-0.0193,  0.3127,  0.2003])
@@ -255,15 +226,22 @@ def truncated_normal(
     if not lower < upper:
         raise ValueError(f"truncated_normal: expects lower < upper, got {lower} and {upper}")
     low, high = (math.erf(bound / math.sqrt(2.0)) for bound in (lower, upper))
-    u = uniform(key, shape, dtype, low, high, device=device)
+    u = uniform(key, shape, dtype, low, high, device=device, start=start)
     inside = _next(lower, math.inf, dtype), _next(upper, -math.inf, dtype)
     return u.erfinv_().mul_(math.sqrt(2.0)).clamp(*inside)
 
 
 def bernoulli(
-    key: Tensor, p: float | Tensor = 0.5, shape: Shape | None = None, *, device: Device = None
+    key: Tensor,
+    p: float | Tensor = 0.5,
+    shape: Shape | None = None,
+    *,
+    device: Device = None,
+    start: int | Tensor = 0,
 ) -> Tensor:
     """Booleans that are True with probability ``p``: ``uniform(key, shape) < p``.
+
+    ``start`` as in `bits`.
 
     >>> bernoulli(key(42), 0.5, (3,))
     tensor([ True, False, False])
@@ -279,7 +257,7 @@ def bernoulli(
         if not 0.0 <= p <= 1.0:
             raise ValueError(f"bernoulli: expects a probability in [0, 1], got {p}")
         shape, dtype = () if shape is None else shape, torch.float32
-    return uniform(key, shape, dtype, device=device) < p
+    return uniform(key, shape, dtype, device=device, start=start) < p
 
 
 def randint(
@@ -290,10 +268,12 @@ def randint(
     dtype: torch.dtype = torch.int64,
     *,
     device: Device = None,
+    start: int | Tensor = 0,
 ) -> Tensor:
     """Integers from [minval, maxval): the remainder of random words of twice the dtype's width.
 
-    The bias is below ``(maxval - minval) / 2**64``; ``maxval - minval`` is at most 2**31.
+    The bias is below ``(maxval - minval) / 2**64``; ``maxval - minval`` is at most 2**31. ``start``
+    as in `bits`.
 
     >>> randint(key(42), (3,), 0, 10, torch.int32)
     tensor([4, 4, 1], dtype=torch.int32)
@@ -318,7 +298,9 @@ def randint(
         low, high = words & MASK, (words >> 32) & MASK
         return ((high % span) * ((1 << 32) % span) + low % span) % span
 
-    higher, lower = (bits(child, shape, width=width, device=device) for child in split(key))
+    higher, lower = (
+        bits(child, shape, width=width, device=device, start=start) for child in split(key)
+    )
     offset = remainder(higher) * multiplier + remainder(lower)
     if width == 32:
         offset = offset & MASK

@@ -4,8 +4,9 @@ From Salmon, Moraes, Dror and Shaw, "Parallel random numbers: as easy as 1, 2, 3
 a key of two 32-bit words and a counter of two 32-bit words to two random words. Here tensors of
 words have the dtype int32, whose addition wraps as that of unsigned words does.
 
-The custom operators ``funcnet::threefry`` and ``funcnet::threefry_at`` hash many counters each. A
-recorded program has one of them where it would have a hundred elementary operators.
+The custom operators ``funcnet::threefry``, ``funcnet::threefry_at`` and ``funcnet::threefry_from``
+hash many counters each. A recorded program has one of them where it would have a hundred elementary
+operators.
 """
 
 from typing import Any
@@ -73,9 +74,17 @@ def counters(start: int, n: int, device: torch.device) -> Tensor:
     return torch.arange(start, start + n, device=device).to(torch.int32)
 
 
+def hashes_from(k0: int | Tensor, k1: int | Tensor, start: Tensor, n: int) -> tuple[Tensor, Tensor]:
+    """The hashes of the counters s ... s + n - 1 for each s of an int64 tensor: (*start, n)."""
+    counter = start[..., None] + torch.arange(n, device=start.device)
+    high, low = (counter >> 32).to(torch.int32), counter.to(torch.int32)
+    return threefry_tensors(k0, k1, high, low)
+
+
 _library = torch.library.Library("funcnet", "FRAGMENT")
 _library.define("threefry(Tensor key, int start, int n) -> (Tensor, Tensor)")
 _library.define("threefry_at(Tensor key, Tensor counter) -> (Tensor, Tensor)")
+_library.define("threefry_from(Tensor key, Tensor start, int n) -> (Tensor, Tensor)")
 
 
 @torch.library.impl(_library, "threefry", "CompositeExplicitAutograd")
@@ -91,6 +100,12 @@ def threefry_at(key: Tensor, counter: Tensor) -> tuple[Tensor, Tensor]:
     return threefry_tensors(k0, k1, 0, counter)
 
 
+@torch.library.impl(_library, "threefry_from", "CompositeExplicitAutograd")
+def threefry_from(key: Tensor, start: Tensor, n: int) -> tuple[Tensor, Tensor]:
+    """The hashes of n counters from each number of an int64 tensor on, below 2**64."""
+    return hashes_from(*key.to(torch.int32).unbind(-1), start, n)
+
+
 @torch.library.register_fake("funcnet::threefry", lib=_library)
 def _(key: Tensor, start: int, n: int) -> tuple[Tensor, Tensor]:
     words = [torch.empty(n, dtype=torch.int32, device=key.device) for _ in range(2)]
@@ -100,6 +115,13 @@ def _(key: Tensor, start: int, n: int) -> tuple[Tensor, Tensor]:
 @torch.library.register_fake("funcnet::threefry_at", lib=_library)
 def _(key: Tensor, counter: Tensor) -> tuple[Tensor, Tensor]:
     words = [torch.empty_like(counter) for _ in range(2)]
+    return words[0], words[1]
+
+
+@torch.library.register_fake("funcnet::threefry_from", lib=_library)
+def _(key: Tensor, start: Tensor, n: int) -> tuple[Tensor, Tensor]:
+    shape = (*start.shape, n)
+    words = [torch.empty(shape, dtype=torch.int32, device=start.device) for _ in range(2)]
     return words[0], words[1]
 
 
@@ -119,3 +141,14 @@ def _batched_threefry(info: Any, in_dims: Any, key: Tensor, counter: Tensor) -> 
         ones = (1,) * (counter.dim() - (in_dims[1] is not None))
         k0, k1 = (word.reshape(-1, *ones) for word in (k0, k1))
     return threefry_tensors(k0, k1, 0, counter), (0, 0)
+
+
+@torch.library.register_vmap("funcnet::threefry_from", lib=_library)
+def _(info: Any, in_dims: Any, key: Tensor, start: Tensor, n: int) -> Any:
+    mapped = in_dims[1] is not None
+    start = start.movedim(in_dims[1], 0) if mapped else start
+    words = key.to(torch.int32)
+    if in_dims[0] is not None:
+        words = words.movedim(in_dims[0], 0)
+        words = words.reshape(-1, *[1] * (start.dim() - mapped + 1), 2)
+    return hashes_from(*words.unbind(-1), start, n), (0, 0)

@@ -8,7 +8,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from funcnet import random
+import funcnet as fn
+from funcnet import draws as blocks, random
 
 # Made by tests/data/jax_random.py.
 VECTORS = json.loads((Path(__file__).parent / "data" / "jax_random.json").read_text())
@@ -313,9 +314,68 @@ def test_the_first_floats_do_not_depend_on_how_many_are_drawn(size):
 def test_draws_do_not_depend_on_the_block_size(monkeypatch, block):
     key = random.key(9)
     expected = [random.bits(key, (10, 11)), random.normal(key, (110,)), random.split(key, 9)]
-    monkeypatch.setattr(random, "_BLOCK", block)
+    monkeypatch.setattr(blocks, "_BLOCK", block)
     found = [random.bits(key, (10, 11)), random.normal(key, (110,)), random.split(key, 9)]
     assert all(torch.equal(a, b) for a, b in zip(found, expected, strict=True))
+
+
+BEGUN = {
+    "bits": lambda shape, **options: random.bits(random.key(5), shape, **options),
+    "words of 64 bits": lambda shape, **o: random.bits(random.key(5), shape, width=64, **o),
+    "uniform": lambda shape, **o: random.uniform(random.key(5), shape, torch.float64, -1, 2, **o),
+    "normal": lambda shape, **options: random.normal(random.key(5), shape, **options),
+    "truncated_normal": lambda shape, **o: random.truncated_normal(
+        random.key(5), -1, 2, shape, **o
+    ),
+    "bernoulli": lambda shape, **options: random.bernoulli(random.key(5), 0.3, shape, **options),
+    "randint": lambda shape, **options: random.randint(random.key(5), shape, 0, 9, **options),
+}
+
+
+@pytest.mark.parametrize("name", BEGUN)
+def test_a_draw_that_starts_at_an_index_is_a_part_of_the_longer_one(name):
+    draw = BEGUN[name]
+    whole = draw((6, 5))
+    assert torch.equal(draw((2, 5), start=15), whole[3:5])
+    assert torch.equal(draw((2, 5), start=torch.tensor(15)), whole[3:5])
+    columns = torch.arange(6) * 5 + 2
+    assert torch.equal(draw((6, 3), start=columns), whole[:, 2:])
+    assert torch.equal(draw((6, 0), start=columns), whole[:, 5:])
+    by_member = torch.vmap(lambda start: draw((1, 5), start=start))(torch.tensor([20, 0]))
+    assert torch.equal(by_member[:, 0], whole[[4, 0]])
+
+
+def test_a_compiled_draw_starts_at_the_index_that_a_tensor_has():
+    def draws_from(start, rows):
+        found = {name: draw((2, 5), start=start) for name, draw in BEGUN.items()}
+        return found, random.bits(random.key(5), (3, 2), start=rows)
+
+    f, rows = fn.jit(draws_from), torch.tensor([7, 0, 2**32 - 1])
+    for start in (0, 15, 2**32 - 3, 2**40):
+        found, expected = f(torch.tensor(start), rows), draws_from(start, rows)
+        for ours, eager in zip(fn.tree.leaves(found), fn.tree.leaves(expected), strict=True):
+            torch.testing.assert_close(ours, eager, rtol=1e-6, atol=1e-6)
+    batched = fn.jit(fn.vmap(lambda start: random.bits(random.key(5), (4,), start=start)))
+    assert torch.equal(batched(rows), random.bits(random.key(5), (3, 4), start=rows))
+
+
+def test_a_start_may_be_beyond_and_a_draw_go_across_32_bits():
+    before = random.bits(random.key(5), (3,), start=2**32 - 3)
+    behind = random.bits(random.key(5), (4,), start=2**32)
+    across = random.bits(random.key(5), (7,), start=2**32 - 3)
+    assert torch.equal(torch.cat([before, behind]), across)
+    unread = random.bits(random.key(5), (1, 7), start=torch.tensor([2**32 - 3]))
+    assert torch.equal(unread[0], across)
+    assert not torch.equal(behind, random.bits(random.key(5), (4,)))
+
+
+def test_a_wrong_start_is_refused():
+    with pytest.raises(ValueError, match="a start of at least 0, got -1"):
+        random.bits(random.key(0), (2,), start=-1)
+    with pytest.raises(ValueError, match=r"first sizes of \(2, 3\), got \(3,\)"):
+        random.bits(random.key(0), (2, 3), start=torch.arange(3))
+    with pytest.raises(TypeError, match="a start of integers, got 0.5"):
+        random.bits(random.key(0), (2,), start=0.5)
 
 
 def test_a_name_is_folded_in_by_its_crc():

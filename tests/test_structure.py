@@ -17,6 +17,7 @@ ORDER = [
         "reference",
         "runtime",
         "tree",
+        "draws",
         "random",
         "threefry",
         "constructors",

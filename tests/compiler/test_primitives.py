@@ -31,6 +31,7 @@ SQUARE = X[0] + 4 * torch.eye(6)
 # Tensors and options for each operator.
 CASES = {
     "funcnet::threefry": ((KEY,), {"start": 3, "n": 40}),
+    "funcnet::threefry_from": ((KEY, torch.tensor([3, 2**33 + 5])), {"n": 40}),
     "funcnet::threefry_at": ((KEY, torch.arange(40, dtype=torch.int32)), {}),
     "aten::sort": ((X,), {"dim": 1, "descending": True}),
     "aten::convolution": ((X, WEIGHT, BIAS), WINDOW),

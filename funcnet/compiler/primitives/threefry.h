@@ -47,4 +47,13 @@ inline void threefry(const int64_t* key, const int32_t* counter, int64_t start, 
   }
 }
 
+// Those of `n` counters from each of `starts` numbers on.
+inline void threefry_from(const int64_t* key, const int64_t* start, int64_t starts, int64_t n,
+                          int32_t* out0, int32_t* out1) {
+  for (int64_t i = 0; i < starts; ++i) {
+    threefry(key, nullptr, start[i], n, out0 == nullptr ? nullptr : out0 + i * n,
+             out1 == nullptr ? nullptr : out1 + i * n);
+  }
+}
+
 }  // namespace funcnet

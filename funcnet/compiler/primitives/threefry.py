@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from funcnet.compiler.primitives import Operand, Primitive
-from funcnet.threefry import threefry_at, threefry_range
+from funcnet.threefry import threefry_at, threefry_from, threefry_range
 
 
 def _call(operands: Sequence[Operand], results: dict[int, Operand], options: dict[str, Any]) -> str:
@@ -21,7 +21,20 @@ def _call(operands: Sequence[Operand], results: dict[int, Operand], options: dic
     )
 
 
+def _call_from(
+    operands: Sequence[Operand], results: dict[int, Operand], options: dict[str, Any]
+) -> str:
+    key, start = operands
+    out = [results[each].address if each in results else "0" for each in (0, 1)]
+    return (
+        f"funcnet::threefry_from((const int64_t*)({key.address}), "
+        f"(const int64_t*)({start.address}), {start.numel}, {options['n']}, "
+        f"(int32_t*)({out[0]}), (int32_t*)({out[1]}));"
+    )
+
+
 PRIMITIVES = [
     Primitive("funcnet::threefry", threefry_range, _call, "threefry.h"),
     Primitive("funcnet::threefry_at", threefry_at, _call, "threefry.h"),
+    Primitive("funcnet::threefry_from", threefry_from, _call_from, "threefry.h"),
 ]
