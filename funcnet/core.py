@@ -28,7 +28,8 @@ from typing import Any, NamedTuple
 
 from torch import Tensor
 
-from funcnet.collectives import Axis, Split
+from funcnet.batch_axis import BatchAxis
+from funcnet.collectives import Split
 from funcnet.constructors import Call, Constructed, call_of, function_name as function_name
 from funcnet.pullbacks import (
     Box as Box,
@@ -132,15 +133,19 @@ class Layer(Constructed, _Triple):
     """True for a layer that computes what is of one example from others of its batch, as
     `batch_norm` does, or has a child that does."""
 
+    mixes_itself: bool
+    """Whether it does so beside its children."""
+
     breaks: frozenset[str]
     """The laws that its pullback, or a child's, is not meant to keep: "derivative", "linear"."""
 
     probe: "Probe | None"
     """What it tells of a training step as the gradient of an entry of its params; see `observe`."""
 
-    global_form: "Callable[[Axis], Layer] | None"
+    global_form: "Callable[[BatchAxis], Layer] | None"
     """Makes the layer that computes, of a rank's part of a batch, what this one does of all of it;
-    for a layer that draws numbers or mixes examples. See `funcnet.distributed.data_parallel`."""
+    for a layer that draws numbers or mixes examples. It has the children in their global forms too,
+    if there are any. See `funcnet.distributed.data_parallel`."""
 
     placed: "Callable[[Tree], Mapping[str, Split]] | None"
     """How params of its own are parted over ranks, by dotted path, for an input x; see
@@ -163,7 +168,7 @@ class Layer(Constructed, _Triple):
         mixes_examples: bool = False,
         breaks: Iterable[str] = (),
         probe: "Probe | None" = None,
-        global_form: "Callable[[Axis], Layer] | None" = None,
+        global_form: "Callable[[BatchAxis], Layer] | None" = None,
         placed: "Callable[[Tree], Mapping[str, Split]] | None" = None,
     ) -> "Layer":
         layer = super().__new__(cls, init, apply, vjp)
@@ -173,7 +178,7 @@ class Layer(Constructed, _Triple):
         layer.name = name or function_name(apply)
         layer.children, layer.rebuild, layer.takes_key = children, rebuild, takes_key
         mixes = [child.mixes_examples for child in children.values()]
-        layer.mixes_examples = mixes_examples or any(mixes)
+        layer.mixes_itself, layer.mixes_examples = mixes_examples, mixes_examples or any(mixes)
         broken = [child.breaks for child in children.values()]
         layer.breaks, layer.probe = frozenset(breaks).union(*broken), probe
         layer.global_form, layer.placed = global_form, placed
@@ -268,26 +273,34 @@ def wrap(layer: Layer, functions: Callable[[Layer], Layer]) -> Layer:
     >>> net, net.apply({}, torch.ones(1))[0]
     (serial(relu()), tensor([0.5000]))
     """
-    rebuild = layer.rebuild
+    rebuild, global_form = layer.rebuild, layer.global_form
 
     def wrapped(children: Mapping[str, Layer]) -> Layer:
         assert rebuild is not None
         return wrap(rebuild(children), functions)
+
+    def wrapped_globally(axis: BatchAxis) -> Layer:
+        assert global_form is not None
+        return wrap(global_form(axis), functions)
 
     made = Layer(
         *functions(layer),
         name=layer.name,
         children=layer.children,
         rebuild=None if rebuild is None else wrapped,
-        **told_by(layer),
+        global_form=None if global_form is None else wrapped_globally,
+        **told_by(layer) | {"mixes_examples": layer.mixes_itself},
     )
     made.call = layer.call
     return made
 
 
 def told_by(layer: Layer) -> dict[str, Any]:
-    """What a layer tells of itself, for one that is made of it with other functions."""
-    told = "takes_key", "mixes_examples", "breaks", "probe", "global_form", "placed"
+    """What a layer tells of itself, for one that is made of it with other functions.
+
+    Its global form is not among it, since that has not the other functions.
+    """
+    told = "takes_key", "mixes_examples", "breaks", "probe", "placed"
     return {each: getattr(layer, each) for each in told}
 
 

@@ -96,7 +96,8 @@ def _hash_from(
     if is_tracing():
         x0, x1 = torch.ops.funcnet.threefry_from(key.to(device), start, count)
     else:
-        x0, x1 = hashes_from(*key_words(key, device), start, count)
+        k0, k1 = key_words(key, device)
+        x0, x1 = hashes_from(k0, k1, start, count)
     return x0.flatten(), x1.flatten()
 
 

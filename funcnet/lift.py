@@ -1,11 +1,13 @@
 """Lifts: from the formulas of a layer to a `Layer`, with its signature and its checks."""
 
 from collections.abc import Callable, Hashable, Iterable, Mapping
+from functools import partial
 from typing import Any, Literal
 
 from torch import Tensor
 
 from funcnet import runtime
+from funcnet.batch_axis import BatchAxis
 from funcnet.checks import MISSING, check_call, check_init, refuse_missing
 from funcnet.core import (
     EMPTY,
@@ -89,6 +91,7 @@ def stateful(
     keyed: bool = False,
     apply: Callable[..., Applied] | None = None,
     name: str | None = None,
+    takes_axis: bool = False,
     **metadata: Any,
 ) -> Layer:
     """A layer with state or noise, lifted from one function, its forward pass.
@@ -105,6 +108,9 @@ def stateful(
         apply: ``(params, x, state, key, train) -> (y, state)``, for a layer that can do without
             the cost of its residuals.
         name: what errors and summaries call the layer; default the constructor's name.
+        takes_axis: whether ``forward`` and ``apply`` take ``axis=``, a
+            `funcnet.distributed.BatchAxis` where x is a rank's part of a batch, which makes the
+            layer's global form; see `Layer`.
         metadata: see `Layer`; for layers that are made of others.
 
     The state that ``forward`` gets is a copy, since what a layer returns belongs to its caller.
@@ -126,6 +132,16 @@ def stateful(
     (tensor([0., 0.]), {'calls': tensor(1)})
     """
     name = name or function_name(forward)
+    if takes_axis:
+        whole = forward, apply
+
+        def global_form(axis: BatchAxis) -> Layer:
+            parts: Any = [each and partial(each, axis=axis) for each in whole]
+            return stateful(init, parts[0], keyed=keyed, apply=parts[1], name=name, **metadata)
+
+        return stateful(
+            init, forward, keyed=keyed, apply=apply, name=name, global_form=global_form, **metadata
+        )
     check = init.check if isinstance(init, Declaration) else None
     metadata = {"takes_key": keyed, **metadata}
     no_key = f"{name}: needs a key when train=True, got None; pass key=fn.key(...)"

@@ -206,6 +206,7 @@ PAGES = {
         "Processes and their mesh": "initialize finalize mesh axis_of",
         "Faults": "PeerError check_same",
         "Parts of a batch, and what is of all of it": "part mean sum total everywhere replicated",
+        "The same numbers on any number of ranks": "data_parallel BatchAxis",
         "Where params lie": "placements",
     },
     "funcnet.testing": {

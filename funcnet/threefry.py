@@ -103,7 +103,8 @@ def threefry_at(key: Tensor, counter: Tensor) -> tuple[Tensor, Tensor]:
 @torch.library.impl(_library, "threefry_from", "CompositeExplicitAutograd")
 def threefry_from(key: Tensor, start: Tensor, n: int) -> tuple[Tensor, Tensor]:
     """The hashes of n counters from each number of an int64 tensor on, below 2**64."""
-    return hashes_from(*key.to(torch.int32).unbind(-1), start, n)
+    k0, k1 = key.to(torch.int32).unbind(-1)
+    return hashes_from(k0, k1, start, n)
 
 
 @torch.library.register_fake("funcnet::threefry", lib=_library)
@@ -151,4 +152,5 @@ def _(info: Any, in_dims: Any, key: Tensor, start: Tensor, n: int) -> Any:
     if in_dims[0] is not None:
         words = words.movedim(in_dims[0], 0)
         words = words.reshape(-1, *[1] * (start.dim() - mapped + 1), 2)
-    return hashes_from(*words.unbind(-1), start, n), (0, 0)
+    k0, k1 = words.unbind(-1)
+    return hashes_from(k0, k1, start, n), (0, 0)

@@ -26,7 +26,7 @@ ORDER = [
     },
     {"compiler"},
     {"deferred", "pullbacks", "training_types", "messages", "ranks"},
-    {"core", "collectives", "control_flow", "debug", "indexing"},
+    {"core", "collectives", "control_flow", "debug", "indexing", "batch_axis", "global_forms"},
     {"initializers", "params", "lift"},
     {"combinators"},
     {"layers"},

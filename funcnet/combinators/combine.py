@@ -11,12 +11,14 @@ layer changes no other layer's noise.
 
 from collections.abc import Callable, Hashable, Mapping
 from contextlib import suppress
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from funcnet import core, tree
+from funcnet.batch_axis import BatchAxis
 from funcnet.checks import check_kind
 from funcnet.combinators.entries import Name, has_entry, parts_of, whole_of
 from funcnet.core import (
@@ -52,6 +54,7 @@ def combine(
     *static: Hashable,
     dotted: bool = False,
     mixes_examples: bool = False,
+    global_form: Callable[[Mapping[Any, Layer], BatchAxis], Layer] | None = None,
 ) -> Layer:
     """A layer made of layers.
 
@@ -66,6 +69,8 @@ def combine(
         dotted: whether names may be dotted paths, such as "blocks.0" for a child whose params are
             ``params["blocks"]["0"]``.
         mixes_examples: whether the data flow itself does, beside the children; see `Layer`.
+        global_form: ``(children, axis) -> Layer``, the same for a part of a batch, where it is more
+            than of the children in their global forms; see `Layer`.
 
     ``run.names`` and ``pull.names`` are the names of the children. A child may run several times:
     ``run(child, x, use=i)`` and ``pull(child, dy, use=i)`` tell the uses apart. State goes from one
@@ -90,7 +95,7 @@ def combine(
     """
     for child, layer in children.items():
         _check_child(name, child, layer, len(children) == 1, dotted)
-    told = {"dotted": dotted, "mixes_examples": mixes_examples}
+    told: Any = {"dotted": dotted, "mixes_examples": mixes_examples, "global_form": global_form}
     names = tuple(children)
     entries = frozenset([child for child in names if has_entry(child) and "." not in child])
 
@@ -152,6 +157,7 @@ def combine(
         rebuild=lambda children: combine(name, children, forward, backward, *static, **told),
         takes_key=any([layer.takes_key for layer in children.values()]),
         mixes_examples=mixes_examples,
+        global_form=None if global_form is None else partial(global_form, children),
     )
 
 

@@ -2,21 +2,29 @@
 
 from collections.abc import Mapping
 from math import ceil
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from funcnet import runtime, tree
+from funcnet.batch_axis import BatchAxis
 from funcnet.combinators.combine import Pull, Run, combine
 from funcnet.combinators.parallel import by_position, gathered, parallel, pieces_of
 from funcnet.combinators.repeat import stacked
 from funcnet.core import Layer, Tree, sum_cotangents
 from funcnet.errors import require
+from funcnet.global_forms import all_in_global_form
 
 _NAME = "experts"
 
 
-def dispatched(choices: Tensor, n: int, size: int | None) -> dict[str, Tensor]:
+def dispatched(
+    choices: Tensor,
+    n: int,
+    size: int | Tensor | None,
+    axis: BatchAxis | None = None,
+) -> dict[str, Tensor]:
     """Where each token goes: a row of an expert's batch for each of its choices.
 
     All first choices come before the second ones, and tokens in their order; those for which there
@@ -27,21 +35,23 @@ def dispatched(choices: Tensor, n: int, size: int | None) -> dict[str, Tensor]:
         n: the number of experts.
         size: the rows of an expert's batch. With None there are enough: as many as there are
             tokens or, where values can be read, as the most that one expert has.
+        axis: that of a batch of which the tokens are a part. The size is then that for the tokens
+            of all ranks, whose first choices come before the second ones, in the ranks' order.
 
     Returns:
-        ``load``, the tokens that chose each expert, (n,); ``slot``, the row of each choice,
-        (tokens, top_k), which is the number of rows of all experts where the choice is dropped;
-        ``token`` of each row, (n, size), which is the number of tokens where the row is empty.
+        ``load``, the tokens that chose each expert, (n,), on all ranks; ``slot``, the row of each
+        choice, (tokens, top_k), which is the number of rows of all experts where the choice is
+        dropped; ``token`` of each row, (n, size), which is the number of tokens where it is empty.
     """
     tokens, top_k = choices.shape
     in_order = choices.t().reshape(-1)
     chosen = in_order[:, None] == torch.arange(n, device=choices.device)
     load = chosen.long().sum(0)
-    if size is None:
-        most = None
-        if choices.is_cpu and not runtime.is_transformed(choices):
-            most = runtime.read(load)
-        size = tokens if most is None else max(most)
+    rows = min(size, tokens) if isinstance(size, int) else tokens
+    readable = choices.is_cpu and not runtime.is_transformed(choices)
+    if (size is None or axis is not None) and readable:
+        most = runtime.read(load)
+        rows = rows if most is None else min(rows, max(most))
     # In the order of the experts, a choice is as far from its expert's first one as its place. By
     # a sort, which programs have, where a running sum would be an operator outside of them.
     experts = torch.arange(n, device=choices.device)
@@ -49,13 +59,35 @@ def dispatched(choices: Tensor, n: int, size: int | None) -> dict[str, Tensor]:
     by_expert, order = torch.sort(in_order, stable=True)
     place = torch.arange(len(in_order), device=choices.device) - first[by_expert]
     place = torch.empty_like(place).scatter(0, order, place)
-    kept = place < size
-    slot = torch.where(kept, in_order * size + place, n * size)
+    kept = place < rows
+    if axis is not None:
+        load, others = _of_other_ranks(chosen.reshape(top_k, tokens, n).long().sum(1), axis)
+        if size is not None:
+            # Those that are kept are the first of an expert's, here as among all.
+            others = others[:, None].expand(top_k, tokens, n).reshape(-1, n)
+            kept = place + others.gather(1, in_order[:, None])[:, 0] < size
+    slot = torch.where(kept, in_order * rows + place, n * rows)
     which = torch.arange(tokens, device=choices.device).repeat(top_k)
-    token = torch.full((n * size + 1,), tokens, device=choices.device)
+    token = torch.full((n * rows + 1,), tokens, device=choices.device)
     token = token.scatter(0, slot, which)[:-1]
     slot = slot.reshape(top_k, tokens).t()
-    return {"load": load, "slot": slot, "token": token.reshape(n, size)}
+    return {"load": load, "slot": slot, "token": token.reshape(n, rows)}
+
+
+def _of_other_ranks(load: Tensor, axis: BatchAxis) -> tuple[Tensor, Tensor]:
+    """The load of all ranks, and how many choices of others come before the own.
+
+    Args:
+        load: how often each expert is a first choice, a second one and so on, (top_k, n).
+
+    Returns:
+        ``(n,)``, and ``(top_k, n)``.
+    """
+    loads = axis.gather(load.unsqueeze(0))
+    before = torch.arange(axis.size, device=load.device) < axis.rank(load.device)
+    same = torch.where(before[:, None, None], loads, 0).sum(0)
+    earlier = (loads.sum(0) - load).cumsum(0) - (loads.sum(0) - load)
+    return loads.sum((0, 1)), same + earlier
 
 
 def _rows(values: Tensor, index: Tensor) -> Tensor:
@@ -65,7 +97,13 @@ def _rows(values: Tensor, index: Tensor) -> Tensor:
 
 
 def experts_forward(
-    run: Run, x: Tensor, names: tuple[str, ...], n: int, top_k: int, capacity: float | None
+    run: Run,
+    x: Tensor,
+    names: tuple[str, ...],
+    n: int,
+    top_k: int,
+    capacity: float | None,
+    axis: BatchAxis | None = None,
 ) -> tuple[Tree, Mapping[str, Tree]]:
     """The sum of the chosen experts' outputs, each times its gate, and the balance."""
     floating = isinstance(x, Tensor) and x.is_floating_point() and x.dim() >= 1
@@ -82,8 +120,9 @@ def experts_forward(
     ranked = logits.sort(dim=-1, descending=True, stable=True)
     best, choices = (each[:, :top_k] for each in ranked)
     gates = best.softmax(-1)
-    size = None if capacity is None else min(ceil(capacity * tokens * top_k / n), tokens)
-    where = dispatched(choices, n, size)
+    total: Any = tokens if axis is None else axis.total(tokens, x.device)
+    size = None if capacity is None else _size(capacity, total, top_k, n)
+    where = dispatched(choices, n, size, axis)
     batches = _rows(rows, where["token"])
     if names:
         pieces = list(batches.unbind(0))
@@ -95,14 +134,15 @@ def experts_forward(
         y = run("experts", batches)
     each = _rows(y.flatten(0, 1), where["slot"])
     output = (gates[..., None] * each).sum(1)
-    share = where["load"].to(p.dtype) * (n / max(tokens * top_k, 1))
-    balance = (share * p.sum(0)).sum() / max(tokens, 1)
+    total = total.clamp(min=1) if isinstance(total, Tensor) else max(total, 1)
+    share = where["load"].to(p.dtype) * (n / (total * top_k))
+    balance = (share * (p.sum(0) if axis is None else axis.sum(p.sum(0)))).sum() / total
     residuals = {
         "p": p,
         "gates": gates,
         "choices": choices,
         "each": each,
-        "share": share,
+        "share": share / total,
         "token": where["token"],
         "slot": where["slot"],
     }
@@ -120,6 +160,7 @@ def experts_backward(
     n: int,
     top_k: int,
     capacity: float | None,
+    axis: BatchAxis | None = None,
 ) -> Tree:
     """Through the gates to the router, beside the balance's, and through each chosen expert."""
     doutput, dbalance = dy[0], dy[1]["balance"]
@@ -138,7 +179,8 @@ def experts_backward(
         dx = pull("experts", dbatch, needed=pull.x)
     dgates = (d * each).sum(-1)
     dchosen = gates * (dgates - (gates * dgates).sum(-1, keepdim=True))
-    of_share = residuals["share"] * (dbalance / max(tokens, 1))
+    # All ranks have the balance, and each says what it makes of it.
+    of_share = residuals["share"] * (dbalance if axis is None else axis.sum(dbalance))
     dlogits = (p * (of_share - (p * of_share).sum(-1, keepdim=True))).to(dchosen.dtype)
     dlogits = dlogits.scatter_add(1, residuals["choices"], dchosen)
     drows = pull("router", dlogits, needed=pull.x)
@@ -222,5 +264,22 @@ def experts(
     require(room, f"{_NAME}: capacity must be > 0, got {capacity}")
     children = {"router": router, "experts": child}
     names = () if isinstance(layers, Layer) else tuple(child.children)
-    static = (names, number, top_k, capacity)
-    return combine(_NAME, children, experts_forward, experts_backward, *static, mixes_examples=True)
+    static: tuple[Any, ...] = (names, number, top_k, capacity)
+
+    def made(children: Mapping[Any, Layer], axis: BatchAxis | None = None) -> Layer:
+        told = static
+        if axis is not None:
+            in_order = capacity is None or axis.dim == 0
+            require(in_order, f"{_NAME}: a capacity needs the batch in dimension 0, got {axis.dim}")
+            children, told = all_in_global_form(children, axis), (*static, axis)
+        passes = experts_forward, experts_backward
+        return combine(_NAME, children, *passes, *told, mixes_examples=True, global_form=made)
+
+    return made(children)
+
+
+def _size(capacity: float, tokens: Any, top_k: int, n: int) -> Any:
+    """``ceil(capacity tokens top_k / n)``, at most the tokens: a number, or a tensor of it."""
+    if isinstance(tokens, Tensor):
+        return torch.minimum((capacity * tokens.double() * top_k / n).ceil().long(), tokens)
+    return min(ceil(capacity * tokens * top_k / n), tokens)

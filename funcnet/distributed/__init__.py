@@ -4,8 +4,10 @@ A transform in an optimizer's chain, a layer whose rule is a collective, a sched
 """
 
 from funcnet import reference as _reference
+from funcnet.batch_axis import BatchAxis as BatchAxis
 from funcnet.distributed.batches import part as part
 from funcnet.distributed.faults import PeerError as PeerError
+from funcnet.distributed.global_batch import data_parallel as data_parallel
 from funcnet.distributed.gradients import mean as mean, sum as sum
 from funcnet.distributed.replicate import replicated as replicated
 from funcnet.distributed.sameness import check_same as check_same

@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from funcnet import random, runtime, tree
+from funcnet.batch_axis import BatchAxis, first_index
 from funcnet.core import Forward, Grads, Key, Layer, Params, Pullback, Tree
 from funcnet.errors import require
 from funcnet.layers.arguments import Form, in_form, parts_of
@@ -306,7 +307,9 @@ def scaled_dot_product_attention(
                 require(fits, f"expects {which} of integers, of shape {shape}, got {wrong}")
         return {}
 
-    def forward(params: Params, x: Tree, state: Params, rng: Key, train: bool) -> Forward:
+    def forward(
+        params: Params, x: Tree, state: Params, rng: Key, train: bool, axis: BatchAxis | None = None
+    ) -> Forward:
         parts, form = parts_of(x, NAMES, 3)
         (query, key, value), given = (parts[each] for each in NAMES[:3]), parts.get("attn_mask")
         groups = require_heads(query, key, value, enable_gqa)
@@ -324,7 +327,10 @@ def scaled_dot_product_attention(
         if train and rng is not None and dropout_p > 0.0:
             told = told._replace(dropped=1.0 / (1.0 - dropout_p) if dropout_p < 1.0 else 0.0)
             shape = (*query.shape[:-1], key.shape[-2])
-            kept = random.bernoulli(rng, 1.0 - dropout_p, shape, device=query.device)
+            whole = f"{name}: expects a part of a batch, (batch, *, L, features)"
+            require(axis is None or query.dim() > 2, f"{whole}, got {tuple(query.shape)}")
+            start = first_index(axis and axis.at(0), name, shape, query.device)
+            kept = random.bernoulli(rng, 1.0 - dropout_p, shape, device=query.device, start=start)
         shared = repeat_heads(key, groups), repeat_heads(value, groups)
         leaves = [each for each in (query, key, value, mask) if each is not None]
         attend = fastest(attention_forward, *leaves)
@@ -339,4 +345,6 @@ def scaled_dot_product_attention(
         weights = attention_weights(attention_scores(query, shared[0], mask, told), mask)
         return (y, dropped(weights, kept, told).to(y.dtype)), pullback, {}
 
-    return stateful(declare(declaration), forward, keyed=dropout_p > 0.0, name=name)
+    return stateful(
+        declare(declaration), forward, keyed=dropout_p > 0.0, name=name, takes_axis=True
+    )

@@ -1,13 +1,22 @@
 """Normalization of each channel by its statistics over the batch, or by running ones."""
 
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from funcnet import runtime
+from funcnet.batch_axis import BatchAxis
 from funcnet.core import Forward, Key, Layer, Params, Pullback
 from funcnet.errors import require
+from funcnet.layers.batch_statistics import (
+    all_backward,
+    average,
+    by_channel,
+    normalize_by_all,
+    other_dims,
+)
 from funcnet.layers.norm import (
     affine_names,
     channel_params,
@@ -20,16 +29,6 @@ from funcnet.lift import fastest, require_floating, stateful, with_kernel
 from funcnet.params import Param, declare
 
 aten = torch.ops.aten
-
-
-def by_channel(leaf: Any, x: Tensor) -> Any:
-    """A tensor of shape (channels,), dimension 1 of x, so that it broadcasts against x."""
-    return None if leaf is None else leaf.reshape(-1, *[1] * (x.dim() - 2))
-
-
-def other_dims(x: Tensor) -> list[int]:
-    """The dimensions of x but for that of the channels."""
-    return [dim for dim in range(x.dim()) if dim != 1]
 
 
 def _batch_norm_kernel(
@@ -91,12 +90,6 @@ def running_statistics(x: Tensor, running: Any, rate: Any) -> list[Tensor]:
     """The `average` of the running and the batch's mean and unbiased variance by channel."""
     var, mean = torch.var_mean(x.to(running[0].dtype), other_dims(x))
     return average(running, (mean, var), rate)
-
-
-def average(running: Any, batch: Any, rate: Any) -> list[Tensor]:
-    """``(1 - rate) running + rate batch``, of each two."""
-    pairs = zip(running, batch, strict=True)
-    return [((1 - rate) * old + rate * new).to(old.dtype) for old, new in pairs]
 
 
 def normalize_by_batch(
@@ -240,31 +233,40 @@ def batch_norm(
         require(x.dim() >= 2, f"expects (batch, channels, *), got {tuple(x.shape)}")
         return channel_params(x, 1, names, dtype, track_running_stats)
 
-    def by_batch(params: Params, x: Tensor, state: Any) -> tuple[Tensor, Any]:
-        several, got = x.numel() != x.shape[1] or x.numel() == 0, tuple(x.shape)
+    def by_batch(params: Params, x: Tensor, state: Any, axis: Any) -> tuple[Tensor, Any]:
+        # Other ranks have values too.
+        several, got = axis or x.numel() != x.shape[1] or x.numel() == 0, tuple(x.shape)
         what = "batch_norm: needs more than one value per channel when train=True"
         require(several, f"{what}, got {got}")
         require(eps > 0, "batch_norm: eps must be positive when train=True, got 0")
+        normalize = partial(normalize_by_all, axis=axis) if axis else normalize_by_batch
         if not track_running_stats:
-            return normalize_by_batch(params, x, None, 0.0, eps)[:2]
+            return normalize(params, x, None, 0.0, eps)[:2]
         running, rate = (state["running_mean"], state["running_var"]), momentum
         state["num_batches_tracked"] = state["num_batches_tracked"] + 1
         if momentum is None:
             # Half precision cannot count far.
             exact = torch.promote_types(running[0].dtype, torch.float32)
             rate = state["num_batches_tracked"].to(exact).reciprocal()
-        y, residuals, running = normalize_by_batch(params, x, running, rate, eps)
+        y, residuals, running = normalize(params, x, running, rate, eps)
         state["running_mean"], state["running_var"] = running
         return y, residuals
 
-    def forward(params: Params, x: Tensor, state: Params, key: Key, train: bool) -> Forward:
+    def forward(
+        params: Params,
+        x: Tensor,
+        state: Params,
+        key: Key,
+        train: bool,
+        axis: BatchAxis | None = None,
+    ) -> Forward:
         rule: tuple[Any, ...]
         if train or not track_running_stats:
-            y, residuals = by_batch(params, x, state)
-            rule = (batch_norm_backward, (), names)
+            y, residuals = by_batch(params, x, state, axis)
+            rule = (all_backward, (axis,), names) if axis else (batch_norm_backward, (), names)
         else:
             y, residuals = normalize_by_running(params, x, state, eps)
             rule = (running_norm_backward, (eps,), names)
         return y, Pullback(norm_rule, residuals, rule), state
 
-    return stateful(init, forward, mixes_examples=True)
+    return stateful(init, forward, mixes_examples=True, takes_axis=True)

@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 
 from funcnet import random
+from funcnet.batch_axis import BatchAxis, first_index
 from funcnet.core import EMPTY, Forward, Key, Layer, Params, Pullback
 from funcnet.errors import require
 from funcnet.layers.spatial import NAMES, spatial
@@ -30,6 +31,7 @@ def _dropping(
     draws: Callable[[Shape], Shape],
     alpha: bool = False,
     declaration: Callable[[Tensor], Mapping[str, Param]] = require_floating,
+    least: int = 1,
 ) -> Layer:
     """``y = scale x + shift`` where it is kept, else one number, drawn for each mask element.
 
@@ -40,6 +42,7 @@ def _dropping(
         alpha: whether a dropped value becomes that of a saturated selu, and the result is scaled
             and shifted to keep mean 0 and variance 1; else 0, and the mean is kept.
         declaration: refuses an x that does not fit.
+        least: the fewest dimensions of a batch.
     """
     require(0.0 <= p <= 1.0, f"{name}: p must be in [0, 1], got {p}")
     scale, shift, dropped = (1.0 / (1.0 - p) if p < 1.0 else 0.0), 0.0, 0.0
@@ -48,16 +51,34 @@ def _dropping(
         shift = -scale * p * _SATURATED
         dropped = scale * _SATURATED + shift
 
-    def forward(params: Params, x: Tensor, state: Params, key: Key, train: bool) -> Forward:
+    def forward(
+        params: Params,
+        x: Tensor,
+        state: Params,
+        key: Key,
+        train: bool,
+        axis: BatchAxis | None = None,
+    ) -> Forward:
         residuals = {}
         if train and key is not None and p > 0.0:
-            kept = random.bernoulli(key, 1.0 - p, draws(tuple(x.shape)), device=x.device)
+            shape = draws(tuple(x.shape))
+            if axis is not None and draws is not _of_values:
+                require_batch(name, x, least, axis)
+            start = first_index(axis, name, shape, x.device) if shape else 0
+            kept = random.bernoulli(key, 1.0 - p, shape, device=x.device, start=start)
             residuals["kept"] = kept
             scaled = x * scale + shift if alpha else x * scale
             x = torch.where(kept, scaled, dropped)
         return x, Pullback(backward_rule, residuals, (dropout_backward, scale)), state
 
-    return stateful(declare(declaration), forward, keyed=p > 0.0, name=name)
+    return stateful(declare(declaration), forward, keyed=p > 0.0, name=name, takes_axis=True)
+
+
+def require_batch(name: str, x: Tensor, least: int, axis: BatchAxis) -> None:
+    """Raise ValueError for a part of a batch that has fewer dimensions, or the batch elsewhere."""
+    what = f"expects a part of a batch, of at least {least} dimensions"
+    require(x.dim() >= least, f"{name}: {what}, got one of shape {tuple(x.shape)}")
+    require(axis.dim == 0, f"{name}: expects the batch in dimension 0, got dim={axis.dim}")
 
 
 def _of_values(shape: Shape) -> Shape:
@@ -137,7 +158,8 @@ def _dropout(dims: int, p: float = 0.5) -> Layer:
         single = len(shape) == dims + 1 and dims != 2
         return _of_channels((1, *shape))[1:] if single else _of_channels(shape)
 
-    return _dropping(f"dropout{dims}d", p, draws, declaration=declaration)
+    least = 3 if dims == 2 else dims + 2
+    return _dropping(f"dropout{dims}d", p, draws, declaration=declaration, least=least)
 
 
 dropout1d, dropout2d, dropout3d = (spatial(_dropout, dims) for dims in (1, 2, 3))

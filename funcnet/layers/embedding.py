@@ -1,5 +1,6 @@
 """The embedding: a layer whose input is an index and has no cotangent."""
 
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import torch
@@ -7,10 +8,12 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from funcnet import initializers, tree
-from funcnet.core import Grads, Layer, Params, Pullback
+from funcnet.batch_axis import BatchAxis
+from funcnet.core import Forward, Grads, Key, Layer, Params, Pullback, Tree, pull
+from funcnet.deferred import defers, mapped
 from funcnet.errors import require
 from funcnet.initializers import Initializer
-from funcnet.lift import fastest, stateless, with_kernel
+from funcnet.lift import fastest, stateless, with_forward, with_kernel
 from funcnet.params import Param, declare
 
 
@@ -42,6 +45,42 @@ def embedding_rule(
     if not params:
         return None, None
     return {"weight": fastest(embedding_backward, dy)(dy, residuals["x"], *static)}, None
+
+
+def by_all_frequencies(layer: Layer, indices_of: Callable[[Any], Tensor]) -> Layer:
+    """The layer, whose gradient is divided by how often rows occur, with a global form."""
+
+    def global_form(axis: BatchAxis) -> Layer:
+        def forward(params: Params, x: Tree, state: Params, key: Key, train: bool) -> Forward:
+            y, pullback, state = layer.forward(params, x, state, key, train)
+            residuals = {"": pullback, "indices": indices_of(x)}
+            return y, Pullback(all_frequencies_rule, residuals, (axis,)), state
+
+        return with_forward(layer, forward)
+
+    layer.global_form = global_form
+    return layer
+
+
+@defers
+def all_frequencies_rule(
+    residuals: Any, dy: Tensor, axis: BatchAxis, *, params: Any, x: bool
+) -> Grads:
+    """The rule of the layer, with how often a row occurs on all ranks."""
+    indices = residuals.pop("indices")
+    dparams, dx = pull(residuals, "", dy, params=params, x=x)
+    return mapped(by_frequency_of_all, dparams, indices, axis) if params else None, dx
+
+
+def by_frequency_of_all(dparams: Params, indices: Tensor, axis: BatchAxis) -> Params:
+    """A gradient that is divided by how often a row occurs here, by how often on all ranks."""
+    dweight = dparams["weight"]
+    wide = torch.promote_types(dweight.dtype, torch.float32)
+    flat = indices.reshape(-1).long()
+    own = dweight.new_zeros(len(dweight), dtype=wide)
+    own = own.scatter_add(0, flat, own.new_ones(len(flat)))
+    share = own / axis.sum(own).clamp(min=1)
+    return {"weight": dweight * share.unsqueeze(1).to(dweight.dtype)}
 
 
 class Rows(NamedTuple):
@@ -159,4 +198,5 @@ def embedding(
     # What torch calls the gradient then is not the derivative.
     other = padding_idx is not None or max_norm is not None or scale_grad_by_freq
     told: Any = {"mixes_examples": scale_grad_by_freq, "breaks": ("derivative",) if other else ()}
-    return stateless(init, apply, vjp, **told)
+    made = stateless(init, apply, vjp, **told)
+    return by_all_frequencies(made, lambda x: x) if scale_grad_by_freq else made

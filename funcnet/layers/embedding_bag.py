@@ -11,7 +11,13 @@ from funcnet.core import Grads, Layer, Params, Pullback
 from funcnet.deferred import for_dx
 from funcnet.errors import require
 from funcnet.initializers import Initializer
-from funcnet.layers.embedding import Rows, embedding_backward, is_index, renormalized
+from funcnet.layers.embedding import (
+    Rows,
+    by_all_frequencies,
+    embedding_backward,
+    is_index,
+    renormalized,
+)
 from funcnet.lift import fastest, stateless, with_kernel
 from funcnet.params import Param, declare
 
@@ -348,4 +354,5 @@ def embedding_bag(
 
     # What torch calls the gradient then is not the derivative.
     breaks = ("derivative",) if max_norm is not None or scale_grad_by_freq else ()
-    return stateless(init, apply, vjp, mixes_examples=scale_grad_by_freq, breaks=breaks)
+    made = stateless(init, apply, vjp, mixes_examples=scale_grad_by_freq, breaks=breaks)
+    return by_all_frequencies(made, lambda x: _parts(x)[0]) if scale_grad_by_freq else made

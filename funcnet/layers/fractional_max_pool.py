@@ -8,8 +8,10 @@ import torch
 from torch import Tensor
 
 from funcnet import random, runtime
+from funcnet.batch_axis import BatchAxis, first_index
 from funcnet.core import Forward, Key, Layer, Params, Pullback
 from funcnet.errors import require
+from funcnet.layers.dropout import require_batch
 from funcnet.layers.max_pool import put
 from funcnet.layers.spatial import Size, like_x, require_spatial, sizes, spatial, values_of
 from funcnet.lift import backward_rule, stateful, with_kernel
@@ -142,12 +144,23 @@ def _fractional_max_pool(
             require(fits, f"expects random_samples of shape {expected}, got {got}")
         return params
 
-    def forward(params: Params, x: Tensor, state: Params, key: Key, train: bool) -> Forward:
+    def forward(
+        params: Params,
+        x: Tensor,
+        state: Params,
+        key: Key,
+        train: bool,
+        axis: BatchAxis | None = None,
+    ) -> Forward:
         size, shape = tuple(x.shape[-dims:]), (*_batch(x, dims), dims)
         if random_samples is not None:
+            require(axis is None, f"{name}: random_samples are those of a whole batch, not a part")
             samples = random_samples[: shape[0]].to(x.device, x.dtype)
         elif train and key is not None:
-            samples = random.uniform(key, shape, x.dtype, device=x.device)
+            if axis is not None:
+                require_batch(name, x, dims + 2, axis)
+            start = first_index(axis, name, shape, x.device)
+            samples = random.uniform(key, shape, x.dtype, device=x.device, start=start)
         else:
             samples = x.new_full(shape, 0.5)
         maxima = fractional_maxima if runtime.is_transformed() else pool
@@ -156,7 +169,7 @@ def _fractional_max_pool(
         pullback = Pullback(backward_rule, {"indices": indices}, static)
         return (y, indices) if return_indices else y, pullback, state
 
-    return stateful(init, forward, keyed=random_samples is None, name=name)
+    return stateful(init, forward, keyed=random_samples is None, name=name, takes_axis=True)
 
 
 def _batch(x: Tensor, dims: int) -> tuple[int, int]:

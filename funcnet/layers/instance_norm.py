@@ -6,6 +6,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from funcnet.batch_axis import BatchAxis
 from funcnet.core import Forward, Grads, Key, Layer, Params, Pullback
 from funcnet.deferred import for_dx
 from funcnet.errors import require
@@ -15,6 +16,7 @@ from funcnet.layers.batch_norm import (
     normalize_by_running,
     running_norm_backward,
 )
+from funcnet.layers.batch_statistics import means_over_examples
 from funcnet.layers.norm import affine_names, channel_params, check_eps, norm_rule
 from funcnet.layers.spatial import NAMES, spatial
 from funcnet.lift import require_floating, stateful
@@ -122,7 +124,7 @@ def _of_rank(
         return channel_params(x, int(x.dim() - 1 != rank), names, dtype, track_running_stats)
 
     def by_instance(
-        params: Params, x: Tensor, shape: tuple[int, int], state: Any
+        params: Params, x: Tensor, shape: tuple[int, int], state: Any, axis: BatchAxis | None
     ) -> tuple[Tensor, dict[str, Tensor]]:
         """Each channel of each example is a channel of one example to `normalize_by_batch`."""
         examples, values = shape[0], x.shape[2:]
@@ -131,27 +133,36 @@ def _of_rank(
         x = x.reshape(1, math.prod(shape), *values)
         params = {each: leaf.repeat(examples) for each, leaf in params.items()}
         running = None
-        if track_running_stats and x.numel():
+        if track_running_stats and (x.numel() or axis):
             running = [state[each].repeat(examples) for each in ("running_mean", "running_var")]
         y, residuals, running = normalize_by_batch(params, x, running, rate, eps)
         if running is not None:
-            mean, var = [each.reshape(shape).mean(0) for each in running]
+            mean, var = means_over_examples([each.reshape(shape) for each in running], axis)
             state.update(running_mean=mean, running_var=var)
         return y, residuals
 
-    def forward(params: Params, x: Tensor, state: Params, key: Key, train: bool) -> Forward:
+    def forward(
+        params: Params,
+        x: Tensor,
+        state: Params,
+        key: Key,
+        train: bool,
+        axis: BatchAxis | None = None,
+    ) -> Forward:
         batch = x if x.dim() - 1 != rank else x.unsqueeze(0)
+        what = f"{name}: expects a part of a batch, got one example"
+        require(axis is None or batch is x, f"{what}, {tuple(x.shape)}")
         rule: tuple[Any, ...]
         if train or not track_running_stats:
             shape = (batch.shape[0], batch.shape[1])
-            y, residuals = by_instance(params, batch, shape, state)
+            y, residuals = by_instance(params, batch, shape, state, axis)
             rule = (shape, batch_norm_backward, (), names)
         else:
             y, residuals = normalize_by_running(params, batch, state, eps)
             rule = ((1, batch.shape[1]), running_norm_backward, (eps,), names)
         return y.reshape(x.shape), Pullback(instance_norm_rule, residuals, rule), state
 
-    return stateful(init, forward, name=name)
+    return stateful(init, forward, name=name, takes_axis=track_running_stats)
 
 
 def _instance_norm(

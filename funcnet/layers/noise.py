@@ -4,6 +4,7 @@ import torch
 from torch import Tensor
 
 from funcnet import random
+from funcnet.batch_axis import BatchAxis, first_index
 from funcnet.core import Forward, Key, Layer, Params, Pullback
 from funcnet.errors import require
 from funcnet.lift import backward_rule, require_floating, stateful
@@ -40,10 +41,18 @@ def gaussian_noise(std: float = 0.1, relative: bool = False) -> Layer:
     """
     require(0.0 <= std < torch.inf, f"gaussian_noise: std must be >= 0, got {std}")
 
-    def forward(params: Params, x: Tensor, state: Params, key: Key, train: bool) -> Forward:
+    def forward(
+        params: Params,
+        x: Tensor,
+        state: Params,
+        key: Key,
+        train: bool,
+        axis: BatchAxis | None = None,
+    ) -> Forward:
         residuals = {}
         if train and key is not None and std > 0.0:
-            noise = random.normal(key, x.shape, x.dtype, device=x.device) * std
+            start = first_index(axis, "gaussian_noise", x.shape, x.device)
+            noise = random.normal(key, x.shape, x.dtype, device=x.device, start=start) * std
             if relative:
                 residuals["factor"] = noise + 1.0
                 x = x * residuals["factor"]
@@ -51,4 +60,4 @@ def gaussian_noise(std: float = 0.1, relative: bool = False) -> Layer:
                 x = x + noise
         return x, Pullback(backward_rule, residuals, (gaussian_noise_backward,)), state
 
-    return stateful(declare(require_floating), forward, keyed=std > 0.0)
+    return stateful(declare(require_floating), forward, keyed=std > 0.0, takes_axis=True)

@@ -6,9 +6,11 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from funcnet.batch_axis import BatchAxis
 from funcnet.core import EMPTY, Forward, Grads, Key, Layer, Params, Pullback, Tree, sum_cotangents
 from funcnet.deferred import DEFER, Defer, Deferred, defers, gradients, mapped
 from funcnet.errors import require
+from funcnet.global_forms import in_global_form
 from funcnet.initializers import Initializer, torch_default
 from funcnet.layers.dropout import dropout
 from funcnet.layers.recurrence import Direction, recur, recur_backward
@@ -127,16 +129,27 @@ def _stacked(parts: Parts, states: list[State]) -> State:
 
 
 def _forward(
-    stack: Stack, params: Params, whole: Tree, key: Key, train: bool, keep: bool
+    stack: Stack,
+    params: Params,
+    whole: Tree,
+    key: Key,
+    train: bool,
+    keep: bool,
+    axis: BatchAxis | None = None,
 ) -> tuple[Tree, dict[str, Any]]:
     parts = parts_of(whole)
     x, starts, valid = _sequence(stack, parts)
     residuals: dict[str, Any] = {"x": whole}
     ends: list[State] = []
+    between = dropout(stack.dropout)
+    if axis is not None and stack.dropout:
+        what = f"{stack.name}: expects a part of a batch, got one sequence"
+        require(parts.input.dim() == 3, f"{what}, {tuple(parts.input.shape)}")
+        between = in_global_form(between, axis.at(1))
     for layer in range(stack.num_layers):
         if layer and stack.dropout:
             noise = None if key is None else fold_in(key, layer - 1)
-            x, pullback, _ = dropout(stack.dropout).forward(EMPTY, x, {}, noise, train)
+            x, pullback, _ = between.forward(EMPTY, x, {}, noise, train)
             if keep:
                 residuals[f"dropout_{layer - 1}"] = pullback
         outputs = []
@@ -259,14 +272,19 @@ def recurrent(
             features = len(ways) * stack.sizes()[0]
         return declared
 
-    def apply(params: Params, x: Tree, state: Params, key: Key, train: bool) -> tuple[Tree, Params]:
-        return _forward(stack, params, x, key, train, False)[0], state
+    def apply(
+        params: Params, x: Tree, state: Params, key: Key, train: bool, axis: BatchAxis | None = None
+    ) -> tuple[Tree, Params]:
+        return _forward(stack, params, x, key, train, False, axis)[0], state
 
-    def forward(params: Params, x: Tree, state: Params, key: Key, train: bool) -> Forward:
-        y, residuals = _forward(stack, params, x, key, train, True)
+    def forward(
+        params: Params, x: Tree, state: Params, key: Key, train: bool, axis: BatchAxis | None = None
+    ) -> Forward:
+        y, residuals = _forward(stack, params, x, key, train, True, axis)
         return y, Pullback(recurrent_rule, residuals, (stack,)), state
 
-    return stateful(init, forward, apply=apply, keyed=p > 0 and count > 1, name=name)
+    keyed = p > 0 and count > 1
+    return stateful(init, forward, apply=apply, keyed=keyed, name=name, takes_axis=True)
 
 
 def check_sizes(name: str, hidden_size: Any, bias: Any) -> None:

@@ -5,6 +5,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from funcnet import random
+from funcnet.batch_axis import BatchAxis, first_index
 from funcnet.core import Forward, Key, Layer, Params, Pullback
 from funcnet.errors import require
 from funcnet.layers.piecewise import leaky_relu_derivative
@@ -44,14 +45,22 @@ def rrelu(lower: float = 1 / 8, upper: float = 1 / 3) -> Layer:
     require(lower <= upper, f"rrelu: expects lower <= upper, got {lower} and {upper}")
     mean = (lower + upper) / 2
 
-    def forward(params: Params, x: Tensor, state: Params, key: Key, train: bool) -> Forward:
+    def forward(
+        params: Params,
+        x: Tensor,
+        state: Params,
+        key: Key,
+        train: bool,
+        axis: BatchAxis | None = None,
+    ) -> Forward:
         if not train or key is None:
             static = (leaky_relu_derivative, mean)
             return F.leaky_relu(x, mean), Pullback(elementwise_rule, {"x": x}, static), state
         # A number of half precision has too few bits to be drawn.
         wide = torch.promote_types(x.dtype, torch.float32)
-        drawn = random.uniform(key, x.shape, wide, lower, upper, device=x.device).to(x.dtype)
-        slope = torch.where(x <= 0, drawn, 1.0)
+        start = first_index(axis, "rrelu", x.shape, x.device)
+        drawn = random.uniform(key, x.shape, wide, lower, upper, device=x.device, start=start)
+        slope = torch.where(x <= 0, drawn.to(x.dtype), 1.0)
         return x * slope, Pullback(backward_rule, {"slope": slope}, (rrelu_backward,)), state
 
-    return stateful(declare(require_floating), forward, keyed=True)
+    return stateful(declare(require_floating), forward, keyed=True, takes_axis=True)

@@ -7,9 +7,11 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from funcnet.batch_axis import BatchAxis
 from funcnet.combinators.combine import Pull, Run, combine
 from funcnet.core import Layer, Tree, sum_cotangents
 from funcnet.errors import located, require
+from funcnet.global_forms import all_in_global_form
 from funcnet.initializers import Initializer
 from funcnet.layers.activations import gelu
 from funcnet.layers.arguments import in_form, parts_of, without_tensors
@@ -130,6 +132,8 @@ def _block(
     bias: bool,
     weight_init: Initializer | None,
     dtype: torch.dtype | None,
+    *,
+    batch_first: bool,
 ) -> Layer:
     """A layer of attentions and a feed-forward net, each with its norm and dropout."""
     if not isinstance(activation, Layer):
@@ -147,7 +151,13 @@ def _block(
         **{f"dropout{each}": dropping(dropout) for each in numbers},
         "activation": activation,
     }
-    return combine(told.name, children, block_forward, block_backward, told)
+
+    def made(children: Mapping[str, Layer], axis: BatchAxis | None = None) -> Layer:
+        if axis is not None:
+            children = all_in_global_form(children, axis.at(0 if batch_first else 1))
+        return combine(told.name, children, block_forward, block_backward, told, global_form=made)
+
+    return made(children)
 
 
 def _masks(prefix: str) -> tuple[tuple[str, str], ...]:
@@ -232,7 +242,7 @@ def transformer_encoder_layer(
     attentions = (("self_attn", _masks("src")),)
     told = Told("transformer_encoder_layer", ENCODER, 1, norm_first, attentions)
     net = dim_feedforward, dropout, activation, layer_norm_eps, bias, weight_init, dtype
-    return _block(told, {"self_attn": attention}, *net)
+    return _block(told, {"self_attn": attention}, *net, batch_first=batch_first)
 
 
 def transformer_decoder_layer(
@@ -307,4 +317,4 @@ def transformer_decoder_layer(
         "multihead_attn": attention(memory_is_causal, None),
     }
     net = dim_feedforward, dropout, activation, layer_norm_eps, bias, weight_init, dtype
-    return _block(told, children, *net)
+    return _block(told, children, *net, batch_first=batch_first)

@@ -9,6 +9,7 @@ from torch import Tensor
 
 from funcnet import tree
 from funcnet.backward.equations.iteration import Solver, solve
+from funcnet.batch_axis import BatchAxis
 from funcnet.checks import check_function, check_kind
 from funcnet.combinators.combine import output_on_meta
 from funcnet.core import (
@@ -28,6 +29,7 @@ from funcnet.core import (
 )
 from funcnet.deferred import defers, mapped
 from funcnet.errors import check_count, locate, require
+from funcnet.global_forms import in_global_form
 from funcnet.lift import stateful
 
 _NAME = "fixed_point"
@@ -114,6 +116,17 @@ def fixed_point(
     for prefix, solver in (("", forward_solver), ("backward_", backward_solver)):
         _check(prefix, solver)
     require(limit > 0, f"{_NAME}: limit must be above 0, got {limit!r}")
+    return _solving(f, start, forward_solver, backward_solver, limit)
+
+
+def _solving(
+    f: Layer,
+    start: Callable[[Tree], Tree] | None,
+    forward_solver: Solver,
+    backward_solver: Solver,
+    limit: float,
+) -> Layer:
+    """`fixed_point`, of its solvers."""
 
     def first(x: Tree) -> Tree:
         z = tree.map(torch.zeros_like, x) if start is None else start(x)
@@ -165,17 +178,11 @@ def fixed_point(
         return y, Pullback(fixed_point_rule, kept, static), new_state
 
     def rebuild(f: Layer) -> Layer:
-        return fixed_point(
-            f,
-            start,
-            tol=tol,
-            max_iter=max_iter,
-            history=history,
-            damping=damping,
-            backward_tol=backward_tol,
-            backward_max_iter=backward_max_iter,
-            limit=limit,
-        )
+        return _solving(f, start, forward_solver, backward_solver, limit)
+
+    def global_form(axis: BatchAxis) -> Layer:
+        solvers = [each._replace(axis=axis) for each in (forward_solver, backward_solver)]
+        return _solving(in_global_form(f, axis), start, solvers[0], solvers[1], limit)
 
     return stateful(
         init,
@@ -184,6 +191,7 @@ def fixed_point(
         name=_NAME,
         mixes_examples=True,
         probe=PROBE,
+        global_form=global_form,
         **around(f, rebuild),
     )
 
@@ -206,6 +214,7 @@ def fixed_point_rule(
     at, dy = barrier((residuals, dy))
     # It is linear in dy, and the squares of the norms must neither vanish nor overflow.
     scale = _largest(dy)
+    scale = scale if solver.axis is None else solver.axis.max(scale)
     dy = tree.map(lambda leaf: leaf / scale.to(leaf.dtype), dy)
     _, pullback, _ = f.forward(at["params"], (at["x"], at["z"]), at["state"], at.get("key"), train)
 

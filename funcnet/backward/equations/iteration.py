@@ -8,6 +8,7 @@ from torch import Tensor
 
 from funcnet import tree
 from funcnet.backward.equations.loops import loop_with_values, written
+from funcnet.batch_axis import BatchAxis
 from funcnet.core import Tree
 
 Evaluate = Callable[[Tree], tuple[Tree, Tree]]
@@ -29,6 +30,13 @@ class Solver(NamedTuple):
     damping: float
     """The part of the way to g(z) that a step goes."""
 
+    axis: BatchAxis | None = None
+    """That of a batch of which z is a part; the solver then is that of the whole."""
+
+    def total(self, x: Tensor) -> Tensor:
+        """The sum of the ranks' sums."""
+        return x if self.axis is None else self.axis.sum(x)
+
 
 def solve(evaluate: Evaluate, start: Tree, solver: Solver) -> tuple[Tree, Tree, dict[str, Tensor]]:
     """The last g(z), what else its evaluation gave, and the figures of the iteration.
@@ -45,7 +53,7 @@ def solve(evaluate: Evaluate, start: Tree, solver: Solver) -> tuple[Tree, Tree, 
         "g": g,
         "other": other,
         "iterations": torch.ones((), dtype=torch.int64, device=tree.device_of(g)),
-        "residual": _relative_residual(start, g),
+        "residual": _relative_residual(start, g, solver),
         "past": _no_past(g, solver.history),
     }
 
@@ -54,14 +62,14 @@ def solve(evaluate: Evaluate, start: Tree, solver: Solver) -> tuple[Tree, Tree, 
 
     def body(carry: Any) -> Any:
         z, g, past, count = (carry[name] for name in ("z", "g", "past", "iterations"))
-        new_z = _next(z, g, past, solver.damping)
+        new_z = _next(z, g, past, solver)
         new_g, other = evaluate(new_z)
         return {
             "z": new_z if reads_z else (),
             "g": new_g,
             "other": other,
             "iterations": count + 1,
-            "residual": _relative_residual(new_z, new_g),
+            "residual": _relative_residual(new_z, new_g, solver),
             "past": past and _with_step(past, (z, g), (new_z, new_g), count - 1, solver),
         }
 
@@ -72,32 +80,36 @@ def solve(evaluate: Evaluate, start: Tree, solver: Solver) -> tuple[Tree, Tree, 
     return carry["g"], carry["other"], found
 
 
-def _relative_residual(z: Tree, g: Tree) -> Tensor:
+def _relative_residual(z: Tree, g: Tree, solver: Solver) -> Tensor:
     """``|g - z| / |g|``, which is 0 where both are."""
-    size = tree.global_norm(g)
-    return tree.global_norm(tree.map(torch.sub, g, z)) / size.clamp(min=_tiny(size))
+    norms = tree.global_norm(g), tree.global_norm(tree.map(torch.sub, g, z))
+    size, difference = norms
+    if solver.axis is not None:
+        size, difference = solver.total(torch.stack(norms).square()).sqrt().unbind()
+    return difference / size.clamp(min=_tiny(size))
 
 
 def _tiny(values: Tensor) -> float:
     return torch.finfo(values.dtype).tiny
 
 
-def _next(z: Tree, g: Tree, past: Any, damping: float) -> Tree:
+def _next(z: Tree, g: Tree, past: Any, solver: Solver) -> Tree:
     """``z + damping (g - z)``, less what the past steps say of it.
 
     With their changes of the residual r as rows of R, and of ``z + damping r`` as rows of S, gamma
     minimizes ``|r - gamma R|``: so much of them has been undone by going back ``gamma S``.
     """
+    damping = solver.damping
     to = g if damping == 1.0 else tree.map(lambda z, g: z + damping * (g - z), z, g)
     if not past:
         return to
     residual = [_flat(g) - _flat(z) for g, z in _pairs(g, z)]
-    gamma = _least_squares(past["residual"], residual)
+    gamma = _least_squares(past["residual"], residual, solver)
     steps = iter(past["step"])
     return tree.map(lambda leaf: leaf - _like(gamma.to(leaf.dtype) @ next(steps), leaf), to)
 
 
-def _least_squares(rows: list[Tensor], target: list[Tensor]) -> Tensor:
+def _least_squares(rows: list[Tensor], target: list[Tensor], solver: Solver) -> Tensor:
     """The gamma that minimizes ``|target - gamma rows|``; 0 for a row of zeros.
 
     By the normal equations of rows of length 1: the last changes, which are the smallest, must
@@ -107,6 +119,10 @@ def _least_squares(rows: list[Tensor], target: list[Tensor]) -> Tensor:
     gram = sum([each @ each.mT for each, _ in wide])
     right = sum([each @ leaf for each, leaf in wide])
     assert isinstance(gram, Tensor)
+    assert isinstance(right, Tensor)
+    if solver.axis is not None:
+        both = solver.total(torch.cat([gram, right.unsqueeze(-1)], -1))
+        gram, right = both[..., :-1], both[..., -1]
     squares = gram.diagonal()
     # Rows of zeros count as of length 1: at 0, forward mode would multiply 0 by an infinite slope.
     scale = torch.where(squares > _tiny(gram), squares, 1.0).rsqrt()

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from funcnet import tree
 from funcnet.backward.memory.storage import HALVES, Form, Told, check_form, decode, encode
+from funcnet.batch_axis import BatchAxis
 from funcnet.checks import check_kind
 from funcnet.core import (
     Applied,
@@ -27,6 +28,7 @@ from funcnet.core import (
 )
 from funcnet.deferred import DEFER, defers, term
 from funcnet.errors import locate, require
+from funcnet.global_forms import in_global_form
 from funcnet.lift import backward_rule, elementwise_rule, stateful, with_forward, with_kernel
 from funcnet.random import fold_in
 from funcnet.runtime import is_differentiated
@@ -103,10 +105,14 @@ def compressed(model: Layer, choose: Choose = "int8") -> Layer:
         finally:
             call.stored = before
 
+    def global_form(axis: BatchAxis) -> Layer:
+        exact = not callable(choose) and choose != "int8"
+        require(exact, "its int8, rounded at random in blocks of the batch, has no global form")
+        return compressed(in_global_form(model, axis), choose)
+
     metadata = around(model, lambda model: compressed(model, choose))
-    return stateful(
-        model.init, forward, apply=apply, name="compressed", **metadata | {"takes_key": True}
-    )
+    metadata |= {"takes_key": True, "global_form": global_form}
+    return stateful(model.init, forward, apply=apply, name="compressed", **metadata)
 
 
 _Stored = dict[tuple[int, Form], tuple[weakref.ref[Tensor], tuple[dict[str, Tensor], Told]]]

@@ -11,6 +11,7 @@ from funcnet.checks import check_function, check_kind
 from funcnet.core import Forward, Grads, Key, Layer, Params, Pullback, Tree, kinds_of, told_by
 from funcnet.deferred import Deferred, defers, takes_deferral
 from funcnet.errors import locate, require
+from funcnet.global_forms import in_global_form
 from funcnet.layers.shape import identity
 from funcnet.lift import stateful
 from funcnet.random import fold_in
@@ -130,6 +131,11 @@ def with_rule(
         "mixes_examples": mixes_examples or layer.mixes_examples,
         "probe": None,
     }
+    if not (keyed or mixes_examples):
+        options: Any = {"init": init, "reads": reads, "breaks": breaks, "name": name}
+        told["global_form"] = lambda axis: with_rule(
+            in_global_form(layer, axis), rule, *static, **options
+        )
     return stateful(made, forward, apply=apply, keyed=keyed, name=name, **told)
 
 

@@ -1,0 +1,56 @@
+"""A model that computes, of each rank's part of a batch, what it would of the whole batch."""
+
+from funcnet.batch_axis import BatchAxis
+from funcnet.checks import check_kind
+from funcnet.core import Layer
+from funcnet.distributed.start import Mesh, axis_of
+from funcnet.errors import located
+from funcnet.global_forms import in_global_form
+
+
+def data_parallel(
+    model: Layer, mesh: Mesh, equal: bool = True, *, dim: int = 0, axis: str = "data"
+) -> Layer:
+    """The model, which computes of each rank's part of a batch what it would of the whole.
+
+    Each example then has the same y, gradients and state on any number of ranks, and the state is
+    the same on all ranks. Layers that treat each example by itself are as they were. Those that
+    draw numbers, such as `dropout`, draw their rows of the one draw for the whole batch, with the
+    same key on all ranks. `batch_norm` takes the mean and the variance of all ranks' examples,
+    `experts` their capacity and balance. What other layers compute of them is a sum over ranks.
+
+    The gradients are those of the rank's own loss, and for them the ranks must call the model
+    together. For losses that are means over equal parts ``fn.distributed.mean(mesh)`` makes those
+    of the whole batch of them; for others ``fn.distributed.total`` and ``fn.distributed.sum``.
+
+    Args:
+        model: any layer. `jit`, `remat`, `cast`, `freeze` and other functions of layers may be in
+            it or around it; what replaces functions of layers goes around ``data_parallel(model)``.
+        mesh: over whose axis the batch is parted, in the order of its ranks; see
+            `funcnet.distributed.part`.
+        equal: whether all ranks have as many examples. False: each layer that draws asks the other
+            ranks how many they have, which takes a small gather.
+        dim: the dimension of the batch in x of every layer that draws. Attention, transformers and
+            recurrent layers know their own.
+        axis: the name of the axis.
+
+    Returns:
+        a layer with the params and the state of the model.
+
+    Raises:
+        ValueError: a layer that draws or mixes examples and has no global form, by its path.
+
+    >>> import funcnet as fn
+    >>> net = fn.serial(fn.linear(8), fn.batch_norm(), fn.dropout(0.1))
+    >>> data_parallel(net, {"data": 4})
+    serial(linear(8), batch_norm(), dropout(p=0.1))
+    >>> data_parallel(fn.serial(fn.linear(8), fn.clip_cotangent(1.0)), {"data": 4})
+    Traceback (most recent call last):
+    ...
+    ValueError: data_parallel: clip_cotangent at '1' mixes the examples of a batch, and ...
+    """
+    check_kind("data_parallel", model, Layer)
+    found = axis_of(mesh, axis)
+    with located("data_parallel:"):
+        batch = BatchAxis(found.name, found.size, found.key, equal, dim)
+        return in_global_form(model, batch)

@@ -1,0 +1,234 @@
+"""Layers that draw or mix examples, on parts of a batch: the numbers of a single process."""
+
+import pytest
+import torch
+
+import funcnet as fn
+from funcnet.distributed import axis_of, data_parallel, mesh
+from funcnet.lift import accept_any
+
+SIZE = 8
+F64 = torch.float64
+
+
+def values(*shape):
+    return fn.random.normal(fn.key(1), (SIZE, *shape), F64)
+
+
+def indices():
+    return fn.random.randint(fn.key(1), (SIZE, 3), 0, 5)
+
+
+def first_of(x):
+    return x[0], {"rest": x[1]}, ()
+
+
+def first_backward(dy, rest):
+    return dy, fn.tree.map(torch.zeros_like, rest)
+
+
+def output():
+    """The output of a recurrent layer, without its last states."""
+    return fn.parameterless(first_of, first_backward, declaration=accept_any)
+
+
+def with_balance(x):
+    return x[0] + x[1]["balance"], {}, ()
+
+
+def balance_backward(dy):
+    return dy, {"balance": dy.sum()}
+
+
+def balanced():
+    """The output of experts plus their balance."""
+    return fn.parameterless(with_balance, balance_backward, declaration=accept_any)
+
+
+def steps_first(layer):
+    """A layer of (steps, batch, features), in a net of (batch, steps, features)."""
+    return fn.serial(fn.permute(1, 0, 2), layer, fn.permute(1, 0, 2))
+
+
+def solved():
+    f = fn.serial(fn.parallel(fn.identity(), fn.linear(3, bias=False)), fn.add(), fn.tanh())
+    return fn.fixed_point(f, tol=1e-13, max_iter=100, history=2)
+
+
+def doubled(residuals, dy, *, params, x):
+    return fn.pull({"": residuals["pullback"]}, "", 2 * dy, params=params, x=x)
+
+
+def wrapped():
+    """Dropout and batch norm, deep inside of what is made of layers."""
+    layer = fn.serial(fn.linear(4, bias=False), fn.batch_norm(), fn.dropout(0.3))
+    return fn.serial(
+        fn.remat(layer),
+        fn.residual(fn.lora(fn.serial(fn.linear(4), fn.dropout(0.3)), rank=2)),
+        fn.repeat(fn.serial(fn.linear(4), fn.dropout(0.3)), 2),
+        fn.parallel(a=fn.weight_norm(fn.linear(3)), b=fn.serial(fn.dropout(0.2), fn.linear(3))),
+        fn.add(),
+        fn.compressed(fn.serial(fn.linear(3), fn.relu(), fn.dropout(0.3)), "bit"),
+        fn.with_rule(fn.serial(fn.linear(3), fn.dropout(0.3)), doubled, reads="pullback"),
+        fn.freeze(fn.serial(fn.linear(2), fn.dropout(0.3))),
+        fn.cast(fn.serial(fn.linear(2), fn.rrelu()), F64),
+    )
+
+
+# Each with an example of the whole batch.
+NETS = {
+    "dropout": (lambda: fn.serial(fn.linear(4), fn.dropout(0.4)), values(3)),
+    "dropout2d": (lambda: fn.serial(fn.conv2d(4, 1), fn.dropout2d(0.4)), values(2, 3, 3)),
+    "alpha_dropout": (lambda: fn.serial(fn.linear(4), fn.alpha_dropout(0.4)), values(5, 3)),
+    "feature_alpha_dropout": (
+        lambda: fn.serial(fn.conv1d(4, 1), fn.feature_alpha_dropout(0.4)),
+        values(2, 3),
+    ),
+    "drop_path": (lambda: fn.residual(fn.serial(fn.linear(3), fn.drop_path(0.4))), values(3)),
+    "drop_path, once": (
+        lambda: fn.serial(fn.linear(3), fn.residual(fn.drop_path(0.5, "batch"))),
+        values(3),
+    ),
+    "gaussian_noise": (lambda: fn.serial(fn.linear(4), fn.gaussian_noise(0.4, True)), values(3)),
+    "rrelu": (lambda: fn.serial(fn.linear(4), fn.rrelu()), values(3)),
+    "fractional_max_pool2d": (
+        lambda: fn.serial(fn.conv2d(4, 1), fn.fractional_max_pool2d(2, 3)),
+        values(2, 6, 6),
+    ),
+    "attention": (
+        lambda: fn.multihead_attention(2, dropout=0.4, batch_first=True),
+        values(3, 4),
+    ),
+    "attention, steps first": (
+        lambda: steps_first(fn.multihead_attention(2, dropout=0.4)),
+        values(3, 4),
+    ),
+    "transformer": (
+        lambda: fn.transformer_encoder(
+            2, fn.transformer_encoder_layer(2, 6, 0.3, batch_first=True)
+        ),
+        values(3, 4),
+    ),
+    "transformer, steps first": (
+        lambda: steps_first(fn.transformer_encoder_layer(2, 6, 0.3, activation=fn.rrelu())),
+        values(3, 4),
+    ),
+    "lstm": (
+        lambda: fn.serial(
+            fn.lstm(3, num_layers=2, dropout=0.4, bidirectional=True, batch_first=True), output()
+        ),
+        values(4, 3),
+    ),
+    "gru, steps first": (
+        lambda: steps_first(fn.serial(fn.gru(3, num_layers=3, dropout=0.4), output())),
+        values(4, 3),
+    ),
+    "batch_norm": (
+        lambda: fn.serial(fn.linear(4, bias=False), fn.batch_norm(), fn.tanh(), fn.linear(2)),
+        values(3),
+    ),
+    "batch_norm of images": (
+        lambda: fn.serial(fn.conv2d(4, 2, bias=False), fn.batch_norm(momentum=None), fn.relu()),
+        values(2, 3, 3),
+    ),
+    "batch_norm, no state": (
+        lambda: fn.serial(
+            fn.linear(4, bias=False),
+            fn.batch_norm(affine=False, track_running_stats=False),
+            fn.linear(2),
+        ),
+        values(3),
+    ),
+    "instance_norm": (
+        lambda: fn.serial(
+            fn.conv1d(4, 1, bias=False), fn.instance_norm1d(track_running_stats=True)
+        ),
+        values(2, 5),
+    ),
+    "embedding": (lambda: fn.embedding(5, 3, scale_grad_by_freq=True, dtype=F64), indices()),
+    "embedding_bag": (
+        lambda: fn.embedding_bag(5, 3, scale_grad_by_freq=True, dtype=F64),
+        indices(),
+    ),
+    "experts": (
+        lambda: fn.serial(fn.experts(fn.linear(4), fn.linear(3), n=4), balanced()),
+        values(3),
+    ),
+    "experts of a capacity": (
+        lambda: fn.serial(
+            fn.experts(
+                fn.linear(3),
+                tuple(fn.serial(fn.linear(3), fn.tanh()) for _ in range(3)),
+                capacity=0.7,
+            ),
+            balanced(),
+        ),
+        values(2, 3),
+    ),
+    "fixed_point": (solved, values(3)),
+    "wrapped": (wrapped, values(3)),
+}
+
+
+def gradients_by(reduce):
+    """The transform that takes a function of each gradient."""
+    return fn.Optimizer(
+        lambda params: {}, lambda grads, state, params: (fn.tree.map(reduce, grads), state)
+    )
+
+
+def trained(net, x, reduction, transform, own=None, first=lambda grad: grad):
+    """The state after five steps of adam, of the rows of a batch that ``own`` gives."""
+    y, _ = net.apply(*net.init(fn.key(3), x)[:1], x, net.init(fn.key(3), x)[1])
+    target = fn.random.normal(fn.key(2), y.shape, F64)
+    x, target = (own(x), own(target)) if own else (x, target)
+    optimizer = fn.chain(gradients_by(first), fn.adam(0.01))
+    state = fn.init_train_state(net, optimizer, fn.key(3), x)
+    step = fn.train_step(net, fn.mse(reduction=reduction), optimizer)
+    step = fn.jit(step) if transform == "jit" else step
+    for _ in range(5):
+        state, _ = step(state, (x, target))
+    return state
+
+
+def on_rank(name, equal=True, transform="eager"):
+    """What the ranks have, and the greatest relative difference from a single process."""
+    make, x = NETS[name]
+    axis, rank = axis_of(mesh(), "data"), mesh().get_local_rank("data")
+    net = data_parallel(make(), mesh(), equal=equal)
+    assert repr(net) == repr(make())
+    if equal:
+        rows = [SIZE // axis.size] * axis.size
+    else:
+        rows = [SIZE - axis.size + 1] + [1] * (axis.size - 1)
+    start = sum(rows[:rank])
+    # A sum has no mean of means, so parts may be unequal.
+    reduction, first = ("mean", axis.mean) if equal else ("sum", axis.sum)
+    found = trained(
+        net, x, reduction, transform, lambda leaf: leaf[start : start + rows[rank]], first
+    )
+    expected = trained(make(), x, reduction, "eager")
+    assert fn.tree.paths(found) == fn.tree.paths(expected)
+    errors = [
+        ((ours - theirs).abs().max() / theirs.abs().max().clamp(min=1e-3)).item()
+        for ours, theirs in zip(fn.tree.leaves(found), fn.tree.leaves(expected), strict=True)
+        if ours.numel()
+    ]
+    return [leaf.numpy() for leaf in fn.tree.leaves(found)], max(errors)
+
+
+def check(results, tolerance=1e-12):
+    first, _ = results[0]
+    for leaves, error in results:
+        assert error < tolerance
+        assert all((a == b).all() for a, b in zip(leaves, first, strict=True))
+
+
+@pytest.mark.parametrize("name", NETS)
+def test_two_ranks_train_as_one_process(two_ranks, name):
+    check(two_ranks(on_rank, name))
+
+
+@pytest.mark.parametrize("name", NETS)
+def test_four_ranks_of_unequal_parts_train_as_one_process(four_ranks, name):
+    check(four_ranks(on_rank, name, equal=False))
