@@ -273,32 +273,36 @@ def wrap(layer: Layer, functions: Callable[[Layer], Layer]) -> Layer:
     >>> net, net.apply({}, torch.ones(1))[0]
     (serial(relu()), tensor([0.5000]))
     """
-    rebuild, global_form = layer.rebuild, layer.global_form
+    rebuild = layer.rebuild
 
     def wrapped(children: Mapping[str, Layer]) -> Layer:
         assert rebuild is not None
         return wrap(rebuild(children), functions)
-
-    def wrapped_globally(axis: BatchAxis) -> Layer:
-        assert global_form is not None
-        return wrap(global_form(axis), functions)
 
     made = Layer(
         *functions(layer),
         name=layer.name,
         children=layer.children,
         rebuild=None if rebuild is None else wrapped,
-        global_form=None if global_form is None else wrapped_globally,
+        global_form=global_form_of(layer, lambda layer: wrap(layer, functions)),
         **told_by(layer) | {"mixes_examples": layer.mixes_itself},
     )
     made.call = layer.call
     return made
 
 
+def global_form_of(
+    layer: Layer, again: Callable[[Layer], Layer]
+) -> Callable[[BatchAxis], Layer] | None:
+    """The global form of ``again(layer)``: the same of the layer's, if it has one."""
+    form = layer.global_form
+    return None if form is None else lambda axis: again(form(axis))
+
+
 def told_by(layer: Layer) -> dict[str, Any]:
     """What a layer tells of itself, for one that is made of it with other functions.
 
-    Its global form is not among it, since that has not the other functions.
+    Its global form is not among it, since that has not the other functions; see `global_form_of`.
     """
     told = "takes_key", "mixes_examples", "breaks", "probe", "placed"
     return {each: getattr(layer, each) for each in told}

@@ -20,6 +20,7 @@ from funcnet.core import (
     Pullback,
     Tree,
     function_name,
+    global_form_of,
     told_by,
 )
 from funcnet.errors import refuse_state
@@ -197,8 +198,18 @@ def stateful(
     return Layer(full_init, full_apply, vjp, forward=forward, name=name, **metadata)
 
 
-def with_forward(layer: Layer, forward: Callable[..., Forward]) -> Layer:
+def with_forward(
+    layer: Layer,
+    forward: Callable[..., Forward],
+    again: Callable[[Layer], Layer] | None = None,
+) -> Layer:
     """A leaf layer with another forward pass, of the same y: its pullback is another one.
+
+    Args:
+        layer: a leaf layer.
+        forward: ``(params, x, state, key, train) -> (y, pullback, state)``.
+        again: does the same to another layer, which is the global form of this one; without it
+            there is none.
 
     >>> import torch
     >>> import funcnet as fn
@@ -214,6 +225,7 @@ def with_forward(layer: Layer, forward: Callable[..., Forward]) -> Layer:
         return layer.apply(params, x, state, key=key, train=train)
 
     made = stateful(layer.init, forward, apply=apply, name=layer.name, **told_by(layer))
+    made.global_form = again and global_form_of(layer, again)
     made.call = layer.call
     return made
 

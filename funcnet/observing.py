@@ -26,6 +26,7 @@ from funcnet.core import (
     Probe,
     Pullback,
     Tree,
+    global_form_of,
     join_paths,
     map_layers,
     pull,
@@ -116,6 +117,7 @@ def _observed(layer: Layer) -> Layer:
         return y, pullback, state
 
     told: dict[str, Any] = told_by(layer) | {"probe": _OF_OUTPUTS}
+    told["global_form"] = global_form_of(layer, _observed)
     made = stateful(layer.init, forward, apply=apply, name=layer.name, **told)
     made.call = layer.call
     return made

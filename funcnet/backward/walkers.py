@@ -1,6 +1,7 @@
 """Walkers: what visits each leaf layer's pullback, when it is made or in a finished one."""
 
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import optree
@@ -127,6 +128,6 @@ def with_pullbacks(model: Layer, function: Visit) -> Layer:
             y, pullback, state = layer.forward(params, x, state, key, train)
             return y, _visited("with_pullbacks", function, path, pullback), state
 
-        return with_forward(layer, forward)
+        return with_forward(layer, forward, partial(one, path))
 
     return map_layers(one, model)

@@ -4,6 +4,7 @@
 """
 
 from collections.abc import Callable, Hashable, Iterable, Mapping
+from functools import partial
 from typing import Any
 
 from torch import Tensor
@@ -138,7 +139,7 @@ def learn_only(layer: Layer, learns: Callable[[str], bool]) -> Layer:
                 pullback = Pullback(learn_only_rule, {"": pullback}, (learned,))
             return y, pullback, state
 
-        return with_forward(layer, forward)
+        return with_forward(layer, forward, partial(only, path))
 
     return map_layers(only, layer)
 

@@ -7,7 +7,17 @@ from torch import Tensor
 
 from funcnet import tree
 from funcnet.checks import check_kind
-from funcnet.core import Forward, Key, Layer, Params, Pullback, Tree, map_layers, told_by
+from funcnet.core import (
+    Forward,
+    Key,
+    Layer,
+    Params,
+    Pullback,
+    Tree,
+    global_form_of,
+    map_layers,
+    told_by,
+)
 from funcnet.errors import require
 from funcnet.initializers import Initializer
 from funcnet.lift import stateful
@@ -138,6 +148,7 @@ def _through(
         return y, pullback, together(own, state)
 
     told: dict[str, Any] = told_by(layer) | {"breaks": {"derivative", *layer.breaks}}
+    told["global_form"] = global_form_of(layer, lambda layer: _through(name, layer, init, others))
     made = stateful(init, forward, apply=apply, name=layer.name, **told)
     made.call = layer.call
     return made
