@@ -51,7 +51,9 @@ class Axis:
         """This process's place on the axis, a 0-d int64 tensor."""
         if self.size == 1:
             return torch.zeros((), dtype=torch.int64, device=device)
-        if is_transformed() or device == torch.device("meta"):
+        if device is not None and torch.device(device).type == "meta":
+            return torch.empty((), dtype=torch.int64, device=device)
+        if is_transformed():
             return torch.ops.funcnet.axis_rank(self.key, device)
         return torch.full((), self.index, dtype=torch.int64, device=device)
 

@@ -207,6 +207,9 @@ PAGES = {
         "Faults": "PeerError check_same",
         "Parts of a batch, and what is of all of it": "part mean sum total everywhere replicated",
         "The same numbers on any number of ranks": "data_parallel BatchAxis",
+        "Unsorted": """
+            ZeroState over_parts zero
+            """,
         "Where params lie": "placements",
     },
     "funcnet.testing": {

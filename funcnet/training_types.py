@@ -109,6 +109,11 @@ class Optimizer(Constructed, _OptimizerFunctions):
     needs_all_leaves: bool
     """Whether an update of some leaves depends on others, so that they cannot be updated alone."""
 
+    elementwise: bool
+    """Whether the update of an element depends on that element alone, or beside it on norms of all
+    leaves, which know of parts: each rank can then update a part of a leaf, as by
+    `funcnet.distributed.zero`."""
+
     call: Call | None
     """The call of the constructor that made it, which is its ``repr``, or None."""
 
@@ -120,10 +125,12 @@ class Optimizer(Constructed, _OptimizerFunctions):
         update_leaves: Callable[..., Any] | None = None,
         loss_scale: Callable[[Tree], Tensor] | None = None,
         needs_all_leaves: bool = False,
+        elementwise: bool = False,
     ) -> "Optimizer":
         optimizer = super().__new__(cls, init_state, update)
         optimizer.name, optimizer.update_leaves = name or function_name(update), update_leaves
         optimizer.loss_scale, optimizer.needs_all_leaves = loss_scale, needs_all_leaves
+        optimizer.elementwise = elementwise
         optimizer.call = call_of(optimizer.name)
         return optimizer
 
@@ -133,7 +140,7 @@ class Optimizer(Constructed, _OptimizerFunctions):
     )
 
     def _replace(self, **changes: Any) -> "Optimizer":
-        more: Any = self.name, None, self.loss_scale, self.needs_all_leaves
+        more: Any = self.name, None, self.loss_scale, self.needs_all_leaves, self.elementwise
         optimizer = Optimizer(*super()._replace(**changes), *more)
         optimizer.call = self.call
         return optimizer

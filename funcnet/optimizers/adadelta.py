@@ -52,7 +52,7 @@ def scale_by_adadelta(rho: Number = 0.9, eps: Number = 1e-6) -> Optimizer:
         u = g * (sqrt(state.delta + eps) / sqrt(v + eps))
         return u, AdadeltaState(v, running_square(state.delta, u, rho))
 
-    return stateful(init, update)
+    return stateful(init, update, elementwise=True)
 
 
 def adadelta(

@@ -47,7 +47,7 @@ def scale_by_adagrad(initial_accumulator_value: Number = 0.0, eps: Number = 1e-1
         s = torch.addcmul(state.sum, g, g)
         return g / (sqrt(s) + eps), AdagradState(s)
 
-    return stateful(init, update)
+    return stateful(init, update, elementwise=True)
 
 
 def adagrad(

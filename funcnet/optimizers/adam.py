@@ -107,7 +107,7 @@ def _adam(
         )  # fmt: skip
         return updates, AdamState(state.step, *means)
 
-    return stateful(init, update, name="scale_by_adam")
+    return stateful(init, update, name="scale_by_adam", elementwise=True)
 
 
 def adam(

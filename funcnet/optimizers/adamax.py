@@ -54,7 +54,7 @@ def scale_by_adamax(betas: tuple[Number, Number] = (0.9, 0.999), eps: Number = 1
         direction = m / (u * (1.0 - b1 ** step.double()))
         return direction, AdamaxState(step, m, u)
 
-    return stateful(init, update)
+    return stateful(init, update, elementwise=True)
 
 
 def adamax(

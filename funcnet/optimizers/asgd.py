@@ -60,7 +60,7 @@ def average_asgd(t0: Number = 1e6) -> Optimizer:
         weight = 1.0 / (state.step.double() - t0).clamp(min=1.0)
         return g, AsgdState(state.step + 1, torch.lerp(state.ax, p + g, weight))
 
-    return stateful(init, update)
+    return stateful(init, update, elementwise=True)
 
 
 def asgd(

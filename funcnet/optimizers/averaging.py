@@ -156,7 +156,8 @@ def _averaged(name: str, optimizer: Optimizer, weight: Callable[[Tensor], Tensor
         average: Any = leafwise(_toward, state.average, p, updates, weight(step))
         return updates, AveragedParamsState(step, average, inner)
 
-    return around(optimizer, init, update, name=name, gives_state=True)
+    told: Any = {"gives_state": True, "elementwise": True}
+    return around(optimizer, init, update, name=name, **told)
 
 
 def _toward(average: Tensor, p: Tensor, update: Tensor, weight: Tensor) -> Tensor:

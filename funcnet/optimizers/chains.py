@@ -9,7 +9,8 @@ from funcnet.checks import check_kind
 from funcnet.core import EMPTY, Optimizer, Params, Tree
 from funcnet.errors import locate
 from funcnet.optimizers.leaves import Leaves
-from funcnet.optimizers.lift import Trees, leaves_update, lifted
+from funcnet.optimizers.lift import leaves_update, lifted
+from funcnet.optimizers.param_trees import Trees
 
 
 def chain(*transforms: Optimizer, **named: Optimizer) -> Optimizer:
@@ -65,7 +66,8 @@ def chained(name: str, children: Mapping[str, Optimizer]) -> Optimizer:
         return g, present(states)
 
     needs_all_leaves = any([part.needs_all_leaves for part in children.values()])
-    return lifted(name, init_state, update_leaves, needs_all_leaves)
+    elementwise = all([part.elementwise for part in children.values()])
+    return lifted(name, init_state, update_leaves, needs_all_leaves, elementwise)
 
 
 def check_states(name: str, children: Mapping[str, Optimizer], opt_state: Tree) -> None:

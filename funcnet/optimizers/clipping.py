@@ -1,5 +1,6 @@
 """Transforms that bound gradients, or bring them to a norm."""
 
+from collections.abc import Sequence
 from operator import attrgetter
 from typing import Any
 
@@ -8,15 +9,19 @@ from torch import Tensor
 
 from funcnet.core import Optimizer
 from funcnet.optimizers.checks import Number, check_options, check_positive
-from funcnet.optimizers.leaves import WIDE, at_least_float32, leafwise
+from funcnet.optimizers.leaves import WIDE, Axes, at_least_float32, leafwise
 from funcnet.optimizers.lift import stateless
 from funcnet.runtime import foreach_norm, is_transformed
 
 _dtype, _device = attrgetter("dtype"), attrgetter("device")
 
 
-def global_norm(leaves: Any, norm_type: float = 2.0) -> Tensor:
-    """The norm of the norms of all leaves, a 0-d tensor; half precision is summed in float32."""
+def global_norm(leaves: Any, norm_type: float = 2.0, p: Any = None) -> Tensor:
+    """The norm of the norms of all leaves, a 0-d tensor; half precision is summed in float32.
+
+    With the params ``p`` to which they belong it is that of the whole leaves, where some are parts
+    over the ranks of an axis.
+    """
     present = [leaf for leaf in leaves if leaf.numel()]
     if not present:
         return torch.zeros(())
@@ -31,7 +36,32 @@ def global_norm(leaves: Any, norm_type: float = 2.0) -> Tensor:
     if len(devices := {*map(_device, norms)}) > 1:
         device = next(iter(devices))
         norms = [norm.to(device) for norm in norms]
+    axes = getattr(p, "axes", None)
+    if axes and any(axes):
+        there = [each for leaf, each in zip(leaves, axes, strict=True) if leaf.numel()]
+        norms = _over_ranks(norms, there, norm_type)
     return torch.linalg.vector_norm(torch.stack(norms), norm_type)
+
+
+def _over_ranks(norms: list[Tensor], axes: Sequence[Axes], norm_type: float) -> list[Tensor]:
+    """Of the norms of this rank's leaves, those of the leaves of each kind on all ranks.
+
+    Leaves are of one kind if they are parts over the same axes. Norms are gathered, not reduced:
+    the maximum of gloo may lose a NaN. So all ranks compute the same number, bit for bit.
+    """
+    kinds: dict[Axes, list[Tensor]] = {}
+    for norm, each in zip(norms, axes, strict=True):
+        kinds.setdefault(each, []).append(norm)
+    totals = {
+        each: torch.linalg.vector_norm(torch.stack(found), norm_type)
+        for each, found in kinds.items()
+    }
+    for axis in dict.fromkeys([axis for each in totals for axis in each]):
+        parted = [each for each in totals if axis in each]
+        ranks = axis.gather(torch.stack([totals[each] for each in parted]).unsqueeze(0))
+        joined = torch.linalg.vector_norm(ranks, norm_type, dim=0)
+        totals.update(zip(parted, joined.unbind(), strict=True))
+    return [*totals.values()]
 
 
 def clip(clip_value: Number) -> Optimizer:
@@ -49,7 +79,7 @@ def clip(clip_value: Number) -> Optimizer:
     check_options("clip", clip_value=clip_value)
     least: Any = -clip_value
     most: Any = clip_value
-    return stateless(lambda g, p: g.clamp(least, most))
+    return stateless(lambda g, p: g.clamp(least, most), elementwise=True)
 
 
 def clip_by_global_norm(max_norm: Number, norm_type: float = 2.0) -> Optimizer:
@@ -74,10 +104,10 @@ def clip_by_global_norm(max_norm: Number, norm_type: float = 2.0) -> Optimizer:
         ) from None
 
     def update(g: Tensor, p: Tensor) -> Tensor:
-        factor = max_norm / (global_norm(g, order) + 1e-6)
+        factor = max_norm / (global_norm(g, order, p) + 1e-6)
         return g * factor.clamp(max=1.0)
 
-    return stateless(update, needs_all_leaves=True)
+    return stateless(update, needs_all_leaves=True, elementwise=True)
 
 
 def clip_by_block_rms(threshold: Number) -> Optimizer:
@@ -142,7 +172,11 @@ def normalize(eps: Number = 1e-6) -> Optimizer:
     {'w': tensor([0.6000]), 'v': tensor([0.8000])}
     """
     check_options("normalize", eps=eps)
-    return stateless(lambda g, p: g / (global_norm(g) + eps), needs_all_leaves=True)
+
+    def update(g: Tensor, p: Tensor) -> Tensor:
+        return g / (global_norm(g, p=p) + eps)
+
+    return stateless(update, needs_all_leaves=True, elementwise=True)
 
 
 def _unit_norm(leaves: Any) -> Any:

@@ -60,7 +60,7 @@ def accumulate(optimizer: Optimizer, k: int) -> Optimizer:
 
         return choose(step == k, updated, waiting)
 
-    return around(optimizer, init, update)
+    return around(optimizer, init, update, elementwise=True)
 
 
 class ApplyIfFiniteState(NamedTuple):
@@ -98,7 +98,7 @@ def apply_if_finite(optimizer: Optimizer, max_consecutive_errors: int) -> Optimi
         return ApplyIfFiniteState(zero_step(p), finite, zero_step(p), inner)
 
     def update(g: Any, state: ApplyIfFiniteState, p: Any, inner_update: Any) -> Any:
-        finite = global_norm(g, torch.inf).isfinite().to(state.last_finite.device)
+        finite = global_norm(g, torch.inf, p).isfinite().to(state.last_finite.device)
         count = torch.where(finite, 0, state.notfinite_count + 1)
         updates, inner = choose(
             finite | (count > max_consecutive_errors),
@@ -108,4 +108,4 @@ def apply_if_finite(optimizer: Optimizer, max_consecutive_errors: int) -> Optimi
         total = state.total_notfinite + ~finite
         return updates, ApplyIfFiniteState(count, finite, total, inner)
 
-    return around(optimizer, init, update, needs_all_leaves=True)
+    return around(optimizer, init, update, needs_all_leaves=True, elementwise=True)

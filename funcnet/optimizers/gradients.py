@@ -38,7 +38,7 @@ def zero_nans() -> Optimizer:
     >>> zero_nans().update(params, {}, params)[0]
     {'w': tensor([1., 0.])}
     """
-    return stateless(lambda g, p: torch.where(g.isnan(), 0.0, g))
+    return stateless(lambda g, p: torch.where(g.isnan(), 0.0, g), elementwise=True)
 
 
 def set_to_zero() -> Optimizer:
@@ -48,7 +48,7 @@ def set_to_zero() -> Optimizer:
     >>> set_to_zero().update(params, {}, params)[0]
     {'w': tensor([0.])}
     """
-    return stateless(lambda g, p: torch.zeros_like(p))
+    return stateless(lambda g, p: torch.zeros_like(p), elementwise=True)
 
 
 class NoiseState(NamedTuple):

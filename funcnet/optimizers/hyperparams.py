@@ -12,13 +12,8 @@ from funcnet.checks import check_kind
 from funcnet.core import Optimizer, Params, Tree
 from funcnet.errors import located, require
 from funcnet.optimizers.leaves import Leaves
-from funcnet.optimizers.lift import (
-    Trees,
-    check_state,
-    leaves_update,
-    lifted,
-    zero_step,
-)
+from funcnet.optimizers.lift import check_state, leaves_update, lifted, zero_step
+from funcnet.optimizers.param_trees import Trees
 
 _NAME = "inject_hyperparams"
 
@@ -107,7 +102,8 @@ def inject_hyperparams(
                 updates, inner = leaves_update(made(hyperparams))(g, inner, trees)
             return updates, InjectHyperparamsState(step + 1, hyperparams, inner)
 
-        return lifted(_NAME, init_state, update_leaves, example.needs_all_leaves)
+        told = example.needs_all_leaves, example.elementwise
+        return lifted(_NAME, init_state, update_leaves, *told)
 
     return make
 

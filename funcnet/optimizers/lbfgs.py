@@ -11,7 +11,8 @@ from funcnet.core import Params, Tree
 from funcnet.errors import check_count
 from funcnet.optimizers.checks import Number, check_options, check_rate
 from funcnet.optimizers.leaves import Leaves
-from funcnet.optimizers.lift import Trees, check_state, zero_step
+from funcnet.optimizers.lift import check_state, zero_step
+from funcnet.optimizers.param_trees import Trees
 
 ValueAndGrad = Callable[[Params], tuple[Tensor, Params]]
 """``params -> (value, grads)``, the whole objective: a scalar, and a tree like the params."""

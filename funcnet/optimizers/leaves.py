@@ -9,10 +9,14 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from funcnet.collectives import Axis
 from funcnet.runtime import FOREACH, foreach_add_, is_transformed, read
 
 _dtype = attrgetter("dtype")
 WIDE = ({torch.float32}, {torch.float64})
+
+Axes = tuple[Axis, ...]
+"""The axes of a mesh over which a leaf is a part; none for a whole one."""
 
 
 class Leaves:
@@ -28,9 +32,10 @@ class Leaves:
     ([tensor([-1., -1.]), tensor([-1.])], [tensor(1.4142), tensor(1.)])
     """
 
-    __slots__ = ("fresh", "tensors", "treedef")
+    __slots__ = ("axes", "fresh", "tensors", "treedef")
     __hash__ = object.__hash__
     treedef: Any  # the structure of their tree, if they are params
+    axes: Sequence[Axes] | None  # over which each leaf is a part, if they are params
 
     def __init__(self, tensors: list[Tensor], fresh: bool = False) -> None:
         self.tensors = tensors

@@ -9,15 +9,15 @@ import optree
 import torch
 from torch import Tensor
 
-from funcnet import runtime, tree
+from funcnet import tree
 from funcnet.checks import check_kind, check_tensors
 from funcnet.compiler.loops import without_values
 from funcnet.core import EMPTY, Box, Optimizer, Params, Tree, function_name
 from funcnet.errors import located, refuse_state
 from funcnet.optimizers.each import Shaped
 from funcnet.optimizers.leaves import Applied, Leaves, sum_into
+from funcnet.optimizers.param_trees import Trees
 
-_flatten = tree.Flattener()
 _shape = attrgetter("shape")
 
 
@@ -26,6 +26,7 @@ def stateless(
     *,
     name: str | None = None,
     needs_all_leaves: bool = False,
+    elementwise: bool = False,
 ) -> Optimizer:
     """An optimizer, or a transform to chain, without state, lifted from a formula.
 
@@ -35,6 +36,8 @@ def stateless(
             PyTorch's functions and a tensor's methods apply leaf by leaf, to all leaves at once.
         name: what errors and a chain's state call it; by default the constructor's name.
         needs_all_leaves: whether what the formula gives for a leaf depends on other leaves.
+        elementwise: whether what it gives for an element depends on that element alone, so that
+            ranks can update parts of a leaf; see `Optimizer`.
 
     >>> def clip(limit):
     ...     return fn.optimizers.stateless(lambda g, p: g.clamp(-limit, limit))
@@ -51,7 +54,7 @@ def stateless(
             refuse_state(name, opt_state)
         return formula(g, trees.params).to_dtypes(trees.params), {}
 
-    return lifted(name, lambda params: {}, update_leaves, needs_all_leaves)
+    return lifted(name, lambda params: {}, update_leaves, needs_all_leaves, elementwise)
 
 
 def stateful(
@@ -60,6 +63,7 @@ def stateful(
     *,
     name: str | None = None,
     needs_all_leaves: bool = False,
+    elementwise: bool = False,
 ) -> Optimizer:
     """An optimizer, or a transform to chain, with state, lifted from a formula.
 
@@ -70,6 +74,8 @@ def stateful(
             how to compute with them and with the entries of the state.
         name: what errors and a chain's state call it; by default the constructor's name.
         needs_all_leaves: whether what the formula gives for a leaf depends on other leaves.
+        elementwise: whether what it gives for an element depends on that element alone, so that
+            ranks can update parts of a leaf; see `Optimizer`.
 
     Updates have the dtypes of the params, and the state those that it had before.
 
@@ -98,7 +104,8 @@ def stateful(
     >>> fn.testing.check_optimizer(lion(0.1), params)
     """
     name = name or function_name(update)
-    return _with_state(name, init, update, needs_all_leaves=needs_all_leaves)
+    told: Any = {"needs_all_leaves": needs_all_leaves, "elementwise": elementwise}
+    return _with_state(name, init, update, **told)
 
 
 def around(
@@ -109,6 +116,7 @@ def around(
     name: str | None = None,
     gives_state: bool = False,
     needs_all_leaves: bool = False,
+    elementwise: bool = False,
 ) -> Optimizer:
     """An optimizer around another one, lifted from a formula.
 
@@ -122,6 +130,8 @@ def around(
         gives_state: whether the formula has no use for ``state.inner`` after ``inner_update``,
             which may then write to its memory where that is donated.
         needs_all_leaves: whether what the formula gives for a leaf depends on other leaves.
+        elementwise: whether what it does itself for an element depends on that element alone; the
+            whole is then as elementwise as the optimizer inside.
 
     Errors of the optimizer inside get the name in front.
 
@@ -142,7 +152,8 @@ def around(
     """
     name = name or function_name(update)
     check_kind(name, optimizer, Optimizer)
-    return _with_state(name, init, update, optimizer, gives_state, needs_all_leaves)
+    told: Any = {"needs_all_leaves": needs_all_leaves, "elementwise": elementwise}
+    return _with_state(name, init, update, optimizer, gives_state, **told)
 
 
 def _with_state(
@@ -152,10 +163,12 @@ def _with_state(
     optimizer: Optimizer | None = None,
     gives_state: bool = False,
     needs_all_leaves: bool = False,
+    elementwise: bool = False,
 ) -> Optimizer:
     """`stateful`, or `around` an optimizer, whose formulas have an argument more."""
     inside = [] if optimizer is None else [optimizer]
     needs_all_leaves = needs_all_leaves or any([each.needs_all_leaves for each in inside])
+    elementwise = elementwise and all([each.elementwise for each in inside])
     # Which entries are trees does not depend on the params, so none show it as well.
     example = start(Leaves([]), *[EMPTY for _ in inside])
     kind, like_params = type(example), [isinstance(entry, Leaves) for entry in example]
@@ -195,7 +208,7 @@ def _with_state(
         ]
         return updates.to_dtypes(trees.params), kind(*new)
 
-    return lifted(name, init_state, update_leaves, needs_all_leaves)
+    return lifted(name, init_state, update_leaves, needs_all_leaves, elementwise)
 
 
 def check_state(name: str, kind: Any, opt_state: Tree) -> None:
@@ -216,65 +229,12 @@ def _update_inside(
         return leaves_update(optimizer)(given, opt_state, trees.within(donated))
 
 
-def _places(leaves: list[Tensor]) -> list[int]:
-    """Where each leaf is in memory, or which tensor it is, if that has no memory of its own."""
-    if runtime.is_transformed(*leaves):
-        return [*map(id, leaves)]
-    return [leaf.data_ptr() or id(leaf) for leaf in leaves]
-
-
-class Trees:
-    """The params of an update, flattened; takes trees like them apart and puts them together.
-
-    Where params and state are ``donated``, their leaves count as fresh: their memory may be
-    written to; `Applied` updates are then those of the last transform of a chain alone.
-    """
-
-    def __init__(self, params: Params, donated: bool = False) -> None:
-        leaves, treedef = _flatten(params)
-        # Two leaves that are one tensor, or views of one, would be written to twice.
-        self.donated = donated and len({*_places(leaves)}) == len(leaves)
-        self._set(leaves, treedef, self.donated)
-
-    def _set(self, leaves: list[Tensor], treedef: Any, fresh: bool) -> None:
-        self.treedef = treedef
-        self.params = Leaves(leaves, fresh)
-        self.params.treedef = treedef
-        self.shapes = [*map(_shape, leaves)]
-
-    def part(self, leaves: list[Tensor], treedef: Any, donated: bool) -> "Trees":
-        """Of other leaves of the params, in a tree of their own; only state is donated."""
-        trees = object.__new__(Trees)
-        trees.donated = donated and self.donated
-        trees._set(leaves, treedef, False)
-        return trees
-
-    def within(self, donated: bool) -> "Trees":
-        """For an optimizer inside another: it leaves the params, and unless donated the state."""
-        if not self.donated:
-            return self
-        return self.part(self.params.tensors, self.treedef, donated)
-
-    def split(
-        self, found: Tree, what: str, fresh: bool = False, shapes: list[torch.Size] | None = None
-    ) -> Leaves:
-        """The leaves of a tree; ValueError with ``what`` unless it is like the params.
-
-        With ``shapes`` it is like them in names, and has these shapes.
-        """
-        shapes = self.shapes if shapes is None else shapes
-        return Leaves(tree.leaves_like(shapes, self.treedef, found, what), fresh)
-
-    def join(self, leaves: Leaves) -> Any:
-        """The tree of these leaves."""
-        return self.treedef.unflatten(leaves)
-
-
 def lifted(
     name: str,
     init_state: Callable[[Params], Tree],
     update_leaves: Callable[..., Any],
     needs_all_leaves: bool = False,
+    elementwise: bool = False,
 ) -> Optimizer:
     """An optimizer from ``update_leaves(g, opt_state, trees) -> (updates, opt_state)``.
 
@@ -292,9 +252,8 @@ def lifted(
         updates, opt_state = update_leaves(g, opt_state, trees)
         return trees.join(updates), opt_state
 
-    return Optimizer(
-        checked_init_state, update, name, update_leaves, needs_all_leaves=needs_all_leaves
-    )
+    told: Any = {"needs_all_leaves": needs_all_leaves, "elementwise": elementwise}
+    return Optimizer(checked_init_state, update, name, update_leaves, **told)
 
 
 def paths(p: Any) -> Sequence[str]:

@@ -85,7 +85,7 @@ def dynamic_loss_scale(
 
     def update(g: Any, state: LossScaleState, p: Any, inner_update: Any) -> Any:
         scale, good_steps, before = state
-        finite = global_norm(g, torch.inf).isfinite().to(scale.device)
+        finite = global_norm(g, torch.inf, p).isfinite().to(scale.device)
         updates, inner = choose(
             finite,
             lambda: inner_update(g * scale.reciprocal(), before),
@@ -102,8 +102,9 @@ def dynamic_loss_scale(
         scale = torch.where(finite, torch.where(grows, grown, scale), backoff * scale)
         return scale, torch.where(count == interval, 0, count)
 
-    made = around(optimizer, init, update)
-    return Optimizer(*made, name, made.update_leaves, lambda opt_state: opt_state.scale, True)
+    made = around(optimizer, init, update, elementwise=True)
+    told: Any = made.update_leaves, lambda opt_state: opt_state.scale, True, made.elementwise
+    return Optimizer(*made, name, *told)
 
 
 def check_outermost(optimizer: Optimizer, opt_state: Tree) -> None:

@@ -73,7 +73,7 @@ def scale_by_nadam(
         direction = ahead / (sqrt(v / (1.0 - b2**t)) + eps)
         return direction, NadamState(step, product, m, v)
 
-    return stateful(init, update)
+    return stateful(init, update, elementwise=True)
 
 
 def nadam(

@@ -9,7 +9,8 @@ from funcnet.core import EMPTY, Optimizer, Params, Tree
 from funcnet.errors import located, require
 from funcnet.optimizers.chains import check_states, present
 from funcnet.optimizers.leaves import Leaves
-from funcnet.optimizers.lift import Trees, leaves_update, lifted
+from funcnet.optimizers.lift import leaves_update, lifted
+from funcnet.optimizers.param_trees import Trees
 from funcnet.optimizers.parts import Parts
 from funcnet.tree import Where, chosen_leaves
 
@@ -49,7 +50,7 @@ def masked(optimizer: Optimizer, where: Where, *, name: str = "masked") -> Optim
             updates, opt_state = inside(part.take(g), opt_state, part.trees(trees))
         return part.put(updates, g.to_dtypes(trees.params)), opt_state
 
-    return lifted(name, init_state, update_leaves, needs_all_leaves=True)
+    return lifted(name, init_state, update_leaves, True, optimizer.elementwise)
 
 
 def partition(optimizers: Mapping[str, Optimizer], rules: Mapping[str, Where]) -> Optimizer:
@@ -110,7 +111,8 @@ def partition(optimizers: Mapping[str, Optimizer], rules: Mapping[str, Where]) -
             result = part.put(updates, result)
         return result, present(states)
 
-    return lifted("partition", init_state, update_leaves, needs_all_leaves=True)
+    elementwise = all([each.elementwise for each in optimizers.values()])
+    return lifted("partition", init_state, update_leaves, True, elementwise)
 
 
 def _meant(where: Where, paths: Mapping[str, Any]) -> Collection[str]:

@@ -9,7 +9,7 @@ from funcnet import tree
 from funcnet.core import Params, Tree
 from funcnet.errors import located
 from funcnet.optimizers.leaves import Leaves
-from funcnet.optimizers.lift import Trees
+from funcnet.optimizers.param_trees import Trees
 
 
 class Part:
@@ -42,7 +42,8 @@ class Part:
 
     def trees(self, trees: Trees) -> Trees:
         """The chosen params, as an update of them alone takes them."""
-        return trees.part(self.take(trees.params).tensors, self.treedef, donated=True)
+        axes = trees.params.axes and [trees.params.axes[index] for index in self.indices]
+        return trees.part(self.take(trees.params).tensors, self.treedef, True, axes)
 
 
 class SplitState:

@@ -68,7 +68,7 @@ def scale_by_radam(betas: tuple[Number, Number] = (0.9, 0.999), eps: Number = 1e
         adapted = mean * (r * unbiased.sqrt()) / (sqrt(v) + eps)
         return torch.where(is_long, adapted, mean), RadamState(step, m, v)
 
-    return stateful(init, update)
+    return stateful(init, update, elementwise=True)
 
 
 def radam(

@@ -68,7 +68,7 @@ def scale_by_rms(
             spread = spread - mean * mean
         return g / (sqrt(spread) + eps), RmsState(v, m, step)
 
-    return stateful(init, update)
+    return stateful(init, update, elementwise=True)
 
 
 def rmsprop(

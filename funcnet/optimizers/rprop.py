@@ -64,7 +64,7 @@ def scale_by_rprop(
         g = torch.where(turned, torch.zeros_like(g), g)
         return size * g.sign(), RpropState(g, size)
 
-    return stateful(init, update)
+    return stateful(init, update, elementwise=True)
 
 
 def rprop(

@@ -79,7 +79,7 @@ def average_schedule_free(
         after = ScheduleFreeState(step, max_lr, total, state.b1 * 0.0 + b1, state.z + g)
         return updates, after
 
-    return stateful(init, update)
+    return stateful(init, update, elementwise=True)
 
 
 def schedule_free(

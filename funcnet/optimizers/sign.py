@@ -80,7 +80,7 @@ def scale_by_lion(betas: tuple[Number, Number] = (0.9, 0.99)) -> Optimizer:
         direction = torch.sign(torch.lerp(state.mu, g, 1.0 - b1))
         return direction, LionState(torch.lerp(state.mu, g, 1.0 - b2))
 
-    return stateful(lambda p: LionState(torch.zeros_like(p)), update)
+    return stateful(lambda p: LionState(torch.zeros_like(p)), update, elementwise=True)
 
 
 def lion(

@@ -61,4 +61,4 @@ def lookahead(optimizer: Optimizer, k: int = 5, alpha: Number = 0.5) -> Optimize
         updates, slow = choose(step % k == 0, synchronized, lambda: (fast, state.slow))
         return updates, LookaheadState(step, slow, inner)
 
-    return around(optimizer, init, update, gives_state=True)
+    return around(optimizer, init, update, gives_state=True, elementwise=True)

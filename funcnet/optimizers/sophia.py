@@ -77,7 +77,7 @@ def scale_by_sophia(
             ratio = ratio.clamp(-clip_threshold, clip_threshold)
         return ratio, SophiaState(step, state.b2 * 0.0 + b2, m, state.hessian)
 
-    return stateful(init, update)
+    return stateful(init, update, elementwise=True)
 
 
 def refresh_hessian(opt_state: Tree, estimate: Params) -> Any:

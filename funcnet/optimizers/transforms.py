@@ -32,7 +32,7 @@ def scale(factor: Number) -> Optimizer:
     >>> scale(2.0).update(params, {}, params)[0]
     {'w': tensor([2.])}
     """
-    return stateless(lambda g, p: g * factor)
+    return stateless(lambda g, p: g * factor, elementwise=True)
 
 
 def negate() -> Optimizer:
@@ -42,7 +42,7 @@ def negate() -> Optimizer:
     >>> negate().update(params, {}, params)[0]
     {'w': tensor([-1.])}
     """
-    return stateless(lambda g, p: -g)
+    return stateless(lambda g, p: -g, elementwise=True)
 
 
 def scale_by_sign() -> Optimizer:
@@ -52,7 +52,7 @@ def scale_by_sign() -> Optimizer:
     >>> scale_by_sign().update(params, {}, params)[0]
     {'w': tensor([-1., 0.])}
     """
-    return stateless(lambda g, p: g.sign())
+    return stateless(lambda g, p: g.sign(), elementwise=True)
 
 
 def add_decayed_weights(weight_decay: Number, mask: Where | None = None) -> Optimizer:
@@ -68,7 +68,7 @@ def add_decayed_weights(weight_decay: Number, mask: Where | None = None) -> Opti
     """
     check_options("add_decayed_weights", weight_decay=weight_decay)
     name = "add_decayed_weights"
-    decay = stateless(lambda g, p: sum_into(g, p, weight_decay), name=name)
+    decay = stateless(lambda g, p: sum_into(g, p, weight_decay), name=name, elementwise=True)
     return decay if mask is None else masked(decay, mask, name=name)
 
 
@@ -96,7 +96,7 @@ def scale_by_learning_rate(lr: LearningRate) -> Optimizer:
     if not callable(lr):
         check_rate("scale_by_learning_rate", lr)
         factor = -lr
-        return stateless(lambda g, p: g * factor)
+        return stateless(lambda g, p: g * factor, elementwise=True)
     schedule = lr
 
     def update(g: Tensor, state: ScheduleState, p: Tensor) -> tuple[Tensor, ScheduleState]:
@@ -105,7 +105,7 @@ def scale_by_learning_rate(lr: LearningRate) -> Optimizer:
         # Leaves times a tensor take half the time of a tensor times leaves.
         return g * -rate, ScheduleState(state.step + 1)
 
-    return stateful(lambda p: ScheduleState(zero_step(p)), update)
+    return stateful(lambda p: ScheduleState(zero_step(p)), update, elementwise=True)
 
 
 class TraceState(NamedTuple):
@@ -148,7 +148,7 @@ def trace(momentum: Number, dampening: Number = 0.0, nesterov: bool = False) -> 
         b = momentum * state.trace + fresh
         return g + momentum * b if nesterov else b, TraceState(b, state.step + 1)
 
-    return stateful(init, update)
+    return stateful(init, update, elementwise=True)
 
 
 class EmaState(NamedTuple):
@@ -185,4 +185,4 @@ def ema(decay: Number, debias: bool = True) -> Optimizer:
         step = state.step + 1
         return m / (1.0 - decay ** step.double()) if debias else m, EmaState(step, m)
 
-    return stateful(init, update)
+    return stateful(init, update, elementwise=True)

@@ -19,7 +19,8 @@ def curved(rate):
         estimate = fn.tree.map(lambda leaf: torch.full_like(leaf, 1e4), params)
         return opt.refresh_hessian(optimizer.init_state(params), estimate)
 
-    return fn.Optimizer(init_state, optimizer.update, "sophia", optimizer.update_leaves)
+    told = optimizer.name, optimizer.update_leaves
+    return fn.Optimizer(init_state, optimizer.update, *told, elementwise=True)
 
 
 CASES = {

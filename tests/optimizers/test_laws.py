@@ -191,6 +191,31 @@ def test_in_a_chain_it_is_itself(case):
         assert_close(state.get("it", {}), alone)
 
 
+def in_pieces(params):
+    """Each leaf as a dict of flat pieces of it, of two elements or less."""
+    return fn.tree.map(
+        lambda leaf: {str(i): piece for i, piece in enumerate(leaf.reshape(-1).split(2))}, params
+    )
+
+
+@cases
+def test_it_is_elementwise_if_it_says_so(case):
+    """A leaf's update, cut into flat pieces, is that of the pieces, as ranks update them."""
+    optimizer = case.make(case.rate)
+    params = tree_of(zeros=False)
+    grads = [grads_at(step, params) for step in range(4)]
+    whole, cut = params, in_pieces(params)
+    state, cut_state = optimizer.init_state(whole), optimizer.init_state(cut)
+    for each in grads:
+        updates, state = optimizer.update(each, state, whole)
+        whole = fn.apply_updates(whole, updates)
+        updates, cut_state = optimizer.update(in_pieces(each), cut_state, cut)
+        cut = fn.apply_updates(cut, updates)
+    pairs = zip(fn.tree.leaves(in_pieces(whole)), fn.tree.leaves(cut), strict=True)
+    same = all(torch.allclose(one, other, rtol=1e-11, atol=1e-12) for one, other in pairs)
+    assert same == optimizer.elementwise
+
+
 @cases
 def test_masked_it_is_itself_on_the_leaves_that_are_meant(case):
     params, optimizer = tree_of(), case.make(case.rate)
