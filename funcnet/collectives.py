@@ -151,6 +151,9 @@ class Split:
     >>> split = Split(Axis("model", 2, "model of (model=2)"), (5, 3), dim=0)
     >>> split.part_shape
     (3, 3)
+
+    A dimension may consist of sections, such as the queries, keys and values of one weight. Each of
+    them is then parted, and a rank has its part of the first, of the second, and so on.
     """
 
     axis: Axis
@@ -162,38 +165,70 @@ class Split:
     dim: int | None = None
     """The dimension that is parted; None: its numbers one after another, as a vector."""
 
+    front: int = 0
+    """How many dimensions are in front of the vector, for a stack of tensors that are parted each,
+    as `repeat` makes it."""
+
+    sections: tuple[int, ...] = ()
+    """The sizes of the sections of the dimension, which ranks divide; default it is one."""
+
     @property
     def part_shape(self) -> tuple[int, ...]:
         """The shape of each rank's part."""
-        if self.dim is None:
-            return (-(-prod(self.shape) // self.axis.size),)
-        extent = -(-self.shape[self.dim] // self.axis.size)
-        return (*self.shape[: self.dim], extent, *self.shape[self.dim + 1 :])
+        dim, extents = self._form()
+        return (*extents[:dim], -(-extents[dim] // self.axis.size), *extents[dim + 1 :])
 
     def part(self, whole: Tensor) -> Tensor:
         """This rank's part of a tensor that all ranks have."""
-        return self.axis.part(self.padded(whole), self.dim or 0)
+        return self.axis.part(self.padded(whole), self._form()[0])
 
     def whole(self, part: Tensor) -> Tensor:
         """The whole tensor, on all ranks, from the part of each."""
-        return self.trimmed(self.axis.gather(part, self.dim or 0))
+        return self.trimmed(self.axis.gather(part, self._form()[0]))
 
     def sum(self, whole: Tensor) -> Tensor:
         """This rank's part of the sum of the ranks' tensors."""
-        return self.axis.scatter_sum(self.padded(whole), self.dim or 0)
+        return self.axis.scatter_sum(self.padded(whole), self._form()[0])
 
     def padded(self, whole: Tensor) -> Tensor:
-        """A whole tensor, as a vector if the parts are, with the zeros at its end."""
-        dim = self.dim or 0
-        whole = whole.reshape(-1) if self.dim is None else whole
-        missing = self.part_shape[dim] * self.axis.size - whole.shape[dim]
+        """A whole tensor, as a vector if the parts are, with the zeros at its end.
+
+        The ranks' parts lie one after another in it.
+        """
+        dim, extents = self._form()
+        whole = whole.reshape(extents)
+        if self.sections:
+            sections = whole.split(self.sections, dim)
+            pieces = [each.unflatten(dim, (self.axis.size, -1)) for each in sections]
+            return torch.cat(pieces, dim + 1).flatten(dim, dim + 1)
+        missing = self.part_shape[dim] * self.axis.size - extents[dim]
         if not missing:
             return whole
-        zeros = whole.new_zeros((*whole.shape[:dim], missing, *whole.shape[dim + 1 :]))
+        zeros = whole.new_zeros((*extents[:dim], missing, *extents[dim + 1 :]))
         return torch.cat((whole, zeros), dim)
 
     def trimmed(self, padded: Tensor) -> Tensor:
         """The whole tensor without the zeros at its end."""
-        extents = (prod(self.shape),) if self.dim is None else self.shape
-        dim = self.dim or 0
+        dim, extents = self._form()
+        if self.sections:
+            parts = padded.unflatten(dim, (self.axis.size, -1))
+            sizes = [each // self.axis.size for each in self.sections]
+            pieces = [each.flatten(dim, dim + 1) for each in parts.split(sizes, dim + 1)]
+            return torch.cat(pieces, dim)
         return padded.narrow(dim, 0, extents[dim]).reshape(self.shape)
+
+    def stacked(self, extents: tuple[int, ...]) -> "Split":
+        """The same of a stack of such tensors, with these dimensions in front.
+
+        >>> Split(Axis("model", 2, "model of (model=2)"), (5, 3)).stacked((4,)).part_shape
+        (4, 8)
+        """
+        dim = None if self.dim is None else self.dim + len(extents)
+        front = self.front + len(extents) if self.dim is None else 0
+        return Split(self.axis, (*extents, *self.shape), dim, front, self.sections)
+
+    def _form(self) -> tuple[int, tuple[int, ...]]:
+        """The dimension that is parted, and the extents of the whole, as a vector if it is one."""
+        if self.dim is None:
+            return self.front, (*self.shape[: self.front], prod(self.shape[self.front :]))
+        return self.dim, self.shape

@@ -208,7 +208,7 @@ PAGES = {
         "Parts of a batch, and what is of all of it": "part mean sum total everywhere replicated",
         "The same numbers on any number of ranks": "data_parallel BatchAxis",
         "Unsorted": """
-            ZeroState over_parts zero
+            ZeroState over_parts sharded zero
             """,
         "Where params lie": "placements",
     },

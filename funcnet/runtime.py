@@ -44,6 +44,10 @@ def is_tracing() -> bool:
     return bool(_dispatch_modes())
 
 
+untraced: Callable[[], Any] = torch.utils._python_dispatch._disable_current_modes
+"""A context in which operators are not recorded: for shapes, which are found on meta tensors."""
+
+
 def is_transformed(*tensors: Tensor) -> bool:
     """Whether torch.func or a tracer is at work, or one of the tensors needs a gradient.
 

@@ -11,6 +11,7 @@ from funcnet.distributed.global_batch import data_parallel as data_parallel
 from funcnet.distributed.gradients import mean as mean, sum as sum
 from funcnet.distributed.replicate import replicated as replicated
 from funcnet.distributed.sameness import check_same as check_same
+from funcnet.distributed.sharded_layers import sharded as sharded
 from funcnet.distributed.sharded_optimizers import (
     ZeroState as ZeroState,
     over_parts as over_parts,

@@ -27,7 +27,7 @@ def gathered(parts: list[Any], splits: Sequence[Split], most: float = inf) -> li
         message = torch.cat(chosen) if len(chosen) > 1 else chosen[0]
         del chosen
         axis = splits[indices[0]].axis
-        ranks = axis.gather(message).unflatten(0, (axis.size, -1))
+        ranks = axis.gather(message).unflatten(0, (axis.size, sum(sizes)))
         del message
         for index, each in zip(indices, ranks.split(sizes, 1), strict=True):
             wholes[index] = splits[index].trimmed(each.reshape(-1))
@@ -47,7 +47,10 @@ def reduced(
     for indices in _messages(wholes, dtypes, most):
         axis, wide = splits[indices[0]].axis, dtypes[indices[0]]
         rows = [
-            splits[index].padded(whole).to(wide).unflatten(0, (axis.size, -1))
+            splits[index]
+            .padded(whole)
+            .to(wide)
+            .unflatten(0, (axis.size, *splits[index].part_shape))
             for index, whole in zip(indices, _taken(wholes, indices), strict=True)
         ]
         sizes = [row.shape[1] for row in rows]

@@ -1,6 +1,7 @@
 """Where the params of a model lie: which of them are parts, of what, over which ranks."""
 
 from collections.abc import Mapping
+from itertools import count
 from typing import Any
 
 from funcnet import tree
@@ -23,24 +24,41 @@ def placements(model: Layer, x: Tree) -> dict[str, Splits]:
     >>> placements(fn.linear(2), torch.ones(5, 3))
     {'weight': (), 'bias': ()}
     """
-    found: dict[str, list[Split]] = {}
+    # By the number of the layer, as an init may run several times.
+    found: dict[str, dict[int, Split]] = {}
+    numbers = count()
 
     def watched(path: str, layer: Layer) -> Layer:
-        placed = layer.placed
+        placed, number = layer.placed, next(numbers)
         if placed is None:
             return layer
 
         def init(key: Key, x: Tree) -> tuple[Params, Params]:
             made = layer.init(key, x)
             for name, split in placed(x).items():
-                found.setdefault(join_paths(path, name), []).append(split)
+                found.setdefault(join_paths(path, name), {})[number] = split
             return made
 
         return layer._replace(init=init)
 
     example: Any = tree.to_meta(x)
     params, _ = map_layers(watched, model).init(key(0), example)
-    return {path: tuple(found.get(path, ())) for path in tree.to_dotted(params)}
+    return {
+        path: _stacked(
+            tuple(leaf.shape), [split for _, split in sorted(found.get(path, {}).items())]
+        )
+        for path, leaf in tree.to_dotted(params).items()
+    }
+
+
+def _stacked(shape: tuple[int, ...], splits: list[Split]) -> Splits:
+    """How a leaf of this shape is parted, where it may be a stack of what the layers told of."""
+    placed: list[Split] = []
+    for split in reversed(splits):
+        extents = shape[: len(shape) - len(split.part_shape)]
+        placed.insert(0, split.stacked(extents) if extents else split)
+        shape = placed[0].shape
+    return tuple(placed)
 
 
 def whole(part: Any, splits: Splits) -> Any:
