@@ -3,7 +3,8 @@
 Outside the compiler, this is the one module that uses private names of PyTorch.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from functools import partial
 from operator import attrgetter
 from typing import Any
@@ -44,8 +45,11 @@ def is_tracing() -> bool:
     return bool(_dispatch_modes())
 
 
-untraced: Callable[[], Any] = torch.utils._python_dispatch._disable_current_modes
-"""A context in which operators are not recorded: for shapes, which are found on meta tensors."""
+@contextmanager
+def untraced() -> Iterator[None]:
+    """A context in which no operator is recorded: for shapes, which are found on meta tensors."""
+    with torch.utils._python_dispatch._disable_current_modes(), torch._C.DisableTorchFunction():
+        yield
 
 
 def is_transformed(*tensors: Tensor) -> bool:

@@ -28,7 +28,6 @@ from funcnet.core import (
 from funcnet.deferred import Defer, defers, mapped
 from funcnet.distributed.flat_messages import gathered, reduced
 from funcnet.distributed.start import Mesh, axis_of
-from funcnet.errors import locate
 from funcnet.lift import stateful
 from funcnet.random import key as key_of
 from funcnet.runtime import is_batched, is_transformed, storage_id, untraced
@@ -155,9 +154,10 @@ class _Shards(NamedTuple):
         try:
             return tree.leaves_like(shapes, self.treedef, params, "sharded: params")
         except ValueError as error:
-            hint = "of this rank's parts, as of init; fn.distributed.placements tells of what"
-            locate(error, f"sharded: expects params {hint}:")
-            raise
+            hint = "its leaves are this rank's parts, as of init"
+            raise ValueError(
+                f"{error}; {hint}, and fn.distributed.placements tells of what"
+            ) from None
 
     def whole(self, parts: Sequence[Tensor]) -> Params:
         """The params of the layer, on all ranks."""
