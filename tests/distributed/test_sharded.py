@@ -374,7 +374,7 @@ def test_bad_input_is_refused_before_anything_is_sent():
     again = d.over_parts(zero, d.placements(layer, x))
     with pytest.raises(ValueError, match="part over 'data' already"):
         again.update(parts, again.init_state(parts), parts)
-    with pytest.raises(ValueError, match="placements has no 'weight'"):
+    with pytest.raises(ValueError, match="placements has no 'bias'"):
         d.over_parts(fn.adam(), {}).update(parts, fn.adam().init_state(parts), parts)
 
 
