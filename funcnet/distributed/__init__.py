@@ -9,6 +9,18 @@ from funcnet.distributed.batches import part as part
 from funcnet.distributed.faults import PeerError as PeerError
 from funcnet.distributed.global_batch import data_parallel as data_parallel
 from funcnet.distributed.gradients import mean as mean, sum as sum
+from funcnet.distributed.pipeline import (
+    Action as Action,
+    Schedule as Schedule,
+    Simulation as Simulation,
+    gpipe as gpipe,
+    one_f_one_b as one_f_one_b,
+    pipeline_stages as pipeline_stages,
+    pipeline_state as pipeline_state,
+    pipeline_step as pipeline_step,
+    simulate as simulate,
+    zero_bubble as zero_bubble,
+)
 from funcnet.distributed.replicate import replicated as replicated
 from funcnet.distributed.sameness import check_same as check_same
 from funcnet.distributed.sharded_layers import sharded as sharded

@@ -1,6 +1,7 @@
 """Transforms that bound gradients, or bring them to a norm."""
 
 from collections.abc import Sequence
+from itertools import compress
 from operator import attrgetter
 from typing import Any
 
@@ -10,7 +11,7 @@ from torch import Tensor
 from funcnet.core import Optimizer
 from funcnet.optimizers.checks import Number, check_options, check_positive
 from funcnet.optimizers.leaves import WIDE, Axes, at_least_float32, leafwise
-from funcnet.optimizers.lift import stateless
+from funcnet.optimizers.lift import paths, stateless
 from funcnet.runtime import foreach_norm, is_transformed
 
 _dtype, _device = attrgetter("dtype"), attrgetter("device")
@@ -20,8 +21,19 @@ def global_norm(leaves: Any, norm_type: float = 2.0, p: Any = None) -> Tensor:
     """The norm of the norms of all leaves, a 0-d tensor; half precision is summed in float32.
 
     With the params ``p`` to which they belong it is that of the whole leaves, where some are parts
-    over the ranks of an axis.
+    over the ranks of an axis, or other ranks have other leaves.
     """
+    axes, across = getattr(p, "axes", None), getattr(p, "across", None)
+    if across is None:
+        return _norm_here(leaves, norm_type, axes)
+    counted = [path not in across.elsewhere for path in paths(p)]
+    own = _norm_here([*compress(leaves, counted)], norm_type, axes and [*compress(axes, counted)])
+    ranks = across.axis.gather(own.to(across.device, torch.float64).reshape(1))
+    return torch.linalg.vector_norm(ranks, norm_type).to(own.dtype)
+
+
+def _norm_here(leaves: Any, norm_type: float, axes: Sequence[Axes] | None) -> Tensor:
+    """That of the leaves of this rank, which may be parts over these axes."""
     present = [leaf for leaf in leaves if leaf.numel()]
     if not present:
         return torch.zeros(())
@@ -36,7 +48,6 @@ def global_norm(leaves: Any, norm_type: float = 2.0, p: Any = None) -> Tensor:
     if len(devices := {*map(_device, norms)}) > 1:
         device = next(iter(devices))
         norms = [norm.to(device) for norm in norms]
-    axes = getattr(p, "axes", None)
     if axes and any(axes):
         there = [each for leaf, each in zip(leaves, axes, strict=True) if leaf.numel()]
         norms = _over_ranks(norms, there, norm_type)

@@ -4,7 +4,7 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from functools import lru_cache, partial
 from itertools import repeat
 from operator import attrgetter
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -17,6 +17,19 @@ WIDE = ({torch.float32}, {torch.float64})
 
 Axes = tuple[Axis, ...]
 """The axes of a mesh over which a leaf is a part; none for a whole one."""
+
+
+class Across(NamedTuple):
+    """Ranks each of which has some of the leaves, as the stages of a pipeline have."""
+
+    axis: Axis
+    """The ranks."""
+
+    elsewhere: frozenset[str]
+    """The dotted paths of this rank's leaves that another one has too, and counts."""
+
+    device: torch.device
+    """For what they tell each other, where a rank has no leaves."""
 
 
 class Leaves:
@@ -32,10 +45,11 @@ class Leaves:
     ([tensor([-1., -1.]), tensor([-1.])], [tensor(1.4142), tensor(1.)])
     """
 
-    __slots__ = ("axes", "fresh", "tensors", "treedef")
+    __slots__ = ("across", "axes", "fresh", "tensors", "treedef")
     __hash__ = object.__hash__
     treedef: Any  # the structure of their tree, if they are params
     axes: Sequence[Axes] | None  # over which each leaf is a part, if they are params
+    across: Across | None  # the ranks that have the other params, if they are params
 
     def __init__(self, tensors: list[Tensor], fresh: bool = False) -> None:
         self.tensors = tensors

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from funcnet import runtime, tree
 from funcnet.core import Params, Tree
-from funcnet.optimizers.leaves import Axes, Leaves
+from funcnet.optimizers.leaves import Across, Axes, Leaves
 
 _flatten = tree.Flattener()
 _shape = attrgetter("shape")
@@ -33,14 +33,19 @@ class Trees:
         leaves, treedef = _flatten(params)
         # Two leaves that are one tensor, or views of one, would be written to twice.
         self.donated = donated and len({*_places(leaves)}) == len(leaves)
-        self._set(leaves, treedef, self.donated, None)
+        self._set(leaves, treedef, self.donated)
 
     def _set(
-        self, leaves: list[Tensor], treedef: Any, fresh: bool, axes: Sequence[Axes] | None
+        self,
+        leaves: list[Tensor],
+        treedef: Any,
+        fresh: bool,
+        axes: Sequence[Axes] | None = None,
+        across: Across | None = None,
     ) -> None:
         self.treedef = treedef
         self.params = Leaves(leaves, fresh)
-        self.params.treedef, self.params.axes = treedef, axes
+        self.params.treedef, self.params.axes, self.params.across = treedef, axes, across
         self.shapes = [*map(_shape, leaves)]
 
     def part(
@@ -52,14 +57,21 @@ class Trees:
         """
         trees = object.__new__(Trees)
         trees.donated = donated and self.donated
-        trees._set(leaves, treedef, False, axes)
+        trees._set(leaves, treedef, False, axes, self.params.across)
         return trees
 
     def over(self, axes: Sequence[Axes]) -> "Trees":
         """The same, of params that are parts over these axes."""
+        return self._told(axes, self.params.across)
+
+    def across(self, across: Across) -> "Trees":
+        """The same, of params of which these ranks have the others."""
+        return self._told(self.params.axes, across)
+
+    def _told(self, axes: Sequence[Axes] | None, across: Across | None) -> "Trees":
         trees = object.__new__(Trees)
         trees.donated = self.donated
-        trees._set(self.params.tensors, self.treedef, self.params.fresh, axes)
+        trees._set(self.params.tensors, self.treedef, self.params.fresh, axes, across)
         return trees
 
     def within(self, donated: bool) -> "Trees":

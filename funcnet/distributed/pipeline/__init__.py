@@ -7,3 +7,8 @@ from funcnet.distributed.pipeline.schedules import (
     zero_bubble as zero_bubble,
 )
 from funcnet.distributed.pipeline.simulation import Simulation as Simulation, simulate as simulate
+from funcnet.distributed.pipeline.stages import pipeline_stages as pipeline_stages
+from funcnet.distributed.pipeline.step import (
+    pipeline_state as pipeline_state,
+    pipeline_step as pipeline_step,
+)

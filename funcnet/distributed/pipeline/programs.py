@@ -11,7 +11,7 @@ from funcnet.distributed.pipeline.stages import Stage
 from funcnet.optimizers.lift import step_params
 from funcnet.random import fold_in
 from funcnet.train import Measure, Measured
-from funcnet.transforms import jit as compiled
+from funcnet.transforms.jit import jit as compiled
 
 Pullbacks = dict[str, Any]
 """Of the stage's layers and, in the last stage, of the loss."""
@@ -71,9 +71,7 @@ def programs_of(
         del dy
         return pull(left, "model", box, params=params, x=sends_dx)
 
-    def backward(
-        pullbacks: Pullbacks, dy: Tree, dvalue: Any, grads: Params
-    ) -> tuple[Params, Tree]:
+    def backward(pullbacks: Pullbacks, dy: Tree, dvalue: Any, grads: Params) -> tuple[Params, Tree]:
         made, dx = pulled(pullbacks, dy, dvalue, Sums(grads) if learns else False)
         return made if learns else grads, dx
 

@@ -103,8 +103,8 @@ def simulate(
     >>> from funcnet.distributed import one_f_one_b, zero_bubble
     >>> simulate(one_f_one_b(2, 2))
     time 9, bubble 33.3%
-      0 |F0 F1 ......BW0   BW1   | holds 2
-      1 |...F0 BW0   F1 BW1   ...| holds 1
+      0 |F0 F1 ......BW0   ...BW1   | holds 2
+      1 |...F0 BW0   F1 BW1   ......| holds 1
     >>> simulate(zero_bubble(2, 2))
     time 7, bubble 14.3%
       0 |F0 F1 ...B0 W0 B1 W1 | holds 2
@@ -148,7 +148,5 @@ def held_by(actions: Sequence[Action]) -> int:
 def _per_stage(name: str, cost: Cost, stages: int) -> list[float]:
     costs = [cost] * stages if isinstance(cost, (int, float)) else [*cost]
     fits = len(costs) == stages and all([each >= 0 for each in costs])
-    require(
-        fits, f"simulate: expects for {name} a number >= 0, or {stages} of them, got {cost!r}"
-    )
+    require(fits, f"simulate: expects for {name} a number >= 0, or {stages} of them, got {cost!r}")
     return [float(each) for each in costs]

@@ -2,6 +2,7 @@
 
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 from typing import Any
 
 from torch import Tensor
@@ -98,12 +99,11 @@ def stages_of(
     ends = (*starts[1:], len(names))
     parts = [names[start:end] for start, end in zip(starts, ends, strict=True)]
     made: list[Stage] = []
+    part_of: Any = inner.rebuild
     tied: dict[str, list[int]] = {}
     learned = False
     for index, part in enumerate(parts):
-        own_ties = {
-            target: source for target, source in ties.items() if child_of(target) in part
-        }
+        own_ties = {target: source for target, source in ties.items() if child_of(target) in part}
         paths = [
             path
             for path in tree.to_dotted(params)
@@ -113,9 +113,7 @@ def stages_of(
             tied.setdefault(path, []).append(index)
         own = {path: leaf for path, leaf in tree.to_dotted(params).items() if path in paths}
         own_state = {child: state[child] for child in part if child in state}
-        layer = _with_ties(
-            rebuilt(inner, {child: inner.children[child] for child in part}), own_ties
-        )
+        layer = _with_ties(part_of({child: inner.children[child] for child in part}), own_ties)
         own_params = tree.from_dotted(own)
         y = output_on_meta(layer, example, own_params, own_state)
         made.append(Stage(part, layer, own_params, example, y, learned))
@@ -244,11 +242,11 @@ def _given(
 ) -> tuple[int, ...]:
     """Where the stages begin, as the user says it."""
     one = isinstance(boundaries, (str, int))
-    given: list[Any] = [boundaries] if one else [*boundaries]  # type: ignore[list-item]
+    given: list[Any] = [boundaries] if one else [*boundaries]
     found = [names.index(each) if each in names else each for each in given]
     good = len(found) == count - 1 and all([isinstance(each, int) for each in found])
     starts = (0, *found, len(names))
-    good = good and all([a < b for a, b in zip(starts, starts[1:], strict=False)])
+    good = good and all([a < b for a, b in pairwise(starts)])
     expected = f"{count - 1} of the layers {list(names)} in their order, where stages begin"
     require(good, f"{name}: expects as boundaries {expected}, got {boundaries!r}")
     return starts[:-1]

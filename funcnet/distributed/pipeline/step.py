@@ -132,7 +132,8 @@ def pipeline_step(
     Source: Huang et al. 2019, "GPipe"; Qi et al. 2023, "Zero Bubble Pipeline Parallelism".
 
     >>> import funcnet as fn
-    >>> net, mesh, x = fn.serial(fn.linear(8), fn.tanh(), fn.linear(2)), {"pipe": 1}, torch.ones(4, 3)
+    >>> net, mesh = fn.serial(fn.linear(8), fn.tanh(), fn.linear(2)), {"pipe": 1}
+    >>> x = torch.ones(4, 3)
     >>> state = pipeline_state(net, fn.adam(), fn.key(0), x, mesh)
     >>> step = pipeline_step(net, fn.mse(), fn.adam(), mesh, micro_batches=2)
     >>> state, metrics = step(state, (x, torch.zeros(4, 2)))
@@ -163,7 +164,7 @@ def pipeline_step(
             f"loss: expects a scalar value to train on, got {tuple(value.shape)}; {scalar}",
         )
         own, last = stages.each[axis.index], axis.index == axis.size - 1
-        updated_by = over_stages(optimizer, axis, stages.tied)
+        updated_by = over_stages(optimizer, axis, stages.tied, tree.device_of((x, target)))
         programs = programs_of(
             own, loss if last else None, measure, updated_by, jit=jit, donate=donate
         )

@@ -1,0 +1,164 @@
+"""Pipelines on several ranks: each schedule gives the numbers of a single process."""
+
+from functools import partial
+
+import pytest
+import torch
+
+import funcnet as fn
+from funcnet.distributed import gpipe, one_f_one_b, zero_bubble
+
+STEPS, ROWS = 5, 8
+SCHEDULES = {
+    "gpipe": gpipe,
+    "1f1b": one_f_one_b,
+    "zb-h1": zero_bubble,
+    "zb-h2": partial(zero_bubble, held=7),
+}
+
+
+def mlp():
+    return fn.serial(
+        fn.linear(6),
+        fn.batch_norm(),
+        fn.tanh(),
+        fn.linear(5),
+        fn.dropout(0.3),
+        fn.tanh(),
+        fn.linear(4),
+        fn.linear(3),
+    )
+
+
+def tied():
+    net = fn.serial(
+        embed=fn.embedding(7, 4),
+        hidden=fn.residual(fn.serial(fn.linear(4), fn.tanh())),
+        other=fn.linear(4),
+        head=fn.linear(7, bias=False),
+    )
+    return fn.tie(net, {"head.weight": "embed.weight"})
+
+
+def pair_of():
+    """Values between the layers are a dict with a tensor of integers."""
+
+    def split(x):
+        return {"value": x, "index": (x[:, 0] > 0).long()}
+
+    def chosen(x):
+        return x["value"] * (1.0 + x["index"].double()).unsqueeze(1)
+
+    def both(name, function, backward):
+        return fn.core.Layer(
+            lambda key, x: ({}, {}),
+            lambda params, x, state={}, *, key=None, train=False: (function(x), {}),
+            lambda params, x, state={}, *, key=None, train=True: (
+                function(x),
+                fn.core.Pullback(backward, {"x": x}),
+                {},
+            ),
+            name=name,
+            takes_key=False,
+        )
+
+    return fn.serial(
+        fn.linear(4),
+        both("split", split, split_rule),
+        both("chosen", chosen, chosen_rule),
+        fn.linear(3),
+    )
+
+
+def split_rule(residuals, dy, *, params, x):
+    return {} if params else None, dy["value"] if x else None
+
+
+def chosen_rule(residuals, dy, *, params, x):
+    scale = 1.0 + residuals["x"]["index"].double()
+    return {} if params else None, {"value": dy * scale.unsqueeze(1), "index": None} if x else None
+
+
+MODELS = {"mlp": mlp, "tied": tied, "pair": pair_of}
+
+
+def batch_of(model, step):
+    key = fn.random.fold_in(fn.key(7), step)
+    if model == "tied":
+        x = fn.random.randint(key, (ROWS, 3), 0, 7)
+        return x, fn.random.randint(fn.random.fold_in(key, 1), (ROWS, 3), 0, 7)
+    x = fn.random.normal(key, (ROWS, 5), torch.float64)
+    return x, fn.random.normal(fn.random.fold_in(key, 1), (ROWS, 3), torch.float64)
+
+
+def parts(model, clip=False):
+    optimizer = fn.adam(0.05)
+    if clip:
+        optimizer = fn.chain(fn.optimizers.clip_by_global_norm(0.1), optimizer)
+    loss = fn.cross_entropy() if model == "tied" else fn.mse()
+    return MODELS[model](), loss, optimizer
+
+
+def double(params):
+    return fn.tree.map(lambda leaf: leaf.double() if leaf.is_floating_point() else leaf, params)
+
+
+def started(model, make, net, optimizer, *mesh, **options):
+    x, _ = batch_of(model, 0)
+    start = make(net, optimizer, fn.key(3), x, *mesh, **options)
+    params = double(start.params)
+    return start._replace(params=params, opt_state=optimizer.init_state(params))
+
+
+def alone(model, micro_batches, clip=False, metrics=None):
+    net, loss, optimizer = parts(model, clip)
+    state = started(model, fn.init_train_state, net, optimizer)
+    step = fn.train_step(net, loss, optimizer, micro_batches=micro_batches, metrics=metrics)
+    found = []
+    for index in range(STEPS):
+        state, measured = step(state, batch_of(model, index))
+        found.append(measured)
+    return state, found
+
+
+def piped(model, micro_batches, clip=False, schedule="1f1b", jit=False, metrics=None, **options):
+    net, loss, optimizer = parts(model, clip)
+    mesh = fn.distributed.mesh(data=1, pipe=torch.distributed.get_world_size())
+    state = started(model, fn.distributed.pipeline_state, net, optimizer, mesh, **options)
+    step = fn.distributed.pipeline_step(
+        net,
+        loss,
+        optimizer,
+        mesh,
+        schedule=SCHEDULES[schedule],
+        micro_batches=micro_batches,
+        metrics=metrics,
+        jit=jit,
+        **options,
+    )
+    found = []
+    for index in range(STEPS):
+        state, measured = step(state, batch_of(model, index))
+        found.append(measured)
+    return state, found
+
+
+def check(results, expected):
+    """Each rank has a part of the single process's state, all of them have all, and the metrics."""
+    state, metrics = expected
+    for what in ("params", "state", "opt_state"):
+        flat = fn.tree.to_dotted(getattr(state, what))
+        seen = set()
+        for own, _ in results:
+            for path, leaf in fn.tree.to_dotted(getattr(own, what)).items():
+                torch.testing.assert_close(leaf, flat[path], rtol=1e-12, atol=1e-14)
+                seen.add(path)
+        assert seen == set(flat)
+    for own, found in results:
+        torch.testing.assert_close(found, metrics, rtol=1e-12, atol=1e-14)
+        assert own.step == state.step
+
+
+@pytest.mark.parametrize("schedule", SCHEDULES)
+def test_a_schedule_gives_the_numbers_of_one_process(ranks, schedule):
+    check(ranks(piped, "mlp", 4, schedule=schedule), alone("mlp", 4))
