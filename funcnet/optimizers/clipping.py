@@ -29,7 +29,8 @@ def global_norm(leaves: Any, norm_type: float = 2.0, p: Any = None) -> Tensor:
     counted = [path not in across.elsewhere for path in paths(p)]
     own = _norm_here([*compress(leaves, counted)], norm_type, axes and [*compress(axes, counted)])
     ranks = across.axis.gather(own.to(across.device, torch.float64).reshape(1))
-    return torch.linalg.vector_norm(ranks, norm_type).to(own.dtype)
+    # In float64 on all of them, whatever leaves they have: copies of a leaf must stay the same.
+    return torch.linalg.vector_norm(ranks, norm_type)
 
 
 def _norm_here(leaves: Any, norm_type: float, axes: Sequence[Axes] | None) -> Tensor:

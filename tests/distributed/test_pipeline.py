@@ -85,14 +85,16 @@ MODELS = {"mlp": mlp, "tied": tied, "pair": pair_of}
 def batch_of(model, step):
     key = fn.random.fold_in(fn.key(7), step)
     if model == "tied":
-        x = fn.random.randint(key, (ROWS, 3), 0, 7)
-        return x, fn.random.randint(fn.random.fold_in(key, 1), (ROWS, 3), 0, 7)
+        x = fn.random.randint(key, (ROWS,), 0, 7)
+        return x, fn.random.randint(fn.random.fold_in(key, 1), (ROWS,), 0, 7)
     x = fn.random.normal(key, (ROWS, 5), torch.float64)
     return x, fn.random.normal(fn.random.fold_in(key, 1), (ROWS, 3), torch.float64)
 
 
 def parts(model, clip=False):
-    optimizer = fn.adam(0.05)
+    # So large an eps that the noise of a gradient that is zero, of a bias before a batch norm,
+    # is not made large, and that the scale of gradients shows, which clipping changes.
+    optimizer = fn.adam(0.05, eps=0.1)
     if clip:
         optimizer = fn.chain(fn.optimizers.clip_by_global_norm(0.1), optimizer)
     loss = fn.cross_entropy() if model == "tied" else fn.mse()
@@ -162,3 +164,38 @@ def check(results, expected):
 @pytest.mark.parametrize("schedule", SCHEDULES)
 def test_a_schedule_gives_the_numbers_of_one_process(ranks, schedule):
     check(ranks(piped, "mlp", 4, schedule=schedule), alone("mlp", 4))
+
+
+@pytest.mark.parametrize("schedule", ["1f1b", "zb-h1"])
+@pytest.mark.parametrize("model", ["tied", "pair"])
+def test_tied_weights_and_trees_between_stages_with_the_norm_of_all(two_ranks, model, schedule):
+    results = two_ranks(piped, model, 2, clip=True, schedule=schedule)
+    check(results, alone(model, 2, clip=True))
+
+
+def test_tied_weights_of_the_first_and_last_of_four_stages(four_ranks):
+    results = four_ranks(piped, "tied", 4, clip=True, schedule="zb-h2")
+    check(results, alone("tied", 4, clip=True))
+    owners = ["embed.weight" in fn.tree.to_dotted(state.params) for state, _ in results]
+    assert owners == [True, False, False, True]
+
+
+def test_a_stage_without_params_and_one_micro_batch(four_ranks):
+    results = four_ranks(piped, "mlp", 1, clip=True, boundaries=("1", "2", "3"))
+    assert not results[2][0].params
+    check(results, alone("mlp", 1, clip=True))
+
+
+def absolute(prediction, target):
+    return (prediction - target).abs().mean()
+
+
+def test_metrics_are_on_all_ranks(two_ranks):
+    metrics = {"absolute": absolute, "r2": fn.metrics.r2()}
+    results = two_ranks(piped, "mlp", 4, metrics=metrics)
+    check(results, alone("mlp", 4, metrics=metrics))
+
+
+@pytest.mark.parametrize("schedule", ["1f1b", "zb-h1"])
+def test_compiled(two_ranks, schedule):
+    check(two_ranks(piped, "mlp", 4, schedule=schedule, jit=True), alone("mlp", 4))

@@ -5,6 +5,7 @@ from dataclasses import dataclass
 from itertools import pairwise
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from funcnet import tree
@@ -14,6 +15,9 @@ from funcnet.combinators.reparametrize import reparametrize
 from funcnet.core import Layer, Params, Tree, rebuilt
 from funcnet.errors import require
 from funcnet.random import key
+
+Kinds = dict[str, tuple[tuple[int, ...], torch.dtype]]
+"""Shapes and dtypes of tensors, by dotted path."""
 
 Boundaries = Sequence[str | int]
 """The children at which the second stage and those after it begin, by name or index."""
@@ -82,9 +86,18 @@ def pipeline_stages(
 
 
 def stages_of(
-    name: str, model: Layer, x: Tree, count: int, boundaries: Boundaries | None
+    name: str,
+    model: Layer,
+    x: Tree,
+    count: int,
+    boundaries: Boundaries | None,
+    given: Sequence[tuple[Kinds, Kinds]] | None = None,
 ) -> Stages:
-    """The stages of a model; nothing is computed but shapes."""
+    """The stages of a model; nothing is computed but shapes.
+
+    ``given`` are the kinds of the params and the state that each stage has; default those that init
+    makes for x.
+    """
     inner, ties = _serial_in(name, model)
     names = tuple(inner.children)
     fits = count <= len(names)
@@ -112,16 +125,40 @@ def stages_of(
         for path in paths:
             tied.setdefault(path, []).append(index)
         own = {path: leaf for path, leaf in tree.to_dotted(params).items() if path in paths}
-        own_state = {child: state[child] for child in part if child in state}
+        own_state: Params = {child: state[child] for child in part if child in state}
         layer = _with_ties(part_of({child: inner.children[child] for child in part}), own_ties)
-        own_params = tree.from_dotted(own)
-        y = output_on_meta(layer, example, own_params, own_state)
-        made.append(Stage(part, layer, own_params, example, y, learned))
+        stage_params: Params = tree.from_dotted(own)
+        if given is not None:
+            stage_params = _as_given(name, index, "params", stage_params, given[index][0])
+            own_state = _as_given(name, index, "state", own_state, given[index][1])
+        y = output_on_meta(layer, example, stage_params, own_state)
+        made.append(Stage(part, layer, stage_params, example, y, learned))
         learned = learned or bool(own)
         example = y
     _check_cotangents(name, made)
     several = {path: tuple(where) for path, where in tied.items() if len(where) > 1}
     return Stages(tuple(made), several)
+
+
+def kinds_of(params: Params) -> Kinds:
+    """The shapes and dtypes of params, or of state."""
+    return {path: (tuple(leaf.shape), leaf.dtype) for path, leaf in tree.to_dotted(params).items()}
+
+
+def _as_given(name: str, index: int, what: str, made: Params, given: Kinds) -> Params:
+    """Params or state in the dtypes that a stage has, which may be others than those of init."""
+    where, expected = f"{name}: {what} of stage {index}", kinds_of(made)
+    hint = "make the train state by fn.distributed.pipeline_state, with the same boundaries"
+    tree.check_same_structure(dict.fromkeys(expected), dict.fromkeys(given), f"{where}, {hint}")
+    for path, (shape, _) in expected.items():
+        got = given[path][0]
+        require(got == shape, f"{where}: expects shape {shape} at {path!r}, got {got}; {hint}")
+    return tree.from_dotted(
+        {
+            path: torch.empty(given[path][0], dtype=given[path][1], device="meta")
+            for path in expected
+        }
+    )
 
 
 def init_of(model: Layer, stage: Stage) -> Layer:

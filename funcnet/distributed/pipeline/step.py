@@ -19,6 +19,7 @@ from funcnet.distributed.pipeline.stages import (
     Boundaries,
     Stages,
     init_of,
+    kinds_of,
     own_params,
     stages_of,
 )
@@ -28,6 +29,7 @@ from funcnet.distributed.pipeline.transport import (
     backwards,
     sent,
     summed,
+    told_by_all,
     told_by_last,
 )
 from funcnet.distributed.start import Mesh, axis_of
@@ -154,8 +156,9 @@ def pipeline_step(
     keys = axis.key, backwards(mesh, axis)
     plans: dict[Any, _Plan] = {}
 
-    def plan(x: Tree, target: Tree) -> _Plan:
-        stages = stages_of(_NAME, model, x, axis.size, boundaries)
+    def plan(x: Tree, target: Tree, params: Params, state: Params) -> _Plan:
+        given = told_by_all(axis, (kinds_of(params), kinds_of(state)))
+        stages = stages_of(_NAME, model, x, axis.size, boundaries, given)
         prediction = stages.each[-1].y
         value = loss.apply(prediction, tree.to_meta(target))
         scalar = "pass reduction='mean' or reduction='sum' to the loss"
@@ -177,11 +180,10 @@ def pipeline_step(
         params, state, opt_state, key, count = train_state
         x, target = pair(_NAME, batch)
         parts = _parts((x, target), micro_batches)
-        kind = _kind(parts[0])
+        kind = _kind((parts[0], params, state))
         if kind not in plans:
-            plans[kind] = plan(*parts[0])
+            plans[kind] = plan(*parts[0], params, state)
         own = plans[kind]
-        own.check(params)
         scale = 1.0 if optimizer.loss_scale is None else optimizer.loss_scale(opt_state)
         step_key = fold_in(key, count) if model.takes_key else None
         grads, state, measured = own.run(params, parts, state, step_key, scale / micro_batches)
@@ -202,8 +204,8 @@ def _parts(batch: Batch, count: int) -> list[Batch]:
     return [treedef.unflatten(each) for each in zip(*rows, strict=True)]
 
 
-def _kind(part: Batch) -> Any:
-    leaves, treedef = tree.flatten(part)
+def _kind(values: Tree) -> Any:
+    leaves, treedef = tree.flatten(values)
     return treedef, tuple([(leaf.shape, leaf.dtype, leaf.device) for leaf in leaves])
 
 
@@ -228,17 +230,6 @@ class _Plan:
         self.schedule, self.stages, self.programs = schedule, stages, programs
         self.own = stages.each[self.index]
         self.known: list[Any] = []
-
-    def check(self, params: Params) -> None:
-        """Raise ValueError for params of another stage."""
-        if tree.alike(self.own.params, params):
-            return
-        expected, found = (sorted(tree.to_dotted(each)) for each in (self.own.params, params))
-        raise ValueError(
-            f"{_NAME}: stage {self.index} expects params {expected}, in the shapes of init, got "
-            f"{found}; make the train state by fn.distributed.pipeline_state, with the same "
-            "boundaries"
-        )
 
     def run(
         self, params: Params, parts: list[Batch], state: Params, key: Any, dvalue: Any

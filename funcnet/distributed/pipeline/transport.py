@@ -155,6 +155,15 @@ def summed(
     return totals
 
 
+def told_by_all(axis: Axis, value: Any) -> list[Any]:
+    """What each rank says: small objects that can be pickled."""
+    values = [value] * axis.size
+    if axis.size > 1:
+        group = group_of(axis.key).process_group
+        _within(axis.key, dist.all_gather_object, values, value, group=group)
+    return values
+
+
 def told_by_last(axis: Axis, values: Tree, known: list[Any]) -> Tree:
     """On all ranks what the last one has: a tree of small tensors, in one message.
 
@@ -199,7 +208,7 @@ def _within(key: str, function: Any, *args: Any, **options: Any) -> None:
     try:
         function(*args, **options)
     except Exception as error:
-        raise group_of(key).failed(f"a broadcast over {key}", error) from error
+        raise group_of(key).failed(f"a message to all over {key}", error) from error
 
 
 def _call(key: str, what: str, other: int, function: Any, *args: Any, **options: Any) -> Any:
