@@ -6,14 +6,31 @@ import pytest
 import torch
 
 import funcnet as fn
-from funcnet.distributed import gpipe, one_f_one_b, zero_bubble
+from funcnet.distributed import Action, gpipe, one_f_one_b, zero_bubble
 
 STEPS, ROWS = 5, 8
+
+
+def mixed(stages, micro_batches):
+    """One's own schedule: 1F1B, where the backward passes of odd micro-batches are split."""
+
+    def split(action):
+        if action.kind == "BW" and action.micro_batch % 2:
+            return [Action("B", action.micro_batch), Action("W", action.micro_batch)]
+        return [action]
+
+    return [
+        [each for action in row for each in split(action)]
+        for row in one_f_one_b(stages, micro_batches)
+    ]
+
+
 SCHEDULES = {
     "gpipe": gpipe,
     "1f1b": one_f_one_b,
     "zb-h1": zero_bubble,
     "zb-h2": partial(zero_bubble, held=7),
+    "mixed": mixed,
 }
 
 
@@ -112,10 +129,20 @@ def started(model, make, net, optimizer, *mesh, **options):
     return start._replace(params=params, opt_state=optimizer.init_state(params))
 
 
-def alone(model, micro_batches, clip=False, metrics=None):
+def absolute(prediction, target):
+    return (prediction - target).abs().mean()
+
+
+def metrics_of(wanted):
+    return {"absolute": absolute, "r2": fn.metrics.r2()} if wanted else None
+
+
+def alone(model, micro_batches, clip=False, metrics=False):
     net, loss, optimizer = parts(model, clip)
     state = started(model, fn.init_train_state, net, optimizer)
-    step = fn.train_step(net, loss, optimizer, micro_batches=micro_batches, metrics=metrics)
+    step = fn.train_step(
+        net, loss, optimizer, micro_batches=micro_batches, metrics=metrics_of(metrics)
+    )
     found = []
     for index in range(STEPS):
         state, measured = step(state, batch_of(model, index))
@@ -123,7 +150,7 @@ def alone(model, micro_batches, clip=False, metrics=None):
     return state, found
 
 
-def piped(model, micro_batches, clip=False, schedule="1f1b", jit=False, metrics=None, **options):
+def piped(model, micro_batches, clip=False, schedule="1f1b", jit=False, metrics=False, **options):
     net, loss, optimizer = parts(model, clip)
     mesh = fn.distributed.mesh(data=1, pipe=torch.distributed.get_world_size())
     state = started(model, fn.distributed.pipeline_state, net, optimizer, mesh, **options)
@@ -134,7 +161,7 @@ def piped(model, micro_batches, clip=False, schedule="1f1b", jit=False, metrics=
         mesh,
         schedule=SCHEDULES[schedule],
         micro_batches=micro_batches,
-        metrics=metrics,
+        metrics=metrics_of(metrics),
         jit=jit,
         **options,
     )
@@ -161,7 +188,7 @@ def check(results, expected):
         assert own.step == state.step
 
 
-@pytest.mark.parametrize("schedule", SCHEDULES)
+@pytest.mark.parametrize("schedule", ["gpipe", "1f1b", "zb-h1", "zb-h2"])
 def test_a_schedule_gives_the_numbers_of_one_process(ranks, schedule):
     check(ranks(piped, "mlp", 4, schedule=schedule), alone("mlp", 4))
 
@@ -186,16 +213,116 @@ def test_a_stage_without_params_and_one_micro_batch(four_ranks):
     check(results, alone("mlp", 1, clip=True))
 
 
-def absolute(prediction, target):
-    return (prediction - target).abs().mean()
-
-
 def test_metrics_are_on_all_ranks(two_ranks):
-    metrics = {"absolute": absolute, "r2": fn.metrics.r2()}
-    results = two_ranks(piped, "mlp", 4, metrics=metrics)
-    check(results, alone("mlp", 4, metrics=metrics))
+    check(two_ranks(piped, "mlp", 4, metrics=True), alone("mlp", 4, metrics=True))
 
 
-@pytest.mark.parametrize("schedule", ["1f1b", "zb-h1"])
-def test_compiled(two_ranks, schedule):
-    check(two_ranks(piped, "mlp", 4, schedule=schedule, jit=True), alone("mlp", 4))
+def test_compiled(two_ranks):
+    check(two_ranks(piped, "mlp", 4, schedule="mixed", jit=True), alone("mlp", 4))
+
+
+def simple():
+    return fn.serial(fn.linear(6), fn.tanh(), fn.linear(5), fn.tanh(), fn.linear(3))
+
+
+def with_data():
+    """Two stages, each on two ranks that have half of each batch and half of adam's state."""
+    mesh = fn.distributed.mesh(data=2, pipe=2)
+    clipped = fn.chain(fn.optimizers.clip_by_global_norm(0.1), fn.adam(0.05, eps=0.1))
+    optimizer, net = fn.distributed.zero(clipped, mesh), simple()
+    state = started("mlp", fn.distributed.pipeline_state, net, optimizer, mesh)
+    step = fn.distributed.pipeline_step(
+        net, fn.mse(), optimizer, mesh, micro_batches=2, schedule=zero_bubble
+    )
+    place = fn.distributed.axis_of(mesh, "data").index
+    for index in range(STEPS):
+        own = fn.tree.map(lambda leaf: leaf.chunk(2)[place], batch_of("mlp", index))
+        state, _ = step(state, own)
+    return state.params
+
+
+def test_with_data_parallel_ranks(four_ranks):
+    net, optimizer = simple(), fn.adam(0.05, eps=0.1)
+    optimizer = fn.chain(fn.optimizers.clip_by_global_norm(0.1), optimizer)
+    state = started("mlp", fn.init_train_state, net, optimizer)
+    step = fn.train_step(net, fn.mse(), optimizer, micro_batches=2)
+    for index in range(STEPS):
+        state, _ = step(state, batch_of("mlp", index))
+    whole, seen = fn.tree.to_dotted(state.params), set()
+    for params in four_ranks(with_data):
+        for path, leaf in fn.tree.to_dotted(params).items():
+            torch.testing.assert_close(leaf, whole[path], rtol=1e-12, atol=1e-14)
+            seen.add(path)
+    assert seen == set(whole)
+
+
+def error_of(function, *args, **options):
+    try:
+        function(*args, **options)
+    except Exception as error:
+        return type(error).__name__, str(error)
+    return None
+
+
+def refused():
+    mesh = fn.distributed.mesh(data=1, pipe=2)
+    net, optimizer = simple(), fn.adam()
+    make = partial(fn.distributed.pipeline_step, net, fn.mse(), optimizer, mesh)
+    state = partial(fn.distributed.pipeline_state, key=fn.key(0), x=torch.ones(4, 5), mesh=mesh)
+    start, step = state(net, optimizer), make(micro_batches=2)
+    batch = torch.ones(4, 5), torch.ones(4, 3)
+    other = state(net, optimizer, boundaries=[4])
+    unreduced = fn.distributed.pipeline_step(net, fn.mse("none"), optimizer, mesh, micro_batches=2)
+    return [
+        error_of(state, fn.serial(fn.linear(3)), optimizer),
+        error_of(make, micro_batches=2, schedule=gpipe(4, 2)),
+        error_of(make, micro_batches=2, schedule=gpipe(2, 4)),
+        error_of(make, micro_batches=0),
+        error_of(step, start, fn.tree.map(lambda leaf: leaf[:3], batch)),
+        error_of(step, other, batch),
+        error_of(step, start, (batch[0], torch.ones(4, 2))),
+        error_of(unreduced, start, batch),
+        error_of(fn.jit(step), start, batch),
+        error_of(step, batch, start),
+    ]
+
+
+def test_what_is_refused_on_every_rank_and_the_ranks_go_on(two_ranks):
+    first, second = two_ranks(refused)
+    assert [found and found[0] for found in first] == [found and found[0] for found in second]
+    expected = [
+        ("ValueError", "2 stages are more than the 1 layers ['0']"),
+        ("ValueError", "a schedule of 2 stages and 2 micro-batches, got one of 4 and 2"),
+        ("ValueError", "a schedule of 2 stages and 2 micro-batches, got one of 2 and 4"),
+        ("ValueError", "micro_batches must be an integer >= 1, got 0"),
+        ("ValueError", "expects a batch of a multiple of 2 micro-batches, got 3"),
+        ("ValueError", "params of stage 0, make the train state by fn.distributed.pipeline_state"),
+        ("ValueError", "mse: expects"),
+        ("ValueError", "loss: expects a scalar value to train on, got (2, 3)"),
+        ("TypeError", "cannot be in jit, vmap or scan; pass jit=True to it"),
+        ("TypeError", "expects a TrainState as the train state"),
+    ]
+    for found, (kind, message) in zip(first, expected, strict=True):
+        assert found is not None, message
+        assert (found[0], message in found[1]) == (kind, True), found
+    check(two_ranks(piped, "mlp", 2), alone("mlp", 2))
+
+
+def with_a_dead_peer():
+    mesh = fn.distributed.mesh(data=1, pipe=2)
+    net, optimizer = simple(), fn.adam()
+    start = fn.distributed.pipeline_state(net, optimizer, fn.key(0), torch.ones(4, 5), mesh)
+    step = fn.distributed.pipeline_step(net, fn.mse(), optimizer, mesh, micro_batches=2)
+
+    def closed(*args, **options):
+        raise RuntimeError("Connection closed by peer")
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(torch.distributed, "irecv", closed)
+        return error_of(step, start, (torch.ones(4, 5), torch.ones(4, 3)))
+
+
+def test_a_dead_peer_is_an_error_that_names_the_stage(two_ranks):
+    for other, (kind, message) in zip((1, 0), two_ranks(with_a_dead_peer), strict=True):
+        assert kind == "PeerError"
+        assert f"received from stage {other} over pipe of (" in message
