@@ -36,6 +36,16 @@ from funcnet.distributed.start import (
     initialize as initialize,
     mesh as mesh,
 )
+from funcnet.distributed.tensor_parallel.cross_entropy import (
+    vocabulary_cross_entropy as vocabulary_cross_entropy,
+)
+from funcnet.distributed.tensor_parallel.linears import (
+    column_linear as column_linear,
+    row_linear as row_linear,
+)
+from funcnet.distributed.tensor_parallel.vocabulary import (
+    vocabulary_embedding as vocabulary_embedding,
+)
 from funcnet.distributed.totals import everywhere as everywhere, total as total
 
 __docformat__ = "google"
