@@ -209,8 +209,9 @@ PAGES = {
         "The same numbers on any number of ranks": "data_parallel BatchAxis",
         "Unsorted": """
             Action Schedule Simulation ZeroState column_linear gpipe
-            one_f_one_b over_parts pipeline_stages pipeline_state pipeline_step row_linear
-            sharded simulate vocabulary_cross_entropy vocabulary_embedding zero zero_bubble
+            one_f_one_b over_parts own_tokens parallel_attention parallel_encoder_layer pipeline_stages
+            pipeline_state pipeline_step row_linear sharded simulate vocabulary_cross_entropy
+            vocabulary_embedding zero zero_bubble
             """,
         "Where params lie": "placements",
     },

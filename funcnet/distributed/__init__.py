@@ -36,13 +36,18 @@ from funcnet.distributed.start import (
     initialize as initialize,
     mesh as mesh,
 )
+from funcnet.distributed.tensor_parallel.blocks import (
+    parallel_encoder_layer as parallel_encoder_layer,
+)
 from funcnet.distributed.tensor_parallel.cross_entropy import (
     vocabulary_cross_entropy as vocabulary_cross_entropy,
 )
+from funcnet.distributed.tensor_parallel.heads import parallel_attention as parallel_attention
 from funcnet.distributed.tensor_parallel.linears import (
     column_linear as column_linear,
     row_linear as row_linear,
 )
+from funcnet.distributed.tensor_parallel.pieces import own_tokens as own_tokens
 from funcnet.distributed.tensor_parallel.vocabulary import (
     vocabulary_embedding as vocabulary_embedding,
 )

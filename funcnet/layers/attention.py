@@ -7,6 +7,7 @@ from torch import Tensor
 
 from funcnet import random, runtime, tree
 from funcnet.batch_axis import BatchAxis, first_index
+from funcnet.collectives import Axis
 from funcnet.core import Forward, Grads, Key, Layer, Params, Pullback, Tree
 from funcnet.errors import require
 from funcnet.layers.arguments import Form, in_form, parts_of
@@ -282,6 +283,28 @@ def scaled_dot_product_attention(
     tensor([[1.],
             [2.]])
     """
+    options: Any = {"window": window, "alibi": alibi, "need_weights": need_weights}
+    return attention_over(_ALL_HEADS, dropout_p, is_causal, scale, enable_gqa, **options)
+
+
+_ALL_HEADS = Axis("model", 1, "")
+
+
+def attention_over(
+    head_axis: Axis,
+    dropout_p: float,
+    is_causal: bool,
+    scale: float | None,
+    enable_gqa: bool,
+    *,
+    window: int | None,
+    alibi: bool,
+    need_weights: bool,
+) -> Layer:
+    """`scaled_dot_product_attention`, where each rank of an axis has some of the heads.
+
+    Its dropout and its biases are those heads' parts of what they are for all heads.
+    """
     name = "scaled_dot_product_attention"
     require(0.0 <= dropout_p <= 1.0, f"{name}: dropout_p must be in [0, 1], got {dropout_p}")
     wide = window is None or window >= 1
@@ -322,15 +345,19 @@ def scaled_dot_product_attention(
             if is_causal or window is not None:
                 mask = both(given, visible(queries, keys, window, is_causal), query.dtype)
             if alibi:
-                bias = alibi_bias(query.shape[-3], queries, keys, query.dtype)
+                all_heads = query.shape[-3] * head_axis.size
+                biases = alibi_bias(all_heads, queries, keys, query.dtype)
+                bias = head_axis.part(biases, -3)
                 mask = both(mask, bias, query.dtype)
         if train and rng is not None and dropout_p > 0.0:
             told = told._replace(dropped=1.0 / (1.0 - dropout_p) if dropout_p < 1.0 else 0.0)
-            shape = (*query.shape[:-1], key.shape[-2])
+            heads = (query.shape[-3] * head_axis.size,) if head_axis.size > 1 else ()
+            shape = (*query.shape[: -2 - len(heads)], *heads, query.shape[-2], key.shape[-2])
             whole = f"{name}: expects a part of a batch, (batch, *, L, features)"
             require(axis is None or query.dim() > 2, f"{whole}, got {tuple(query.shape)}")
             start = first_index(axis and axis.at(0), name, shape, query.device)
             kept = random.bernoulli(rng, 1.0 - dropout_p, shape, device=query.device, start=start)
+            kept = head_axis.part(kept, -3) if heads else kept
         shared = repeat_heads(key, groups), repeat_heads(value, groups)
         leaves = [each for each in (query, key, value, mask) if each is not None]
         attend = fastest(attention_forward, *leaves)

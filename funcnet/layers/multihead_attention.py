@@ -22,6 +22,7 @@ from funcnet.layers.projections import PROJECTION, TOKEN, Heads, in_projection, 
 INPUTS = ("query", "key", "value")
 MASKS = ("key_padding_mask", "attn_mask")
 NAMES = (*INPUTS, *MASKS)
+_NAME = "multihead_attention"
 
 
 class Told(NamedTuple):
@@ -123,14 +124,14 @@ def masks_backward(
 def multihead_forward(run: Run, x: Tree, told: Told) -> tuple[Tree, Mapping[str, Tree]]:
     """Projections into the heads, attention in each, a projection of all of them."""
     heads, places = told.heads, {}
-    with located("multihead_attention:"):
+    with located(f"{_NAME}:"):
         parts, form = parts_of(x, NAMES, 1)
         inputs = inputs_of(told, parts)
     is_self = not parts.keys() & {"key", "value"}
     projected = run(PROJECTION, inputs[0] if is_self else inputs)
     query, key, value = map(heads.split, projected, (heads.queries, heads.keys, heads.keys))
     masks = {name: parts[name] for name in MASKS if name in parts}
-    with located("multihead_attention:"):
+    with located(f"{_NAME}:"):
         spread = spread_out(masks, (*query.shape[:-1], key.shape[-2]), query.dtype)
     mask = merged(told, spread, query, key)
     if told.cache is not None:
@@ -282,20 +283,12 @@ def multihead_attention(
     >>> layer.apply(params, torch.ones(3, 5, 4))[0].shape
     torch.Size([3, 5, 4])
     """
-    name = "multihead_attention"
-    require(0.0 <= dropout <= 1.0, f"{name}: dropout must be in [0, 1], got {dropout}")
-    whole = isinstance(num_heads, int) and num_heads >= 1
-    require(whole, f"{name}: num_heads must be an integer of at least 1, got {num_heads}")
-    keys = num_heads if num_kv_heads is None else num_kv_heads
-    divides = keys >= 1 and num_heads % keys == 0
-    require(divides, f"{name}: num_kv_heads must divide {num_heads} heads, got {num_kv_heads}")
-    in_order = cache is None or (is_causal and cache >= 1)
-    require(in_order, f"{name}: a cache must be at least 1, with is_causal=True, got {cache}")
-    alone = cache is None or not (add_bias_kv or add_zero_attn)
-    both_ways = not alibi or not (add_bias_kv or add_zero_attn)
-    require(both_ways, f"{name}: alibi goes with neither add_bias_kv nor add_zero_attn")
-    require(alone, f"{name}: a cache goes with neither add_bias_kv nor add_zero_attn")
-    heads = Heads(num_heads, keys, batch_first)
+    check_options(num_heads, num_kv_heads, is_causal, cache, dropout)
+    beside = not (add_bias_kv or add_zero_attn)
+    require(not alibi or beside, f"{_NAME}: alibi goes with neither add_bias_kv nor add_zero_attn")
+    wrong = f"{_NAME}: a cache goes with neither add_bias_kv nor add_zero_attn"
+    require(cache is None or beside, wrong)
+    heads = Heads(num_heads, num_kv_heads or num_heads, batch_first)
     told = Told(
         heads,
         is_causal,
@@ -309,22 +302,49 @@ def multihead_attention(
         kdim,
         vdim,
     )
-    children: dict[Any, Layer] = {PROJECTION: in_projection(heads, bias, weight_init, dtype)}
-    if add_bias_kv:
-        children[TOKEN] = learned_token(heads, dtype)
-    if cache is not None:
-        children |= {"positions": counter(cache), "cache": key_value_cache(cache)}
-    if rotary is not None:
-        children["rotary"] = rotary
-    children["attention"] = scaled_dot_product_attention(
+    attention = scaled_dot_product_attention(
         dropout,
         is_causal and not told.extra,
-        enable_gqa=keys != num_heads,
+        enable_gqa=heads.keys != num_heads,
         window=None if told.extra else window,
         alibi=alibi,
         need_weights=need_weights,
     )
-    start = initializers.zeros()
-    out = linear_to(lambda features: features, bias, weight_init, start, dtype)
-    children["out_proj"] = out
-    return combine(name, children, multihead_forward, multihead_backward, told)
+    projection = in_projection(heads, bias, weight_init, dtype)
+    out = linear_to(lambda features: features, bias, weight_init, initializers.zeros(), dtype)
+    token = learned_token(heads, dtype) if add_bias_kv else None
+    children = children_of(told, projection, attention, out, rotary, token)
+    return combine(_NAME, children, multihead_forward, multihead_backward, told)
+
+
+def check_options(
+    num_heads: int, num_kv_heads: int | None, is_causal: bool, cache: int | None, dropout: float
+) -> None:
+    """ValueError for options of `multihead_attention` that do not fit each other."""
+    require(0.0 <= dropout <= 1.0, f"{_NAME}: dropout must be in [0, 1], got {dropout}")
+    whole = isinstance(num_heads, int) and num_heads >= 1
+    require(whole, f"{_NAME}: num_heads must be an integer of at least 1, got {num_heads}")
+    keys = num_heads if num_kv_heads is None else num_kv_heads
+    divides = keys >= 1 and num_heads % keys == 0
+    require(divides, f"{_NAME}: num_kv_heads must divide {num_heads} heads, got {num_kv_heads}")
+    in_order = cache is None or (is_causal and cache >= 1)
+    require(in_order, f"{_NAME}: a cache must be at least 1, with is_causal=True, got {cache}")
+
+
+def children_of(
+    told: Told,
+    projection: Layer,
+    attention: Layer,
+    out: Layer,
+    rotary: Layer | None,
+    token: Layer | None = None,
+) -> dict[Any, Layer]:
+    """The layers that the passes run, by name."""
+    children: dict[Any, Layer] = {PROJECTION: projection}
+    if token is not None:
+        children[TOKEN] = token
+    if told.cache is not None:
+        children |= {"positions": counter(told.cache), "cache": key_value_cache(told.cache)}
+    if rotary is not None:
+        children["rotary"] = rotary
+    return {**children, "attention": attention, "out_proj": out}

@@ -25,11 +25,13 @@ class Heads(NamedTuple):
         queries: the number of heads.
         keys: the number of heads of keys and values.
         batch_first: whether x is (batch, tokens, features), not (tokens, batch, features).
+        ranks: how many processes have as many heads each, of their part of the features.
     """
 
     queries: int
     keys: int
     batch_first: bool
+    ranks: int = 1
 
     def split(self, x: Tensor, heads: int) -> Tensor:
         """(batch, tokens, features), as x has them, to (batch, heads, tokens, features)."""
@@ -46,8 +48,9 @@ class Heads(NamedTuple):
 
     def sizes(self, features: int) -> tuple[int, int, int]:
         """Those of the projected query, key and value."""
-        shared = features // self.queries * self.keys
-        return features, shared, shared
+        own = features // self.ranks
+        shared = own // self.queries * self.keys
+        return own, shared, shared
 
 
 def in_projection(

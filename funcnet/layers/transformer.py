@@ -122,6 +122,55 @@ def block_backward(pull: Pull, dy: Tree, residuals: Mapping[str, Tree], told: To
     return in_form({told.names[0]: dy, **made}, told.names, residuals) if pull.x else None
 
 
+class Parts(NamedTuple):
+    """The layers of a block beside its attentions; each norm and each dropout is like the other.
+
+    Attributes:
+        linear1, activation, dropout, linear2: the feed-forward net.
+        norm: beside each sublayer.
+        last: the dropout at the end of each sublayer.
+    """
+
+    linear1: Layer
+    activation: Layer
+    dropout: Layer
+    linear2: Layer
+    norm: Layer
+    last: Layer
+
+
+def block_of(
+    told: Told, attentions: Mapping[str, Layer], parts: Parts, batch_first: bool
+) -> Layer:
+    """A layer of attentions and a feed-forward net, each with its norm and dropout."""
+    numbers = range(1, len(attentions) + 2)
+    children = {
+        **attentions,
+        "linear1": parts.linear1,
+        "dropout": parts.dropout,
+        "linear2": parts.linear2,
+        **{f"norm{each}": parts.norm for each in numbers},
+        **{f"dropout{each}": parts.last for each in numbers},
+        "activation": parts.activation,
+    }
+
+    def made(children: Mapping[str, Layer], axis: BatchAxis | None = None) -> Layer:
+        if axis is not None:
+            children = all_in_global_form(children, axis.at(0 if batch_first else 1))
+        return combine(told.name, children, block_forward, block_backward, told, global_form=made)
+
+    return made(children)
+
+
+def activation_of(name: str, activation: str | Layer) -> Layer:
+    """A layer, or the one of this name; ValueError, with that of the block, for another."""
+    if isinstance(activation, Layer):
+        return activation
+    wrong = f"{name}: activation must be one of {sorted(_ACTIVATIONS)} or a Layer"
+    require(activation in _ACTIVATIONS, f"{wrong}, got {activation!r}")
+    return _ACTIVATIONS[activation]()
+
+
 def _block(
     told: Told,
     attentions: Mapping[str, Layer],
@@ -135,32 +184,20 @@ def _block(
     *,
     batch_first: bool,
 ) -> Layer:
-    """A layer of attentions and a feed-forward net, each with its norm and dropout."""
-    if not isinstance(activation, Layer):
-        wrong = f"{told.name}: activation must be one of {sorted(_ACTIVATIONS)} or a Layer"
-        require(activation in _ACTIVATIONS, f"{wrong}, got {activation!r}")
-        activation = _ACTIVATIONS[activation]()
-    numbers = range(1, len(attentions) + 2)
-    norm = layer_norm(None, layer_norm_eps, bias=bias, dtype=dtype)
-    children = {
-        **attentions,
-        "linear1": linear(dim_feedforward, bias, weight_init=weight_init, dtype=dtype),
-        "dropout": dropping(dropout),
-        "linear2": linear(None, bias, weight_init=weight_init, dtype=dtype),
-        **{f"norm{each}": norm for each in numbers},
-        **{f"dropout{each}": dropping(dropout) for each in numbers},
-        "activation": activation,
-    }
-
-    def made(children: Mapping[str, Layer], axis: BatchAxis | None = None) -> Layer:
-        if axis is not None:
-            children = all_in_global_form(children, axis.at(0 if batch_first else 1))
-        return combine(told.name, children, block_forward, block_backward, told, global_form=made)
-
-    return made(children)
+    """The block of a single process."""
+    parts = Parts(
+        linear(dim_feedforward, bias, weight_init=weight_init, dtype=dtype),
+        activation_of(told.name, activation),
+        dropping(dropout),
+        linear(None, bias, weight_init=weight_init, dtype=dtype),
+        layer_norm(None, layer_norm_eps, bias=bias, dtype=dtype),
+        dropping(dropout),
+    )
+    return block_of(told, attentions, parts, batch_first)
 
 
-def _masks(prefix: str) -> tuple[tuple[str, str], ...]:
+def masks_of(prefix: str) -> tuple[tuple[str, str], ...]:
+    """What of an attention's x is which mask of the block's."""
     return ("attn_mask", f"{prefix}_mask"), ("key_padding_mask", f"{prefix}_key_padding_mask")
 
 
@@ -239,7 +276,7 @@ def transformer_encoder_layer(
         weight_init=weight_init,
         dtype=dtype,
     )
-    attentions = (("self_attn", _masks("src")),)
+    attentions = (("self_attn", masks_of("src")),)
     told = Told("transformer_encoder_layer", ENCODER, 1, norm_first, attentions)
     net = dim_feedforward, dropout, activation, layer_norm_eps, bias, weight_init, dtype
     return _block(told, {"self_attn": attention}, *net, batch_first=batch_first)
@@ -309,8 +346,8 @@ def transformer_decoder_layer(
             dtype=dtype,
         )
 
-    memory = (("key", "memory"), *_masks("memory"))
-    attentions = (("self_attn", _masks("tgt")), ("multihead_attn", memory))
+    memory = (("key", "memory"), *masks_of("memory"))
+    attentions = (("self_attn", masks_of("tgt")), ("multihead_attn", memory))
     told = Told("transformer_decoder_layer", DECODER, 2, norm_first, attentions)
     children = {
         "self_attn": attention(tgt_is_causal, cache),

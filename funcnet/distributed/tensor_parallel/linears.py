@@ -7,11 +7,16 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from funcnet.collectives import Axis, Split
+from funcnet.collectives import Split
 from funcnet.core import Forward, Grads, Key, Layer, Params, Pullback
 from funcnet.deferred import for_dx
 from funcnet.distributed.start import Mesh
-from funcnet.distributed.tensor_parallel.parting import axis_for, parted, without_padding
+from funcnet.distributed.tensor_parallel.parting import (
+    Region,
+    axis_for,
+    parted,
+    without_padding,
+)
 from funcnet.errors import check_count, require
 from funcnet.initializers import Initializer
 from funcnet.layers.arguments import zero_cotangent
@@ -23,19 +28,6 @@ from funcnet.tree import describe
 _FEATURES = (1, "{} features in the last dimension")
 
 
-def _require_tokens(axis: Axis, x: Tensor, sequence: int | None, parts: bool) -> None:
-    """ValueError unless x has a dimension of tokens before that of its features."""
-    if sequence is None:
-        return
-    got = tuple(x.shape)
-    inside = -x.dim() <= sequence < x.dim() and sequence % x.dim() != x.dim() - 1
-    require(inside, f"expects dimension {sequence} of tokens before the features, got {got}")
-    fits = not parts or x.shape[sequence] % axis.size == 0
-    require(
-        fits, f"expects tokens that {axis.size} ranks divide in dimension {sequence}, got {got}"
-    )
-
-
 @for_dx("weight")
 def column_rule(
     residuals: dict[str, Tensor],
@@ -43,23 +35,20 @@ def column_rule(
     weight: Split,
     bias: bool,
     gather: bool,
-    sequence: int | None,
+    region: Region,
     *,
     params: bool,
     x: bool,
 ) -> Grads:
     """``dweight = dy^T x``, ``dbias = sum dy``, of own rows; ``dx = sum over ranks dy weight``."""
-    axis = weight.axis
     if gather:
-        dy = Split(axis, tuple(dy.shape), dy.dim() - 1).part(dy)
-    if params and sequence is not None:
-        residuals["x"] = axis.gather(residuals["x"], sequence)
+        dy = Split(weight.axis, tuple(dy.shape), dy.dim() - 1).part(dy)
+    if params:
+        residuals["x"] = region.enter(residuals["x"])
     dparams, dx = linear_rule(residuals, dy, bias, params=params, x=x)
     if dparams is not None:
         dparams = {name: without_padding(weight, each) for name, each in dparams.items()}
-    if dx is not None:
-        dx = axis.sum(dx) if sequence is None else axis.scatter_sum(dx, sequence)
-    return dparams, dx
+    return dparams, region.enter_backward(dx) if dx is not None else None
 
 
 def column_linear(
@@ -117,6 +106,7 @@ def column_linear(
     check_count(name, 0, out_features=out_features)
     require(isinstance(bias, bool), f"{name}: bias must be True or False, got {bias!r}", TypeError)
     ranks = axis_for(name, mesh, axis)
+    region = Region(ranks, sequence)
 
     def placed(x: Tensor) -> dict[str, Split]:
         shape = (out_features, x.shape[-1])
@@ -129,7 +119,7 @@ def column_linear(
     def init(x: Tensor) -> Mapping[str, Param]:
         require_floating(x)
         require(x.dim() > 0, "expects at least one dimension, got ()")
-        _require_tokens(ranks, x, sequence, False)
+        region.check(x, whole=False)
         shape = (out_features, x.shape[-1])
         whole = weight_and_bias(shape, _FEATURES, bias, weight_init, bias_init, dtype)
         return parted(whole, placed(x))
@@ -137,10 +127,9 @@ def column_linear(
     def forward(params: Params, x: Tensor, state: Params, key: Key, train: bool) -> Forward:
         weight = Split(ranks, (out_features, x.shape[-1]), 0)
         pullback = Pullback(
-            column_rule, {"x": x, "weight": params["weight"]}, (weight, bias, gather, sequence)
+            column_rule, {"x": x, "weight": params["weight"]}, (weight, bias, gather, region)
         )
-        given = x if sequence is None else ranks.gather(x, sequence)
-        y = F.linear(given, params["weight"], params.get("bias"))
+        y = F.linear(region.enter(x), params["weight"], params.get("bias"))
         if gather:
             y = Split(ranks, (*y.shape[:-1], out_features), y.dim() - 1).whole(y)
         return y, pullback, {}
@@ -154,7 +143,7 @@ def row_rule(
     dy: Tensor,
     weight: Split,
     bias: bool,
-    sequence: int | None,
+    region: Region,
     other: Any,
     *,
     params: bool,
@@ -164,9 +153,7 @@ def row_rule(
 
     Of a tensor of which the size alone was read the cotangent is zero.
     """
-    if sequence is not None:
-        dy = weight.axis.gather(dy, sequence)
-    dparams, dx = linear_rule(residuals, dy, bias, params=params, x=x)
+    dparams, dx = linear_rule(residuals, region.leave_backward(dy), bias, params=params, x=x)
     if dparams is not None:
         dparams["weight"] = without_padding(weight, dparams["weight"])
     return dparams, (dx, zero_cotangent(*other)) if x and other is not None else dx
@@ -229,22 +216,21 @@ def row_linear(
     check_count(name, 0, **{each: size for each, size in options.items() if size is not None})
     require(isinstance(bias, bool), f"{name}: bias must be True or False, got {bias!r}", TypeError)
     size = None if out_features is None else lambda features: out_features
-    ranks = axis_for(name, mesh, axis)
-    return row_linear_to(size, ranks, bias, in_features, sequence, weight_init, bias_init, dtype)
+    region = Region(axis_for(name, mesh, axis), sequence)
+    return row_linear_to(size, region, bias, in_features, weight_init, bias_init, dtype)
 
 
 def row_linear_to(
     out_features: Callable[[int], int] | None,
-    axis: Axis,
+    region: Region,
     bias: bool,
     in_features: int | None = None,
-    sequence: int | None = None,
     weight_init: Initializer | None = None,
     bias_init: Initializer | None = None,
     dtype: torch.dtype | None = None,
 ) -> Layer:
     """`row_linear`, where the size of the output is a function of that of the whole input."""
-    name = "row_linear"
+    name, axis = "row_linear", region.axis
 
     def weight_split(x: Any) -> Split:
         given = x[0] if out_features is None else x
@@ -265,7 +251,7 @@ def row_linear_to(
             require(other.dim() > 0, "expects at least one dimension of other, got ()")
         require_floating(given)
         require(given.dim() > 0, "expects at least one dimension, got ()")
-        _require_tokens(axis, given, sequence, True)
+        region.check(given, whole=True)
         split = weight_split(x)
         words = f"{split.part_shape[1]} of {in_features} features in the last dimension"
         fits = in_features is None or given.shape[-1] == split.part_shape[1]
@@ -279,10 +265,9 @@ def row_linear_to(
             x, other = x
             told = tuple(other.shape), other.dtype, other.device
         pullback = Pullback(
-            row_rule, {"x": x, "weight": params["weight"]}, (split, bias, sequence, told)
+            row_rule, {"x": x, "weight": params["weight"]}, (split, bias, region, told)
         )
-        y = F.linear(x, params["weight"])
-        y = axis.sum(y) if sequence is None else axis.scatter_sum(y, sequence)
+        y = region.leave(F.linear(x, params["weight"]))
         return y + params["bias"] if bias else y, pullback, {}
 
     return stateful(init, forward, name=name, placed=placed)

@@ -1,7 +1,7 @@
 """How a rank makes its part of a parameter, and what is beyond the whole one stays zero."""
 
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -11,6 +11,52 @@ from funcnet.distributed.start import Mesh, axis_of
 from funcnet.errors import located, require
 from funcnet.initializers import Initializer
 from funcnet.params import Param
+
+
+class Region(NamedTuple):
+    """Where each rank computes its part of a layer: what is communicated at its ends.
+
+    Outside of it all ranks have the same tensors, or, with ``sequence``, each has some of the
+    tokens. The functions f at its entry and g at its exit are those of Megatron-LM.
+    """
+
+    axis: Axis
+    """The ranks."""
+
+    sequence: int | None = None
+    """The dimension of tokens of which each rank has a part outside; None: it has all of them."""
+
+    def enter(self, x: Tensor) -> Tensor:
+        """f: x as it is; the tokens of all ranks."""
+        return x if self.sequence is None else self.axis.gather(x, self.sequence)
+
+    def enter_backward(self, dx: Tensor) -> Tensor:
+        """The sum over ranks; of own tokens."""
+        return self._summed(dx)
+
+    def leave(self, y: Tensor) -> Tensor:
+        """g: the sum over ranks; of own tokens."""
+        return self._summed(y)
+
+    def leave_backward(self, dy: Tensor) -> Tensor:
+        """dy as it is; that of the tokens of all ranks."""
+        return dy if self.sequence is None else self.axis.gather(dy, self.sequence)
+
+    def _summed(self, x: Tensor) -> Tensor:
+        if self.sequence is None:
+            return self.axis.sum(x)
+        return self.axis.scatter_sum(x, self.sequence)
+
+    def check(self, x: Tensor, *, whole: bool) -> None:
+        """ValueError unless x has a dimension of tokens, which ranks divide if they are whole."""
+        if self.sequence is None:
+            return
+        got, ranks = tuple(x.shape), self.axis.size
+        inside = -x.dim() <= self.sequence < x.dim() and self.sequence % x.dim() != x.dim() - 1
+        words = f"dimension {self.sequence} of tokens, before the features"
+        require(inside, f"expects {words}, got {got}")
+        words = f"tokens that {ranks} ranks divide in dimension {self.sequence}"
+        require(not whole or x.shape[self.sequence] % ranks == 0, f"expects {words}, got {got}")
 
 
 def axis_for(name: str, mesh: Mesh, axis: str) -> Axis:

@@ -10,7 +10,7 @@ from funcnet import tree
 from funcnet.collectives import Split
 from funcnet.core import Forward, Grads, Key, Layer, Params, Pullback
 from funcnet.distributed.start import Mesh
-from funcnet.distributed.tensor_parallel.parting import axis_for, own_rows, parted
+from funcnet.distributed.tensor_parallel.parting import Region, axis_for, own_rows, parted
 from funcnet.errors import check_count, require
 from funcnet.initializers import Initializer
 from funcnet.layers.embedding import Rows, embedding_backward, is_index
@@ -20,12 +20,19 @@ from funcnet.params import Param, declare
 
 
 def vocabulary_embedding_rule(
-    residuals: dict[str, Tensor], dy: Tensor, split: Split, padding: int, *, params: bool, x: bool
+    residuals: dict[str, Tensor],
+    dy: Tensor,
+    split: Split,
+    region: Region,
+    padding: int,
+    *,
+    params: bool,
+    x: bool,
 ) -> Grads:
     """``dweight[i] = sum of dy where x = i``, of own rows."""
     if not params:
         return None, None
-    given = residuals["x"]
+    given, dy = residuals["x"], region.leave_backward(dy)
     index, is_own = own_rows(given, split)
     if padding >= 0:
         is_own = is_own & (given != padding)
@@ -41,6 +48,7 @@ def vocabulary_embedding(
     padding_idx: int | None = None,
     *,
     axis: str = "model",
+    sequence: int | None = None,
     weight_init: Initializer | None = None,
     dtype: torch.dtype = torch.float32,
 ) -> Layer:
@@ -53,12 +61,15 @@ def vocabulary_embedding(
         mesh: the ranks; see `mesh` and `axis_of`.
         padding_idx: a row that starts as zeros and gets no gradient.
         axis: the axis of the mesh over which the weight is parted.
+        sequence: the dimension of y along which each rank gets some of the tokens; ranks divide
+            them. Default: each rank gets the whole y.
         weight_init, dtype: those of `embedding`.
 
     Inputs:
         x of shape ``(*)``, int32 or int64, the same on all ranks.
     Returns:
-        y of shape ``(*, embedding_dim)``, the same on all ranks.
+        y of shape ``(*, embedding_dim)``, the same on all ranks; with ``sequence`` a rank's tokens
+        of it.
     Learned params:
         ``weight`` (ceil(num_embeddings / ranks), embedding_dim): a part of what `embedding` has,
         and of what its init gives.
@@ -69,7 +80,7 @@ def vocabulary_embedding(
         ValueError: an index out of range, in eager mode on the CPU. Where values are not read,
             such as under `jit`, its output is NaN.
 
-    Source: Shoeybi et al. 2019, "Megatron-LM".
+    Source: Shoeybi et al. 2019, "Megatron-LM"; sequence: Korthikanti et al. 2022.
 
     >>> import funcnet as fn
     >>> layer = vocabulary_embedding(65, 8, {"model": 2})
@@ -80,12 +91,14 @@ def vocabulary_embedding(
     name = "vocabulary_embedding"
     check_count(name, 0, num_embeddings=num_embeddings, embedding_dim=embedding_dim)
     rows = Rows.of(name, num_embeddings, embedding_dim, padding_idx, False)
-    split = Split(axis_for(name, mesh, axis), (num_embeddings, embedding_dim), 0)
+    region = Region(axis_for(name, mesh, axis), sequence)
+    split = Split(region.axis, (num_embeddings, embedding_dim), 0)
 
     @declare
     def init(x: Tensor) -> Mapping[str, Param]:
         wrong = f"expects int32 or int64 indices, got {tree.describe(x)}"
         require(is_index(x), wrong, TypeError)
+        region.check(x.unsqueeze(-1), whole=True)
         return parted(rows.declared(weight_init, dtype), {"weight": split})
 
     def forward(params: Params, x: Tensor, state: Params, key: Key, train: bool) -> Forward:
@@ -95,13 +108,12 @@ def vocabulary_embedding(
         got = f"got indices from {low} to {high}"
         require(inside, f"{name}: expects indices in [0, {num_embeddings}), {got}")
         index, is_own = own_rows(x, split)
-        y = split.axis.sum(
-            torch.where(is_own[..., None], F.embedding(index, params["weight"]), 0.0)
-        )
+        y = torch.where(is_own[..., None], F.embedding(index, params["weight"]), 0.0)
         if found is None:
             known = (x >= 0) & (x < num_embeddings)
             y = torch.where(known[..., None], y, torch.nan)
-        return y, Pullback(vocabulary_embedding_rule, {"x": x}, (split, rows.padding)), {}
+        pullback = Pullback(vocabulary_embedding_rule, {"x": x}, (split, region, rows.padding))
+        return region.leave(y), pullback, {}
 
     breaks = ("derivative",) if padding_idx is not None else ()
     return stateful(init, forward, name=name, breaks=breaks, placed=lambda x: {"weight": split})

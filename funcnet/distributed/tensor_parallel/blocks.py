@@ -1,0 +1,114 @@
+"""The layer of a Transformer, each rank with some of the heads and of the hidden features."""
+
+from typing import Any
+
+import torch
+
+from funcnet.core import Layer
+from funcnet.distributed.start import Mesh
+from funcnet.distributed.tensor_parallel.heads import parallel_attention
+from funcnet.distributed.tensor_parallel.linears import column_linear, row_linear
+from funcnet.distributed.tensor_parallel.parting import axis_for
+from funcnet.distributed.tensor_parallel.pieces import own_tokens, parted_dropout
+from funcnet.initializers import Initializer
+from funcnet.layers.dropout import dropout as dropping
+from funcnet.layers.layer_norm import layer_norm
+from funcnet.layers.transformer import ENCODER, Parts, Told, activation_of, block_of, masks_of
+
+
+def parallel_encoder_layer(
+    nhead: int,
+    mesh: Mesh,
+    dim_feedforward: int = 2048,
+    dropout: float = 0.1,
+    activation: str | Layer = "relu",
+    layer_norm_eps: float = 1e-5,
+    batch_first: bool = False,
+    norm_first: bool = False,
+    bias: bool = True,
+    *,
+    axis: str = "model",
+    sequence: bool = False,
+    is_causal: bool = False,
+    num_kv_heads: int | None = None,
+    window: int | None = None,
+    rotary: Layer | None = None,
+    alibi: bool = False,
+    cache: int | None = None,
+    weight_init: Initializer | None = None,
+    dtype: torch.dtype | None = None,
+) -> Layer:
+    """`transformer_encoder_layer`, each rank with some of its heads and hidden features.
+
+    ``self_attn`` is a `parallel_attention`, ``linear1`` a `column_linear` and ``linear2`` a
+    `row_linear`: two sums over ranks forward, and two backward. Norms are whole on each rank.
+
+    Args:
+        nhead: the heads of all ranks; ranks divide them.
+        mesh: the ranks; see `mesh` and `axis_of`.
+        dim_feedforward: the features between the two linear layers, of all ranks; they need not
+            be divided by ranks.
+        dropout, activation, layer_norm_eps, batch_first, norm_first, bias: of
+            `transformer_encoder_layer`; the activation is of each number alone.
+        axis: the axis of the mesh over which the layer is parted.
+        sequence: whether each rank has some of the tokens of x and y, which ranks divide: sums
+            become as many sums of parts and gathers, and norms are of own tokens (`own_tokens`).
+        is_causal, num_kv_heads, window, rotary, alibi, cache: of `parallel_attention`.
+        weight_init, dtype: of `transformer_encoder_layer`.
+
+    Inputs:
+        those of `transformer_encoder_layer`, the same on all ranks. A key, the same on all ranks,
+        when ``train=True`` and dropout > 0.
+    Returns:
+        y of the shape of src, the same on all ranks.
+    Learned params:
+        parts of those of `transformer_encoder_layer`, and of what its init gives.
+    VJP:
+        the children's.
+    Raises:
+        ValueError: heads that the ranks do not divide; the children's errors.
+
+    Source: Shoeybi et al. 2019, "Megatron-LM"; sequence: Korthikanti et al. 2022.
+
+    >>> import funcnet as fn
+    >>> layer = parallel_encoder_layer(2, {"model": 2}, 9, dropout=0.0, batch_first=True)
+    >>> params, _ = layer.init(fn.key(0), torch.ones(3, 5, 4, device="meta"))
+    >>> params["linear1"]["weight"].shape, params["linear2"]["weight"].shape
+    (torch.Size([5, 4]), torch.Size([4, 5]))
+    """
+    name = "parallel_encoder_layer"
+    ranks, tokens = axis_for(name, mesh, axis), -2 if batch_first else 0
+    attention = parallel_attention(
+        nhead,
+        mesh,
+        dropout,
+        bias,
+        batch_first,
+        axis=axis,
+        sequence=sequence,
+        num_kv_heads=num_kv_heads,
+        is_causal=is_causal,
+        window=window,
+        rotary=rotary,
+        alibi=alibi,
+        cache=cache,
+        weight_init=weight_init,
+        dtype=dtype,
+    )
+    told = Told(name, ENCODER, 1, norm_first, (("self_attn", masks_of("src")),))
+    norm = layer_norm(None, layer_norm_eps, bias=bias, dtype=dtype)
+    linear: Any = {
+        "axis": axis,
+        "sequence": tokens if sequence else None,
+        "weight_init": weight_init,
+        "dtype": dtype,
+    }
+    parts = Parts(
+        column_linear(dim_feedforward, mesh, bias, **linear),
+        activation_of(name, activation),
+        parted_dropout(dropout, ranks, -1, dim_feedforward),
+        row_linear(None, mesh, bias, dim_feedforward, **linear),
+        own_tokens(norm, mesh, axis=axis) if sequence else norm,
+        parted_dropout(dropout, ranks, tokens) if sequence else dropping(dropout),
+    )
+    return block_of(told, {"self_attn": attention}, parts, batch_first)

@@ -1,0 +1,136 @@
+"""Layers whose params are parted over ranks equal those of a single process."""
+
+import pytest
+import torch
+
+import funcnet as fn
+from funcnet import tree
+from funcnet.distributed.splits import whole_params
+
+FLOAT = torch.float64
+
+
+def mesh():
+    return fn.distributed.mesh(data=1, model=torch.distributed.get_world_size())
+
+
+def normal(seed, *shape):
+    return fn.random.normal(fn.random.key(seed), shape, FLOAT)
+
+
+def tokens(seed, *shape, vocabulary=65):
+    return fn.random.randint(fn.random.key(seed), shape, 0, vocabulary)
+
+
+def mlp(mesh=None):
+    """A hidden layer that no number of ranks divides; sigmoid makes padding something."""
+    if mesh is None:
+        return fn.serial(fn.linear(25), fn.sigmoid(), fn.linear(3)), fn.mse()
+    first = fn.distributed.column_linear(25, mesh)
+    last = fn.distributed.row_linear(3, mesh, in_features=25)
+    return fn.serial(first, fn.sigmoid(), last), fn.mse()
+
+
+def gathered(mesh=None):
+    if mesh is None:
+        return fn.serial(fn.linear(25), fn.softmax(), fn.linear(3)), fn.mse()
+    first = fn.distributed.column_linear(25, mesh, gather=True)
+    return fn.serial(first, fn.softmax(), fn.linear(3)), fn.mse()
+
+
+def close(found, expected):
+    torch.testing.assert_close(found, expected, rtol=1e-12, atol=1e-13)
+
+
+def same_training(make, x, target, transform="eager", steps=5, **options):
+    """Loss, gradients and steps of adam are those of a single process, and padding is zero."""
+    wrap = {"eager": lambda f: f, "jit": fn.jit}[transform]
+    (net, loss), (own_net, own_loss) = make(**options), make(mesh(), **options)
+    optimizer = fn.adam(0.01, weight_decay=0.1)
+    state = fn.init_train_state(net, optimizer, fn.key(1), x)
+    own = fn.init_train_state(own_net, optimizer, fn.key(1), x)
+    placed = fn.distributed.placements(own_net, x)
+    assert list(placed) == list(tree.to_dotted(own.params))
+    close(whole_params(own.params, placed), state.params)
+    step = fn.train_step(net, loss, optimizer)
+    own_step = wrap(fn.train_step(own_net, own_loss, optimizer))
+    for _ in range(steps):
+        _, own_grads = gradients(own_net, own_loss, own, x, target)
+        _, grads = gradients(net, loss, state, x, target)
+        close(whole_params(own_grads, placed), grads)
+        state, metrics = step(state, (x, target))
+        own, own_metrics = own_step(own, (x, target))
+        close(own_metrics["loss"], metrics["loss"])
+        close(whole_params(own.params, placed), state.params)
+    for path, leaf in tree.to_dotted(own.params).items():
+        if placed[path]:
+            (split,) = placed[path]
+            padded = split.axis.gather(leaf, split.dim)
+            assert torch.equal(split.padded(split.trimmed(padded)), padded), path
+
+
+def gradients(net, loss, state, x, target):
+    key = fn.random.fold_in(state.key, state.step)
+    y, pullback, _ = net.vjp(state.params, x, state.state, key=key)
+    value, of_loss = loss.vjp(y, target)
+    return value, pullback(of_loss(), x=False)[0]
+
+
+@pytest.mark.parametrize("make", [mlp, gathered])
+def test_a_small_net(ranks, make):
+    ranks(same_training, make, normal(0, 4, 5), normal(1, 4, 3))
+
+
+def test_a_small_net_under_jit(ranks):
+    ranks(same_training, mlp, normal(0, 4, 5), normal(1, 4, 3), "jit")
+
+
+def gpt(mesh=None, tied=False, sequence=False, dropout=0.0, **options):
+    """An embedding of 65 tokens, two blocks, a head, and the loss."""
+    told = {"norm_first": True, "batch_first": True, "activation": "gelu", "is_causal": True}
+    told |= {"dropout": dropout, "rotary": fn.rotary()} | options
+    norm, head = fn.layer_norm(None), {"weight_init": fn.initializers.normal(0.1)}
+    if mesh is None:
+        loss = fn.cross_entropy(ignore_index=3)
+        embed = fn.embedding(65, 16, dtype=FLOAT)
+        block = fn.transformer_encoder_layer(4, 26, **told)
+        head = fn.linear(65, bias=False, **head)
+    else:
+        d, along = fn.distributed, 1 if sequence else None
+        loss = d.vocabulary_cross_entropy(mesh, ignore_index=3, num_classes=65)
+        embed = d.vocabulary_embedding(65, 16, mesh, dtype=FLOAT, sequence=along)
+        block = d.parallel_encoder_layer(4, mesh, 26, sequence=sequence, **told)
+        norm = d.own_tokens(norm, mesh) if sequence else norm
+        head = d.column_linear(65, mesh, bias=False, sequence=along, **head)
+    # The classes are the loss's second dimension.
+    layers = {"embed": embed, "blocks": fn.repeat(block, 2), "norm": norm, "head": head}
+    net = fn.serial(**layers, rows=fn.flatten(0, 1))
+    return fn.tie(net, {"head.weight": "embed.weight"}) if tied else net, loss
+
+
+def batch():
+    return tokens(0, 2, 8), tokens(1, 16)
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"tied": True},
+        {"sequence": True},
+        {"dropout": 0.3, "window": 3},
+        {"dropout": 0.3, "sequence": True, "tied": True},
+        {"alibi": True, "bias": False, "rotary": None},
+    ],
+    ids=lambda options: "-".join(options),
+)
+def test_a_small_gpt(four_ranks, options):
+    four_ranks(same_training, gpt, *batch(), steps=2, **options)
+
+
+def test_a_small_gpt_of_two_ranks(two_ranks):
+    two_ranks(same_training, gpt, *batch(), num_kv_heads=2)
+
+
+@pytest.mark.parametrize("options", [{"tied": True}, {"sequence": True, "dropout": 0.3}], ids=str)
+def test_a_small_gpt_under_jit(two_ranks, options):
+    two_ranks(same_training, gpt, *batch(), "jit", steps=5, **options)
