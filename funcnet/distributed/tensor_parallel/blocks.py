@@ -38,7 +38,7 @@ def parallel_encoder_layer(
     weight_init: Initializer | None = None,
     dtype: torch.dtype | None = None,
 ) -> Layer:
-    """`transformer_encoder_layer`, each rank with some of its heads and hidden features.
+    """`funcnet.transformer_encoder_layer`, each rank with some of its heads and hidden features.
 
     ``self_attn`` is a `parallel_attention`, ``linear1`` a `column_linear` and ``linear2`` a
     `row_linear`: two sums over ranks forward, and two backward. Norms are whole on each rank.
@@ -49,20 +49,20 @@ def parallel_encoder_layer(
         dim_feedforward: the features between the two linear layers, of all ranks; they need not
             be divided by ranks.
         dropout, activation, layer_norm_eps, batch_first, norm_first, bias: of
-            `transformer_encoder_layer`; the activation is of each number alone.
+            `funcnet.transformer_encoder_layer`; the activation is of each number alone.
         axis: the axis of the mesh over which the layer is parted.
         sequence: whether each rank has some of the tokens of x and y, which ranks divide: sums
             become as many sums of parts and gathers, and norms are of own tokens (`own_tokens`).
         is_causal, num_kv_heads, window, rotary, alibi, cache: of `parallel_attention`.
-        weight_init, dtype: of `transformer_encoder_layer`.
+        weight_init, dtype: of `funcnet.transformer_encoder_layer`.
 
     Inputs:
-        those of `transformer_encoder_layer`, the same on all ranks. A key, the same on all ranks,
-        when ``train=True`` and dropout > 0.
+        those of `funcnet.transformer_encoder_layer`, the same on all ranks. A key, the same on all
+        ranks, when ``train=True`` and dropout > 0.
     Returns:
         y of the shape of src, the same on all ranks.
     Learned params:
-        parts of those of `transformer_encoder_layer`, and of what its init gives.
+        parts of those of `funcnet.transformer_encoder_layer`, and of what its init gives.
     VJP:
         the children's.
     Raises:

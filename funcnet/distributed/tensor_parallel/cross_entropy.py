@@ -112,7 +112,7 @@ def vocabulary_cross_entropy(
     num_classes: int | None = None,
     axis: str = "model",
 ) -> Loss:
-    """`cross_entropy` of logits of which each rank has those of some classes.
+    """`funcnet.cross_entropy` of logits of which each rank has those of some classes.
 
     The ranks exchange three numbers for each example, never the logits: the greatest of them, the
     sum of their exponentials and their product with q.
@@ -120,7 +120,7 @@ def vocabulary_cross_entropy(
     Args:
         mesh: the ranks; see `mesh` and `axis_of`.
         weight: of each class of all ranks, shape (classes,).
-        ignore_index, reduction, label_smoothing: those of `cross_entropy`.
+        ignore_index, reduction, label_smoothing: those of `funcnet.cross_entropy`.
         num_classes: the classes of all ranks; needed where ranks do not divide them.
         axis: the axis of the mesh over which the classes are parted.
 

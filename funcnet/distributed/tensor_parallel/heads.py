@@ -68,12 +68,12 @@ def heads_projection(
         sizes = whole.sizes(ins[0])
         if len({*ins}) == 1:
             shape = (sum(sizes), ins[0])
-            splits = {"in_proj_weight": Split(region.axis, shape, 0, sizes)}
+            splits = {"in_proj_weight": Split(region.axis, shape, 0, sections=sizes)}
         else:
             rows = zip(PROJECTION[1:4], sizes, ins, strict=True)
             splits = {name: Split(region.axis, (out, size), 0) for name, out, size in rows}
         if bias:
-            splits["in_proj_bias"] = Split(region.axis, (sum(sizes),), 0, sizes)
+            splits["in_proj_bias"] = Split(region.axis, (sum(sizes),), 0, sections=sizes)
         return splits
 
     def init(key: Tensor, x: Tree) -> tuple[Params, Params]:
@@ -96,7 +96,7 @@ def heads_projection(
 def heads_forward(
     run: Run, x: Tree, told: Told, region: Region, number: int
 ) -> tuple[Tree, Mapping[str, Tree]]:
-    """That of `multihead_attention`, of own heads."""
+    """That of `funcnet.multihead_attention`, of own heads."""
     with located(f"{_NAME}:"):
         parts, _ = parts_of(x, NAMES, 1)
         features = parts["query"].shape[-1]
@@ -114,7 +114,7 @@ def heads_forward(
 def heads_backward(
     pull: Pull, dy: Tree, residuals: Mapping[str, Tree], told: Told, region: Region, number: int
 ) -> Tree:
-    """That of `multihead_attention`; the cotangents of masks are summed over ranks."""
+    """That of `funcnet.multihead_attention`; the cotangents of masks are summed over ranks."""
     dx = multihead_backward(pull, dy, residuals, told)
     if not isinstance(dx, (tuple, dict)):
         return dx
@@ -144,7 +144,7 @@ def parallel_attention(
     weight_init: Initializer | None = None,
     dtype: torch.dtype | None = None,
 ) -> Layer:
-    """`multihead_attention`, each rank with some of the heads: the sum of what they give is y.
+    """`funcnet.multihead_attention`, each rank with some of the heads; y is the sum over ranks.
 
     Args:
         num_heads: the heads of all ranks; ranks divide them.
@@ -155,22 +155,23 @@ def parallel_attention(
         axis: the axis of the mesh over which the heads are parted.
         sequence: whether each rank has some of the tokens of x and y, which ranks divide.
         num_kv_heads: the number of heads of keys and values; ranks divide it too.
-        is_causal, window, rotary, alibi, cache, weight_init, dtype: of `multihead_attention`.
+        is_causal, window, rotary, alibi, cache, weight_init, dtype: of
+            `funcnet.multihead_attention`.
 
     Inputs:
-        those of `multihead_attention`, the same on all ranks; attn_mask is (tokens, keys).
+        those of `funcnet.multihead_attention`, the same on all ranks; attn_mask is (tokens, keys).
     Returns:
         y of the shape of the query, the same on all ranks.
     Learned params:
-        parts of those of `multihead_attention`, and of what its init gives: of ``in_proj_weight``
-        and ``in_proj_bias`` the rows of the rank's heads, of ``out_proj.weight`` their columns;
-        ``out_proj.bias`` is whole.
+        parts of those of `funcnet.multihead_attention`, and of what its init gives: of
+        ``in_proj_weight`` and ``in_proj_bias`` the rows of the rank's heads, of
+        ``out_proj.weight`` their columns; ``out_proj.bias`` is whole.
     State:
-        with a cache that of `multihead_attention`, for the rank's heads.
+        with a cache that of `funcnet.multihead_attention`, for the rank's heads.
     VJP:
-        that of `multihead_attention`; dx is the sum of what the ranks' heads give.
+        that of `funcnet.multihead_attention`; dx is the sum of what the ranks' heads give.
     Raises:
-        ValueError: heads that the ranks do not divide; the errors of `multihead_attention`.
+        ValueError: heads that the ranks do not divide; the errors of `funcnet.multihead_attention`.
 
     Source: Shoeybi et al. 2019, "Megatron-LM"; sequence: Korthikanti et al. 2022.
 

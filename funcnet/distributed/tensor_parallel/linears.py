@@ -63,7 +63,7 @@ def column_linear(
     bias_init: Initializer | None = None,
     dtype: torch.dtype | None = None,
 ) -> Layer:
-    """`linear`, each rank with some of the output's features: ``y_r = x weight_r^T + bias_r``.
+    """`funcnet.linear`, each rank with some of the output: ``y_r = x weight_r^T + bias_r``.
 
     Its weight, transposed as in the formula, is parted by columns. What follows may work on each
     feature alone, such as an activation, up to a `row_linear`, or to a
@@ -78,7 +78,7 @@ def column_linear(
         axis: the axis of the mesh over which the weight is parted.
         sequence: the dimension of x along which each rank has some of the tokens; y has all of
             them. Default: each rank has the whole x.
-        weight_init, bias_init, dtype: those of `linear`.
+        weight_init, bias_init, dtype: those of `funcnet.linear`.
 
     Inputs:
         x of shape ``(*, in_features)``, floating, the same on all ranks; with ``sequence`` a rank's
@@ -86,8 +86,8 @@ def column_linear(
     Returns:
         y of shape ``(*, ceil(out_features / ranks))``, or, with ``gather``, ``(*, out_features)``.
     Learned params:
-        ``weight`` (ceil(out_features / ranks), in_features), ``bias``: parts of what `linear` has,
-        and of what its init gives.
+        ``weight`` (ceil(out_features / ranks), in_features), ``bias``: parts of what
+        `funcnet.linear` has, and of what its init gives.
     VJP:
         ``dx = sum over ranks dy_r weight_r``, ``dweight_r = dy_r^T x``, ``dbias_r = sum dy_r``.
     Raises:
@@ -171,20 +171,20 @@ def row_linear(
     bias_init: Initializer | None = None,
     dtype: torch.dtype | None = None,
 ) -> Layer:
-    """`linear`, each rank with some of the input's features: ``y = sum_r x_r weight_r^T + bias``.
+    """`funcnet.linear`, each rank with some of the input: ``y = sum_r x_r weight_r^T + bias``.
 
     Its weight, transposed as in the formula, is parted by rows. It ends what a `column_linear`
     began: y is the same on all ranks.
 
     Args:
-        out_features: the size of the last dimension of y, or None, as in `linear`.
+        out_features: the size of the last dimension of y, or None, as in `funcnet.linear`.
         mesh: the ranks; see `mesh` and `axis_of`.
         bias: whether a bias is learned. It is whole on each rank and added once.
         in_features: the features of all ranks together; needed where ranks do not divide them.
         axis: the axis of the mesh over which the weight is parted.
         sequence: the dimension of y along which each rank gets some of the tokens; ranks divide
             them. Default: each rank gets the whole y.
-        weight_init, bias_init, dtype: those of `linear`.
+        weight_init, bias_init, dtype: those of `funcnet.linear`.
 
     Inputs:
         x of shape ``(*, ceil(in_features / ranks))``, floating: a rank's part of the features.
@@ -192,8 +192,8 @@ def row_linear(
     Returns:
         y of shape ``(*, out_features)``; with ``sequence`` a rank's tokens of it.
     Learned params:
-        ``weight`` (out_features, ceil(in_features / ranks)), a part of what `linear` has and of
-        what its init gives; ``bias`` (out_features,).
+        ``weight`` (out_features, ceil(in_features / ranks)), a part of what `funcnet.linear`
+        has and of what its init gives; ``bias`` (out_features,).
     VJP:
         ``dx_r = dy weight_r``, ``dweight_r = dy^T x_r``, ``dbias = sum dy``.
     Raises:

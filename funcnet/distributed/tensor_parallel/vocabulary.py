@@ -52,7 +52,7 @@ def vocabulary_embedding(
     weight_init: Initializer | None = None,
     dtype: torch.dtype = torch.float32,
 ) -> Layer:
-    """`embedding`, each rank with some of the rows: ``y = sum_r weight_r[x]``, of own rows.
+    """`funcnet.embedding`, each rank with some of the rows: ``y = sum_r weight_r[x]``, of own rows.
 
     Args:
         num_embeddings: the number of rows of all ranks. Where ranks do not divide it, the last ones
@@ -63,7 +63,7 @@ def vocabulary_embedding(
         axis: the axis of the mesh over which the weight is parted.
         sequence: the dimension of y along which each rank gets some of the tokens; ranks divide
             them. Default: each rank gets the whole y.
-        weight_init, dtype: those of `embedding`.
+        weight_init, dtype: those of `funcnet.embedding`.
 
     Inputs:
         x of shape ``(*)``, int32 or int64, the same on all ranks.
@@ -71,14 +71,14 @@ def vocabulary_embedding(
         y of shape ``(*, embedding_dim)``, the same on all ranks; with ``sequence`` a rank's tokens
         of it.
     Learned params:
-        ``weight`` (ceil(num_embeddings / ranks), embedding_dim): a part of what `embedding` has,
-        and of what its init gives.
+        ``weight`` (ceil(num_embeddings / ranks), embedding_dim): a part of what
+        `funcnet.embedding` has, and of what its init gives.
     VJP:
         ``dweight_r[i] = sum dy[x = i]``; dx is None.
     Raises:
         TypeError: x that is not an integer.
         ValueError: an index out of range, in eager mode on the CPU. Where values are not read,
-            such as under `jit`, its output is NaN.
+            such as under `funcnet.jit`, its output is NaN.
 
     Source: Shoeybi et al. 2019, "Megatron-LM"; sequence: Korthikanti et al. 2022.
 
