@@ -52,7 +52,7 @@ def replaced(path: Path) -> Iterator[IO[bytes]]:
         with contextlib.suppress(OSError):
             aside.unlink()
         raise
-    _sync_folder(path.parent)
+    sync_folder(path.parent)
 
 
 @contextlib.contextmanager
@@ -63,12 +63,42 @@ def synced(path: Path) -> Iterator[IO[bytes]]:
         _sync(file)
 
 
+@contextlib.contextmanager
+def locked(path: Path) -> Iterator[None]:
+    """A block that one process of those that share a folder has to itself, for ``path``.
+
+    Raises:
+        BlockingIOError: another one is in it.
+    """
+    if fcntl is None:
+        yield
+        return
+    mark = path.with_name(f"{_prefix(path)}lock")
+    while True:
+        with open(mark, "ab") as file:
+            try:
+                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:
+                raise
+            except OSError:  # a file system without locks
+                yield
+                return
+            with contextlib.suppress(FileNotFoundError):
+                if mark.stat().st_ino == os.fstat(file.fileno()).st_ino:
+                    try:
+                        yield
+                    finally:
+                        mark.unlink(missing_ok=True)
+                    return
+            # Else the one who had it has just removed it.
+
+
 def _sync(file: IO[bytes]) -> None:
     file.flush()
     os.fsync(file.fileno())
 
 
-def _sync_folder(folder: Path) -> None:
+def sync_folder(folder: Path) -> None:
     """Wait until the names in a folder are on the disk."""
     if os.name == "nt":  # where a folder cannot be opened
         return

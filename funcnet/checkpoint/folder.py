@@ -51,25 +51,45 @@ def save_step(
     ...     [*fn.checkpoint.steps(folder)], fn.checkpoint.best(folder).name
     ([1, 2, 3], 'step_0000000001.safetensors')
     """
-    folder, step = Path(folder), int(step)
-    require(step >= 0, f"save_step: step must be >= 0, got {step}")
-    require(keep is None or keep >= 1, f"save_step: keep must be >= 1, got {keep}")
+    path = step_path("save_step", folder, step, keep)
     score = None if score is None else float(score)
-    later = [other for other in steps(folder) if other > step]
+    write(path, tree, max_shard_bytes=max_shard_bytes, checksum=checksum, score=score)
+    remove_old(path.parent, keep)
+    return path
+
+
+def step_path(
+    name: str,
+    folder: str | os.PathLike[str],
+    step: int | Tensor,
+    keep: int | None,
+    *,
+    there: bool = True,
+) -> Path:
+    """The path of a step's checkpoint, after what `save_step` is given is checked.
+
+    ``there``: whether to look into the folder.
+    """
+    folder, step = Path(folder), int(step)
+    require(step >= 0, f"{name}: step must be >= 0, got {step}")
+    require(keep is None or keep >= 1, f"{name}: keep must be >= 1, got {keep}")
+    later = [other for other in steps(folder) if other > step] if there else []
     require(
         not later,
-        f"save_step: {folder} has the later step {later and later[-1]}, of another run: take "
+        f"{name}: {folder} has the later step {later and later[-1]}, of another run: take "
         "another folder, or remove it",
     )
-    path = folder / f"step_{step:010}.safetensors"
-    write(path, tree, max_shard_bytes=max_shard_bytes, checksum=checksum, score=score)
+    return folder / f"step_{step:010}.safetensors"
+
+
+def remove_old(folder: Path, keep: int | None) -> None:
+    """Remove the checkpoints but for the last ones, and the best."""
     there = steps(folder)
     kept = {*list(there)[-(keep or 0) :], _best(there)}
     for other, old in there.items():
         if other not in kept:
             old.unlink(missing_ok=True)
             remove_shards(old, kept=())
-    return path
 
 
 def steps(folder: str | os.PathLike[str]) -> dict[int, Path]:

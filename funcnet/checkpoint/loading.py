@@ -1,7 +1,6 @@
 """`load`: a tree of tensors from safetensors files, that anybody may have written."""
 
 import os
-import re
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
@@ -12,7 +11,8 @@ import torch
 from torch import Tensor
 
 from funcnet.checkpoint.files import check_path
-from funcnet.checkpoint.safetensors import HEADER_LIMIT, Mapped, crc32, open_mapped, parse
+from funcnet.checkpoint.parted import Shards, Stored, decode_parts, in_one_file
+from funcnet.checkpoint.safetensors import HEADER_LIMIT, crc32, open_mapped, parse
 from funcnet.checkpoint.shards import index_of
 from funcnet.checkpoint.structure import (
     EMPTY,
@@ -69,10 +69,10 @@ def load(path: str | os.PathLike[str], like: Any = None, *, at: str = "") -> Any
     if at and not (names or values or nodes):
         parts = sorted({name.split(".")[0] for name in (*tensors, *structure.values)})
         raise ValueError(f"load: there is nothing at {at!r} in {path}, which has {parts}")
-    with _explained(target):
+    with explained(target):
         require(not names.keys() & values.keys(), "a leaf is there twice")
         found: dict[str, Any] = {
-            key: _read(name, tensors[name], structure) for key, name in names.items()
+            key: _read(tensors[name], structure) for key, name in names.items()
         }
         found |= {key: structure.values[name] for key, name in values.items()}
         if like is None:
@@ -82,13 +82,14 @@ def load(path: str | os.PathLike[str], like: Any = None, *, at: str = "") -> Any
     return _like(target, found, like)
 
 
-def _read(name: str, file: Mapped, structure: Structure) -> Tensor:
+def _read(stored: Stored, structure: Structure) -> Tensor:
     """A tensor as `save` was given it."""
-    tensor = file.read(name)
+    name, tensor = stored.name, stored.whole()
     if name in structure.crc32:
-        intact = crc32(tensor) == structure.crc32[name]
+        pairs = torch.view_as_real(tensor) if tensor.dtype == torch.complex128 else tensor
+        intact = crc32(pairs) == structure.crc32[name]
         require(intact, f"the bytes of {name!r} are not those that were saved")
-    return _unpaired(tensor, structure.dtypes[name]) if name in structure.dtypes else tensor
+    return tensor
 
 
 def _like(path: Path, found: Mapping[str, Any], like: Any) -> Any:
@@ -104,13 +105,17 @@ def _like(path: Path, found: Mapping[str, Any], like: Any) -> Any:
     if faults:
         for name in faults.keys() & expected.keys():
             faults[name] += f", expected {describe(expected[name])}"
-        count = "a leaf differs" if len(faults) == 1 else f"{len(faults)} leaves differ"
-        lines = [f"  {name}: {fault}" for name, fault in sorted(faults.items())]
-        message = f"load: {path} is not like the tree `like`, {count}:"
-        raise ValueError("\n".join([message, *lines]))
+        raise unlike(path, faults)
     return optree.tree_structure(like).unflatten(
-        [_laid_out(_on_device(found[name], leaf), leaf) for name, leaf in expected.items()]
+        [laid_out(on_device(found[name], leaf), leaf) for name, leaf in expected.items()]
     )
+
+
+def unlike(path: Path, faults: Mapping[str, str]) -> ValueError:
+    """The error that says what of a file is not like the tree that it is loaded into."""
+    count = "a leaf differs" if len(faults) == 1 else f"{len(faults)} leaves differ"
+    lines = [f"  {name}: {fault}" for name, fault in sorted(faults.items())]
+    return ValueError("\n".join([f"load: {path} is not like the tree `like`, {count}:", *lines]))
 
 
 def _same_kind(a: Any, b: Any) -> bool:
@@ -119,20 +124,25 @@ def _same_kind(a: Any, b: Any) -> bool:
     return type(a) is type(b)
 
 
-def _on_device(leaf: Any, like: Any) -> Any:
+def on_device(leaf: Any, like: Any) -> Any:
+    """A tensor on the device of ``like``, unless that is meta."""
     kept = not isinstance(leaf, Tensor) or like.is_cpu or like.is_meta
     return leaf if kept else leaf.to(like.device)
 
 
-def _laid_out(leaf: Any, like: Any) -> Any:
+def laid_out(leaf: Any, like: Any) -> Any:
     """A tensor in the strides of ``like``: kernels that are picked by them round differently."""
     if not isinstance(leaf, Tensor) or like.is_contiguous():
         return leaf
     return torch.empty_like(like, device=leaf.device, requires_grad=False).copy_(leaf)
 
 
-def open_checkpoint(path: Path) -> tuple[dict[str, Mapped], Structure]:
-    """The file of each tensor, by name, and the rest of a checkpoint.
+def open_checkpoint(path: Path, *, lazily: bool = False) -> tuple[dict[str, Stored], Structure]:
+    """The tensors of a checkpoint, by name, and the rest of it.
+
+    Args:
+        path: as for `load`.
+        lazily: open a file of several when a tensor of it is read, not all now.
 
     Raises:
         ValueError: no checkpoint.
@@ -140,11 +150,14 @@ def open_checkpoint(path: Path) -> tuple[dict[str, Mapped], Structure]:
     """
     index = path if path.name.endswith(".json") else index_of(path)
     if index != path and (path.exists() or not index.exists()):
-        with _explained(path):
+        with explained(path):
             file = open_mapped(path)
-            return dict.fromkeys(file.entries, file), _structure(file.metadata.get("funcnet"))
-    with _explained(index):
-        return _open_index(index)
+            structure = _structure(file.metadata.get("funcnet"))
+            stored = {name: in_one_file(name, entry, file) for name, entry in file.entries.items()}
+            return _unpaired(stored, structure), structure
+    with explained(index):
+        stored, structure = _open_index(index, lazily)
+        return _unpaired(stored, structure), structure
 
 
 def _structure(text: Any) -> Structure:
@@ -155,7 +168,7 @@ def _structure(text: Any) -> Structure:
     return decode(text)
 
 
-def _open_index(path: Path) -> tuple[dict[str, Mapped], Structure]:
+def _open_index(path: Path, lazily: bool) -> tuple[dict[str, Stored], Structure]:
     require(not path.exists() or path.is_file(), "not a file")
     with open(path, "rb") as file:
         text = file.read(HEADER_LIMIT + 1)
@@ -164,31 +177,32 @@ def _open_index(path: Path) -> tuple[dict[str, Mapped], Structure]:
     places, metadata = index.get("weight_map"), index.get("metadata", {})
     if not isinstance(places, dict) or not isinstance(metadata, dict):
         raise ValueError("the index has no weight_map, or its metadata are no dict")
-    shards: dict[str, Mapped] = {}
+    shards = Shards(path)
+    tensors = {}
     for key, name in places.items():
-        # A name and no path: an index must not reach into other folders.
-        plain = isinstance(name, str) and re.fullmatch(r"(?!\.\.?$)[^/\\:\0]+", name)
-        require(plain, f"the index names {name!r}, which is no file's name")
-        if name not in shards:
-            try:
-                shards[name] = open_mapped(path.with_name(name))
-            except OSError as error:
-                raise ValueError(f"{name[:99]!r}, of the index: {error.strerror}") from error
-            except ValueError as error:
-                raise ValueError(f"{name}: {error}") from None
-        require(key in shards[name].entries, f"{key!r} is not in {name!r}, where the index has it")
-    tensors = {key: shards[name] for key, name in places.items()}
-    return tensors, _structure(metadata.get("funcnet"))
+        entries = shards.checked(name)().entries
+        require(key in entries, f"{key!r} is not in {name!r}, where the index has it")
+        tensors[key] = in_one_file(key, entries[key], shards[name])
+    parted = decode_parts(index["parts"], shards.checked) if "parts" in index else {}
+    both = sorted(parted.keys() & tensors.keys())
+    require(not both, f"the index has {both[:3]} twice")
+    for stored in () if lazily else parted.values():
+        stored.check()
+    return tensors | parted, _structure(metadata.get("funcnet"))
 
 
-def _unpaired(tensor: Tensor, dtype: str) -> Tensor:
-    pairs = tensor.dtype == torch.float64 and tensor.shape[-1:] == (2,)
-    require(dtype == "complex128" and pairs, f"a tensor is stored as {dtype!r}")
-    return torch.view_as_complex(tensor)
+def _unpaired(tensors: dict[str, Stored], structure: Structure) -> dict[str, Stored]:
+    """The tensors with the dtypes that they had, where these are stored as others."""
+    for name, dtype in structure.dtypes.items():
+        if (stored := tensors.get(name)) is not None and stored.dtype != torch.complex128:
+            pairs = stored.dtype == torch.float64 and stored.shape[-1:] == (2,)
+            require(dtype == "complex128" and pairs, f"a tensor is stored as {dtype!r}")
+            tensors[name] = stored._replace(dtype=torch.complex128, shape=stored.shape[:-1])
+    return tensors
 
 
 @contextmanager
-def _explained(path: Path) -> Iterator[None]:
+def explained(path: Path) -> Iterator[None]:
     """Any error of reading as one that says which file it is, and what is wrong with it."""
     try:
         yield

@@ -19,7 +19,7 @@ import mmap
 import os
 import stat
 import zlib
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import IO, Any, NamedTuple
 
@@ -56,7 +56,7 @@ NAMES = {dtype: name for name, dtype in DTYPES.items()}
 HEADER_LIMIT = 2**24
 """Of a header's bytes, some 100 000 tensors: a hostile one takes half a gigabyte to parse."""
 
-_ALIGNMENT = 64
+ALIGNMENT = 64
 """Of a tensor's address in bytes, as torch's own, on which the last bit of a result may depend."""
 
 _DIMENSIONS = 64
@@ -83,6 +83,12 @@ class Mapped(NamedTuple):
 
     def read(self, name: str) -> Tensor:
         """A tensor, mapped; a copy of one that lies otherwise than torch's own."""
+        tensor, entry = self.values(name), self.entries[name]
+        copied = entry.begin % ALIGNMENT and tensor.numel() and tensor.dtype != torch.bool
+        return tensor.clone() if copied else tensor
+
+    def values(self, name: str) -> Tensor:
+        """A tensor, mapped, to be copied from: it may lie otherwise than torch's own."""
         dtype, shape, begin, end = self.entries[name]
         if begin == end:
             return torch.empty(shape, dtype=dtype, device="cpu")
@@ -91,7 +97,7 @@ class Mapped(NamedTuple):
         tensor = torch.frombuffer(self.buffer, dtype=stored, count=count, offset=begin).view(shape)
         if dtype == torch.bool:
             return tensor != 0  # a byte that is neither 0 nor 1 is no bool
-        return tensor.clone() if begin % _ALIGNMENT else tensor
+        return tensor
 
 
 def with_bytes(tensor: Tensor, function: Callable[[Any], Any]) -> Any:
@@ -110,13 +116,21 @@ def crc32(tensor: Tensor) -> int:
     return int(with_bytes(tensor, zlib.crc32))
 
 
-def write(file: IO[bytes], tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> None:
-    """Write tensors, whose dtypes are among `DTYPES`, and texts."""
+def write(
+    file: IO[bytes],
+    tensors: Mapping[str, Tensor],
+    metadata: Mapping[str, str],
+    values: Callable[[str], Iterable[Tensor]] | None = None,
+) -> None:
+    """Write tensors, whose dtypes are among `DTYPES`, and texts.
+
+    ``values(name)``, if given, are the tensor's in turn, and ``tensors`` may be on meta.
+    """
     header: dict[str, Any] = {_METADATA: metadata}
     # There must be no holes: those after which the next one is aligned go first.
     order = sorted(
         tensors,
-        key=lambda name: (tensors[name].nbytes % _ALIGNMENT != 0, -tensors[name].element_size()),
+        key=lambda name: (tensors[name].nbytes % ALIGNMENT != 0, -tensors[name].element_size()),
     )
     end = 0
     for name in order:
@@ -125,11 +139,12 @@ def write(file: IO[bytes], tensors: Mapping[str, Tensor], metadata: Mapping[str,
         dtype, shape = NAMES[tensor.dtype], [*tensor.shape]
         header[name] = {"dtype": dtype, "shape": shape, "data_offsets": [begin, end]}
     text = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode()
-    text += b" " * (-(8 + len(text)) % _ALIGNMENT)
+    text += b" " * (-(8 + len(text)) % ALIGNMENT)
     require(len(text) <= HEADER_LIMIT, f"the paths and shapes take {len(text)} bytes, too many")
     file.write(len(text).to_bytes(8, "little") + text)
     for name in order:
-        with_bytes(tensors[name], file.write)
+        for tensor in (tensors[name],) if values is None else values(name):
+            with_bytes(tensor, file.write)
 
 
 def open_mapped(path: Path) -> Mapped:

@@ -71,30 +71,16 @@ def write(
     check_path("save", path)
     target = Path(path)
     with located("save:"):
-        require(sys.byteorder == "little", "needs a little-endian machine")
         require(
-            max_shard_bytes is None or max_shard_bytes > 0,
-            f"max_shard_bytes must be positive, got {max_shard_bytes}",
+            max_shard_bytes is None or max_shard_bytes >= 1,
+            f"max_shard_bytes must be >= 1, got {max_shard_bytes}",
         )
-        transformed = runtime.is_tracing() or runtime.is_batched()
-        require(not transformed, "expects values to write; it cannot be in jit or vmap")
-        leaves, nodes, dots = parts_by_path(tree)
-        tensors = {name: leaf for name, leaf in leaves.items() if isinstance(leaf, Tensor)}
-        values = {name: leaf for name, leaf in leaves.items() if name not in tensors}
-        for name, tensor in tensors.items():
-            _check_tensor(name, tensor)
-        for name, value in values.items():
-            _check_value(name, value)
-        dtypes = {}
-        for name, tensor in tensors.items():
-            if tensor.dtype == torch.complex128:
-                dtypes[name] = "complex128"
-                tensors[name] = torch.view_as_real(tensor.detach().resolve_conj())
-        sums = {}
+        tensors, structure = prepared(tree, score)
         if checksum:
             sums = {name: safetensors.crc32(tensor) for name, tensor in tensors.items()}
-        text = encode(Structure(nodes, dots, values, dtypes, sums, score))
-        _check_size(tensors, text)
+            structure = structure._replace(crc32=sums)
+        text = encode(structure)
+        check_size(tensors, text)
     size = sum([tensor.nbytes for tensor in tensors.values()])
     try:
         if max_shard_bytes is None or size <= max_shard_bytes:
@@ -104,8 +90,37 @@ def write(
         else:
             _write_shards(target, tensors, text, max_shard_bytes)
     except OSError as error:
-        message = f"save: {target} is as it was before: {error.strerror or error}"
-        raise type(error)(error.errno, message) from error
+        raise unchanged("save", target, error) from error
+
+
+def prepared(tree: Any, score: float | None = None) -> tuple[dict[str, Tensor], Structure]:
+    """The tensors of a tree by path, in dtypes that the format has, and the rest of it.
+
+    Raises:
+        ValueError, TypeError: what cannot be written.
+    """
+    require(sys.byteorder == "little", "needs a little-endian machine")
+    transformed = runtime.is_tracing() or runtime.is_batched()
+    require(not transformed, "expects values to write; it cannot be in jit or vmap")
+    leaves, nodes, dots = parts_by_path(tree)
+    tensors = {name: leaf for name, leaf in leaves.items() if isinstance(leaf, Tensor)}
+    values = {name: leaf for name, leaf in leaves.items() if name not in tensors}
+    for name, tensor in tensors.items():
+        _check_tensor(name, tensor)
+    for name, value in values.items():
+        _check_value(name, value)
+    dtypes = {}
+    for name, tensor in tensors.items():
+        if tensor.dtype == torch.complex128:
+            dtypes[name] = "complex128"
+            tensors[name] = torch.view_as_real(tensor.detach().resolve_conj())
+    return tensors, Structure(nodes, dots, values, dtypes, {}, score)
+
+
+def unchanged(name: str, target: Path, error: OSError) -> OSError:
+    """An error of writing that says that the checkpoint is the old one."""
+    message = f"{name}: {target} is as it was before: {error.strerror or error}"
+    return type(error)(error.errno, message)
 
 
 def _check_tensor(name: str, tensor: Tensor) -> None:
@@ -137,12 +152,12 @@ def _check_value(name: str, value: Any) -> None:
         require(value.bit_length() <= 4096, f"the number at {name!r} is too large")
 
 
-def _check_size(tensors: Mapping[str, Tensor], text: str) -> None:
+def check_size(names: Iterable[str], text: str) -> None:
     """Raise ValueError for what would take a longer header, or index, than `load` reads."""
-    size = 2 * len(text) + sum([len(name.encode()) + 200 for name in tensors])
+    sizes = [len(name.encode()) + 200 for name in names]
     require(
-        size <= safetensors.HEADER_LIMIT,
-        f"{len(tensors)} tensors, and numbers and strings of {len(text)} characters, are too many; "
+        2 * len(text) + sum(sizes) <= safetensors.HEADER_LIMIT,
+        f"{len(sizes)} tensors, and numbers and strings of {len(text)} characters, are too many; "
         "make tensors of them",
     )
 

@@ -12,9 +12,14 @@ def index_of(path: Path) -> Path:
     return path.with_name(f"{path.name}.index.json")
 
 
-def shard_paths(path: Path, count: int) -> list[Path]:
+def new_save() -> str:
+    """What the names of the files of one save have in common."""
+    return os.urandom(4).hex()
+
+
+def shard_paths(path: Path, count: int, save: str | None = None) -> list[Path]:
     """New files for the parts of ``path``: none that the index there now names."""
-    save = os.urandom(4).hex()
+    save = save or new_save()
     return [
         path.with_name(f"{path.stem}-{save}-{number:05}-of-{count:05}{path.suffix}")
         for number in range(1, count + 1)

@@ -9,6 +9,7 @@ from funcnet.distributed.batches import part as part
 from funcnet.distributed.faults import PeerError as PeerError
 from funcnet.distributed.global_batch import data_parallel as data_parallel
 from funcnet.distributed.gradients import mean as mean, sum as sum
+from funcnet.distributed.loading import load as load
 from funcnet.distributed.pipeline import (
     Action as Action,
     Schedule as Schedule,
@@ -22,7 +23,9 @@ from funcnet.distributed.pipeline import (
     zero_bubble as zero_bubble,
 )
 from funcnet.distributed.replicate import replicated as replicated
+from funcnet.distributed.runs import export as export, latest as latest, save_step as save_step
 from funcnet.distributed.sameness import check_same as check_same
+from funcnet.distributed.saving import save as save
 from funcnet.distributed.sharded_layers import sharded as sharded
 from funcnet.distributed.sharded_optimizers import (
     ZeroState as ZeroState,
@@ -36,6 +39,7 @@ from funcnet.distributed.start import (
     initialize as initialize,
     mesh as mesh,
 )
+from funcnet.distributed.states import state_placements as state_placements
 from funcnet.distributed.tensor_parallel.blocks import (
     parallel_encoder_layer as parallel_encoder_layer,
 )
