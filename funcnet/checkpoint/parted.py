@@ -6,14 +6,14 @@ Beside the ``weight_map`` of Hugging Face's, of the tensors that lie in one file
 
     "parts": {
         "files": ["run-1a2b3c4d-00001-of-00002.safetensors", ...],
-        "layouts": [[[[2, 0], [4, null]], [0, 1, ...]], ...],
+        "layouts": [[[[2, 0, []], [4, null, []]], [0, 1, ...]], ...],
         "tensors": {"params.0.weight": ["F32", [512, 128], 0], ...}
     }
 
-A layout is the splits, ``[parts, dim]`` of each, and the number of the file that has each part,
-the places among the parts of the last split running fastest. A tensor has its dtype, its whole
-shape and the number of its layout; each of its files has the part under the tensor's name, with the
-zeros that make all parts of one shape.
+A layout is the splits, ``[parts, dim, sections]`` of each, and the number of the file that has each
+part, the places among the parts of the last split running fastest. A tensor has its dtype, its
+whole shape and the number of its layout; each of its files has the part under the tensor's name,
+with the zeros that make all parts of one shape.
 """
 
 import re
@@ -27,7 +27,15 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from funcnet.checkpoint.regions import Corners, Divisions, Piece, common, part_shape, piece_of
+from funcnet.checkpoint.regions import (
+    Copy,
+    Division,
+    Divisions,
+    Piece,
+    copies,
+    part_shape,
+    piece_of,
+)
 from funcnet.checkpoint.safetensors import ALIGNMENT, DTYPES, NAMES, Entry, Mapped, open_mapped
 from funcnet.errors import require
 
@@ -78,7 +86,7 @@ class Stored(NamedTuple):
 
     def pieces(self) -> Iterator[tuple[Piece, Callable[[], Mapped]]]:
         """Each part, and its file."""
-        places = product(*[range(parts) for parts, _ in self.divisions])
+        places = product(*[range(each.parts) for each in self.divisions])
         for place, file in zip(places, self.files, strict=True):
             yield piece_of(self.shape, self.divisions, place), file
 
@@ -91,23 +99,22 @@ class Stored(NamedTuple):
 
         Of the files only what the piece has is read.
         """
-        sources: list[Tensor] = []
-        places: list[Corners] = []
+        sources: list[tuple[Tensor, Copy]] = []
         for piece, file in self.pieces():
             if piece == wanted:
                 return self._values(file(), aligned=True)
-            if boxes := [*common(piece, wanted)]:
+            if common := [*copies(piece, wanted)]:
                 values = self._values(file())
-                sources += [piece.view(values, box) for box in boxes]
-                places += boxes
-        if len(sources) == 1 and not wanted.is_padded:
-            found = sources[0]
+                sources += [(piece.view(values, copy.shape, copy.source), copy) for copy in common]
+        whole = sum([source.numel() for source, _ in sources]) == wanted.length
+        if whole and len(sources) == 1:
+            found = sources[0][0]
             if found.is_contiguous() and found.data_ptr() % ALIGNMENT == 0:
                 return found.view(-1)
-        make = torch.zeros if wanted.is_padded else torch.empty
+        make = torch.empty if whole else torch.zeros
         made = make(wanted.length, dtype=self.dtype, device="cpu")
-        for source, box in zip(sources, places, strict=True):
-            wanted.view(made, box).copy_(source)
+        for source, copy in sources:
+            wanted.view(made, copy.shape, copy.target).copy_(source)
         return made
 
     def check(self) -> None:
@@ -171,10 +178,7 @@ def decode_parts(text: Any, open_file: Callable[[str], Callable[[], Mapped]]) ->
         require(correct and len(shape) <= 64, f"the index has no shape and layout of {name!r}")
         require(prod([n for n in shape if n]) < 2**60, f"{name!r} has the shape {shape}")
         divisions, opened = known[number]
-        for place, (_, dim) in enumerate(divisions):
-            flat = any([before is None for _, before in divisions[:place]])
-            fits = dim is None or dim < (1 if flat else len(shape))
-            require(fits, f"{name!r} of shape {shape} has no dimension {dim}")
+        require(_fits(tuple(shape), divisions), f"{name!r} of shape {shape} has no such parts")
         dtype = DTYPES.get(kind, torch.complex128)
         found[name] = Stored(name, dtype, tuple(shape), divisions, opened)
     return found
@@ -188,18 +192,34 @@ def _layout(
             pass
         case _:
             raise ValueError("a layout has no splits and files")
-    divisions = []
-    for split in splits:
-        match split:
-            case [int(parts), int() | None as dim] if (
-                type(parts) is int and 1 <= parts <= _PARTS and type(dim) is not bool
-            ):
-                require(dim is None or dim >= 0, f"a split of the dimension {dim}")
-                divisions.append((parts, dim))
-            case _:
-                raise ValueError(f"a split is {split!r}")
-    count = prod([parts for parts, _ in divisions])
+    divisions = tuple([_division(split) for split in splits])
+    count = prod([division.parts for division in divisions])
     require(count == len(numbers), f"{len(numbers)} files of {count} parts")
     right = all([type(number) is int and 0 <= number < len(files) for number in numbers])
     require(right, "a layout names files that are not there")
-    return tuple(divisions), tuple([files[number] for number in numbers])
+    return divisions, tuple([files[number] for number in numbers])
+
+
+def _division(split: Any) -> Division:
+    match split:
+        case [parts, dim, [*sections]] if all([type(n) is int for n in (parts, *sections)]):
+            pass
+        case _:
+            raise ValueError("a layout has a split without parts, dimension and sections")
+    right = 1 <= parts <= _PARTS and min(sections, default=0) >= 0 and len(sections) <= _PARTS
+    right = right and (dim is None or (type(dim) is int and dim >= 0))
+    require(right and not (dim is None and sections), "a layout has a split that is none")
+    return Division(parts, dim, tuple(sections))
+
+
+def _fits(shape: tuple[int, ...], divisions: Divisions) -> bool:
+    """Whether a tensor of this shape can be parted so."""
+    for place, (parts, dim, sections) in enumerate(divisions):
+        before = part_shape(shape, divisions[:place])
+        if dim is None:
+            continue
+        if dim >= len(before) or (sections and len(before) < len(shape)):
+            return False
+        if sections and (sum(sections) != before[dim] or any([n % parts for n in sections])):
+            return False
+    return True

@@ -16,7 +16,7 @@ from torch import Tensor
 from funcnet.checkpoint import safetensors
 from funcnet.checkpoint.files import check_path, locked, replaced, sync_folder, synced
 from funcnet.checkpoint.parted import encode_parts
-from funcnet.checkpoint.regions import Divisions
+from funcnet.checkpoint.regions import Division, Divisions
 from funcnet.checkpoint.saving import check_size, prepared, unchanged
 from funcnet.checkpoint.shards import index_of, new_save, remove_shards, shard_paths
 from funcnet.checkpoint.structure import EMPTY as NOTHING, Structure, encode
@@ -183,7 +183,7 @@ def _described(tree: Any, placed: Mapping[str, Splits]) -> tuple[dict[str, Tenso
     for name, tensor in tensors.items():
         leaf = leaves[name]
         shape, divisions, place = divisions_of(leaf, placed.get(name, ()))
-        if all([parts == 1 for parts, _ in divisions]):
+        if all([division.parts == 1 for division in divisions]):
             divisions, place = (), ()
             tensors[name] = tensor.reshape((*shape, *tensor.shape[leaf.dim() :]))
         dtype = safetensors.NAMES.get(leaf.dtype, "C128")
@@ -222,7 +222,7 @@ class Plan:
             load[writer] += sizes[part]
         self._size = sum(load)
         for name, (_, _, divisions) in self._kinds.items():
-            for place in product(*[range(parts) for parts, _ in divisions]):
+            for place in product(*[range(parts) for parts, _, _ in divisions]):
                 there = (name, place) in holders
                 require(there, f"no rank has the part {place} of {name!r}, parted by {divisions}")
 
@@ -234,8 +234,8 @@ class Plan:
         """The text of the index; the files are those of the ranks."""
         places, parted = {}, {}
         for name, (kind, shape, splits) in sorted(self._kinds.items()):
-            divisions: Divisions = tuple([(parts, dim) for parts, dim in splits])
-            numbers = product(*[range(parts) for parts, _ in divisions])
+            divisions: Divisions = tuple([Division(n, dim, tuple(s)) for n, dim, s in splits])
+            numbers = product(*[range(parts) for parts, _, _ in divisions])
             names = [files[self._writers[name, place]] for place in numbers]
             if divisions:
                 dtype = safetensors.DTYPES.get(kind, torch.complex128)

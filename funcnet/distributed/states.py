@@ -1,6 +1,6 @@
 """How all of a train state is parted over ranks: params, and what an optimizer keeps of them."""
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from itertools import pairwise
 from typing import Any
 
@@ -8,17 +8,15 @@ import optree
 from torch import Tensor
 
 from funcnet import tree
-from funcnet.checkpoint.regions import Divisions
+from funcnet.checkpoint.regions import Division, Divisions
 from funcnet.checkpoint.structure import parts_by_path
-from funcnet.collectives import Axis, Split
-from funcnet.core import Layer, Optimizer, Tree
+from funcnet.collectives import Split
+from funcnet.core import Layer, TrainState, Tree
 from funcnet.distributed.splits import Splits, placements
 from funcnet.errors import require
-from funcnet.random import key
-from funcnet.train import init_train_state
 
 
-def state_placements(model: Layer, optimizer: Optimizer, x: Tree) -> dict[str, Splits]:
+def state_placements(train_state: TrainState, model: Layer, x: Tree) -> dict[str, Splits]:
     """How each leaf of a train state is parted over ranks, by dotted path; ``()`` for a whole one.
 
     Params are parted as `placements` says. What the optimizer keeps of a parameter, at a path that
@@ -26,44 +24,53 @@ def state_placements(model: Layer, optimizer: Optimizer, x: Tree) -> dict[str, S
     such as the number of steps, is whole, and the same on all ranks.
 
     Args:
-        model: on this rank.
-        optimizer: on this rank.
+        train_state: this rank's, such as a new one; on meta too. It may have some of the model's
+            params alone, as a stage of a pipeline.
+        model: whose params they are.
         x: an example input, of which only shape, dtype and device matter; nothing is computed.
 
     Raises:
-        ValueError: the optimizer keeps something of a part in another shape, of which nothing can
-            be said.
+        ValueError: params of another model; or the optimizer keeps something of a part in a shape
+            that does not tell what of it belongs to which part.
 
     >>> import funcnet as fn
-    >>> found = state_placements(fn.linear(2), fn.adam(), torch.ones(5, 3))
-    >>> found["params.weight"], found["opt_state.scale_by_adam.mu.weight"]
+    >>> net, x = fn.linear(2), torch.ones(5, 3)
+    >>> start = fn.init_train_state(net, fn.adam(), fn.key(0), x)
+    >>> placed = state_placements(start, net, x)
+    >>> placed["params.weight"], placed["opt_state.scale_by_adam.mu.weight"]
     ((), ())
     """
-    start = init_train_state(model, optimizer, key(0), tree.to_meta(x))
     placed = placements(model, x)
-    params = tree.to_dotted(start.params)
-    found: dict[str, Splits] = dict.fromkeys(parts_by_path(as_single(start)).leaves, ())
-    found |= {f"params.{path}": splits for path, splits in placed.items()}
-    for path, leaf, over in _of_optimizer(start.opt_state, None):
-        if not isinstance(leaf, Tensor):
-            continue
+    params = {path: tuple(leaf.shape) for path, leaf in tree.to_dotted(train_state.params).items()}
+    for path, shape in params.items():
+        require(path in placed, f"state_placements: the model has no parameter {path!r}")
+        expected = placed[path][-1].part_shape if placed[path] else shape
+        require(
+            shape == expected,
+            f"state_placements: the model has {path!r} in parts of {expected}, got {shape}",
+        )
+    found: dict[str, Splits] = dict.fromkeys(parts_by_path(as_single(train_state)).leaves, ())
+    found |= {f"params.{path}": placed[path] for path in params}
+    for path, kept in parts_by_path(_kept(train_state.opt_state, {})).leaves.items():
         owners = [name for name in _endings(path) if name in params]
-        for name in owners:
-            splits = placed[name]
-            if over is not None:
-                splits = (*splits, Split(over, tuple(params[name].shape)))
-            expected = splits[-1].part_shape if splits else tuple(params[name].shape)
-            if tuple(leaf.shape) == expected:
-                found[f"opt_state.{path}"] = splits
-                break
-        else:
-            parted = [name for name in owners if placed[name] or over]
-            require(
-                not parted,
-                f"state_placements: of {parted and parted[0]!r}, which is parted, the optimizer "
-                f"keeps {path!r} in the shape {tuple(leaf.shape)}: it cannot be told what of it "
-                "belongs to which part",
-            )
+        ways = {
+            name: placed[name] + ((kept.splits[name],) if kept.splits else ())
+            for name in owners
+            if name in kept.splits or not kept.splits
+        }
+        shape = tuple(getattr(kept.leaf, "shape", ()))
+        fits = [
+            splits
+            for name, splits in ways.items()
+            if shape == (splits[-1].part_shape if splits else params[name])
+        ]
+        parted = [name for name, splits in ways.items() if splits]
+        require(
+            fits or not parted,
+            f"state_placements: the optimizer keeps {path!r} in the shape {shape} of a part of "
+            f"{parted and parted[0]!r}: it cannot be told what of it belongs to which part",
+        )
+        found[f"opt_state.{path}"] = fits[0] if fits else ()
     return found
 
 
@@ -73,18 +80,20 @@ def _endings(path: str) -> list[str]:
     return [".".join(names[first:]) for first in range(len(names))]
 
 
-def _of_optimizer(state: Any, over: Axis | None) -> Iterator[tuple[str, Any, Axis | None]]:
-    """The leaves of an optimizer's state by path, and the axis over which `zero` parts them."""
-    outside = optree.tree_map(
-        lambda node: None if _is_zero(node) else node, state, is_leaf=_is_zero
-    )
-    yield from ((path, leaf, None) for path, leaf in parts_by_path(outside).leaves.items())
-    inside = optree.tree_map(
-        lambda node: node.inner if _is_zero(node) else None, state, is_leaf=_is_zero
-    )
-    axes = {node.axis for node in optree.tree_leaves(state, is_leaf=_is_zero) if _is_zero(node)}
-    for axis in axes:
-        yield from ((path, leaf, axis) for path, leaf in parts_by_path(inside).leaves.items())
+class _Kept:
+    """A leaf of an optimizer's state, and how `zero` parts the params that it is of."""
+
+    def __init__(self, leaf: Any, splits: Mapping[str, Split]) -> None:
+        self.leaf, self.splits = leaf, splits
+
+
+def _kept(state: Any, splits: Mapping[str, Split]) -> Any:
+    """An optimizer's state as a single process has it, with `_Kept` in the place of each leaf."""
+
+    def of(node: Any) -> Any:
+        return _kept(node.inner, dict(node.splits)) if _is_zero(node) else _Kept(node, splits)
+
+    return optree.tree_map(of, state, is_leaf=_is_zero)
 
 
 def _is_zero(node: Any) -> bool:
@@ -130,7 +139,11 @@ def divisions_of(
     """The whole shape of a leaf, how it is parted, and this rank's place among the parts."""
     shape = tuple(splits[0].shape) if splits else tuple(leaf.shape)
     divisions = [
-        (split.axis.size, None if split.dim is None else split.dim % len(split.shape))
+        Division(
+            split.axis.size,
+            None if split.dim is None else split.dim % len(split.shape),
+            tuple(getattr(split, "sections", ())),
+        )
         for split in splits
     ]
     return shape, tuple(divisions), tuple([split.axis.index for split in splits])

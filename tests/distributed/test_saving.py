@@ -1,17 +1,10 @@
 """Checkpoints of several ranks: of any parts to any others, whole at any moment, clear errors."""
 
-import json
 import os
-import random
-import signal
-import subprocess
-import sys
-import time
 from pathlib import Path
 
 import pytest
 import torch
-from distributed.ranks import free_port
 from safetensors.torch import load_file
 
 import funcnet as fn
