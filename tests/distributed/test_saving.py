@@ -97,9 +97,8 @@ def load_as(path, layout):
     )
     found = fn.distributed.load(path, like, mesh, placed)
     same(found, expected)
-    return {
-        name: leaf.data_ptr() % 64 for name, leaf in named(found).items() if hasattr(leaf, "dim")
-    }
+    for leaf in fn.tree.leaves(found):  # aligned as torch's own
+        assert not isinstance(leaf, torch.Tensor) or leaf.data_ptr() % 64 == 0
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)
@@ -110,14 +109,12 @@ def test_any_parts_on_any_number_of_ranks(layout, two_ranks, four_ranks, tmp_pat
         assert len(names) == writers.size + 1  # those of the save before are gone
         for readers in (two_ranks, four_ranks):
             for each in LAYOUTS:
-                for addresses in readers(load_as, path, each):
-                    assert set(addresses.values()) == {0}
+                readers(load_as, path, each)
         same(fn.load(path), single())
         same(fn.load(path, single()), single())
         fn.distributed.export(path, tmp_path / "one")
         same(fn.load(tmp_path / "one"), single())
         assert torch.equal(load_file(tmp_path / "one")["params.a"], single()["params"]["a"])
-        assert set((tmp_path / "one").parent.iterdir()) >= {tmp_path / "one"}
         (tmp_path / "one").unlink()
 
 
