@@ -9,6 +9,8 @@ from pathlib import Path
 from types import ModuleType
 from typing import IO, Any
 
+from funcnet.checkpoint.direct import Sink, opened
+
 try:
     import fcntl as _fcntl
 
@@ -56,11 +58,10 @@ def replaced(path: Path) -> Iterator[IO[bytes]]:
 
 
 @contextlib.contextmanager
-def synced(path: Path) -> Iterator[IO[bytes]]:
+def synced(path: Path) -> Iterator[Sink]:
     """A new file to write to, which is on the disk when it is closed."""
-    with open(path, "xb", buffering=_BUFFER) as file:
+    with opened(path, _BUFFER) as file:
         yield file
-        _sync(file)
 
 
 @contextlib.contextmanager

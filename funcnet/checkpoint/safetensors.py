@@ -21,11 +21,12 @@ import stat
 import zlib
 from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
-from typing import IO, Any, NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
+from funcnet.checkpoint.direct import Sink
 from funcnet.errors import require
 
 DTYPES = {
@@ -117,7 +118,7 @@ def crc32(tensor: Tensor) -> int:
 
 
 def write(
-    file: IO[bytes],
+    file: Sink,
     tensors: Mapping[str, Tensor],
     metadata: Mapping[str, str],
     values: Callable[[str], Iterable[Tensor]] | None = None,

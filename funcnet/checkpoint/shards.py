@@ -31,13 +31,21 @@ def remove_shards(path: Path, kept: Iterable[Path]) -> None:
 
     Of a save that was killed as well. A file that another program wrote has no such name.
     """
-    names = {part.name for part in kept}
-    if not names:
+    kept = [*kept]
+    if not kept:
         with contextlib.suppress(OSError):
             index_of(path).unlink()
+    for part in old_shards(path, kept):
+        with contextlib.suppress(OSError):
+            part.unlink()
+
+
+def old_shards(path: Path, kept: Iterable[Path]) -> list[Path]:
+    """The parts of ``path`` that are there, but for those that are kept."""
+    names = {part.name for part in kept}
     stem, suffix = re.escape(path.stem), re.escape(path.suffix)
     part = re.compile(rf"{stem}-[0-9a-f]{{8}}-\d{{5,}}-of-\d{{5,}}{suffix}")
-    for name in os.listdir(path.parent):
-        if part.fullmatch(name) and name not in names:
-            with contextlib.suppress(OSError):
-                path.with_name(name).unlink()
+    with contextlib.suppress(OSError):
+        there = os.listdir(path.parent)
+        return [path.with_name(n) for n in there if part.fullmatch(n) and n not in names]
+    return []

@@ -18,7 +18,7 @@ from funcnet.checkpoint.files import check_path, locked, replaced, sync_folder, 
 from funcnet.checkpoint.parted import encode_parts
 from funcnet.checkpoint.regions import Division, Divisions
 from funcnet.checkpoint.saving import check_size, prepared, unchanged
-from funcnet.checkpoint.shards import index_of, new_save, remove_shards, shard_paths
+from funcnet.checkpoint.shards import index_of, new_save, old_shards, shard_paths
 from funcnet.checkpoint.structure import EMPTY as NOTHING, Structure, encode
 from funcnet.core import EMPTY
 from funcnet.distributed.agreement import everyone
@@ -75,9 +75,10 @@ def write(
 ) -> None:
     """`save`, with a score beside the tree; ``name`` is the function that errors name."""
     ranks = everyone(mesh)
+    first = ranks.place == 0
     with contextlib.ExitStack() as lock:
         tensors, told = ranks.agree(
-            name, lambda: _prepared(name, path, tree, placed, lock if ranks.place == 0 else None)
+            name, lambda: _prepared(name, path, tree, placed, lock if first else None)
         )
         target = Path(path)
         with located(f"{name}:"):
@@ -86,17 +87,17 @@ def write(
         own = {leaf: tensors[leaf] for leaf in plan.own(ranks.place)}
         _, sizes = ranks.agree(
             name,
-            lambda: _write_own(name, target, files[ranks.place], own, needed=ranks.place == 0),
+            lambda: _write_own(name, target, files[ranks.place], own, needed=first),
             undo=lambda: _remove(files[ranks.place]),
         )
         # A rank that fails from here on removes nothing: the index may be there.
-        told_by_one = ranks.place == 0
-        ranks.agree(
+        _, told = ranks.agree(
             name,
-            lambda: (
-                _commit(name, target, files, sizes, plan, score) if told_by_one else (None, None)
-            ),
+            lambda: (None, _commit(name, target, files, sizes, plan, score) if first else []),
         )
+        # To remove a file takes time, as to write it does: each rank removes some.
+        for old in told[0][ranks.place :: len(told)]:
+            _remove(target.with_name(old))
 
 
 def _prepared(
@@ -146,17 +147,17 @@ def _remove(file: Path) -> None:
 
 def _commit(
     name: str, target: Path, files: list[Path], sizes: list[int], plan: "Plan", score: float | None
-) -> tuple[None, None]:
-    """Write the index, and remove what it replaces."""
+) -> list[str]:
+    """Write the index, and tell the names of the files that it replaces."""
     with _unchanged(name, target):
         _check_seen(files, sizes)
         text = plan.index([file.name for file in files], score)
         with replaced(index_of(target)) as opened:
             opened.write(text)
-    with contextlib.suppress(OSError):  # the new one is there, whatever is left of the old
-        target.unlink(missing_ok=True)
-        remove_shards(target, kept=[file for file, size in zip(files, sizes, strict=True) if size])
-    return None, None
+    # The new one is there, whatever is left of the old.
+    _remove(target)
+    written = [file for file, size in zip(files, sizes, strict=True) if size]
+    return [file.name for file in old_shards(target, written)]
 
 
 @contextlib.contextmanager

@@ -102,7 +102,7 @@ def measure(rank, options, port, folder):
     report(timed(saves, options.runs), "save", "DCP save")
 
     def load():
-        return [leaf for leaf in fn.distributed.load(ours, tree, mesh, placed).values()]
+        return [*fn.distributed.load(ours, tree, mesh, placed).values()]
 
     def load_theirs():
         dcp.load(state, checkpoint_id=theirs)
