@@ -30,7 +30,7 @@ from tests.benchmarks.checkpoints import train_state
 from tests.distributed.ranks import free_port
 
 
-def timed(functions, runs):
+def timed(functions, runs, before=lambda: None):
     """The seconds of each function, by run, of the last rank to end."""
     seconds = {name: [] for name in functions}
     order = random.Random(0)
@@ -38,6 +38,7 @@ def timed(functions, runs):
         for name, function in order.sample([*functions.items()], len(functions)):
             if dist.get_rank() == 0:
                 os.sync()
+                before()
             dist.barrier()
             begin = time.perf_counter()
             function()
@@ -47,11 +48,18 @@ def timed(functions, runs):
     return seconds
 
 
-def report(seconds, ours, peer):
+def report(seconds, ours, peer, note=""):
     ratio = statistics.median([a / b for a, b in zip(seconds[ours], seconds[peer], strict=True)])
     both = [statistics.median(seconds[name]) for name in (ours, peer)]
     if dist.get_rank() == 0:
-        print("| {} | {} | {:.3f} | {:.3f} | {:.2f} |".format(ours, peer, *both, ratio))
+        print("| {}{} | {} | {:.3f} | {:.3f} | {:.2f} |".format(ours, note, peer, *both, ratio))
+
+
+def forget(*folders):
+    """Make the system forget the files that it has in memory, as after a restart."""
+    for path in [path for folder in folders for path in folder.iterdir() if path.is_file()]:
+        with open(path, "rb") as file:
+            os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
 
 
 def read(tensors):
@@ -119,6 +127,9 @@ def measure(rank, options, port, folder):
     seconds = timed(loads, options.runs)
     for name in ("load", "load and read", "load and write"):
         report(seconds, name, f"DCP {name}")
+    colds = {name: loads[name] for name in ("load and read", "DCP load and read")}
+    seconds = timed(colds, options.runs, lambda: forget(folder, theirs))
+    report(seconds, *colds, note=", cold")
     for mine, other in zip(load(), tree.values(), strict=True):
         assert torch.equal(mine, other)
     fn.distributed.finalize()
