@@ -4,13 +4,14 @@ Outside the compiler, this is the one module that uses private names of PyTorch.
 """
 
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from functools import partial
 from operator import attrgetter
 from typing import Any
 
 import torch
 from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
 
 _functorch = torch._C._functorch
 _interpreter = _functorch.peek_interpreter_stack
@@ -148,6 +149,35 @@ def holds_anywhere(flag: Tensor) -> bool:
 def storage_id(tensor: Tensor) -> int:
     """A number that tells a tensor's storage from all others that are there, on meta as well."""
     return tensor.untyped_storage()._cdata
+
+
+class _Watch(TorchDispatchMode):
+    def __init__(self, namespace: str, told: Callable[[str, dict[str, Any], Any], None]) -> None:
+        super().__init__()
+        self.namespace, self.told = namespace, told
+
+    def __torch_dispatch__(
+        self, operator: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
+    ) -> Any:
+        result = operator(*args, **kwargs or {})
+        if operator.namespace == self.namespace:
+            names = [argument.name for argument in operator._schema.arguments]
+            given = {**dict(zip(names, args, strict=False)), **(kwargs or {})}
+            self.told(operator._opname, given, result)
+        return result
+
+
+def watching(
+    namespace: str, told: Callable[[str, dict[str, Any], Any], None]
+) -> AbstractContextManager[Any]:
+    """A block in which ``told(name, arguments, result)`` is called after a namespace's operators.
+
+    >>> with watching("aten", lambda name, arguments, result: print(name, [*arguments])):
+    ...     _ = torch.ones(2).sin()
+    ones ['size', 'device', 'pin_memory']
+    sin ['self']
+    """
+    return _Watch(namespace, told)
 
 
 softmax_backward = torch.ops.aten._softmax_backward_data

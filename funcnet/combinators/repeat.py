@@ -90,7 +90,10 @@ def _copies(name: str, layer: Layer, n: int, in_turn: bool) -> Layer:
             _require_stacked(name, "x", {"": x}, n)
             x = tree.map(lambda leaf: leaf[0], x)
         try:
-            made = [layer.init(each, x) for each in keys_of(key)]
+            if key.is_meta:  # the copies differ in values only
+                made = [layer.init(key, x)] * n
+            else:
+                made = [layer.init(each, x) for each in keys_of(key)]
             if in_turn:
                 y = output_on_meta(layer, tree.to_meta(x), *made[0])
                 found = f"x is {tree.describe(x)}, y {tree.describe(y)}"

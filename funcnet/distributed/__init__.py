@@ -9,7 +9,14 @@ from funcnet.distributed.batches import part as part
 from funcnet.distributed.faults import PeerError as PeerError
 from funcnet.distributed.global_batch import data_parallel as data_parallel
 from funcnet.distributed.gradients import mean as mean, sum as sum
+from funcnet.distributed.layouts import Layout as Layout, Plans as Plans, plans as plans
 from funcnet.distributed.loading import load as load
+from funcnet.distributed.networks import (
+    Device as Device,
+    Link as Link,
+    Network as Network,
+    link_of as link_of,
+)
 from funcnet.distributed.pipeline import (
     Action as Action,
     Schedule as Schedule,
@@ -21,6 +28,12 @@ from funcnet.distributed.pipeline import (
     pipeline_step as pipeline_step,
     simulate as simulate,
     zero_bubble as zero_bubble,
+)
+from funcnet.distributed.planning import (
+    Memory as Memory,
+    Plan as Plan,
+    Stage as Stage,
+    plan as plan,
 )
 from funcnet.distributed.replicate import replicated as replicated
 from funcnet.distributed.runs import export as export, latest as latest, save_step as save_step
@@ -56,6 +69,7 @@ from funcnet.distributed.tensor_parallel.vocabulary import (
     vocabulary_embedding as vocabulary_embedding,
 )
 from funcnet.distributed.totals import everywhere as everywhere, total as total
+from funcnet.distributed.traffic import Traffic as Traffic
 
 __docformat__ = "google"
 __doc__ = _reference.described(__name__, __doc__)

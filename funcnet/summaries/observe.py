@@ -51,6 +51,13 @@ def summary(model: Layer, x: Tree, *, train: bool = True) -> Summary:
     example = tree.to_meta(x)
     key = torch.empty(2, dtype=torch.int64, device="meta")
     params, state = model.init(key, example)
+    return summary_of(model, params, example, state, key, train)
+
+
+def summary_of(
+    model: Layer, params: Params, example: Tree, state: Params, key: Any, train: bool
+) -> Summary:
+    """The `summary` of a model whose params and state are there, all on the meta device."""
     sizes, flops = _Sizes(params, state), _Flops()
     for each in (sizes, flops):
         each.run(model, params, example, state, key=key, train=train)
@@ -145,28 +152,33 @@ class _Sizes:
         return [found[each] for each in places]
 
 
+def flop_counter() -> Any:
+    """A FlopCounterMode of torch's that knows the kernels of attention that layers use."""
+    # Here, since it loads much of torch that funcnet has no other use for.
+    from torch.utils.flop_counter import (
+        FlopCounterMode,
+        sdpa_backward_flop_count,
+        sdpa_flop_count,
+    )
+
+    def attention(*shapes: Any, **_: Any) -> int:
+        return sdpa_flop_count(*shapes[:3])
+
+    def attention_backward(*shapes: Any, **_: Any) -> int:
+        return sdpa_backward_flop_count(*shapes[:4])
+
+    kernels = {
+        runtime.flash_attention: attention,
+        runtime.flash_attention_backward: attention_backward,
+    }
+    return FlopCounterMode(display=False, custom_mapping=kernels)
+
+
 class _Flops:
     """What the layers of a model compute, by a forward and a backward pass."""
 
     def __init__(self) -> None:
-        # Here, since it loads much of torch that funcnet has no other use for.
-        from torch.utils.flop_counter import (
-            FlopCounterMode,
-            sdpa_backward_flop_count,
-            sdpa_flop_count,
-        )
-
-        def attention(*shapes: Any, **_: Any) -> int:
-            return sdpa_flop_count(*shapes[:3])
-
-        def attention_backward(*shapes: Any, **_: Any) -> int:
-            return sdpa_backward_flop_count(*shapes[:4])
-
-        kernels = {
-            runtime.flash_attention: attention,
-            runtime.flash_attention_backward: attention_backward,
-        }
-        self.counter = FlopCounterMode(display=False, custom_mapping=kernels)
+        self.counter = flop_counter()
         self.forward: Counter[Name] = Counter()
         self.backward: Counter[Name] = Counter()
         self.now = self.forward
