@@ -217,6 +217,8 @@ def plan(
         schedule in SCHEDULES,
         f"plan: schedule must be one of {sorted(SCHEDULES)}, got {schedule!r}",
     )
+    for axis in overlap:
+        require(axis in sizes, f"plan: overlap: there is no axis {axis!r} in {sizes}")
     stages = _stages(model, sizes.get("pipe", 1))
     examples = _micro_batch(x, sizes.get("data", 1), micro_batches, "x")
     targets = _micro_batch(target, sizes.get("data", 1), micro_batches, "target")
