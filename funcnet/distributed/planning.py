@@ -6,16 +6,16 @@ from typing import Any, NamedTuple
 import torch
 from torch.distributed.device_mesh import DeviceMesh
 
-from funcnet import runtime, tree
+from funcnet import tree
 from funcnet.checks import check_kind
-from funcnet.core import Box, Layer, Loss, Optimizer, Tree, defer
+from funcnet.core import Box, Layer, Loss, Optimizer, Tree
 from funcnet.distributed.networks import Device, Network
+from funcnet.distributed.passes import Passes, meta_key, of_copies, passes_of
 from funcnet.distributed.start import Mesh, axis_of
 from funcnet.distributed.tables import plan_table
 from funcnet.distributed.traffic import Traffic, merged, recorded, seconds
 from funcnet.errors import check_count, located, require
 from funcnet.optimizers.lift import step_params
-from funcnet.summaries.observe import flop_counter, summary_of
 
 
 class Waits(NamedTuple):
@@ -309,52 +309,27 @@ def _figures(
     splits: bool,
 ) -> tuple[Stage, Tree]:
     """What one micro-batch takes of a stage, by running it on the meta device; and its output."""
-    key = torch.empty(2, dtype=torch.int64, device="meta")
-    params, state = layer.init(key, x)
-    summed = summary_of(layer, params, x, state, key, True).total
-    flops = flop_counter()
-    with flops, recorded(sizes) as forward:
-        y, pullback, _ = layer.vjp(params, x, state, key=key, train=True)
-        dy, kept = y, 0
-        loss, target = judged
-        if loss is not None:
-            _, loss_pullback = loss.vjp(y, target)
-            kept = _own_bytes(loss_pullback, (params, pullback, target))
-    forward_flops = flops.get_total_flops()
-    with flop_counter() as flops, recorded(sizes) as backward:
-        if loss is not None:
-            dy = loss_pullback()
-        grads, _ = pullback(dy, params=True, x=not is_first)
-    backward_flops = flops.get_total_flops()
-    weight_flops = 0
-    if splits:
-        with flop_counter() as flops:
-            defer(pullback)(dy)
-        weight_flops = max(0, backward_flops - flops.get_total_flops())
-    gradients, held = tree.bytes(grads), 0
+    params, state = layer.init(meta_key(), x)
+
+    def run(layer: Layer) -> Passes:
+        return passes_of(layer, x, judged, sizes, is_first=is_first, splits=splits)
+
+    found, held = of_copies(run, layer), 0
     with recorded(sizes) as update:
         if optimizer is not None:
             opt_state = optimizer.init_state(params)
             held = tree.bytes(opt_state)
-            step_params(optimizer, Box([grads]), opt_state, params)
-    passes = forward, backward, update
+            step_params(optimizer, Box([tree.map(torch.empty_like, params)]), opt_state, params)
     memory = Memory(
         params=tree.bytes(params),
-        gradients=gradients,
+        gradients=tree.bytes(params),
         optimizer=held,
         state=tree.bytes(state),
-        residuals=summed.residual_bytes + kept,
-        buffers=max([each.largest for each in passes]),
+        residuals=found.residuals,
+        buffers=max(found.largest, update.largest),
     )
-    traffic = [each.traffic() for each in passes]
-    return Stage(memory, forward_flops, backward_flops, weight_flops, *traffic), y
-
-
-def _own_bytes(kept: Tree, others: Tree) -> int:
-    """The bytes of storages that are in a tree, and not in others."""
-    known = {runtime.storage_id(leaf) for leaf in tree.leaves(others)}
-    storages = {runtime.storage_id(leaf): leaf.untyped_storage() for leaf in tree.leaves(kept)}
-    return sum([storage.nbytes() for each, storage in storages.items() if each not in known])
+    flops = found.forward_flops, found.backward_flops, found.weight_flops
+    return Stage(memory, *flops, found.forward, found.backward, update.traffic()), found.y
 
 
 def _sent(traffic: tuple[Traffic, ...]) -> int:

@@ -51,13 +51,6 @@ def summary(model: Layer, x: Tree, *, train: bool = True) -> Summary:
     example = tree.to_meta(x)
     key = torch.empty(2, dtype=torch.int64, device="meta")
     params, state = model.init(key, example)
-    return summary_of(model, params, example, state, key, train)
-
-
-def summary_of(
-    model: Layer, params: Params, example: Tree, state: Params, key: Any, train: bool
-) -> Summary:
-    """The `summary` of a model whose params and state are there, all on the meta device."""
     sizes, flops = _Sizes(params, state), _Flops()
     for each in (sizes, flops):
         each.run(model, params, example, state, key=key, train=train)
@@ -71,6 +64,13 @@ def summary_of(
     for row in rows:
         total = total.with_numbers([*map(add, total.numbers, row.numbers)])
     return Summary(tuple(rows), total)
+
+
+def residual_bytes(model: Layer, params: Params, example: Tree, state: Params, key: Any) -> int:
+    """What a training step keeps, as a `summary` counts it; all on the meta device."""
+    sizes = _Sizes(params, state)
+    sizes.run(model, params, example, state, key=key, train=True)
+    return sum([row.residual_bytes for row in sizes.rows.values()])
 
 
 class _Run:

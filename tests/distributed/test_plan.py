@@ -258,7 +258,7 @@ def test_layouts_are_all_there_and_those_that_fit_come_first():
     )
     assert any("expects 2 stages" in line for line in found.left_out)
     with pytest.raises(ValueError, match="plans: there is no layout"):
-        plans(make, x[:3], 4)
+        plans(make, x[:0], 4)
 
 
 @pytest.mark.parametrize(
@@ -282,3 +282,17 @@ def test_what_cannot_be_planned_is_an_error(change, message):
     }
     with pytest.raises(ValueError, match=message):
         plan(given.pop("model"), given.pop("x"), given.pop("mesh"), **given)
+
+
+def test_copies_of_a_repeat_are_counted_without_being_run():
+    mesh = {"data": 2, "model": 2}
+    x = torch.ones(BATCH, WIDTH, device="meta")
+
+    def found(*blocks):
+        net = fn.serial(fn.linear(WIDTH), *blocks, fn.linear(3))
+        made = plan(net, x, mesh, optimizer=fn.adam(), schedule="zero_bubble")
+        (stage,) = made.stages
+        return stage.memory, *stage[1:4], {each[:2]: each[2:] for each in made.traffic}
+
+    block = mlp(mesh, 1).children["1"]
+    assert found(fn.repeat(block, 5), fn.repeat(block, 2)) == found(*[block] * 7)
