@@ -139,9 +139,7 @@ class Parts(NamedTuple):
     last: Layer
 
 
-def block_of(
-    told: Told, attentions: Mapping[str, Layer], parts: Parts, batch_first: bool
-) -> Layer:
+def block_of(told: Told, attentions: Mapping[str, Layer], parts: Parts, batch_first: bool) -> Layer:
     """A layer of attentions and a feed-forward net, each with its norm and dropout."""
     numbers = range(1, len(attentions) + 2)
     children = {
