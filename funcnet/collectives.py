@@ -89,8 +89,7 @@ class Axis:
         elif is_tracing() or xs[0].is_meta:
             flat = torch.ops.funcnet.sum_flat([*xs], self.key, factor)
         else:
-            out = ranks.bucket_like(xs)
-            finish = ranks.start_sum_flat(out, xs, self.key, factor)
+            out, finish = ranks.start_sum_flat(xs, self.key, factor)
             return lambda: (finish(), out)[1]
         return lambda: flat
 

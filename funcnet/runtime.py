@@ -37,6 +37,13 @@ foreach_add_: Callable[..., None] = torch._foreach_add_
 foreach_norm: Callable[..., Any] = torch._foreach_norm
 """The norm of each of a list of tensors."""
 
+flatten_dense: Callable[[list[Tensor]], Tensor] = torch._C._nn.flatten_dense_tensors
+"""The numbers of tensors as one vector; of a single one perhaps in its own memory."""
+
+unflatten_dense: Callable[[Tensor, list[Tensor]], list[Tensor]]
+unflatten_dense = torch._C._nn.unflatten_dense_tensors
+"""The parts of a vector, as views in the shapes of tensors."""
+
 fused_adamw_: Callable[..., None] = partial(torch._fused_adamw_, maximize=False)
 """Adam's update in place, with decoupled weight decay, of lists of tensors, in one call."""
 

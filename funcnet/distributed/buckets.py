@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from funcnet.collectives import Axis, sum_dtype
+from funcnet.runtime import is_transformed, unflatten_dense
 
 BUCKET_BYTES = 25 * 2**20
 """How many bytes are summed at once, as in PyTorch's DistributedDataParallel."""
@@ -46,17 +47,28 @@ class Summed:
     """
 
     def __init__(self, axis: Axis, tensors: Sequence[Tensor], factor: float) -> None:
-        self._like = [(each.shape, each.dtype) for each in tensors]
+        self._shapes = tuple([each.shape for each in tensors])
+        self._dtypes = [each.dtype for each in tensors]
         self._finish: Callable[[], Tensor] = axis.start_sum_flat(tensors, factor)
 
-    def tensors(self) -> list[Tensor]:
+    def tensors(self) -> Sequence[Tensor]:
         """The sums, in the shapes and dtypes of what they are of."""
-        parts = self._finish().split([shape.numel() for shape, _ in self._like])
-        views = [part.view(shape) for part, (shape, _) in zip(parts, self._like, strict=True)]
-        return [
-            view if view.dtype == dtype else view.to(dtype)
-            for view, (_, dtype) in zip(views, self._like, strict=True)
-        ]
+        flat, shapes = self._finish(), self._shapes
+        views: Sequence[Tensor]
+        if is_transformed(flat) or flat.is_meta:
+            parts = flat.split([shape.numel() for shape in shapes])
+            views = [part.view(shape) for part, shape in zip(parts, shapes, strict=True)]
+        else:
+            views = unflatten_dense(flat, _examples(shapes))
+        if {*self._dtypes} == {flat.dtype}:
+            return views
+        return [view.to(dtype) for view, dtype in zip(views, self._dtypes, strict=True)]
+
+
+@lru_cache(maxsize=64)
+def _examples(shapes: tuple[torch.Size, ...]) -> list[Tensor]:
+    """Tensors of these shapes, without memory."""
+    return [torch.empty(shape, device="meta") for shape in shapes]
 
 
 def all_summed(
