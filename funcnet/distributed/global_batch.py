@@ -51,6 +51,8 @@ def data_parallel(
     """
     check_kind("data_parallel", model, Layer)
     found = axis_of(mesh, axis)
+    if found.size == 1:
+        return model
     with located("data_parallel:"):
         batch = BatchAxis(found.name, found.size, found.key, equal, dim)
         return in_global_form(model, batch)

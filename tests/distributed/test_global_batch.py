@@ -64,6 +64,11 @@ def doubled(residuals, dy, *, params, x):
     return fn.pull({"": residuals["pullback"]}, "", 2 * dy, params=params, x=x)
 
 
+def in_a_loop():
+    block = fn.serial(fn.dropout(0.3), fn.linear(4, bias=False), fn.batch_norm(), fn.tanh())
+    return fn.serial(fn.linear(4), fn.repeat(fn.residual(block), 3), fn.rrelu())
+
+
 def wrapped():
     """Dropout and batch norm, deep inside of what is made of layers."""
     layer = fn.serial(fn.linear(4, bias=False), fn.batch_norm(), fn.dropout(0.3))
@@ -169,6 +174,7 @@ NETS = {
         values(2, 3),
     ),
     "fixed_point": (solved, values(3)),
+    "in a loop": (in_a_loop, values(3)),
     "wrapped": (wrapped, values(3)),
 }
 
@@ -239,3 +245,80 @@ def test_two_ranks_train_as_one_process(two_ranks, name):
 @pytest.mark.parametrize("name", NETS)
 def test_four_ranks_of_unequal_parts_train_as_one_process(four_ranks, name):
     check(four_ranks(on_rank, name, equal=False))
+
+
+@pytest.mark.parametrize("name", ["in a loop", "batch_norm of images"])
+def test_compiled_steps_train_as_one_process(two_ranks, name):
+    check(two_ranks(on_rank, name, transform="jit"))
+
+
+@pytest.mark.parametrize("name", ["lstm", "fixed_point", "experts of a capacity"])
+def test_compiled_steps_of_unequal_parts_train_as_one_process(two_ranks, name):
+    check(two_ranks(on_rank, name, equal=False, transform="jit"))
+
+
+def test_a_layer_without_a_global_form_is_refused_by_its_path():
+    plan = {"data": 2}
+    noisy = fn.serial(fn.linear(3), fn.residual(fn.serial(fn.tanh(), fn.noise_cotangent(0.1))))
+    with pytest.raises(ValueError, match=r"data_parallel: noise_cotangent at '1.1' draws random"):
+        data_parallel(noisy, plan)
+    with pytest.raises(ValueError, match=r"^data_parallel: clip_cotangent mixes the examples"):
+        data_parallel(fn.clip_cotangent(1.0), plan)
+    adaptive = fn.neural_ode(fn.serial(fn.linear(3), fn.batch_norm()), (0.0, 1.0), 9, method="dopri5")
+    with pytest.raises(ValueError, match=r"data_parallel: neural_ode at '0' mixes the examples"):
+        data_parallel(fn.serial(adaptive), plan)
+    rounded = fn.compressed(fn.serial(fn.linear(3)), "int8")
+    with pytest.raises(ValueError, match="compressed: its int8, rounded at random"):
+        data_parallel(rounded, plan)
+    replaced = fn.serial(fn.dropout(0.1)._replace(init=fn.identity().init))
+    with pytest.raises(ValueError, match=r"dropout at '0' draws random numbers, and has no global"):
+        data_parallel(replaced, plan)
+    with pytest.raises(TypeError, match="data_parallel: expects a Layer, got int"):
+        data_parallel(3, plan)
+
+
+def test_one_rank_and_layers_of_single_examples_are_left_alone():
+    net = fn.serial(fn.linear(3), fn.batch_norm(), fn.clip_cotangent(1.0))
+    assert data_parallel(net, {"data": 1, "model": 4}) is net
+    net = fn.serial(fn.linear(3), fn.residual(fn.layer_norm()))
+    assert data_parallel(net, {"data": 4}) is net
+
+
+@pytest.mark.parametrize(
+    ("layer", "x", "words"),
+    [
+        (
+            fn.dropout1d(0.1),
+            torch.ones(2, 3),
+            "dropout1d: expects a part of a batch",
+        ),
+        (fn.fractional_max_pool2d(2, 2), torch.ones(2, 5, 5), "of at least 4 dimensions"),
+        (fn.gru(2, num_layers=2, dropout=0.1), torch.ones(4, 3), "gru: expects a part of a batch"),
+        (fn.gaussian_noise(), torch.ones(()), "gaussian_noise: expects a part of a batch"),
+        (
+            fn.scaled_dot_product_attention(0.1),
+            (torch.ones(4, 3),) * 3,
+            "scaled_dot_product_attention: expects a part of a batch",
+        ),
+    ],
+)
+def test_an_example_without_a_batch_is_refused(layer, x, words):
+    net = data_parallel(layer, {"data": 2})
+    params, state = net.init(fn.key(0), x)
+    with pytest.raises(ValueError, match=words):
+        net.vjp(params, x, state, key=fn.key(1))
+
+
+def test_a_batch_in_another_dimension(two_ranks):
+    for own, whole in two_ranks(steps_first_on_rank):
+        assert (own == whole).all()
+
+
+def steps_first_on_rank():
+    net = fn.serial(fn.dropout(0.5), fn.gaussian_noise(0.5), fn.rrelu())
+    x, rank = values(5, 3).transpose(0, 1), mesh().get_local_rank("data")
+    rows = slice(0, 3) if rank == 0 else slice(3, SIZE)
+    parallel = data_parallel(net, mesh(), equal=False, dim=1)
+    y, _ = parallel.apply({}, x[:, rows], key=fn.key(5), train=True)
+    whole, _ = net.apply({}, x, key=fn.key(5), train=True)
+    return y.numpy(), whole[:, rows].numpy()
