@@ -34,7 +34,8 @@ class BatchAxis(Axis):
         """How many rows the ranks before this one have, if it has ``rows``: a 0-d int64 tensor."""
         if self.equal or self.size == 1:
             # In eager mode a number that can be read without waiting for a device.
-            return self.rank(device if is_transformed() else None) * rows
+            there = is_transformed() or (device is not None and device.type == "meta")
+            return self.rank(device if there else None) * rows
         rank = self.rank(device)
         ranks = torch.arange(self.size, device=device)
         return torch.where(ranks < rank, self._counts(rows, device), 0).sum()

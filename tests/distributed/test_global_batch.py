@@ -264,7 +264,8 @@ def test_a_layer_without_a_global_form_is_refused_by_its_path():
         data_parallel(noisy, plan)
     with pytest.raises(ValueError, match=r"^data_parallel: clip_cotangent mixes the examples"):
         data_parallel(fn.clip_cotangent(1.0), plan)
-    adaptive = fn.neural_ode(fn.serial(fn.linear(3), fn.batch_norm()), (0.0, 1.0), 9, method="dopri5")
+    field = fn.serial(fn.linear(3), fn.batch_norm())
+    adaptive = fn.neural_ode(field, (0.0, 1.0), 9, method="dopri5")
     with pytest.raises(ValueError, match=r"data_parallel: neural_ode at '0' mixes the examples"):
         data_parallel(fn.serial(adaptive), plan)
     rounded = fn.compressed(fn.serial(fn.linear(3)), "int8")
