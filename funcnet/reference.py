@@ -209,12 +209,12 @@ PAGES = {
         "The same numbers on any number of ranks": "data_parallel BatchAxis",
         "Unsorted": """
             Action Device Layout Link Memory Network
-            Plan Plans Schedule Simulation Stage Traffic
-            ZeroState column_linear export gpipe latest link_of
-            load one_f_one_b over_parts own_tokens parallel_attention parallel_encoder_layer
-            pipeline_stages pipeline_state pipeline_step plan plans row_linear
-            save save_step sharded simulate state_placements vocabulary_cross_entropy
-            vocabulary_embedding zero zero_bubble
+            Plan Plans Simulation Stage Traffic ZeroState
+            column_linear export gpipe latest link_of load
+            one_f_one_b over_parts own_tokens parallel_attention parallel_encoder_layer pipeline_stages
+            pipeline_state pipeline_step plan plans row_linear save
+            save_step sharded simulate state_placements vocabulary_cross_entropy vocabulary_embedding
+            zero zero_bubble
             """,
         "Where params lie": "placements",
     },

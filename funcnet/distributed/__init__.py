@@ -19,7 +19,6 @@ from funcnet.distributed.networks import (
 )
 from funcnet.distributed.pipeline import (
     Action as Action,
-    Schedule as Schedule,
     Simulation as Simulation,
     gpipe as gpipe,
     one_f_one_b as one_f_one_b,

@@ -106,12 +106,13 @@ def pipeline_step(
     Args:
         model: a `funcnet.serial`, or `funcnet.tie` of one: leaves may be tied across stages, of
             which each has them then, and their gradients are summed.
-        loss, metrics: as for `train_step`; the last stage computes them.
+        loss, metrics: as for `funcnet.train_step`; the last stage computes them.
         optimizer: the same on all ranks. Norms of all gradients, as of
-            `funcnet.optimizers.clip_by_global_norm`, are those of all stages. What needs all leaves
-            otherwise sees those of its stage.
+            `funcnet.optimizers.clip_by_global_norm`, are those of all stages. Otherwise it sees the
+            leaves of its stage alone, so that a rule of `funcnet.optimizers.partition` is to be a
+            function of the path: the path of another stage's leaf is that of none.
         mesh: whose ranks along "pipe" are the stages. Along "data" and "model" it is as with
-            `train_step`: all ranks of a stage do the same.
+            `funcnet.train_step`: all ranks of a stage do the same.
         micro_batches: k, into how many parts the batch is cut.
         schedule: `gpipe`, `one_f_one_b`, `zero_bubble`, or any function
             ``(stages, micro_batches) -> schedule``, or a schedule itself. Where it has actions "B"
@@ -239,8 +240,9 @@ class _Plan:
         first, last = self.index == 0, self.index == self.axis.size - 1
         device = tree.device_of(parts[0])
         inputs, cotangents = self._inboxes(device)
-        next_stage = Outbox(self.keys[0], self.index + 1)
-        stage_before = Outbox(self.keys[1], self.index - 1)
+        before, after = self._places(self.index - 1), self._places(self.index + 1)
+        next_stage = Outbox(self.keys[0], self.index + 1, after["F"])
+        stage_before = Outbox(self.keys[1], self.index - 1, before["B"])
         indices = torch.arange(len(parts), device=device).unbind()
         grads: Params = tree.map(torch.zeros_like, params)
         pullbacks: dict[int, Pullbacks] = {}
@@ -251,7 +253,9 @@ class _Plan:
         for kind, part in self.schedule[self.index]:
             if kind == "F":
                 x, target = parts[part]
-                x = x if first else inputs.take(part)
+                if not first:
+                    x = inputs.take(part)
+                    stage_before.forget(before["F"][part])
                 target = target if last else None
                 index = indices[part] if len(parts) > 1 else None
                 y, pullbacks[part], state, found = programs.forward(
@@ -267,7 +271,10 @@ class _Plan:
             elif kind == "W":
                 grads = programs.backward_params(deferred.pop(part), grads)
             else:
-                dy = None if last else cotangents.take(part)
+                dy = None
+                if not last:
+                    dy = cotangents.take(part)
+                    next_stage.forget(after["B"][part])
                 if kind == "BW":
                     grads, dx = programs.backward(pullbacks.pop(part), dy, dvalue, grads)
                 else:
@@ -287,15 +294,20 @@ class _Plan:
         """For the inputs and the cotangents of this stage, where there are any to come."""
         index, own, inputs, cotangents = self.index, self.own, None, None
         if index:
-            order = self._order(index - 1, ("F",))
+            order = self._places(index - 1)["F"]
             inputs = Inbox(self.keys[0], index - 1, order, own.x, False, device)
         if index + 1 < self.axis.size and self._sends_dx(index + 1):
-            order = self._order(index + 1, ("B", "BW"))
+            order = self._places(index + 1)["B"]
             cotangents = Inbox(self.keys[1], index + 1, order, own.y, True, device)
         return inputs, cotangents
 
-    def _order(self, stage: int, kinds: tuple[str, ...]) -> list[int]:
-        return [part for kind, part in self.schedule[stage] if kind in kinds]
+    def _places(self, stage: int) -> dict[str, dict[int, int]]:
+        """Where among a stage's actions each micro-batch's passes are, in their order."""
+        places: dict[str, dict[int, int]] = {"F": {}, "B": {}, "W": {}}
+        if 0 <= stage < self.axis.size:
+            for place, (kind, part) in enumerate(self.schedule[stage]):
+                places[kind[0]][part] = place
+        return places
 
     def _with_tied(self, grads: Params) -> Params:
         """The gradients, where those of leaves that other stages have too are summed."""

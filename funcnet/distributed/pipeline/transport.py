@@ -1,7 +1,7 @@
 """What stages send each other: activations to the next one, cotangents to the one before."""
 
 from collections import deque
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import replace
 from math import prod
@@ -99,26 +99,42 @@ class Inbox:
 
 
 class Outbox:
-    """What this stage sends to another one; the tensors are kept until they are there."""
+    """What this stage sends to another one; the tensors are kept until they are there.
 
-    def __init__(self, key: str, target: int) -> None:
-        self.key, self.target = key, target
-        self.going: deque[tuple[Any, Tensor]] = deque()
+    Args:
+        key: of the group.
+        target: the stage that receives.
+        read: for each micro-batch which of its actions reads what is sent.
+    """
+
+    def __init__(self, key: str, target: int, read: Mapping[int, int]) -> None:
+        self.key, self.target, self.read = key, target, read
+        self.going: deque[tuple[int, Any, Tensor]] = deque()
 
     def send(self, micro_batch: int, leaves: Sequence[Tensor]) -> None:
         """Send tensors; whoever receives them knows their shapes."""
-        while self.going and self.going[0][0].is_completed():
-            self.going.popleft()
         for tag, leaf in enumerate(leaves, micro_batch * len(leaves)):
             leaf = leaf.contiguous()
             work = _call(self.key, "sent to", self.target, dist.isend, leaf, tag=tag)
-            self.going.append((work, leaf))
+            self.going.append((micro_batch, work, leaf))
+
+    def forget(self, action: int) -> None:
+        """Let go what the target has read, which is known to have come to one of its actions.
+
+        To wait for it takes no time. Gloo does not tell otherwise that a tensor is there.
+        """
+        while self.going and self.read[self.going[0][0]] < action:
+            self._wait()
 
     def finish(self) -> None:
         """Wait until all of it is there."""
         while self.going:
-            _call(self.key, "sent to", self.target, self.going[0][0].wait)
-            self.going.popleft()
+            self._wait()
+
+    def _wait(self) -> None:
+        _, work, _ = self.going[0]
+        _call(self.key, "sent to", self.target, work.wait)
+        self.going.popleft()
 
 
 def sent(values: Tree, cotangents: bool) -> list[Tensor]:
@@ -143,7 +159,7 @@ def summed(
     inboxes = {
         other: Inbox(keys[other > own], other, [0], (*tensors,), False, device) for other in others
     }
-    outboxes = [Outbox(keys[other < own], other) for other in others]
+    outboxes = [Outbox(keys[other < own], other, {}) for other in others]
     for outbox in outboxes:
         outbox.send(0, tensors)
     found = [tensors if stage == own else inboxes[stage].take(0) for stage in stages]
