@@ -6,11 +6,11 @@ Beside the ``weight_map`` of Hugging Face's, of the tensors that lie in one file
 
     "parts": {
         "files": ["run-1a2b3c4d-00001-of-00002.safetensors", ...],
-        "layouts": [[[[2, 0, []], [4, null, []]], [0, 1, ...]], ...],
+        "layouts": [[[[2, 0, [], 0], [4, null, [], 0]], [0, 1, ...]], ...],
         "tensors": {"params.0.weight": ["F32", [512, 128], 0], ...}
     }
 
-A layout is the splits, ``[parts, dim, sections]`` of each, and the number of the file that has each
+A layout is the splits, each as `Division` is written, and the number of the file that has each
 part, the places among the parts of the last split running fastest. A tensor has its dtype, its
 whole shape and the number of its layout; each of its files has the part under the tensor's name,
 with the zeros that make all parts of one shape.
@@ -202,24 +202,27 @@ def _layout(
 
 def _division(split: Any) -> Division:
     match split:
-        case [parts, dim, [*sections]] if all([type(n) is int for n in (parts, *sections)]):
+        case [parts, dim, [*sections], front] if {
+            *map(type, (parts, dim or 0, *sections, front))
+        } == {int}:
             pass
         case _:
-            raise ValueError("a layout has a split without parts, dimension and sections")
-    right = 1 <= parts <= _PARTS and min(sections, default=0) >= 0 and len(sections) <= _PARTS
-    right = right and (dim is None or (type(dim) is int and dim >= 0))
-    require(right and not (dim is None and sections), "a layout has a split that is none")
-    return Division(parts, dim, tuple(sections))
+            raise ValueError("a layout has a split that is none")
+    least = min([dim or 0, front, *sections])
+    right = 1 <= parts <= _PARTS and least >= 0 and not (dim is None and sections)
+    require(right, "a layout has a split that is none")
+    return Division(parts, dim, tuple(sections), front)
 
 
 def _fits(shape: tuple[int, ...], divisions: Divisions) -> bool:
     """Whether a tensor of this shape can be parted so."""
-    for place, (parts, dim, sections) in enumerate(divisions):
+    for place, (parts, dim, sections, front) in enumerate(divisions):
         before = part_shape(shape, divisions[:place])
-        if dim is None:
-            continue
-        if dim >= len(before) or (sections and len(before) < len(shape)):
+        flat = any([division.dim is None for division in divisions[:place]])
+        if front > len(before) - flat or (flat and dim is None and 0 < front < len(before) - 1):
             return False
-        if sections and (sum(sections) != before[dim] or any([n % parts for n in sections])):
+        if (dim is not None and (dim >= len(before) or front)) or (flat and sections):
+            return False
+        if sections and (sum(sections) != before[dim or 0] or any([n % parts for n in sections])):
             return False
     return True

@@ -11,6 +11,8 @@ from typing import NamedTuple
 
 from torch import Tensor
 
+from funcnet.errors import require
+
 
 class Division(NamedTuple):
     """A split: into so many parts of a dimension, or of a vector."""
@@ -21,6 +23,8 @@ class Division(NamedTuple):
     sections: tuple[int, ...] = ()
     """The sizes of what the dimension consists of: each is parted, and a part has its part of the
     first, of the second, and so on."""
+    front: int = 0
+    """How many dimensions are in front of the vector: each of a stack of tensors is parted."""
 
 
 Divisions = tuple[Division, ...]
@@ -35,6 +39,10 @@ class Run(NamedTuple):
     start: int
     """In the whole tensor."""
     extent: int
+
+
+Corners = tuple[tuple[int, ...], tuple[int, ...]]
+"""Of a box: its least index in each dimension, and one more than its greatest."""
 
 
 class Box(NamedTuple):
@@ -56,28 +64,53 @@ class Copy(NamedTuple):
     target: int
 
 
+class Range(NamedTuple):
+    """Some of a vector's numbers."""
+
+    begin: int
+    end: int
+    """From here on there are zeros."""
+    length: int
+    """With the zeros."""
+
+    def part(self, parts: int, place: int) -> "Range":
+        """One of its parts."""
+        length = -(-self.length // parts)
+        begin = self.begin + place * length
+        return Range(begin, max(begin, min(self.end, begin + length)), length)
+
+
 class Piece(NamedTuple):
     """A part of a tensor as a vector: its numbers row by row, or a range of them."""
 
     shape: tuple[int, ...]
-    """The part's."""
+    """That the part would have without the splits of vectors."""
     runs: tuple[tuple[Run, ...], ...]
-    """Of each dimension; the indices in none of them have zeros."""
-    begin: int
-    """The first number of the range."""
-    end: int
-    """The number from which on the range has zeros."""
-    length: int
-    """Of the range with its zeros."""
+    """Of each of these dimensions; the indices in none of them have zeros."""
+    front: int
+    """How many dimensions there are before `inner`."""
+    inner: Range
+    """Of the other dimensions, as a vector."""
+    outer: Range
+    """Of all of that, as a vector."""
+
+    @property
+    def length(self) -> int:
+        """How many numbers it has, with zeros."""
+        return self.outer.length
 
     def strides(self) -> tuple[int, ...]:
-        """Of the part."""
-        return tuple([prod(self.shape[dim + 1 :]) for dim in range(len(self.shape))])
+        """How far its numbers are from one another, in each dimension of the whole tensor."""
+        front, last = self.shape[: self.front], self.shape[self.front :]
+        return (
+            *[prod(front[dim + 1 :]) * self.inner.length for dim in range(len(front))],
+            *[prod(last[dim + 1 :]) for dim in range(len(last))],
+        )
 
     def boxes(self) -> Iterator[Box]:
         """What it has of the whole tensor."""
         strides = self.strides()
-        for low, high in boxes_of_range(self.shape, self.begin, self.end):
+        for low, high in self._corners():
             kept = [
                 [cut for run in runs if (cut := _cut(run, a, b)).extent > 0]
                 for runs, a, b in zip(self.runs, low, high, strict=True)
@@ -86,7 +119,16 @@ class Piece(NamedTuple):
                 start = tuple([run.start for run in runs])
                 stop = tuple([run.start + run.extent for run in runs])
                 offset = sum([run.first * n for run, n in zip(runs, strides, strict=True)])
-                yield Box(start, stop, offset - self.begin)
+                yield Box(start, stop, offset - self.inner.begin - self.outer.begin)
+
+    def _corners(self) -> Iterator[Corners]:
+        """The boxes of the part, as it would be without the splits of vectors."""
+        begin, end, length = self.inner
+        front, last = self.shape[: self.front], self.shape[self.front :]
+        for low, high in boxes_of_range((*front, length), self.outer.begin, self.outer.end):
+            first, after = begin + low[-1], min(begin + high[-1], end)
+            for least, greatest in boxes_of_range(last, first, after):
+                yield (*low[:-1], *least), (*high[:-1], *greatest)
 
     def view(self, values: Tensor, shape: tuple[int, ...], offset: int) -> Tensor:
         """A box that begins there in the vector that the piece is."""
@@ -96,21 +138,24 @@ class Piece(NamedTuple):
 def piece_of(shape: Sequence[int], divisions: Divisions, places: Sequence[int]) -> Piece:
     """The piece at these places among the parts of the splits.
 
-    >>> piece_of((5,), (Division(2, 0),), [1])
-    Piece(shape=(3,), runs=((Run(first=0, start=3, extent=2),),), begin=0, end=3, length=3)
-    >>> piece_of((5,), (Division(2, 0), Division(2)), [1, 1])[2:]
-    (2, 3, 2)
+    >>> piece_of((5,), (Division(2, 0),), [1])[:2]
+    ((3,), ((Run(first=0, start=3, extent=2),),))
+    >>> piece_of((5,), (Division(2, 0), Division(2)), [1, 1]).inner
+    Range(begin=2, end=3, length=2)
     """
-    extents = [*shape]
-    runs: list[tuple[Run, ...]] = [(Run(0, 0, extent),) for extent in shape]
-    begin, end, length = 0, prod(shape), prod(shape)
-    flat = False
-    for (parts, dim, sections), place in zip(divisions, places, strict=True):
-        if dim is None or flat:
-            flat = True
-            length = -(-length // parts)
-            begin += place * length
-            end = min(end, begin + length)
+    piece = _whole([*shape], [(Run(0, 0, extent),) for extent in shape], 0, None)
+    flat = vector = False
+    for (parts, dim, sections, front), place in zip(divisions, places, strict=True):
+        extents, runs, inner = [*piece.shape], [*piece.runs], piece.inner
+        vector = vector or (flat and dim is None and front < piece.front)
+        if vector:
+            require(front == 0, "a part of a stack of vectors is no stack itself")
+            piece = piece._replace(outer=piece.outer.part(parts, place))
+        elif dim is None or (flat and dim == piece.front):
+            front = piece.front if flat else front
+            whole = prod(extents[front:])
+            inner = (inner if flat else Range(0, whole, whole)).part(parts, place)
+            piece, flat = _whole(extents, runs, front, inner), True
         else:
             kept, first = [], 0
             for section, start in _sections(sections or (extents[dim],)):
@@ -122,8 +167,18 @@ def piece_of(shape: Sequence[int], divisions: Divisions, places: Sequence[int]) 
                 first += extent
             runs[dim] = tuple([run for run in kept if run.extent > 0])
             extents[dim] = first
-            end = length = prod(extents)
-    return Piece(tuple(extents), tuple(runs), begin, max(begin, end), length)
+            piece = _whole(extents, runs, piece.front, inner if flat else None)
+    return piece
+
+
+def _whole(
+    extents: Sequence[int], runs: Sequence[tuple[Run, ...]], front: int, inner: Range | None
+) -> Piece:
+    """A piece of all of what ``inner`` has; None for all of the other dimensions."""
+    count = prod(extents[front:])
+    inner = inner or Range(0, count, count)
+    count = prod(extents[:front]) * inner.length
+    return Piece(tuple(extents), tuple(runs), front, inner, Range(0, count, count))
 
 
 def _sections(sizes: Sequence[int]) -> Iterator[tuple[int, int]]:
@@ -147,14 +202,16 @@ def part_shape(shape: Sequence[int], divisions: Divisions) -> tuple[int, ...]:
     >>> part_shape((5, 3), (Division(2, 0),)), part_shape((5, 3), (Division(2, 0), Division(2)))
     ((3, 3), (5,))
     """
-    piece = piece_of(shape, divisions, [0] * len(divisions))
-    flat = any([division.dim is None for division in divisions])
-    return (piece.length,) if flat else piece.shape
+    extents = [*shape]
+    for parts, dim, sections, front in divisions:
+        if dim is None:
+            extents = [*extents[:front], -(-prod(extents[front:]) // parts)]
+        else:
+            extents[dim] = sum([-(-section // parts) for section in sections or (extents[dim],)])
+    return tuple(extents)
 
 
-def boxes_of_range(
-    shape: tuple[int, ...], begin: int, end: int
-) -> Iterator[tuple[tuple[int, ...], tuple[int, ...]]]:
+def boxes_of_range(shape: tuple[int, ...], begin: int, end: int) -> Iterator[Corners]:
     """The boxes that the numbers of a range of a tensor, row by row, make up.
 
     >>> list(boxes_of_range((4, 3), 2, 10))

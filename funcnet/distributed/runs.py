@@ -13,7 +13,7 @@ from funcnet.checkpoint.files import check_path, replaced
 from funcnet.checkpoint.folder import latest as newest, remove_old, step_path
 from funcnet.checkpoint.loading import explained, open_checkpoint
 from funcnet.checkpoint.parted import Stored
-from funcnet.checkpoint.regions import piece_of
+from funcnet.checkpoint.regions import Range, piece_of
 from funcnet.checkpoint.saving import check_size, unchanged
 from funcnet.checkpoint.shards import remove_shards
 from funcnet.checkpoint.structure import encode
@@ -152,4 +152,4 @@ def _in_turn(stored: Stored) -> Iterator[Tensor]:
     whole = piece_of(stored.shape, (), ())
     for begin in range(0, whole.length, _NUMBERS):
         end = min(begin + _NUMBERS, whole.length)
-        yield stored.read(whole._replace(begin=begin, end=end, length=end - begin))
+        yield stored.read(whole._replace(outer=Range(begin, end, end - begin)))

@@ -223,7 +223,7 @@ class Plan:
             load[writer] += sizes[part]
         self._size = sum(load)
         for name, (_, _, divisions) in self._kinds.items():
-            for place in product(*[range(parts) for parts, _, _ in divisions]):
+            for place in product(*[range(parts) for parts, *_ in divisions]):
                 there = (name, place) in holders
                 require(there, f"no rank has the part {place} of {name!r}, parted by {divisions}")
 
@@ -235,8 +235,10 @@ class Plan:
         """The text of the index; the files are those of the ranks."""
         places, parted = {}, {}
         for name, (kind, shape, splits) in sorted(self._kinds.items()):
-            divisions: Divisions = tuple([Division(n, dim, tuple(s)) for n, dim, s in splits])
-            numbers = product(*[range(parts) for parts, _, _ in divisions])
+            divisions: Divisions = tuple(
+                [Division(n, dim, tuple(s), front) for n, dim, s, front in splits]
+            )
+            numbers = product(*[range(parts) for parts, *_ in divisions])
             names = [files[self._writers[name, place]] for place in numbers]
             if divisions:
                 dtype = safetensors.DTYPES.get(kind, torch.complex128)

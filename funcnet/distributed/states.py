@@ -143,6 +143,7 @@ def divisions_of(
             split.axis.size,
             None if split.dim is None else split.dim % len(split.shape),
             tuple(getattr(split, "sections", ())),
+            getattr(split, "front", 0),
         )
         for split in splits
     ]

@@ -11,9 +11,9 @@ from funcnet.checkpoint.regions import Division, copies, part_shape, piece_of
 
 def part(x, divisions, places):
     """What the splits are, as functions of tensors."""
-    for (parts, dim, sections), place in zip(divisions, places, strict=True):
+    for (parts, dim, sections, front), place in zip(divisions, places, strict=True):
         if dim is None:
-            x, dim = x.reshape(-1), 0
+            x, dim = x.reshape(*x.shape[:front], x.shape[front:].numel()), front
         kept = []
         for section in x.split(sections or [x.shape[dim]], dim):
             extent = -(-section.shape[dim] // parts)
@@ -28,13 +28,15 @@ def splits(rng, shape):
     """Some splits of a tensor, one after another."""
     found, extents = [], [*shape]
     for _ in range(rng.randrange(4)):
+        flat = any(each.dim is None for each in found)
         dims = [None, *range(len(extents))]
         parts, dim, sections = rng.randint(1, 4), rng.choice(dims), ()
-        flat = any(each.dim is None for each in found)
         if not flat and dim is not None and extents[dim] % parts == 0 and rng.random() < 0.5:
             first = parts * rng.randint(0, extents[dim] // parts)
             sections = (first, extents[dim] - first)
-        found.append(Division(parts, dim, sections))
+        stack = len(extents) - 1 if flat else rng.randint(0, max(0, len(extents) - 1))
+        front = rng.choice((0, stack)) if dim is None else 0
+        found.append(Division(parts, dim, sections, front))
         extents = [*part_shape(extents, (found[-1],))]
     return tuple(found)
 
