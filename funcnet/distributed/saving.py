@@ -95,9 +95,9 @@ def write(
             name,
             lambda: (None, _commit(name, target, files, sizes, plan, score) if first else []),
         )
-        # To remove a file takes time, as to write it does: each rank removes some.
-        for old in told[0][ranks.place :: len(told)]:
-            _remove(target.with_name(old))
+        # To remove files takes time, as to write them does: each rank removes some.
+        old = [target.with_name(each) for each in told[0][ranks.place :: len(told)]]
+        ranks.agree(name, lambda: (None, _remove_all(old)))
 
 
 def _prepared(
@@ -143,6 +143,12 @@ def _write_own(
 def _remove(file: Path) -> None:
     with contextlib.suppress(OSError):
         file.unlink()
+
+
+def _remove_all(files: list[Path]) -> int:
+    for file in files:
+        _remove(file)
+    return len(files)
 
 
 def _commit(
