@@ -12,6 +12,7 @@ from funcnet.checkpoint.regions import Division, Divisions
 from funcnet.checkpoint.structure import parts_by_path
 from funcnet.collectives import Split
 from funcnet.core import Layer, TrainState, Tree
+from funcnet.distributed.sharded_optimizers import ZeroState
 from funcnet.distributed.splits import Splits, placements
 from funcnet.errors import require
 
@@ -97,7 +98,7 @@ def _kept(state: Any, splits: Mapping[str, Split]) -> Any:
 
 
 def _is_zero(node: Any) -> bool:
-    return type(node).__name__ == "ZeroState"
+    return isinstance(node, ZeroState)
 
 
 def as_single(state: Any) -> Any:
@@ -142,8 +143,8 @@ def divisions_of(
         Division(
             split.axis.size,
             None if split.dim is None else split.dim % len(split.shape),
-            tuple(getattr(split, "sections", ())),
-            getattr(split, "front", 0),
+            split.sections,
+            split.front,
         )
         for split in splits
     ]
