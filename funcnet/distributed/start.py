@@ -202,7 +202,7 @@ def axis_of(mesh: Mesh, name: str) -> Axis:
     Axis(name='data', size=8, key='data of (data=8, model=2)')
     """
     if isinstance(mesh, DeviceMesh):
-        # Not by the mesh's parts, which are made by tensors' values: it may be called under jit.
+        # No mesh of its own for an axis, since torch makes tensors for that: this may be traced.
         sizes = dict(zip(mesh.mesh_dim_names or (), mesh.shape, strict=False))
     elif isinstance(mesh, Mapping):
         sizes = {**mesh}

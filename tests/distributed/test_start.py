@@ -180,6 +180,15 @@ def sizes():
     return message(data=4), message(model=3), message(data=0)
 
 
+def traced():
+    mesh = fn.distributed.mesh()
+    return fn.jit(lambda x: fn.distributed.axis_of(mesh, "data").sum(x))(torch.ones(2)).tolist()
+
+
+def test_an_axis_may_be_asked_for_within_a_compiled_function(two_ranks):
+    assert two_ranks(traced) == [[2.0, 2.0]] * 2
+
+
 def test_a_mesh_that_is_not_of_the_world(two_ranks):
     for larger, undivided, none in two_ranks(sizes):
         assert larger == "mesh: expects a mesh of 2 ranks, got 4: pipe=1 x data=4 x model=1"
