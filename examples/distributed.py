@@ -1,4 +1,4 @@
-"""Train a GPT of characters on one process, or on many, in any layout: the numbers are the same.
+"""Train a GPT of characters on one process, or on many, in any layout, with the same numbers.
 
     python examples/distributed.py
     torchrun --standalone --nproc-per-node=2 examples/distributed.py --layout zero
@@ -10,7 +10,8 @@ The layouts are what the ranks of a mesh have parts of:
     zero      the batch, and the optimizer's state
     sharded   the batch, and the state, the gradients and the params, layer by layer
     tensor    each layer: heads, and features of the blocks between
-    pipeline  the layers: one block after another, through which micro-batches go
+    pipeline  the layers: one block after another, through which micro-batches go, each with a
+              dropout of its own, as with ``fn.train_step(..., micro_batches=k)``
 
 --model and --pipe are sizes of the mesh; what they leave of the ranks has parts of the batch. With
 --checkpoint FOLDER, which all ranks share, the run is saved every few steps, and goes on from there
@@ -58,7 +59,7 @@ SMALL = Size(layers=2, width=32, heads=4, context=32, batch=8, steps=20, every=5
 
 
 def gpt(layout: str, mesh: DeviceMesh, size: Size, classes: int) -> fn.Layer:
-    """From characters (batch, tokens) to logits (batch * tokens, classes).
+    """From characters (batch, tokens) to logits (batch, classes, tokens).
 
     In each layout the params are those, or parts of those, that a single process has.
     """
@@ -87,7 +88,7 @@ def gpt(layout: str, mesh: DeviceMesh, size: Size, classes: int) -> fn.Layer:
         **{f"block{number}": placed(block()) for number in range(size.layers)},
         norm=placed(fn.layer_norm()),
         head=placed(fn.linear(classes)),
-        tokens=fn.flatten(0, -2),
+        classes_first=fn.permute(0, 2, 1),
     )
 
 
@@ -110,7 +111,11 @@ Step = Callable[[fn.TrainState, Tensor], tuple[fn.TrainState, Tensor]]
 
 
 def step_of(
-    layout: str, mesh: DeviceMesh, net: fn.Layer, optimizer: fn.Optimizer, size: Size
+    options: argparse.Namespace,
+    mesh: DeviceMesh,
+    net: fn.Layer,
+    optimizer: fn.Optimizer,
+    size: Size,
 ) -> Step:
     """A step, on a batch that is a function of the key and of the number of the step."""
     data = fn.distributed.axis_of(mesh, "data")
@@ -124,10 +129,10 @@ def step_of(
         windows = text[first + torch.arange(size.context + 1, device=text.device)]
         return windows[:, :-1], windows[:, 1:]
 
-    if layout == "pipeline":
+    if options.layout == "pipeline":
         count = size.batch // data.size // MICRO_BATCH
         staged = fn.distributed.pipeline_step(
-            net, loss, optimizer, mesh, micro_batches=count, jit=True
+            net, loss, optimizer, mesh, micro_batches=count, jit=not options.eager
         )
 
         def pipelined(state: fn.TrainState, text: Tensor) -> tuple[fn.TrainState, Tensor]:
@@ -139,11 +144,10 @@ def step_of(
     step = fn.train_step(net, loss, optimizer)
 
     def one(state: fn.TrainState, text: Tensor) -> tuple[fn.TrainState, Tensor]:
-        x, target = own_batch(state, text)
-        state, metrics = step(state, (x, target.flatten()))
+        state, metrics = step(state, own_batch(state, text))
         return state, data.mean(metrics["loss"])
 
-    return fn.jit(one, donate=0)
+    return one if options.eager else fn.jit(one, donate=0)
 
 
 def train(options: argparse.Namespace, size: Size, data: Data, device: torch.device) -> None:
@@ -162,7 +166,7 @@ def train(options: argparse.Namespace, size: Size, data: Data, device: torch.dev
         last = fn.distributed.latest(options.checkpoint, mesh)
     if last:
         state = fn.distributed.load(last, begin, mesh, placed)
-    step = step_of(options.layout, mesh, net, optimizer, size)
+    step = step_of(options, mesh, net, optimizer, size)
 
     first = mesh.get_rank() == 0
     done, loss = int(state.step), None
@@ -195,6 +199,7 @@ def parse() -> tuple[argparse.Namespace, Size]:
     add("--seed", type=int, default=0, help="of the parameters, the batches and dropout")
     add("--steps", help=f"of training (default: {FULL.steps})", **hidden)
     add("--small", action="store_true", help="a net and a run for a test")
+    add("--eager", action="store_true", help="do not compile the step")
     add("--device", choices=("cpu", "cuda"), help="default: cuda where there is one")
     add("--timeout", type=float, default=300.0, help="seconds that a rank waits for others")
     where = "where the run is saved, and goes on if there is one"
