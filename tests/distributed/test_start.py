@@ -8,10 +8,10 @@ import threading
 
 import pytest
 import torch
-from distributed import restarts
-from distributed.ranks import free_port
 
 import funcnet as fn
+from distributed import restarts
+from distributed.ranks import free_port
 from funcnet.distributed import PeerError, environment
 from funcnet.distributed.rendezvous import store_of
 
