@@ -29,7 +29,7 @@ def check_same(values: Tree, mesh: Mesh, *, axis: str = "data") -> None:
     Args:
         values: any tree that the ranks of the axis should all have, such as a TrainState. Each
             rank's parts along other axes are compared with the same parts. What is parted along
-            this axis, such as the optimizer's state of `zero` along "data", differs, and does not
+            this axis, such as the optimizer's state of ``zero`` along "data", differs, and does not
             belong there.
         mesh: of the ranks, all of which call it together.
         axis: the axis whose ranks are compared.
