@@ -29,7 +29,7 @@ from funcnet.tree import describe
 def load(
     path: str | os.PathLike[str], like: Any, mesh: Mesh, placed: Mapping[str, Splits] = EMPTY
 ) -> Any:
-    """This rank's parts of a checkpoint that `save`, or `fn.save`, wrote.
+    """This rank's parts of a checkpoint that `save`, or `funcnet.save`, wrote.
 
     The ranks that saved may have been more or fewer, or one, and their parts others: each rank
     reads what it has now, and nothing is sent. The values are the same, bit for bit.
@@ -37,7 +37,7 @@ def load(
     Args:
         path: as `save` was given it.
         like: a tree of this rank's structure, shapes and dtypes, such as a new train state, on
-            meta too, as for `fn.load`.
+            meta too, as for `funcnet.load`.
         mesh: of all ranks that load; all of them call it.
         placed: how the leaves of ``like`` are parted, as for `save`.
 

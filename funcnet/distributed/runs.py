@@ -39,12 +39,12 @@ def save_step(
 ) -> Path:
     """`save` as one of a run's checkpoints, and then remove those that are not to be kept.
 
-    `fn.checkpoint.steps` and `fn.checkpoint.best` know them, as they do those of
-    `fn.checkpoint.save_step`; `latest` is for all ranks.
+    `funcnet.checkpoint.steps` and `funcnet.checkpoint.best` know them, as they do those of
+    `funcnet.checkpoint.save_step`; `latest` is for all ranks.
 
     Args:
         folder: of this run alone, and one that all ranks share.
-        step, keep, score: as for `fn.checkpoint.save_step`, and the same on all ranks.
+        step, keep, score: as for `funcnet.checkpoint.save_step`, and the same on all ranks.
         tree, mesh, placed: as for `save`.
 
     Returns:
@@ -103,12 +103,12 @@ def latest(folder: str | os.PathLike[str], mesh: Mesh) -> Path | None:
 def export(checkpoint: str | os.PathLike[str], path: str | os.PathLike[str]) -> None:
     """Write one safetensors file of a checkpoint in several, whatever the ranks that saved it.
 
-    It needs one process and little memory: some numbers are copied at a time. `fn.load` and any
+    It needs one process and little memory: some numbers are copied at a time. `funcnet.load` and any
     program that knows the format read the file.
 
     Args:
         checkpoint: as `save` was given it.
-        path: the file, which is written as `fn.save` does.
+        path: the file, which is written as `funcnet.save` does.
 
     Raises:
         ValueError: no checkpoint, or a damaged one.

@@ -39,12 +39,12 @@ def save(
     the files of the checkpoint before are removed: whenever a process is killed, or a disk is full,
     ``path`` is the old checkpoint or the new one, whole.
 
-    `load` gives it to as many ranks as there are then, in other parts, `fn.load` to a single
+    `load` gives it to as many ranks as there are then, in other parts, `funcnet.load` to a single
     process, and `export` makes one file of it.
 
     Args:
-        path: as for `fn.save`, and the same on all ranks. Its folder is one that all ranks share.
-        tree: this rank's; as for `fn.save`. The paths and values of its leaves are those of a
+        path: as for `funcnet.save`, and the same on all ranks. Its folder is one that all ranks share.
+        tree: this rank's; as for `funcnet.save`. The paths and values of its leaves are those of a
             single process, or parts of those. A rank may have some of the leaves alone, as the
             stages of a pipeline do.
         mesh: of all ranks that save.
