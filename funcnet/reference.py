@@ -207,16 +207,21 @@ PAGES = {
         "Faults": "PeerError check_same",
         "Parts of a batch, and what is of all of it": "part mean sum total everywhere replicated",
         "The same numbers on any number of ranks": "data_parallel BatchAxis",
-        "Unsorted": """
-            Action Device Layout Link Memory Network
-            Plan Plans Simulation Stage Traffic ZeroState
-            column_linear export gpipe latest link_of load
-            one_f_one_b over_parts own_tokens parallel_attention parallel_encoder_layer pipeline_stages
-            pipeline_state pipeline_step plan plans row_linear save
-            save_step sharded simulate state_placements vocabulary_cross_entropy vocabulary_embedding
-            zero zero_bubble
+        "Params and optimizers in parts": """
+            zero sharded over_parts placements state_placements ZeroState
             """,
-        "Where params lie": "placements",
+        "Layers in parts": """
+            column_linear row_linear parallel_attention parallel_encoder_layer own_tokens
+            vocabulary_embedding vocabulary_cross_entropy
+            """,
+        "Pipelines": """
+            pipeline_step pipeline_state pipeline_stages gpipe one_f_one_b zero_bubble simulate
+            Simulation Schedule Action
+            """,
+        "Checkpoints": "save load save_step latest export",
+        "What a layout takes, before it runs": """
+            plan plans Plan Plans Layout Stage Memory Traffic Network Link Device link_of
+            """,
     },
     "funcnet.testing": {
         "The laws": "check_layer check_loss check_optimizer",

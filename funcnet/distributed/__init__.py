@@ -5,18 +5,19 @@ A transform in an optimizer's chain, a layer whose rule is a collective, a sched
 
 from funcnet import reference as _reference
 from funcnet.batch_axis import BatchAxis as BatchAxis
-from funcnet.distributed.batches import part as part
-from funcnet.distributed.faults import PeerError as PeerError
-from funcnet.distributed.global_batch import data_parallel as data_parallel
-from funcnet.distributed.gradients import mean as mean, sum as sum
-from funcnet.distributed.layouts import Layout as Layout, Plans as Plans, plans as plans
-from funcnet.distributed.loading import load as load
-from funcnet.distributed.networks import (
-    Device as Device,
-    Link as Link,
-    Network as Network,
-    link_of as link_of,
+from funcnet.distributed.checkpoints.loading import load as load
+from funcnet.distributed.checkpoints.runs import (
+    export as export,
+    latest as latest,
+    save_step as save_step,
 )
+from funcnet.distributed.checkpoints.saving import save as save
+from funcnet.distributed.checkpoints.states import state_placements as state_placements
+from funcnet.distributed.data.batches import part as part
+from funcnet.distributed.data.global_batch import data_parallel as data_parallel
+from funcnet.distributed.data.gradients import mean as mean, sum as sum
+from funcnet.distributed.data.replicate import replicated as replicated
+from funcnet.distributed.data.totals import everywhere as everywhere, total as total
 from funcnet.distributed.pipeline import (
     Action as Action,
     Simulation as Simulation,
@@ -28,30 +29,35 @@ from funcnet.distributed.pipeline import (
     simulate as simulate,
     zero_bubble as zero_bubble,
 )
-from funcnet.distributed.planning import (
+from funcnet.distributed.planning.layouts import Layout as Layout, Plans as Plans, plans as plans
+from funcnet.distributed.planning.networks import (
+    Device as Device,
+    Link as Link,
+    Network as Network,
+    link_of as link_of,
+)
+from funcnet.distributed.planning.planned import (
     Memory as Memory,
     Plan as Plan,
     Stage as Stage,
     plan as plan,
 )
-from funcnet.distributed.replicate import replicated as replicated
-from funcnet.distributed.runs import export as export, latest as latest, save_step as save_step
-from funcnet.distributed.sameness import check_same as check_same
-from funcnet.distributed.saving import save as save
-from funcnet.distributed.sharded_layers import sharded as sharded
-from funcnet.distributed.sharded_optimizers import (
-    ZeroState as ZeroState,
-    over_parts as over_parts,
-    zero as zero,
-)
-from funcnet.distributed.splits import placements as placements
-from funcnet.distributed.start import (
+from funcnet.distributed.planning.traffic import Traffic as Traffic
+from funcnet.distributed.processes.faults import PeerError as PeerError
+from funcnet.distributed.processes.sameness import check_same as check_same
+from funcnet.distributed.processes.start import (
     axis_of as axis_of,
     finalize as finalize,
     initialize as initialize,
     mesh as mesh,
 )
-from funcnet.distributed.states import state_placements as state_placements
+from funcnet.distributed.sharding.sharded_layers import sharded as sharded
+from funcnet.distributed.sharding.sharded_optimizers import (
+    ZeroState as ZeroState,
+    over_parts as over_parts,
+    zero as zero,
+)
+from funcnet.distributed.sharding.splits import placements as placements
 from funcnet.distributed.tensor_parallel.blocks import (
     parallel_encoder_layer as parallel_encoder_layer,
 )
@@ -67,8 +73,6 @@ from funcnet.distributed.tensor_parallel.pieces import own_tokens as own_tokens
 from funcnet.distributed.tensor_parallel.vocabulary import (
     vocabulary_embedding as vocabulary_embedding,
 )
-from funcnet.distributed.totals import everywhere as everywhere, total as total
-from funcnet.distributed.traffic import Traffic as Traffic
 
 __docformat__ = "google"
 __doc__ = _reference.described(__name__, __doc__)

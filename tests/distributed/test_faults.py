@@ -7,9 +7,9 @@ import time
 
 import pytest
 import torch
-from distributed.ranks import free_port
 
 import funcnet as fn
+from distributed.ranks import free_port
 from funcnet.distributed import PeerError
 
 SECONDS = 4.0

@@ -2,11 +2,11 @@
 
 import pytest
 import torch
-from distributed.test_tensor_parallel import FLOAT, close, gpt, mesh, mlp, normal, tokens
 
 import funcnet as fn
+from distributed.test_tensor_parallel import FLOAT, close, gpt, mesh, mlp, normal, tokens
 from funcnet import tree
-from funcnet.distributed.splits import whole_params
+from funcnet.distributed.sharding.splits import whole_params
 
 
 def compared(net, own_net, x, dy, **options):

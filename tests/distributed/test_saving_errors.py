@@ -8,12 +8,12 @@ import time
 
 import pytest
 import torch
-from distributed.ranks import free_port
 
 import funcnet as fn
+from distributed.ranks import free_port
 from funcnet.checkpoint.files import locked
 from funcnet.collectives import Split
-from funcnet.distributed import saving
+from funcnet.distributed.checkpoints import saving
 
 
 def state_of(number, mesh):

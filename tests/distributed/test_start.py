@@ -12,8 +12,9 @@ import torch
 import funcnet as fn
 from distributed import restarts
 from distributed.ranks import free_port
-from funcnet.distributed import PeerError, environment
-from funcnet.distributed.rendezvous import store_of
+from funcnet.distributed import PeerError
+from funcnet.distributed.processes import environment
+from funcnet.distributed.processes.rendezvous import store_of
 
 pytestmark = pytest.mark.cpu_only
 

@@ -32,7 +32,7 @@ from funcnet.distributed.pipeline.transport import (
     told_by_all,
     told_by_last,
 )
-from funcnet.distributed.start import Mesh, axis_of
+from funcnet.distributed.processes.start import Mesh, axis_of
 from funcnet.errors import check_count, require
 from funcnet.metrics.core import Metric
 from funcnet.random import fold_in

@@ -15,7 +15,7 @@ from torch.distributed.device_mesh import DeviceMesh
 from funcnet import tree
 from funcnet.collectives import Axis, group_of, register
 from funcnet.core import Tree
-from funcnet.distributed.start import Mesh
+from funcnet.distributed.processes.start import Mesh
 
 
 def backwards(mesh: Mesh, axis: Axis) -> str:

@@ -5,7 +5,7 @@ from typing import Any
 import torch
 
 from funcnet.core import Layer
-from funcnet.distributed.start import Mesh
+from funcnet.distributed.processes.start import Mesh
 from funcnet.distributed.tensor_parallel.heads import parallel_attention
 from funcnet.distributed.tensor_parallel.linears import column_linear, row_linear
 from funcnet.distributed.tensor_parallel.parting import axis_for

@@ -8,7 +8,7 @@ from torch import Tensor
 from funcnet import tree
 from funcnet.collectives import Axis, Split
 from funcnet.core import Loss
-from funcnet.distributed.start import Mesh
+from funcnet.distributed.processes.start import Mesh
 from funcnet.distributed.tensor_parallel.parting import axis_for, is_inside, own_rows
 from funcnet.errors import check_count, require
 from funcnet.losses.checks import check_indices, check_prediction, check_tensor, class_dim

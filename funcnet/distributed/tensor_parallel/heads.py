@@ -11,7 +11,7 @@ from funcnet.collectives import Split
 from funcnet.combinators.combine import Pull, Run, combine
 from funcnet.core import Forward, Grads, Key, Layer, Params, Pullback, Tree
 from funcnet.deferred import for_dx
-from funcnet.distributed.start import Mesh
+from funcnet.distributed.processes.start import Mesh
 from funcnet.distributed.tensor_parallel.linears import row_linear_to
 from funcnet.distributed.tensor_parallel.parting import Region, axis_for
 from funcnet.errors import locate, located, require

@@ -10,7 +10,7 @@ from torch.nn import functional as F
 from funcnet.collectives import Split
 from funcnet.core import Forward, Grads, Key, Layer, Params, Pullback
 from funcnet.deferred import for_dx
-from funcnet.distributed.start import Mesh
+from funcnet.distributed.processes.start import Mesh
 from funcnet.distributed.tensor_parallel.parting import (
     Region,
     axis_for,

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from funcnet.collectives import Axis, Split
-from funcnet.distributed.start import Mesh, axis_of
+from funcnet.distributed.processes.start import Mesh, axis_of
 from funcnet.errors import located, require
 from funcnet.initializers import Initializer
 from funcnet.params import Param

@@ -11,7 +11,7 @@ from funcnet.checks import check_kind
 from funcnet.collectives import Axis, Split
 from funcnet.core import Forward, Grads, Key, Layer, Params, Pullback, Tree, around, pull
 from funcnet.deferred import defers, mapped
-from funcnet.distributed.start import Mesh
+from funcnet.distributed.processes.start import Mesh
 from funcnet.distributed.tensor_parallel.parting import axis_for
 from funcnet.errors import require
 from funcnet.layers.dropout import dropout, dropout_backward

@@ -9,7 +9,7 @@ from torch.nn import functional as F
 from funcnet import tree
 from funcnet.collectives import Split
 from funcnet.core import Forward, Grads, Key, Layer, Params, Pullback
-from funcnet.distributed.start import Mesh
+from funcnet.distributed.processes.start import Mesh
 from funcnet.distributed.tensor_parallel.parting import Region, axis_for, own_rows, parted
 from funcnet.errors import check_count, require
 from funcnet.initializers import Initializer

@@ -21,8 +21,8 @@ from funcnet.core import (
     around,
     pull,
 )
-from funcnet.distributed.buckets import BUCKET_BYTES, Summed
-from funcnet.distributed.start import Mesh, axis_of
+from funcnet.distributed.data.buckets import BUCKET_BYTES, Summed
+from funcnet.distributed.processes.start import Mesh, axis_of
 from funcnet.errors import check_count, require
 from funcnet.lift import stateful
 

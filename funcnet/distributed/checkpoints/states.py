@@ -12,8 +12,8 @@ from funcnet.checkpoint.regions import Division, Divisions
 from funcnet.checkpoint.structure import parts_by_path
 from funcnet.collectives import Split
 from funcnet.core import Layer, TrainState, Tree
-from funcnet.distributed.sharded_optimizers import ZeroState
-from funcnet.distributed.splits import Splits, placements
+from funcnet.distributed.sharding.sharded_optimizers import ZeroState
+from funcnet.distributed.sharding.splits import Splits, placements
 from funcnet.errors import require
 
 

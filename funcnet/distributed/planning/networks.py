@@ -8,7 +8,7 @@ from typing import NamedTuple
 
 import torch
 
-from funcnet.distributed.start import Mesh, axis_of
+from funcnet.distributed.processes.start import Mesh, axis_of
 
 
 class Link(NamedTuple):

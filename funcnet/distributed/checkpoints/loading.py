@@ -19,10 +19,10 @@ from funcnet.checkpoint.loading import (
 from funcnet.checkpoint.parted import Stored
 from funcnet.checkpoint.regions import piece_of
 from funcnet.core import EMPTY
-from funcnet.distributed.agreement import everyone
-from funcnet.distributed.splits import Splits
-from funcnet.distributed.start import Mesh
-from funcnet.distributed.states import as_single, divisions_of, leaves_of
+from funcnet.distributed.checkpoints.agreement import everyone
+from funcnet.distributed.checkpoints.states import as_single, divisions_of, leaves_of
+from funcnet.distributed.processes.start import Mesh
+from funcnet.distributed.sharding.splits import Splits
 from funcnet.tree import describe
 
 

@@ -18,10 +18,10 @@ from funcnet.checkpoint.saving import check_size, unchanged
 from funcnet.checkpoint.shards import remove_shards
 from funcnet.checkpoint.structure import encode
 from funcnet.core import EMPTY
-from funcnet.distributed.agreement import everyone
-from funcnet.distributed.saving import write
-from funcnet.distributed.splits import Splits
-from funcnet.distributed.start import Mesh
+from funcnet.distributed.checkpoints.agreement import everyone
+from funcnet.distributed.checkpoints.saving import write
+from funcnet.distributed.processes.start import Mesh
+from funcnet.distributed.sharding.splits import Splits
 
 _NUMBERS = 2**22
 """How many numbers of a tensor are copied at once."""

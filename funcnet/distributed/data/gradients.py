@@ -4,8 +4,8 @@ from typing import Any
 
 from funcnet.collectives import Axis
 from funcnet.core import Optimizer
-from funcnet.distributed.buckets import BUCKET_BYTES, all_summed
-from funcnet.distributed.start import Mesh, axis_of
+from funcnet.distributed.data.buckets import BUCKET_BYTES, all_summed
+from funcnet.distributed.processes.start import Mesh, axis_of
 from funcnet.errors import check_count
 from funcnet.optimizers.leaves import Leaves
 from funcnet.optimizers.lift import stateless

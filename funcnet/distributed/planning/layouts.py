@@ -4,10 +4,10 @@ from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
 from funcnet.core import Tree
-from funcnet.distributed.networks import Device, Network
-from funcnet.distributed.planning import Plan, plan
-from funcnet.distributed.start import AXES
-from funcnet.distributed.tables import aligned, duration, layout, size
+from funcnet.distributed.planning.networks import Device, Network
+from funcnet.distributed.planning.planned import Plan, plan
+from funcnet.distributed.planning.tables import aligned, duration, layout, size
+from funcnet.distributed.processes.start import AXES
 from funcnet.errors import check_count, require
 
 SHARDINGS = ("none", "zero", "sharded")

@@ -18,8 +18,8 @@ from typing import Any
 
 import torch.distributed as dist
 
-from funcnet.distributed.environment import Place
-from funcnet.distributed.faults import GRACE, PeerError, until
+from funcnet.distributed.processes.environment import Place
+from funcnet.distributed.processes.faults import GRACE, PeerError, until
 
 
 def store_of(place: Place, timeout: float) -> Any:

@@ -3,7 +3,7 @@
 from funcnet.batch_axis import BatchAxis
 from funcnet.checks import check_kind
 from funcnet.core import Layer
-from funcnet.distributed.start import Mesh, axis_of
+from funcnet.distributed.processes.start import Mesh, axis_of
 from funcnet.errors import located
 from funcnet.global_forms import in_global_form
 

@@ -7,7 +7,7 @@ from torch import Tensor
 from funcnet import tree
 from funcnet.core import Tree
 from funcnet.data import leading_extent, on_device
-from funcnet.distributed.start import Mesh, axis_of
+from funcnet.distributed.processes.start import Mesh, axis_of
 from funcnet.errors import require
 from funcnet.runtime import is_transformed
 

@@ -9,7 +9,7 @@ from torch.distributed.device_mesh import DeviceMesh
 
 from funcnet.checkpoint.safetensors import with_bytes
 from funcnet.collectives import Axis
-from funcnet.distributed.start import Mesh, axis_of
+from funcnet.distributed.processes.start import Mesh, axis_of
 
 Own = TypeVar("Own")
 

@@ -12,7 +12,7 @@ from torch.distributed.device_mesh import DeviceMesh
 from funcnet import tree
 from funcnet.collectives import Axis, group_of
 from funcnet.core import Tree
-from funcnet.distributed.start import Mesh, axis_of, rank_name
+from funcnet.distributed.processes.start import Mesh, axis_of, rank_name
 
 _DIGEST = 16
 # So many leaves are in an error.

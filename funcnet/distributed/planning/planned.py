@@ -9,11 +9,11 @@ from torch.distributed.device_mesh import DeviceMesh
 from funcnet import tree
 from funcnet.checks import check_kind
 from funcnet.core import Box, Layer, Loss, Optimizer, Tree
-from funcnet.distributed.networks import Device, Network
-from funcnet.distributed.passes import Passes, meta_key, of_copies, passes_of
-from funcnet.distributed.start import Mesh, axis_of
-from funcnet.distributed.tables import plan_table
-from funcnet.distributed.traffic import Traffic, merged, recorded, seconds
+from funcnet.distributed.planning.networks import Device, Network
+from funcnet.distributed.planning.passes import Passes, meta_key, of_copies, passes_of
+from funcnet.distributed.planning.tables import plan_table
+from funcnet.distributed.planning.traffic import Traffic, merged, recorded, seconds
+from funcnet.distributed.processes.start import Mesh, axis_of
 from funcnet.errors import check_count, located, require
 from funcnet.optimizers.lift import step_params
 

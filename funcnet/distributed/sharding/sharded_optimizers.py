@@ -13,9 +13,9 @@ from funcnet.checks import check_kind
 from funcnet.collectives import Axis, Split
 from funcnet.compiler.signature import recognized
 from funcnet.core import Optimizer, Params, Tree
-from funcnet.distributed.flat_messages import gathered, own_piece, reduced
-from funcnet.distributed.splits import Splits
-from funcnet.distributed.start import Mesh, axis_of
+from funcnet.distributed.processes.start import Mesh, axis_of
+from funcnet.distributed.sharding.flat_messages import gathered, own_piece, reduced
+from funcnet.distributed.sharding.splits import Splits
 from funcnet.errors import located, require
 from funcnet.optimizers.averaging import eval_params
 from funcnet.optimizers.leaves import Leaves

@@ -6,7 +6,7 @@ from contextlib import contextmanager
 from typing import Any, NamedTuple
 
 from funcnet import runtime, tree
-from funcnet.distributed.networks import Link, Network
+from funcnet.distributed.planning.networks import Link, Network
 
 
 class Ring(NamedTuple):

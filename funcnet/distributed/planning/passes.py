@@ -9,7 +9,7 @@ from torch import Tensor
 from funcnet import runtime, tree
 from funcnet.combinators.repeat import repeat
 from funcnet.core import Layer, Loss, Tree, defer, map_layers
-from funcnet.distributed.traffic import Traffic, merged, recorded
+from funcnet.distributed.planning.traffic import Traffic, merged, recorded
 from funcnet.summaries.observe import flop_counter, residual_bytes
 
 

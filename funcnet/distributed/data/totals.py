@@ -8,8 +8,8 @@ from torch import Tensor
 
 from funcnet.checks import check_kind
 from funcnet.core import Fraction, Loss, LossPullback, Tree
-from funcnet.distributed.buckets import all_summed
-from funcnet.distributed.start import Mesh, axis_of
+from funcnet.distributed.data.buckets import all_summed
+from funcnet.distributed.processes.start import Mesh, axis_of
 from funcnet.errors import require
 from funcnet.losses.reductions import divided
 from funcnet.metrics.core import Accumulated, Metric, summed

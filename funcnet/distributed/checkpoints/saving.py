@@ -21,10 +21,10 @@ from funcnet.checkpoint.saving import check_size, prepared, unchanged
 from funcnet.checkpoint.shards import index_of, new_save, old_shards, shard_paths
 from funcnet.checkpoint.structure import EMPTY as NOTHING, Structure, encode
 from funcnet.core import EMPTY
-from funcnet.distributed.agreement import everyone
-from funcnet.distributed.splits import Splits
-from funcnet.distributed.start import Mesh
-from funcnet.distributed.states import as_single, divisions_of, leaves_of
+from funcnet.distributed.checkpoints.agreement import everyone
+from funcnet.distributed.checkpoints.states import as_single, divisions_of, leaves_of
+from funcnet.distributed.processes.start import Mesh
+from funcnet.distributed.sharding.splits import Splits
 from funcnet.errors import located, require
 
 

@@ -26,8 +26,8 @@ from funcnet.core import (
     takes_box,
 )
 from funcnet.deferred import Defer, defers, mapped
-from funcnet.distributed.flat_messages import gathered, reduced
-from funcnet.distributed.start import Mesh, axis_of
+from funcnet.distributed.processes.start import Mesh, axis_of
+from funcnet.distributed.sharding.flat_messages import gathered, reduced
 from funcnet.lift import stateful
 from funcnet.random import key as key_of
 from funcnet.runtime import is_batched, is_transformed, storage_id, untraced

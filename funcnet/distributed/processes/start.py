@@ -13,9 +13,9 @@ import torch.distributed as dist
 from torch.distributed.device_mesh import DeviceMesh
 
 from funcnet.collectives import Axis, Group, forget, register
-from funcnet.distributed import environment
-from funcnet.distributed.faults import Named, PeerError, Watch
-from funcnet.distributed.rendezvous import store_of
+from funcnet.distributed.processes import environment
+from funcnet.distributed.processes.faults import Named, PeerError, Watch
+from funcnet.distributed.processes.rendezvous import store_of
 from funcnet.errors import require
 
 AXES = ("pipe", "data", "model")

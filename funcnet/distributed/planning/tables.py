@@ -4,7 +4,7 @@ from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from funcnet.distributed.planning import Plan
+    from funcnet.distributed.planning.planned import Plan
 
 
 def size(count: float) -> str:

@@ -1,0 +1,1 @@
+"""Checkpoints of several ranks: each writes and reads its parts."""

@@ -1,0 +1,1 @@
+"""Data parallelism: each rank has a part of the batch."""

@@ -1,0 +1,1 @@
+"""Processes: how they start and find each other, and what becomes of one that dies."""
