@@ -485,6 +485,7 @@ from funcnet.random import (
     fold_in as fold_in,
     key as key,
 )
+from funcnet.run_start import init_train_state as init_train_state
 from funcnet.stopping import (
     best_so_far as best_so_far,
     early_stopping as early_stopping,
@@ -493,7 +494,6 @@ from funcnet.summaries import (
     summary as summary,
 )
 from funcnet.train import (
-    init_train_state as init_train_state,
     train_step as train_step,
     value_and_grad as value_and_grad,
 )

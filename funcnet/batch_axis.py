@@ -1,8 +1,9 @@
 """The axis of a mesh over which a batch is parted, and where a rank's rows are in the whole."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from math import prod
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -77,3 +78,39 @@ def first_index(
         return before * width
     steps = torch.arange(prod(shape[:dim]), device=device).reshape(shape[:dim])
     return (steps * axis.total(shape[dim], device) + before.to(device)) * width
+
+
+def first_indices(
+    shape: Sequence[int], places: Mapping[int, tuple[Axis, int | None]], device: torch.device
+) -> int | Tensor:
+    """Where parts of a draw start, of which several dimensions are parted over ranks.
+
+    Args:
+        shape: of this rank's part.
+        places: for each parted dimension its axis, and its whole size; None for that of all parts.
+
+    Returns:
+        the ``start`` of a draw of `funcnet.random`: an index for each slice along the dimensions
+        before the last one that is parted.
+    """
+    if not places:
+        return 0
+    last, width = max(places), 1
+    start: int | Tensor = 0
+    for dim in reversed(range(len(shape))):
+        (axis, size), extent = places.get(dim, (None, None)), shape[dim]
+        before: Any = 0
+        total: Any = extent
+        if isinstance(axis, BatchAxis):
+            before, total = axis.before(extent, device), axis.total(extent, device)
+        elif axis is not None:
+            total = axis.size * extent if size is None else size
+            there = is_transformed() or device.type == "meta"
+            before = axis.rank(device if there else None) * extent
+        if dim < last:
+            steps = torch.arange(extent, device=device) + before
+            start = start + (steps * width).reshape(-1, *[1] * (last - 1 - dim))
+        elif dim == last:
+            start = before * width
+        width = width * total
+    return start

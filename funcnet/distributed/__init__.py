@@ -54,10 +54,8 @@ from funcnet.distributed.processes.start import (
 from funcnet.distributed.sharding.sharded_layers import sharded as sharded
 from funcnet.distributed.sharding.sharded_optimizers import (
     ZeroState as ZeroState,
-    over_parts as over_parts,
     zero as zero,
 )
-from funcnet.distributed.sharding.splits import placements as placements
 from funcnet.distributed.tensor_parallel.blocks import (
     parallel_encoder_layer as parallel_encoder_layer,
 )
@@ -73,6 +71,8 @@ from funcnet.distributed.tensor_parallel.pieces import own_tokens as own_tokens
 from funcnet.distributed.tensor_parallel.vocabulary import (
     vocabulary_embedding as vocabulary_embedding,
 )
+from funcnet.optimizers.over_ranks import over_parts as over_parts
+from funcnet.parted_params import placements as placements
 
 __docformat__ = "google"
 __doc__ = _reference.described(__name__, __doc__)

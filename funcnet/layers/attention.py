@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from funcnet import random, runtime, tree
-from funcnet.batch_axis import BatchAxis, first_index
+from funcnet.batch_axis import BatchAxis, first_indices
 from funcnet.collectives import Axis
 from funcnet.core import Forward, Grads, Key, Layer, Params, Pullback, Tree
 from funcnet.errors import require
@@ -291,7 +291,7 @@ _ALL_HEADS = Axis("model", 1, "")
 
 
 def attention_over(
-    head_axis: Axis,
+    heads: Axis,
     dropout_p: float,
     is_causal: bool,
     scale: float | None,
@@ -345,19 +345,19 @@ def attention_over(
             if is_causal or window is not None:
                 mask = both(given, visible(queries, keys, window, is_causal), query.dtype)
             if alibi:
-                all_heads = query.shape[-3] * head_axis.size
-                biases = alibi_bias(all_heads, queries, keys, query.dtype)
-                bias = head_axis.part(biases, -3)
+                number = query.shape[-3] * heads.size
+                bias = heads.part(alibi_bias(number, queries, keys, query.dtype), -3)
                 mask = both(mask, bias, query.dtype)
         if train and rng is not None and dropout_p > 0.0:
             told = told._replace(dropped=1.0 / (1.0 - dropout_p) if dropout_p < 1.0 else 0.0)
-            heads = (query.shape[-3] * head_axis.size,) if head_axis.size > 1 else ()
-            shape = (*query.shape[: -2 - len(heads)], *heads, query.shape[-2], key.shape[-2])
+            shape = (*query.shape[:-1], key.shape[-2])
             whole = f"{name}: expects a part of a batch, (batch, *, L, features)"
             require(axis is None or query.dim() > 2, f"{whole}, got {tuple(query.shape)}")
-            start = first_index(axis and axis.at(0), name, shape, query.device)
+            places: Any = {} if axis is None else {0: (axis, None)}
+            if heads.size > 1:
+                places[query.dim() - 3] = heads, None
+            start = first_indices(shape, places, query.device)
             kept = random.bernoulli(rng, 1.0 - dropout_p, shape, device=query.device, start=start)
-            kept = head_axis.part(kept, -3) if heads else kept
         shared = repeat_heads(key, groups), repeat_heads(value, groups)
         leaves = [each for each in (query, key, value, mask) if each is not None]
         attend = fastest(attention_forward, *leaves)

@@ -6,7 +6,7 @@ import torch
 import funcnet as fn
 from distributed.test_tensor_parallel import FLOAT, close, gpt, mesh, mlp, normal, tokens
 from funcnet import tree
-from funcnet.distributed.sharding.splits import whole_params
+from funcnet.parted_params import whole_params
 
 
 def compared(net, own_net, x, dy, **options):

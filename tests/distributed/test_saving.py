@@ -9,7 +9,7 @@ from safetensors.torch import load_file
 
 import funcnet as fn
 from funcnet.collectives import Split
-from funcnet.distributed.sharding.splits import own_part
+from funcnet.parted_params import own_part
 
 SHAPES = {
     "params.a": (7, 5),

@@ -5,7 +5,7 @@ import torch
 
 import funcnet as fn
 from funcnet import distributed as d
-from funcnet.distributed.sharding.splits import whole_params
+from funcnet.parted_params import whole_params
 
 F64 = torch.float64
 opt = fn.optimizers

@@ -5,7 +5,7 @@ import torch
 
 import funcnet as fn
 from funcnet import tree
-from funcnet.distributed.sharding.splits import whole_params
+from funcnet.parted_params import whole_params
 
 FLOAT = torch.float64
 

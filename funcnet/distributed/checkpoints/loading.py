@@ -22,7 +22,7 @@ from funcnet.core import EMPTY
 from funcnet.distributed.checkpoints.agreement import everyone
 from funcnet.distributed.checkpoints.states import as_single, divisions_of, leaves_of
 from funcnet.distributed.processes.start import Mesh
-from funcnet.distributed.sharding.splits import Splits
+from funcnet.parted_params import Splits
 from funcnet.tree import describe
 
 

@@ -21,7 +21,7 @@ from funcnet.core import EMPTY
 from funcnet.distributed.checkpoints.agreement import everyone
 from funcnet.distributed.checkpoints.saving import write
 from funcnet.distributed.processes.start import Mesh
-from funcnet.distributed.sharding.splits import Splits
+from funcnet.parted_params import Splits
 
 _NUMBERS = 2**22
 """How many numbers of a tensor are copied at once."""
@@ -103,8 +103,8 @@ def latest(folder: str | os.PathLike[str], mesh: Mesh) -> Path | None:
 def export(checkpoint: str | os.PathLike[str], path: str | os.PathLike[str]) -> None:
     """Write one safetensors file of a checkpoint in several, whatever the ranks that saved it.
 
-    It needs one process and little memory: some numbers are copied at a time. `funcnet.load` and any
-    program that knows the format read the file.
+    It needs one process and little memory: some numbers are copied at a time.
+    `funcnet.load`, and any program that knows the format, read the file.
 
     Args:
         checkpoint: as `save` was given it.

@@ -24,8 +24,8 @@ from funcnet.core import EMPTY
 from funcnet.distributed.checkpoints.agreement import everyone
 from funcnet.distributed.checkpoints.states import as_single, divisions_of, leaves_of
 from funcnet.distributed.processes.start import Mesh
-from funcnet.distributed.sharding.splits import Splits
 from funcnet.errors import located, require
+from funcnet.parted_params import Splits
 
 
 def save(
@@ -43,7 +43,7 @@ def save(
     process, and `export` makes one file of it.
 
     Args:
-        path: as for `funcnet.save`, and the same on all ranks. Its folder is one that all ranks share.
+        path: as for `funcnet.save`, and the same on all ranks. All ranks share its folder.
         tree: this rank's; as for `funcnet.save`. The paths and values of its leaves are those of a
             single process, or parts of those. A rank may have some of the leaves alone, as the
             stages of a pipeline do.

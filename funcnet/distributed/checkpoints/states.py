@@ -13,8 +13,8 @@ from funcnet.checkpoint.structure import parts_by_path
 from funcnet.collectives import Split
 from funcnet.core import Layer, TrainState, Tree
 from funcnet.distributed.sharding.sharded_optimizers import ZeroState
-from funcnet.distributed.sharding.splits import Splits, placements
 from funcnet.errors import require
+from funcnet.parted_params import Splits, placements
 
 
 def state_placements(train_state: TrainState, model: Layer, x: Tree) -> dict[str, Splits]:

@@ -26,6 +26,10 @@ def mean(mesh: Mesh, *, axis: str = "data", bucket_bytes: int = BUCKET_BYTES) ->
         bucket_bytes: the gradients are put together to vectors of about so many bytes, one
             collective each, and what it gives are views of these.
 
+    Params that are parts over these ranks, such as those of `sharded` layers, have the mean of
+    their gradients already, and are left as they are: `funcnet.train_step` knows them, and
+    `over_parts` tells them to an optimizer in a loop of one's own.
+
     It is the first of a `chain`, so that what follows sees the same on all ranks. With
     ``train_step(micro_batches=k)``, and within `funcnet.optimizers.accumulate`, gradients are added
     up on each rank, and reduced once. Half precision is summed in float32.
@@ -72,6 +76,13 @@ def reduction(name: str, ranks: Axis, factor: float, bucket_bytes: int) -> Optim
             return g
         # They are read here for the last time, and go bucket by bucket.
         left, g.tensors = [*g.tensors], []
-        return Leaves(all_summed(ranks, left, factor, bucket_bytes), fresh=True)
+        axes = p.axes or [()] * len(left)
+        reduced = [ranks in each for each in axes]
+        kept = [leaf for leaf, own in zip(left, reduced, strict=True) if own]
+        left = [leaf for leaf, own in zip(left, reduced, strict=True) if not own]
+        summed = iter(all_summed(ranks, left, factor, bucket_bytes))
+        parts = iter(kept)
+        found = [next(parts) if own else next(summed) for own in reduced]
+        return Leaves(found, fresh=not kept)
 
-    return stateless(update, name=name)
+    return stateless(update, name=name, elementwise=True)

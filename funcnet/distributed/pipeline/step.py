@@ -36,8 +36,9 @@ from funcnet.distributed.processes.start import Mesh, axis_of
 from funcnet.errors import check_count, require
 from funcnet.metrics.core import Metric
 from funcnet.random import fold_in
+from funcnet.run_start import init_train_state
 from funcnet.runtime import is_transformed
-from funcnet.train import Batch, Measure, Measured, init_train_state, measures
+from funcnet.train import Batch, Measure, Measured, measures
 
 _NAME = "pipeline_step"
 

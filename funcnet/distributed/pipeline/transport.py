@@ -15,7 +15,7 @@ from torch.distributed.device_mesh import DeviceMesh
 from funcnet import tree
 from funcnet.collectives import Axis, group_of, register
 from funcnet.core import Tree
-from funcnet.distributed.processes.start import Mesh
+from funcnet.distributed.processes.start import Mesh, group_timeout
 
 
 def backwards(mesh: Mesh, axis: Axis) -> str:
@@ -32,7 +32,7 @@ def backwards(mesh: Mesh, axis: Axis) -> str:
         return name
     dim = (mesh.mesh_dim_names or ()).index(axis.name)
     for ranks in mesh.mesh.movedim(dim, -1).reshape(-1, axis.size).tolist():
-        made = dist.new_group(ranks)
+        made = dist.new_group(ranks, timeout=group_timeout())
         if dist.get_rank() in ranks:
             register(name, replace(group_of(axis.key), process_group=made))
     return name

@@ -1,12 +1,10 @@
 """Optimizers of params that are parts over ranks: `zero`, `over_parts`."""
 
-from collections.abc import Mapping
 from functools import lru_cache
 from typing import Any
 
 import optree
 import torch
-from torch import Tensor
 
 from funcnet import tree
 from funcnet.checks import check_kind
@@ -15,12 +13,13 @@ from funcnet.compiler.signature import recognized
 from funcnet.core import Optimizer, Params, Tree
 from funcnet.distributed.processes.start import Mesh, axis_of
 from funcnet.distributed.sharding.flat_messages import gathered, own_piece, reduced
-from funcnet.distributed.sharding.splits import Splits
 from funcnet.errors import located, require
 from funcnet.optimizers.averaging import eval_params
 from funcnet.optimizers.leaves import Leaves
 from funcnet.optimizers.lift import leaves_update, lifted, paths
+from funcnet.optimizers.over_ranks import with_scale_of
 from funcnet.optimizers.param_trees import Trees
+from funcnet.parted_params import Splits
 
 _MESSAGE = 2**22
 """The bytes of a message of `zero`, which are there a few times beside the gradients."""
@@ -162,7 +161,7 @@ def zero(optimizer: Optimizer, mesh: Mesh, *, axis: str = "data", sums: bool = F
         return Leaves(gathered(left, splits, _MESSAGE), True), ZeroState(inner, opt_state.splits)
 
     made = lifted("zero", init_state, update_leaves, needs_all_leaves=True, elementwise=True)
-    return _scaled(made, optimizer, lambda opt_state: opt_state.inner)
+    return with_scale_of(made, optimizer, lambda opt_state: opt_state.inner)
 
 
 @lru_cache(maxsize=16)
@@ -195,64 +194,3 @@ def _checked(axis: Axis, opt_state: Tree, trees: Trees) -> tuple[tuple[str, Spli
             "are; a partition of the leaves can update them without zero",
         )
     return splits
-
-
-def over_parts(optimizer: Optimizer, placements: Mapping[str, Splits]) -> Optimizer:
-    """The optimizer, of params some of which are parts over ranks: its norms are of whole leaves.
-
-    For tensor-parallel and `sharded` layers, with an optimizer that takes a norm of all leaves,
-    such as `funcnet.optimizers.clip_by_global_norm`.
-
-    Args:
-        optimizer: an elementwise one, if there are parts; see `Optimizer`.
-        placements: what `placements` gives for the model.
-
-    State: that of the optimizer.
-    Raises:
-        ValueError: an optimizer that is not elementwise, or a leaf that ``placements`` lacks.
-
-    >>> model, x = fn.linear(2), torch.ones(5, 3)
-    >>> clipped = fn.chain(fn.optimizers.clip_by_global_norm(1.0), fn.sgd(1.0))
-    >>> optimizer = over_parts(clipped, fn.distributed.placements(model, x))
-    >>> params = {"weight": torch.zeros(2, 3), "bias": torch.full((2,), 3.0)}
-    >>> optimizer.update(params, optimizer.init_state(params), params)[0]["bias"]
-    tensor([-0.7071, -0.7071])
-    """
-    name = "over_parts"
-    check_kind(name, optimizer, Optimizer)
-    axes_of = {
-        path: tuple([split.axis for split in splits if split.axis.size > 1])
-        for path, splits in placements.items()
-    }
-    parted = [path for path, axes in axes_of.items() if axes]
-    require(
-        optimizer.elementwise or not parted,
-        f"{name}: {optimizer.name} is not elementwise, so it cannot update {parted[:1]}, which is "
-        "a part; of one's own, tell so by elementwise=True",
-    )
-    inside = leaves_update(optimizer)
-
-    def update_leaves(g: Leaves, opt_state: Tree, trees: Trees) -> tuple[Leaves, Tree]:
-        axes, before = [], trees.params.axes or [()] * len(trees.shapes)
-        for path, known in zip(paths(trees.params), before, strict=True):
-            if path not in axes_of:
-                raise ValueError(f"{name}: placements has no {path!r}, only {list(axes_of)}")
-            axes.append((*known, *[axis for axis in axes_of[path] if axis not in known]))
-        return inside(g, opt_state, trees.over(axes))
-
-    told = optimizer.needs_all_leaves, optimizer.elementwise
-    made = lifted(name, optimizer.init_state, update_leaves, *told)
-    return _scaled(made, optimizer, lambda opt_state: opt_state)
-
-
-def _scaled(made: Optimizer, optimizer: Optimizer, state_of: Any) -> Optimizer:
-    """An optimizer around another one, with its loss scale."""
-    scale = optimizer.loss_scale
-    if scale is None:
-        return made
-
-    def loss_scale(opt_state: Tree) -> Tensor:
-        return scale(state_of(opt_state))
-
-    told: Any = made.update_leaves, loss_scale, made.needs_all_leaves, made.elementwise
-    return Optimizer(*made, made.name, *told)

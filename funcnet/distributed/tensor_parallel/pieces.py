@@ -7,8 +7,9 @@ import torch
 from torch import Tensor
 
 from funcnet import random, tree
+from funcnet.batch_axis import BatchAxis, first_indices
 from funcnet.checks import check_kind
-from funcnet.collectives import Axis, Split
+from funcnet.collectives import Axis
 from funcnet.core import Forward, Grads, Key, Layer, Params, Pullback, Tree, around, pull
 from funcnet.deferred import defers, mapped
 from funcnet.distributed.processes.start import Mesh
@@ -19,31 +20,41 @@ from funcnet.lift import backward_rule, require_floating, stateful
 from funcnet.params import declare
 
 
-def parted_dropout(p: float, axis: Axis, dim: int, size: int | None = None) -> Layer:
+def parted_dropout(p: float, parts: Axis, dim: int, size: int | None = None) -> Layer:
     """`dropout` of a rank's part of x along a dimension: its part of what all of x draws.
 
     Args:
         p: the probability to drop.
-        axis: the ranks.
+        parts: the ranks.
         dim: the dimension that is parted.
         size: that of the whole; default that of all parts.
     """
     whole = dropout(p)
-    if axis.size == 1 or not whole.takes_key:
+    if parts.size == 1 or not whole.takes_key:
         return whole
     scale = 1.0 / (1.0 - p) if p < 1.0 else 0.0
 
-    def forward(params: Params, x: Tensor, state: Params, key: Key, train: bool) -> Forward:
+    def forward(
+        params: Params,
+        x: Tensor,
+        state: Params,
+        key: Key,
+        train: bool,
+        axis: BatchAxis | None = None,
+    ) -> Forward:
         residuals = {}
         if train and key is not None:
-            at, shape = dim % x.dim(), [*x.shape]
-            shape[at] = shape[at] * axis.size if size is None else size
-            kept = random.bernoulli(key, 1.0 - p, shape, device=x.device)
-            residuals["kept"] = kept = Split(axis, tuple(shape), at).part(kept)
+            places: Any = {dim % x.dim(): (parts, size)}
+            if axis is not None:
+                places[axis.dim] = axis, None
+            start = first_indices(x.shape, places, x.device)
+            kept = random.bernoulli(key, 1.0 - p, x.shape, device=x.device, start=start)
+            residuals["kept"] = kept
             x = torch.where(kept, x * scale, 0.0)
         return x, Pullback(backward_rule, residuals, (dropout_backward, scale)), state
 
-    return stateful(declare(require_floating), forward, keyed=True, name="dropout")
+    declared = declare(require_floating)
+    return stateful(declared, forward, keyed=True, name="dropout", takes_axis=True)
 
 
 @defers

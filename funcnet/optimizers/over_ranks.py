@@ -1,0 +1,106 @@
+"""Optimizers of params some of which are parts over ranks."""
+
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from funcnet import tree
+from funcnet.checks import check_kind
+from funcnet.core import Layer, Optimizer, Tree
+from funcnet.errors import require
+from funcnet.optimizers.leaves import Leaves
+from funcnet.optimizers.lift import Trees, leaves_update, lifted, paths
+from funcnet.parted_params import Splits, placements
+from funcnet.runtime import untraced
+
+
+def knowing_parts(optimizer: Optimizer, model: Layer) -> Callable[[Any], Optimizer]:
+    """``batch -> optimizer``: that of a training step, which knows what of the model is a part.
+
+    >>> optimizer = fn.sgd(0.1)
+    >>> knowing_parts(optimizer, fn.linear(2))((torch.ones(5, 3), None)) is optimizer
+    True
+    """
+    if not _has_parts(model):
+        return lambda batch: optimizer
+    found: dict[Any, Optimizer] = {}
+
+    def of(batch: Any) -> Optimizer:
+        (x, _) = batch
+        leaves, treedef = tree.flatten(x)
+        kinds = tuple([(leaf.shape, leaf.dtype) for leaf in leaves])
+        if (treedef, kinds) not in found:
+            with untraced():
+                meta = [torch.empty(shape, dtype=dtype, device="meta") for shape, dtype in kinds]
+                placed = placements(model, treedef.unflatten(meta))
+            found[treedef, kinds] = over_parts(optimizer, placed)
+        return found[treedef, kinds]
+
+    return of
+
+
+def _has_parts(layer: Layer) -> bool:
+    return layer.placed is not None or any(map(_has_parts, layer.children.values()))
+
+
+def over_parts(optimizer: Optimizer, placements: Mapping[str, Splits]) -> Optimizer:
+    """The optimizer, of params some of which are parts over ranks: its norms are of whole leaves.
+
+    For tensor-parallel and `sharded` layers, with an optimizer that takes a norm of all leaves,
+    such as `funcnet.optimizers.clip_by_global_norm`.
+
+    Args:
+        optimizer: an elementwise one, if there are parts; see `Optimizer`.
+        placements: what `placements` gives for the model.
+
+    State: that of the optimizer.
+    Raises:
+        ValueError: an optimizer that is not elementwise, or a leaf that ``placements`` lacks.
+
+    >>> model, x = fn.linear(2), torch.ones(5, 3)
+    >>> clipped = fn.chain(fn.optimizers.clip_by_global_norm(1.0), fn.sgd(1.0))
+    >>> optimizer = over_parts(clipped, fn.distributed.placements(model, x))
+    >>> params = {"weight": torch.zeros(2, 3), "bias": torch.full((2,), 3.0)}
+    >>> optimizer.update(params, optimizer.init_state(params), params)[0]["bias"]
+    tensor([-0.7071, -0.7071])
+    """
+    name = "over_parts"
+    check_kind(name, optimizer, Optimizer)
+    axes_of = {
+        path: tuple([split.axis for split in splits if split.axis.size > 1])
+        for path, splits in placements.items()
+    }
+    parted = [path for path, axes in axes_of.items() if axes]
+    require(
+        optimizer.elementwise or not parted,
+        f"{name}: {optimizer.name} is not elementwise, so it cannot update {parted[:1]}, which is "
+        "a part; of one's own, tell so by elementwise=True",
+    )
+    inside = leaves_update(optimizer)
+
+    def update_leaves(g: Leaves, opt_state: Tree, trees: Trees) -> tuple[Leaves, Tree]:
+        axes, before = [], trees.params.axes or [()] * len(trees.shapes)
+        for path, known in zip(paths(trees.params), before, strict=True):
+            if path not in axes_of:
+                raise ValueError(f"{name}: placements has no {path!r}, only {list(axes_of)}")
+            axes.append((*known, *[axis for axis in axes_of[path] if axis not in known]))
+        return inside(g, opt_state, trees.over(axes))
+
+    told = optimizer.needs_all_leaves, optimizer.elementwise
+    made = lifted(name, optimizer.init_state, update_leaves, *told)
+    return with_scale_of(made, optimizer, lambda opt_state: opt_state)
+
+
+def with_scale_of(made: Optimizer, optimizer: Optimizer, state_of: Any) -> Optimizer:
+    """An optimizer around another one, with its loss scale."""
+    scale = optimizer.loss_scale
+    if scale is None:
+        return made
+
+    def loss_scale(opt_state: Tree) -> Tensor:
+        return scale(state_of(opt_state))
+
+    told: Any = made.update_leaves, loss_scale, made.needs_all_leaves, made.elementwise
+    return Optimizer(*made, made.name, *told)
