@@ -38,7 +38,7 @@ def start_all_reduce(x: Tensor, kind: str, group: Any) -> Finish:
     return add
 
 
-def start_all_gather(out: Tensor, x: Tensor, group: Any) -> Finish:
+def start_all_gather(x: Tensor, out: Tensor, group: Any) -> Finish:
     """Start to bring the ranks' contiguous tensors, stacked, to ``out`` on all of them."""
     if not x.is_cpu:
         return dist.all_gather_into_tensor(
@@ -55,7 +55,7 @@ def start_all_gather(out: Tensor, x: Tensor, group: Any) -> Finish:
     return _all_of(works)
 
 
-def start_reduce_scatter(out: Tensor, x: Tensor, group: Any) -> Finish:
+def start_reduce_scatter(x: Tensor, out: Tensor, group: Any) -> Finish:
     """Start the sum of the ranks' contiguous tensors, of which each gets its part in front."""
     if not x.is_cpu:
         return dist.reduce_scatter_tensor(

@@ -185,7 +185,7 @@ def all_gather(x: Tensor, key: str, size: int) -> Tensor:
 
 
 def _into_all_gather(out: Tensor, x: Tensor, key: str, size: int) -> Tensor:
-    _start(key, "a gather", messages.start_all_gather, out, x.contiguous())()
+    _start(key, "a gather", messages.start_all_gather, x.contiguous(), out)()
     return out
 
 
@@ -195,7 +195,7 @@ def reduce_scatter(x: Tensor, key: str) -> Tensor:
 
 
 def _into_reduce_scatter(out: Tensor, x: Tensor, key: str) -> Tensor:
-    _start(key, "a sum of parts", messages.start_reduce_scatter, out, x.contiguous())()
+    _start(key, "a sum of parts", messages.start_reduce_scatter, x.contiguous(), out)()
     return out
 
 
@@ -220,12 +220,12 @@ def collective(it: Collective, begins: bool = True) -> Iterator[Group]:
 
 
 def _start(
-    key: str, what: str, start: Callable[..., Any], out: Tensor, *args: Any
+    key: str, what: str, start: Callable[..., Any], given: Tensor, *args: Any
 ) -> Callable[[], Any]:
-    """Start an exchange; the function that waits for it."""
-    it = Collective(what, key, out.dtype, out.shape)
+    """Start an exchange of what is given; the function that waits for it."""
+    it = Collective(what, key, given.dtype, given.shape)
     with collective(it) as group:
-        wait = start(out, *args, group.process_group)
+        wait = start(given, *args, group.process_group)
 
     def finish() -> None:
         with collective(it, begins=False):

@@ -142,7 +142,7 @@ def summed_over(axis):
     def update(grads, state, params):
         return tree.map(axis.mean, grads), state
 
-    return fn.Optimizer(lambda params: {}, update)
+    return fn.Optimizer(lambda params: {}, update, elementwise=True)
 
 
 def by_two_axes(make, x, target, transform):
