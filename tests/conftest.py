@@ -28,7 +28,8 @@ def pytest_addoption(parser):
     parser.addoption(
         "--whole",
         action="store_true",
-        help="compile all cases of the laws' tables, not the first of each constructor: an hour",
+        help="compile all cases of the laws' tables, not the first of each constructor, and the "
+        "tests marked whole: an hour",
     )
 
 

@@ -247,12 +247,16 @@ def test_four_ranks_of_unequal_parts_train_as_one_process(four_ranks, name):
     check(four_ranks(on_rank, name, equal=False))
 
 
-@pytest.mark.parametrize("name", ["in a loop", "batch_norm of images"])
+def whole(name):
+    return pytest.param(name, marks=pytest.mark.whole)
+
+
+@pytest.mark.parametrize("name", [whole("in a loop"), "batch_norm of images"])
 def test_compiled_steps_train_as_one_process(two_ranks, name):
     check(two_ranks(on_rank, name, transform="jit"))
 
 
-@pytest.mark.parametrize("name", ["lstm", "fixed_point", "experts of a capacity"])
+@pytest.mark.parametrize("name", [whole("lstm"), "fixed_point", whole("experts of a capacity")])
 def test_compiled_steps_of_unequal_parts_train_as_one_process(two_ranks, name):
     check(two_ranks(on_rank, name, equal=False, transform="jit"))
 

@@ -131,6 +131,7 @@ def test_a_small_gpt_of_two_ranks(two_ranks):
     two_ranks(same_training, gpt, *batch(), num_kv_heads=2)
 
 
+@pytest.mark.whole
 def test_a_small_gpt_under_jit(two_ranks):
     options = {"tied": True, "sequence": True, "dropout": 0.3}
     two_ranks(same_training, gpt, *batch(), "jit", **options)
