@@ -7,12 +7,12 @@ from torch import Tensor
 from funcnet import tree
 from funcnet.core import Tree
 from funcnet.data import leading_extent, on_device
-from funcnet.distributed.processes.start import Mesh, axis_of
+from funcnet.distributed.processes.start import AxisName, Mesh, axis_of
 from funcnet.errors import require
 from funcnet.runtime import is_transformed
 
 
-def part(batch: Tree, mesh: Mesh, *, axis: str = "data") -> Any:
+def part(batch: Tree, mesh: Mesh, *, axis: AxisName = "data") -> Any:
     """This rank's rows of a batch that all ranks have: rows one after another, of every leaf.
 
     All ranks go through the same global batches, such as those of `funcnet.batches` with one key.

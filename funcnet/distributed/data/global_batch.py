@@ -3,13 +3,13 @@
 from funcnet.batch_axis import BatchAxis
 from funcnet.checks import check_kind
 from funcnet.core import Layer
-from funcnet.distributed.processes.start import Mesh, axis_of
+from funcnet.distributed.processes.start import AxisName, Mesh, axis_of
 from funcnet.errors import located
 from funcnet.global_forms import in_global_form
 
 
 def data_parallel(
-    model: Layer, mesh: Mesh, equal: bool = True, *, dim: int = 0, axis: str = "data"
+    model: Layer, mesh: Mesh, equal: bool = True, *, dim: int = 0, axis: AxisName = "data"
 ) -> Layer:
     """The model, which computes of each rank's part of a batch what it would of the whole.
 

@@ -5,13 +5,14 @@ from typing import Any
 from funcnet.collectives import Axis
 from funcnet.core import Optimizer
 from funcnet.distributed.data.buckets import BUCKET_BYTES, all_summed
-from funcnet.distributed.processes.start import Mesh, axis_of
+from funcnet.distributed.processes.start import AxisName, Mesh, axis_of
 from funcnet.errors import check_count
+from funcnet.optimizers.chains import chained
 from funcnet.optimizers.leaves import Leaves
 from funcnet.optimizers.lift import stateless
 
 
-def mean(mesh: Mesh, *, axis: str = "data", bucket_bytes: int = BUCKET_BYTES) -> Optimizer:
+def mean(mesh: Mesh, *, axis: AxisName = "data", bucket_bytes: int = BUCKET_BYTES) -> Optimizer:
     """The mean of the ranks' gradients: data-parallel training.
 
         g = (g_0 + ... + g_{n-1}) / n
@@ -22,7 +23,7 @@ def mean(mesh: Mesh, *, axis: str = "data", bucket_bytes: int = BUCKET_BYTES) ->
 
     Args:
         mesh: that of all ranks, or a dict of the sizes of its axes.
-        axis: the ranks that share the batch.
+        axis: the ranks that share the batch; several names for several axes.
         bucket_bytes: the gradients are put together to vectors of about so many bytes, one
             collective each, and what it gives are views of these.
 
@@ -46,11 +47,10 @@ def mean(mesh: Mesh, *, axis: str = "data", bucket_bytes: int = BUCKET_BYTES) ->
     >>> optimizer.update({"w": torch.ones(1)}, optimizer.init_state(params), params)[0]
     {'w': tensor([-0.5000])}
     """
-    ranks = axis_of(mesh, axis)
-    return reduction("mean", ranks, 1.0 / ranks.size, bucket_bytes)
+    return reduction("mean", axes_of(mesh, axis), bucket_bytes)
 
 
-def sum(mesh: Mesh, *, axis: str = "data", bucket_bytes: int = BUCKET_BYTES) -> Optimizer:
+def sum(mesh: Mesh, *, axis: AxisName = "data", bucket_bytes: int = BUCKET_BYTES) -> Optimizer:
     """The sum of the ranks' gradients, for a loss that is the `total` of all ranks.
 
         g = g_0 + ... + g_{n-1}
@@ -64,12 +64,27 @@ def sum(mesh: Mesh, *, axis: str = "data", bucket_bytes: int = BUCKET_BYTES) -> 
     >>> fn.distributed.sum({"data": 1}).update({"w": torch.ones(1)}, {}, params)
     ({'w': tensor([1.])}, {})
     """
-    return reduction("sum", axis_of(mesh, axis), 1.0, bucket_bytes)
+    return reduction("sum", axes_of(mesh, axis), bucket_bytes)
 
 
-def reduction(name: str, ranks: Axis, factor: float, bucket_bytes: int) -> Optimizer:
-    """The sum of the ranks' gradients, times a factor."""
+def axes_of(mesh: Mesh, names: AxisName) -> list[Axis]:
+    """The axes of these names, one after another: params may be parts over some of them."""
+    return [axis_of(mesh, each) for each in ((names,) if isinstance(names, str) else names)]
+
+
+def reduction(name: str, axes: list[Axis], bucket_bytes: int) -> Optimizer:
+    """The sum or the mean of the ranks' gradients over each axis."""
     check_count(name, bucket_bytes=bucket_bytes)
+    names = [ranks.name for ranks in axes]
+    each = [
+        over_axis(name, ranks, 1.0 / ranks.size if name == "mean" else 1.0, bucket_bytes)
+        for ranks in axes
+    ]
+    return each[0] if len(each) == 1 else chained(name, dict(zip(names, each, strict=True)))
+
+
+def over_axis(name: str, ranks: Axis, factor: float, bucket_bytes: int) -> Optimizer:
+    """The sum of the gradients of an axis's ranks, times a factor."""
 
     def update(g: Any, p: Any) -> Any:
         if ranks.size == 1:

@@ -22,7 +22,7 @@ from funcnet.core import (
     pull,
 )
 from funcnet.distributed.data.buckets import BUCKET_BYTES, Summed
-from funcnet.distributed.processes.start import Mesh, axis_of
+from funcnet.distributed.processes.start import AxisName, Mesh, axis_of
 from funcnet.errors import check_count, require
 from funcnet.lift import stateful
 
@@ -134,7 +134,7 @@ def replicated(
     layer: Layer,
     mesh: Mesh,
     *,
-    axis: str = "data",
+    axis: AxisName = "data",
     reduction: str = "mean",
     bucket_bytes: int = BUCKET_BYTES,
 ) -> Layer:

@@ -9,7 +9,7 @@ from torch import Tensor
 from funcnet.checks import check_kind
 from funcnet.core import Fraction, Loss, LossPullback, Tree
 from funcnet.distributed.data.buckets import all_summed
-from funcnet.distributed.processes.start import Mesh, axis_of
+from funcnet.distributed.processes.start import AxisName, Mesh, axis_of
 from funcnet.errors import require
 from funcnet.losses.reductions import divided
 from funcnet.metrics.core import Accumulated, Metric, summed
@@ -37,7 +37,7 @@ def _over_batches(name: str, fraction: Callable[[Tree, Tree], Fraction]) -> Metr
     return summed(name, sums, value, totals=totals, like_target=False)
 
 
-def total(loss: Loss, mesh: Mesh, *, axis: str = "data") -> Loss:
+def total(loss: Loss, mesh: Mesh, *, axis: AxisName = "data") -> Loss:
     """The loss of the whole batch, of which each rank has a part.
 
         (a_0 + ... + a_{n-1}) / (b_0 + ... + b_{n-1})
@@ -100,7 +100,7 @@ def total(loss: Loss, mesh: Mesh, *, axis: str = "data") -> Loss:
     )
 
 
-def everywhere(metric: Metric, mesh: Mesh, *, axis: str = "data") -> Metric:
+def everywhere(metric: Metric, mesh: Mesh, *, axis: AxisName = "data") -> Metric:
     """The same metric, of the examples of all ranks.
 
     A rank's accumulator has the sums over its own examples. They are added up over the ranks when

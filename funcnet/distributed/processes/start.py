@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from dataclasses import replace
 from datetime import timedelta
 from functools import partial
+from math import prod
 from typing import Any
 
 import torch
@@ -25,8 +26,12 @@ AXES = ("pipe", "data", "model")
 Mesh = DeviceMesh | Mapping[str, int]
 """A mesh, or the sizes of its axes by name."""
 
+AxisName = str | tuple[str, ...]
+"""The name of an axis, or those of several as one."""
+
 # Groups of processes are made by all ranks together, once for a mesh.
 _MESHES: dict[tuple[int, ...], DeviceMesh] = {}
+_JOINT: dict[tuple[Any, ...], Any] = {}
 _TIMEOUTS: list[timedelta] = []
 _WATCHES: list[Watch] = []
 
@@ -108,6 +113,7 @@ def finalize() -> None:
     """
     forget()
     _MESHES.clear()
+    _JOINT.clear()
     _TIMEOUTS.clear()
     for watch in _WATCHES:
         watch.ending = True
@@ -190,13 +196,16 @@ def _made(sizes: tuple[int, ...]) -> DeviceMesh:
     return DeviceMesh.from_group(groups, kind, ranks, mesh_dim_names=AXES)
 
 
-def axis_of(mesh: Mesh, name: str) -> Axis:
+def axis_of(mesh: Mesh, name: AxisName) -> Axis:
     """An axis of a mesh, by name; one of a single rank, if the mesh has no such axis.
+
+    Several names are one axis, of all their ranks, those of the last name next to each other. All
+    ranks ask for it together, the first time.
 
     Args:
         mesh: a DeviceMesh with named axes; or a dict of their sizes, for a mesh without processes,
             of which shapes and plans are computed on meta tensors.
-        name: such as "data".
+        name: such as "data", or ("data", "model").
 
     >>> axis_of({"data": 8, "model": 2}, "data")
     Axis(name='data', size=8, key='data of (data=8, model=2)')
@@ -208,13 +217,30 @@ def axis_of(mesh: Mesh, name: str) -> Axis:
         sizes = {**mesh}
     else:
         raise TypeError(f"expects a mesh, such as fn.distributed.mesh(), got {type(mesh).__name__}")
-    if sizes.get(name, 1) == 1:
-        return Axis(name, 1, "")
-    shape = ", ".join([f"{each}={size}" for each, size in sizes.items()])
-    axis = Axis(name, sizes[name], f"{name} of ({shape})")
+    asked = (name,) if isinstance(name, str) else name
+    names = [each for each in sizes if each in asked and sizes[each] > 1]
+    size, called = prod([sizes[each] for each in names]), " x ".join(names or asked[:1])
+    if size == 1:
+        return Axis(called, 1, "")
+    shape = ", ".join([f"{each}={extent}" for each, extent in sizes.items()])
+    axis = Axis(called, size, f"{called} of ({shape})")
     if isinstance(mesh, DeviceMesh):
-        register(axis.key, _group(mesh, mesh.get_group(name)))
+        group = mesh.get_group(names[0]) if len(names) == 1 else _joint(mesh, names)
+        register(axis.key, _group(mesh, group))
     return axis
+
+
+def _joint(mesh: DeviceMesh, names: list[str]) -> Any:
+    """The group of all ranks of several axes; made by all ranks together, once."""
+    all_names = list(mesh.mesh_dim_names or ())
+    key = (mesh.shape, *names)
+    if key not in _JOINT:
+        dims = [all_names.index(each) for each in names]
+        last = [*range(mesh.ndim - len(dims), mesh.ndim)]
+        size = prod([mesh.shape[dim] for dim in dims])
+        rows = mesh.mesh.movedim(dims, last).reshape(-1, size)
+        _JOINT[key], _ = dist.new_subgroups_by_enumeration(rows.tolist(), timeout=group_timeout())
+    return _JOINT[key]
 
 
 def group_timeout() -> timedelta | None:
