@@ -92,18 +92,18 @@ def gpt(layout: str, mesh: DeviceMesh, size: Size, classes: int) -> fn.Layer:
     )
 
 
-def adamw(layout: str, mesh: DeviceMesh, net: fn.Layer, x: Tensor) -> fn.Optimizer:
-    """AdamW of the mean of the ranks' gradients, clipped by the norm of all of them."""
-    clipped = fn.chain(
-        fn.optimizers.clip_by_global_norm(NORM), fn.adamw(RATE, weight_decay=WEIGHT_DECAY)
+def adamw(layout: str, mesh: DeviceMesh) -> fn.Optimizer:
+    """AdamW of the mean of the ranks' gradients, clipped by the norm of all of them.
+
+    Its state has the same paths in all layouts, so that each can go on from another's checkpoint.
+    """
+    clipped = (
+        fn.optimizers.clip_by_global_norm(NORM),
+        fn.adamw(RATE, weight_decay=WEIGHT_DECAY),
     )
     if layout == "zero":
-        return fn.distributed.zero(clipped, mesh)
-    if layout in ("sharded", "tensor"):
-        clipped = fn.distributed.over_parts(clipped, fn.distributed.placements(net, x))
-    if layout == "sharded":  # whose gradients are those of all ranks
-        return clipped
-    return fn.chain(fn.distributed.mean(mesh), clipped)
+        return fn.distributed.zero(fn.chain(*clipped), mesh)
+    return fn.chain(fn.distributed.mean(mesh), *clipped)
 
 
 Step = Callable[[fn.TrainState, Tensor], tuple[fn.TrainState, Tensor]]
@@ -154,7 +154,7 @@ def train(options: argparse.Namespace, size: Size, data: Data, device: torch.dev
     mesh = fn.distributed.mesh(model=options.model, pipe=options.pipe)
     text, x = data.train.to(device), torch.zeros(1, 1, dtype=torch.int64, device=device)
     net = gpt(options.layout, mesh, size, len(data.characters))
-    optimizer = adamw(options.layout, mesh, net, x)
+    optimizer = adamw(options.layout, mesh)
     begin = (
         fn.distributed.pipeline_state(net, optimizer, fn.key(options.seed), x, mesh)
         if options.layout == "pipeline"

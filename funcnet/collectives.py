@@ -171,6 +171,10 @@ class Split:
     sections: tuple[int, ...] = ()
     """The sizes of the sections of the dimension, which ranks divide; default it is one."""
 
+    reduced: str = ""
+    """Whether the gradient of a part is the "mean" of the ranks' or the "sum", as the layer makes
+    it; empty where the ranks' losses are one."""
+
     @property
     def part_shape(self) -> tuple[int, ...]:
         """The shape of each rank's part."""
@@ -224,7 +228,7 @@ class Split:
         """
         dim = None if self.dim is None else self.dim + len(extents)
         front = self.front + len(extents) if self.dim is None else 0
-        return Split(self.axis, (*extents, *self.shape), dim, front, self.sections)
+        return Split(self.axis, (*extents, *self.shape), dim, front, self.sections, self.reduced)
 
     def _form(self) -> tuple[int, tuple[int, ...]]:
         """The dimension that is parted, and the extents of the whole, as a vector if it is one."""

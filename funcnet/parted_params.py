@@ -24,6 +24,20 @@ def placements(model: Layer, x: Tree) -> dict[str, Splits]:
     >>> placements(fn.linear(2), torch.ones(5, 3))
     {'weight': (), 'bias': ()}
     """
+    found, params = placed_by_layers(model, x)
+    return {
+        path: stacked(tuple(leaf.shape), found.get(path, []))
+        for path, leaf in tree.to_dotted(params).items()
+    }
+
+
+def has_parts(layer: Layer) -> bool:
+    """Whether some params of a model are parts over ranks."""
+    return layer.placed is not None or any(map(has_parts, layer.children.values()))
+
+
+def placed_by_layers(model: Layer, x: Tree) -> tuple[dict[str, list[Split]], Params]:
+    """What the layers of a model tell of their params, also of frozen ones; and the params."""
     # By the number of the layer, as an init may run several times.
     found: dict[str, dict[int, Split]] = {}
     numbers = count()
@@ -43,15 +57,11 @@ def placements(model: Layer, x: Tree) -> dict[str, Splits]:
 
     example: Any = tree.to_meta(x)
     params, _ = map_layers(watched, model).init(key(0), example)
-    return {
-        path: _stacked(
-            tuple(leaf.shape), [split for _, split in sorted(found.get(path, {}).items())]
-        )
-        for path, leaf in tree.to_dotted(params).items()
-    }
+    in_order = {path: [split for _, split in sorted(each.items())] for path, each in found.items()}
+    return in_order, params
 
 
-def _stacked(shape: tuple[int, ...], splits: list[Split]) -> Splits:
+def stacked(shape: tuple[int, ...], splits: list[Split]) -> Splits:
     """How a leaf of this shape is parted, where it may be a stack of what the layers told of."""
     placed: list[Split] = []
     for split in reversed(splits):

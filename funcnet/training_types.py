@@ -114,6 +114,10 @@ class Optimizer(Constructed, _OptimizerFunctions):
     leaves, which know of parts: each rank can then update a part of a leaf, as by
     `funcnet.distributed.zero`."""
 
+    reduces: tuple[tuple[str, Any], ...]
+    """How it reduces gradients over ranks: "mean" or "sum", and the `Axis`, for each. What comes
+    before that, or is around it, sees this rank's own gradients."""
+
     call: Call | None
     """The call of the constructor that made it, which is its ``repr``, or None."""
 
@@ -126,11 +130,12 @@ class Optimizer(Constructed, _OptimizerFunctions):
         loss_scale: Callable[[Tree], Tensor] | None = None,
         needs_all_leaves: bool = False,
         elementwise: bool = False,
+        reduces: tuple[tuple[str, Any], ...] = (),
     ) -> "Optimizer":
         optimizer = super().__new__(cls, init_state, update)
         optimizer.name, optimizer.update_leaves = name or function_name(update), update_leaves
         optimizer.loss_scale, optimizer.needs_all_leaves = loss_scale, needs_all_leaves
-        optimizer.elementwise = elementwise
+        optimizer.elementwise, optimizer.reduces = elementwise, reduces
         optimizer.call = call_of(optimizer.name)
         return optimizer
 
@@ -141,6 +146,7 @@ class Optimizer(Constructed, _OptimizerFunctions):
 
     def _replace(self, **changes: Any) -> "Optimizer":
         more: Any = self.name, None, self.loss_scale, self.needs_all_leaves, self.elementwise
+        more = (*more, self.reduces)
         optimizer = Optimizer(*super()._replace(**changes), *more)
         optimizer.call = self.call
         return optimizer

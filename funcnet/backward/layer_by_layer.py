@@ -17,6 +17,7 @@ from funcnet.optimizers.checks import Number, check_options
 from funcnet.optimizers.clipping import global_norm
 from funcnet.optimizers.lift import step_params
 from funcnet.optimizers.parts import Part, SplitState
+from funcnet.parted_params import has_parts
 from funcnet.random import fold_in
 from funcnet.train import Batch, Measure, forward_backward, measures
 
@@ -119,6 +120,11 @@ def _check_alone(name: str, optimizer: Optimizer) -> None:
         f"{name}: expects an optimizer that can update one layer at a time; {optimizer.name} has "
         "a part that needs the gradients of all, such as clip_by_global_norm or partition",
     )
+    require(
+        not optimizer.reduces,
+        f"{name}: takes the norm of this rank's gradients, and {optimizer.name} reduces them over "
+        "ranks; use chain(mean(mesh), clip_by_global_norm(...), ...)",
+    )
 
 
 def _by_layer(
@@ -194,6 +200,7 @@ def clipped_train_step(
     check_kind(name, optimizer, Optimizer)
     check_options(name, max_norm=max_norm)
     _check_alone(name, optimizer)
+    require(not has_parts(model), f"{name}: params of the model are parts over ranks")
     measure, finish = measures(metrics)
     taken = "grad_norm" in (metrics or {})
     require(not taken, f"{name}: the metric 'grad_norm' is there already, pick another name")

@@ -84,14 +84,20 @@ def locked(path: Path) -> Iterator[None]:
             except OSError:  # a file system without locks
                 yield
                 return
-            with contextlib.suppress(FileNotFoundError):
-                if mark.stat().st_ino == os.fstat(file.fileno()).st_ino:
-                    try:
-                        yield
-                    finally:
-                        mark.unlink(missing_ok=True)
-                    return
+            if _is_at(mark, file):
+                try:
+                    yield
+                finally:
+                    mark.unlink(missing_ok=True)
+                return
             # Else the one who had it has just removed it.
+
+
+def _is_at(path: Path, file: IO[bytes]) -> bool:
+    try:
+        return path.stat().st_ino == os.fstat(file.fileno()).st_ino
+    except FileNotFoundError:
+        return False
 
 
 def _sync(file: IO[bytes]) -> None:

@@ -63,7 +63,13 @@ def freeze(layer: Layer, predicate: Where) -> Layer:
 
     inner = learn_only(layer, lambda path: not is_frozen(path))
     return reparametrize(
-        "freeze", inner, start, inside, sparse, rebuild=lambda layer: freeze(layer, predicate)
+        "freeze",
+        inner,
+        start,
+        inside,
+        sparse,
+        rebuild=lambda layer: freeze(layer, predicate),
+        of_parts=True,
     )
 
 

@@ -25,8 +25,9 @@ from funcnet.core import (
     pull,
 )
 from funcnet.deferred import defers, mapped
-from funcnet.errors import locate
+from funcnet.errors import locate, require
 from funcnet.lift import stateful, with_forward
+from funcnet.parted_params import has_parts
 
 _OWN = ".residuals"
 
@@ -40,6 +41,7 @@ def reparametrize(
     *static: Hashable,
     rebuild: Callable[[Layer], Layer],
     breaks: Iterable[str] = (),
+    of_parts: bool = False,
 ) -> Layer:
     """A layer whose params are made of other params at each call.
 
@@ -56,6 +58,11 @@ def reparametrize(
         static: hashable arguments of ``backward``.
         rebuild: the same of another layer.
         breaks: see `Layer`.
+        of_parts: whether the params that are made of a rank's parts are the parts of those that are
+            made of the whole.
+
+    Raises:
+        ValueError: unless ``of_parts``, a layer of whose params each rank has a part.
 
     >>> def start(key, params, state):
     ...     return {"log_weight": params["weight"].abs().log()}, state
@@ -69,6 +76,9 @@ def reparametrize(
     >>> fn.testing.check_layer(positive(fn.linear(3, bias=False)), torch.ones(4, 2))
     """
     check_kind(name, layer, Layer)
+
+    hint = f"put the layer around it, as in sharded({name}(...), mesh)"
+    require(of_parts or not has_parts(layer), f"{name}: each rank has a part of the params; {hint}")
 
     def init(key: Tensor, x: Tree) -> tuple[Params, Params]:
         params, state = layer.init(key, x)

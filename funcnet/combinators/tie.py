@@ -52,7 +52,14 @@ def tie(layer: Layer, paths: Mapping[str, str]) -> Layer:
         return tree.merge(params, again), state, {}, {}
 
     return reparametrize(
-        "tie", layer, start, inside, tie_backward, pairs, rebuild=lambda layer: tie(layer, paths)
+        "tie",
+        layer,
+        start,
+        inside,
+        tie_backward,
+        pairs,
+        rebuild=lambda layer: tie(layer, paths),
+        of_parts=True,
     )
 
 

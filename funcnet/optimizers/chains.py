@@ -24,7 +24,8 @@ def chain(*transforms: Optimizer, **named: Optimizer) -> Optimizer:
         ``{name: state of the transform}``, without those that have none.
     Raises:
         the transforms' errors, with ``chain['name']`` in front.
-        ValueError: two of one name.
+        ValueError: two of one name; gradients that are reduced over ranks, as by
+            `funcnet.distributed.mean`, after a transform that needs all of them.
 
     >>> transforms = fn.optimizers
     >>> optimizer = fn.chain(transforms.trace(0.9), transforms.scale_by_learning_rate(0.1))
@@ -39,6 +40,12 @@ def chain(*transforms: Optimizer, **named: Optimizer) -> Optimizer:
         name = given or transform.name
         if name in children:
             raise ValueError(f"chain: two are named {name!r}; name one, as in chain(a, other=b)")
+        early = [child for child, part in children.items() if part.needs_all_leaves]
+        if transform.reduces and early:
+            raise ValueError(
+                f"chain: {name!r} reduces gradients over ranks, so it must come before "
+                f"{early[0]!r}, which needs those of all ranks"
+            )
         children[name] = transform
     return chained("chain", children)
 
@@ -67,7 +74,8 @@ def chained(name: str, children: Mapping[str, Optimizer]) -> Optimizer:
 
     needs_all_leaves = any([part.needs_all_leaves for part in children.values()])
     elementwise = all([part.elementwise for part in children.values()])
-    return lifted(name, init_state, update_leaves, needs_all_leaves, elementwise)
+    reduces = tuple([pair for part in children.values() for pair in part.reduces])
+    return lifted(name, init_state, update_leaves, needs_all_leaves, elementwise, reduces)
 
 
 def check_states(name: str, children: Mapping[str, Optimizer], opt_state: Tree) -> None:

@@ -98,7 +98,8 @@ def apply_if_finite(optimizer: Optimizer, max_consecutive_errors: int) -> Optimi
         return ApplyIfFiniteState(zero_step(p), finite, zero_step(p), inner)
 
     def update(g: Any, state: ApplyIfFiniteState, p: Any, inner_update: Any) -> Any:
-        finite = global_norm(g, torch.inf, p).isfinite().to(state.last_finite.device)
+        finite = on_all_ranks(global_norm(g, torch.inf, p).isfinite(), optimizer)
+        finite = finite.to(state.last_finite.device)
         count = torch.where(finite, 0, state.notfinite_count + 1)
         updates, inner = choose(
             finite | (count > max_consecutive_errors),
@@ -109,3 +110,13 @@ def apply_if_finite(optimizer: Optimizer, max_consecutive_errors: int) -> Optimi
         return updates, ApplyIfFiniteState(count, finite, total, inner)
 
     return around(optimizer, init, update, needs_all_leaves=True, elementwise=True)
+
+
+def on_all_ranks(holds: Tensor, optimizer: Optimizer) -> Tensor:
+    """Whether it holds on all ranks over which an optimizer reduces the gradients it is given.
+
+    So all ranks call it, or none.
+    """
+    for _, axis in optimizer.reduces:
+        holds = axis.max((~holds).to(torch.int32)) == 0
+    return holds

@@ -102,7 +102,7 @@ def inject_hyperparams(
                 updates, inner = leaves_update(made(hyperparams))(g, inner, trees)
             return updates, InjectHyperparamsState(step + 1, hyperparams, inner)
 
-        told = example.needs_all_leaves, example.elementwise
+        told: Any = example.needs_all_leaves, example.elementwise, example.reduces
         return lifted(_NAME, init_state, update_leaves, *told)
 
     return make

@@ -27,6 +27,7 @@ def stateless(
     name: str | None = None,
     needs_all_leaves: bool = False,
     elementwise: bool = False,
+    reduces: tuple[tuple[str, Any], ...] = (),
 ) -> Optimizer:
     """An optimizer, or a transform to chain, without state, lifted from a formula.
 
@@ -54,7 +55,8 @@ def stateless(
             refuse_state(name, opt_state)
         return formula(g, trees.params).to_dtypes(trees.params), {}
 
-    return lifted(name, lambda params: {}, update_leaves, needs_all_leaves, elementwise)
+    told: Any = needs_all_leaves, elementwise, reduces
+    return lifted(name, lambda params: {}, update_leaves, *told)
 
 
 def stateful(
@@ -169,6 +171,7 @@ def _with_state(
     inside = [] if optimizer is None else [optimizer]
     needs_all_leaves = needs_all_leaves or any([each.needs_all_leaves for each in inside])
     elementwise = elementwise and all([each.elementwise for each in inside])
+    reduces = optimizer.reduces if optimizer else ()
     # Which entries are trees does not depend on the params, so none show it as well.
     example = start(Leaves([]), *[EMPTY for _ in inside])
     kind, like_params = type(example), [isinstance(entry, Leaves) for entry in example]
@@ -208,7 +211,7 @@ def _with_state(
         ]
         return updates.to_dtypes(trees.params), kind(*new)
 
-    return lifted(name, init_state, update_leaves, needs_all_leaves, elementwise)
+    return lifted(name, init_state, update_leaves, needs_all_leaves, elementwise, reduces)
 
 
 def check_state(name: str, kind: Any, opt_state: Tree) -> None:
@@ -235,6 +238,7 @@ def lifted(
     update_leaves: Callable[..., Any],
     needs_all_leaves: bool = False,
     elementwise: bool = False,
+    reduces: tuple[tuple[str, Any], ...] = (),
 ) -> Optimizer:
     """An optimizer from ``update_leaves(g, opt_state, trees) -> (updates, opt_state)``.
 
@@ -253,6 +257,7 @@ def lifted(
         return trees.join(updates), opt_state
 
     told: Any = {"needs_all_leaves": needs_all_leaves, "elementwise": elementwise}
+    told["reduces"] = reduces
     return Optimizer(checked_init_state, update, name, update_leaves, **told)
 
 

@@ -12,6 +12,7 @@ from funcnet.optimizers.chains import find_states
 from funcnet.optimizers.checks import check_options, check_positive
 from funcnet.optimizers.choose import choose
 from funcnet.optimizers.clipping import global_norm
+from funcnet.optimizers.control import on_all_ranks
 from funcnet.optimizers.lift import around, paths, zero_step
 
 
@@ -85,7 +86,8 @@ def dynamic_loss_scale(
 
     def update(g: Any, state: LossScaleState, p: Any, inner_update: Any) -> Any:
         scale, good_steps, before = state
-        finite = global_norm(g, torch.inf, p).isfinite().to(scale.device)
+        finite = on_all_ranks(global_norm(g, torch.inf, p).isfinite(), optimizer)
+        finite = finite.to(scale.device)
         updates, inner = choose(
             finite,
             lambda: inner_update(g * scale.reciprocal(), before),
@@ -104,6 +106,7 @@ def dynamic_loss_scale(
 
     made = around(optimizer, init, update, elementwise=True)
     told: Any = made.update_leaves, lambda opt_state: opt_state.scale, True, made.elementwise
+    told = (*told, made.reduces)
     return Optimizer(*made, name, *told)
 
 

@@ -12,7 +12,7 @@ from funcnet.core import Layer, Optimizer, Tree
 from funcnet.errors import require
 from funcnet.optimizers.leaves import Leaves
 from funcnet.optimizers.lift import Trees, leaves_update, lifted, paths
-from funcnet.parted_params import Splits, placements
+from funcnet.parted_params import Splits, has_parts, placements
 from funcnet.runtime import untraced
 
 
@@ -23,7 +23,7 @@ def knowing_parts(optimizer: Optimizer, model: Layer) -> Callable[[Any], Optimiz
     >>> knowing_parts(optimizer, fn.linear(2))((torch.ones(5, 3), None)) is optimizer
     True
     """
-    if not _has_parts(model):
+    if not has_parts(model):
         return lambda batch: optimizer
     found: dict[Any, Optimizer] = {}
 
@@ -41,15 +41,13 @@ def knowing_parts(optimizer: Optimizer, model: Layer) -> Callable[[Any], Optimiz
     return of
 
 
-def _has_parts(layer: Layer) -> bool:
-    return layer.placed is not None or any(map(_has_parts, layer.children.values()))
-
-
 def over_parts(optimizer: Optimizer, placements: Mapping[str, Splits]) -> Optimizer:
     """The optimizer, of params some of which are parts over ranks: its norms are of whole leaves.
 
-    For tensor-parallel and `sharded` layers, with an optimizer that takes a norm of all leaves,
-    such as `funcnet.optimizers.clip_by_global_norm`.
+    For loops of one's own around tensor-parallel and `sharded` layers; `funcnet.train_step` and
+    `pipeline_step` do it themselves. Norms of all leaves, as of
+    `funcnet.optimizers.clip_by_global_norm`, are then those of the whole, and `mean` leaves alone
+    what a layer has reduced.
 
     Args:
         optimizer: an elementwise one, if there are parts; see `Optimizer`.
@@ -78,6 +76,14 @@ def over_parts(optimizer: Optimizer, placements: Mapping[str, Splits]) -> Optimi
         f"{name}: {optimizer.name} is not elementwise, so it cannot update {parted[:1]}, which is "
         "a part; of one's own, tell so by elementwise=True",
     )
+    for path, splits in placements.items():
+        for split in splits:
+            other = [kind for kind, axis in optimizer.reduces if axis == split.axis]
+            require(
+                not split.reduced or other in ([], [split.reduced]),
+                f"{name}: the gradient of {path!r} is the {split.reduced} of the ranks', and "
+                f"{optimizer.name} takes the {' and '.join(other)}: see `sums` of the layer",
+            )
     inside = leaves_update(optimizer)
 
     def update_leaves(g: Leaves, opt_state: Tree, trees: Trees) -> tuple[Leaves, Tree]:
@@ -88,7 +94,7 @@ def over_parts(optimizer: Optimizer, placements: Mapping[str, Splits]) -> Optimi
             axes.append((*known, *[axis for axis in axes_of[path] if axis not in known]))
         return inside(g, opt_state, trees.over(axes))
 
-    told = optimizer.needs_all_leaves, optimizer.elementwise
+    told: Any = optimizer.needs_all_leaves, optimizer.elementwise, optimizer.reduces
     made = lifted(name, optimizer.init_state, update_leaves, *told)
     return with_scale_of(made, optimizer, lambda opt_state: opt_state)
 
@@ -103,4 +109,5 @@ def with_scale_of(made: Optimizer, optimizer: Optimizer, state_of: Any) -> Optim
         return scale(state_of(opt_state))
 
     told: Any = made.update_leaves, loss_scale, made.needs_all_leaves, made.elementwise
+    told = (*told, made.reduces)
     return Optimizer(*made, made.name, *told)

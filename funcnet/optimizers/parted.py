@@ -50,7 +50,8 @@ def masked(optimizer: Optimizer, where: Where, *, name: str = "masked") -> Optim
             updates, opt_state = inside(part.take(g), opt_state, part.trees(trees))
         return part.put(updates, g.to_dtypes(trees.params)), opt_state
 
-    return lifted(name, init_state, update_leaves, True, optimizer.elementwise)
+    told: Any = optimizer.elementwise, optimizer.reduces
+    return lifted(name, init_state, update_leaves, True, *told)
 
 
 def partition(optimizers: Mapping[str, Optimizer], rules: Mapping[str, Where]) -> Optimizer:
@@ -112,7 +113,8 @@ def partition(optimizers: Mapping[str, Optimizer], rules: Mapping[str, Where]) -
         return result, present(states)
 
     elementwise = all([each.elementwise for each in optimizers.values()])
-    return lifted("partition", init_state, update_leaves, True, elementwise)
+    reduces = tuple([pair for each in optimizers.values() for pair in each.reduces])
+    return lifted("partition", init_state, update_leaves, True, elementwise, reduces)
 
 
 def _meant(where: Where, paths: Mapping[str, Any]) -> Collection[str]:

@@ -17,7 +17,6 @@ from funcnet.checkpoint.regions import Range, piece_of
 from funcnet.checkpoint.saving import check_size, unchanged
 from funcnet.checkpoint.shards import remove_shards
 from funcnet.checkpoint.structure import encode
-from funcnet.core import EMPTY
 from funcnet.distributed.checkpoints.agreement import everyone
 from funcnet.distributed.checkpoints.saving import write
 from funcnet.distributed.processes.start import Mesh
@@ -32,7 +31,7 @@ def save_step(
     step: int | Tensor,
     tree: Any,
     mesh: Mesh,
-    placed: Mapping[str, Splits] = EMPTY,
+    placed: Mapping[str, Splits] | None = None,
     *,
     keep: int | None = 3,
     score: float | Tensor | None = None,

@@ -20,16 +20,16 @@ from funcnet.checkpoint.regions import Division, Divisions
 from funcnet.checkpoint.saving import check_size, prepared, unchanged
 from funcnet.checkpoint.shards import index_of, new_save, old_shards, shard_paths
 from funcnet.checkpoint.structure import EMPTY as NOTHING, Structure, encode
-from funcnet.core import EMPTY
 from funcnet.distributed.checkpoints.agreement import everyone
 from funcnet.distributed.checkpoints.states import as_single, divisions_of, leaves_of
+from funcnet.distributed.processes.sameness import check_same
 from funcnet.distributed.processes.start import Mesh
 from funcnet.errors import located, require
 from funcnet.parted_params import Splits
 
 
 def save(
-    path: str | os.PathLike[str], tree: Any, mesh: Mesh, placed: Mapping[str, Splits] = EMPTY
+    path: str | os.PathLike[str], tree: Any, mesh: Mesh, placed: Mapping[str, Splits] | None = None
 ) -> None:
     """Write a tree of tensors that lie on several ranks, such as a train state, to a folder.
 
@@ -49,7 +49,8 @@ def save(
             stages of a pipeline do.
         mesh: of all ranks that save.
         placed: how leaves are parted, by dotted path, as `state_placements` gives it; what is
-            not named is whole, and the same on all ranks that have it.
+            not named is whole, and the same on all ranks that have it. Without it all is whole,
+            and `check_same` looks whether it is the same on all ranks but those of other stages.
 
     Raises:
         ValueError, TypeError: what cannot be written; they name the path of the leaf.
@@ -70,10 +71,13 @@ def write(
     path: str | os.PathLike[str],
     tree: Any,
     mesh: Mesh,
-    placed: Mapping[str, Splits],
+    placed: Mapping[str, Splits] | None,
     score: float | None = None,
 ) -> None:
     """`save`, with a score beside the tree; ``name`` is the function that errors name."""
+    if placed is None:
+        placed = {}
+        check_whole(name, tree, mesh)
     ranks = everyone(mesh)
     first = ranks.place == 0
     with contextlib.ExitStack() as lock:
@@ -98,6 +102,16 @@ def write(
         # To remove files takes time, as to write them does: each rank removes some.
         old = [target.with_name(each) for each in told[0][ranks.place :: len(told)]]
         ranks.agree(name, lambda: (None, _remove_all(old)))
+
+
+def check_whole(name: str, tree: Any, mesh: Mesh) -> None:
+    """Raise ValueError unless a tree is the same on the ranks that should have the same."""
+    hint = "pass placed=state_placements(train_state, model, x) for what is in parts"
+    for axis in ("data", "model"):
+        try:
+            check_same(as_single(tree), mesh, axis=axis)
+        except ValueError as error:
+            raise ValueError(f"{name}: {error}; {hint}") from None
 
 
 def _prepared(

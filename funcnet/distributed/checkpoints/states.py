@@ -14,7 +14,7 @@ from funcnet.collectives import Split
 from funcnet.core import Layer, TrainState, Tree
 from funcnet.distributed.sharding.sharded_optimizers import ZeroState
 from funcnet.errors import require
-from funcnet.parted_params import Splits, placements
+from funcnet.parted_params import Splits, placed_by_layers, placements, stacked
 
 
 def state_placements(train_state: TrainState, model: Layer, x: Tree) -> dict[str, Splits]:
@@ -41,7 +41,7 @@ def state_placements(train_state: TrainState, model: Layer, x: Tree) -> dict[str
     >>> placed["params.weight"], placed["opt_state.scale_by_adam.mu.weight"]
     ((), ())
     """
-    placed = placements(model, x)
+    placed, (by_layers, _) = placements(model, x), placed_by_layers(model, x)
     params = {path: tuple(leaf.shape) for path, leaf in tree.to_dotted(train_state.params).items()}
     for path, shape in params.items():
         require(path in placed, f"state_placements: the model has no parameter {path!r}")
@@ -52,6 +52,11 @@ def state_placements(train_state: TrainState, model: Layer, x: Tree) -> dict[str
         )
     found: dict[str, Splits] = dict.fromkeys(parts_by_path(as_single(train_state)).leaves, ())
     found |= {f"params.{path}": placed[path] for path in params}
+    for path, leaf in tree.to_dotted(train_state.state).items():
+        # Frozen params are in the state, at the path of their layer.
+        whose = ".".join([name for name in path.split(".") if name != "frozen"])
+        if "frozen" in path.split(".") and whose in by_layers:
+            found[f"state.{path}"] = stacked(tuple(leaf.shape), by_layers[whose])
     for path, kept in parts_by_path(_kept(train_state.opt_state, {})).leaves.items():
         owners = [name for name in _endings(path) if name in params]
         ways = {
@@ -119,7 +124,7 @@ def leaves_of(tree: Any, placed: Mapping[str, Splits]) -> dict[str, Any]:
     require(
         not unknown,
         f"`placed` has {unknown[:3]}, which the tree has not; its leaves are such as "
-        f"{sorted(leaves)[:3]}: state_placements(model, optimizer, x) gives those of a train state",
+        f"{sorted(leaves)[:3]}: state_placements(train_state, model, x) gives those of a train state",
     )
     for name, splits in placed.items():
         if not splits:

@@ -12,7 +12,7 @@ from funcnet.errors import require
 from funcnet.runtime import is_transformed
 
 
-def part(batch: Tree, mesh: Mesh, *, axis: AxisName = "data") -> Any:
+def part(batch: Tree, mesh: Mesh, *, axis: AxisName = "data", equal: bool = True) -> Any:
     """This rank's rows of a batch that all ranks have: rows one after another, of every leaf.
 
     All ranks go through the same global batches, such as those of `funcnet.batches` with one key.
@@ -22,15 +22,16 @@ def part(batch: Tree, mesh: Mesh, *, axis: AxisName = "data") -> Any:
         batch: a tree of tensors or numpy arrays, of shape (n, ...).
         mesh: that of all ranks, or a dict of the sizes of its axes.
         axis: the ranks that share the batch.
+        equal: whether all parts must have as many rows. Where they need not, the first parts may
+            have a row more; then `mean` is not exact, and `sum` with a `total` loss is, and
+            `data_parallel` is to be told so too.
 
     Returns:
-        the rows of the first rank first. Where the ranks do not divide n, the first parts have a
-        row more; so `mean` is not exact, and `sum` with a `total` loss is. Under a transformation
-        all parts have one size.
+        the rows of the first rank first.
 
     Raises:
-        ValueError: fewer rows than ranks; leaves of different lengths; under `jit`, a number of
-            rows that the ranks do not divide.
+        ValueError: fewer rows than ranks; leaves of different lengths; a number of rows that the
+            ranks do not divide, unless ``equal`` is False, and under `jit` in any case.
 
     >>> import torch
     >>> part((torch.ones(4, 2), torch.zeros(4)), {"data": 1})[0].shape
@@ -42,6 +43,11 @@ def part(batch: Tree, mesh: Mesh, *, axis: AxisName = "data") -> Any:
     require(rows >= ranks.size, f"part: expects a row for each of {ranks.size} ranks, got {rows}")
     if ranks.size == 1:
         return batch
+    require(
+        rows % ranks.size == 0 or not equal,
+        f"part: expects a number of rows that {ranks.size} ranks divide, got {rows}; equal=False "
+        "gives the first ranks a row more",
+    )
     if is_transformed() or any([leaf.is_meta for leaf in tree.leaves(batch)]):
         require(
             rows % ranks.size == 0,

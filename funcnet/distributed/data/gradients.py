@@ -27,6 +27,9 @@ def mean(mesh: Mesh, *, axis: AxisName = "data", bucket_bytes: int = BUCKET_BYTE
         bucket_bytes: the gradients are put together to vectors of about so many bytes, one
             collective each, and what it gives are views of these.
 
+    It is of gradients alone: the loss and the metrics of a step are those of the rank's own part,
+    unless they are a `total` and `everywhere`.
+
     Params that are parts over these ranks, such as those of `sharded` layers, have the mean of
     their gradients already, and are left as they are: `funcnet.train_step` knows them, and
     `over_parts` tells them to an optimizer in a loop of one's own.
@@ -100,4 +103,5 @@ def over_axis(name: str, ranks: Axis, factor: float, bucket_bytes: int) -> Optim
         found = [next(parts) if own else next(summed) for own in reduced]
         return Leaves(found, fresh=not kept)
 
-    return stateless(update, name=name, elementwise=True)
+    reduces = ((name, ranks),) if ranks.size > 1 else ()
+    return stateless(update, name=name, elementwise=True, reduces=reduces)

@@ -218,6 +218,9 @@ def axis_of(mesh: Mesh, name: AxisName) -> Axis:
     else:
         raise TypeError(f"expects a mesh, such as fn.distributed.mesh(), got {type(mesh).__name__}")
     asked = (name,) if isinstance(name, str) else name
+    unknown = [each for each in asked if each not in (*AXES, *sizes, "")]
+    if unknown:
+        raise ValueError(f"the mesh has no axis {unknown[0]!r}, only {[*sizes]}")
     names = [each for each in sizes if each in asked and sizes[each] > 1]
     size, called = prod([sizes[each] for each in names]), " x ".join(names or asked[:1])
     if size == 1:

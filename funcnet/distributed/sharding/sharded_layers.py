@@ -1,6 +1,7 @@
 """`sharded`: a layer of whose parameters each rank has a part."""
 
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from functools import lru_cache
 from typing import Any, NamedTuple
 
@@ -108,7 +109,8 @@ def sharded(
         return shards.treedef.unflatten(parts), state
 
     def placed(x: Tree) -> Mapping[str, Split]:
-        return dict(shards_of(x).named)
+        kind = "sum" if sums else "mean"
+        return {name: replace(split, reduced=kind) for name, split in shards_of(x).named}
 
     def apply(params: Params, x: Tree, state: Params, key: Key, train: bool) -> Applied:
         shards = shards_of(x)

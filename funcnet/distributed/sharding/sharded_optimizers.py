@@ -160,7 +160,8 @@ def zero(optimizer: Optimizer, mesh: Mesh, *, axis: str = "data", sums: bool = F
         left, updates.tensors = [*updates.tensors], []
         return Leaves(gathered(left, splits, _MESSAGE), True), ZeroState(inner, opt_state.splits)
 
-    made = lifted("zero", init_state, update_leaves, needs_all_leaves=True, elementwise=True)
+    reduces = (("sum" if sums else "mean", over),) if over.size > 1 else ()
+    made = lifted("zero", init_state, update_leaves, True, True, reduces)
     return with_scale_of(made, optimizer, lambda opt_state: opt_state.inner)
 
 
