@@ -50,7 +50,7 @@ def has(found, path):
 
 
 def test_the_names_in_the_text_are_public():
-    names = set(re.findall(r"`fn\.([a-z_.]+)", README)) | {
+    names = set(re.findall(r"`fn\.([A-Za-z_.]+)", README)) | {
         name for name in re.findall(r"`([a-z_0-9]+)`", README) if "_" in name
     }
     others = {"opt_state", "train_state", "from_dotted", "state_dict", "check_layer"}

@@ -124,7 +124,7 @@ def leaves_of(tree: Any, placed: Mapping[str, Splits]) -> dict[str, Any]:
     require(
         not unknown,
         f"`placed` has {unknown[:3]}, which the tree has not; its leaves are such as "
-        f"{sorted(leaves)[:3]}: state_placements(train_state, model, x) gives those of a train state",
+        f"{sorted(leaves)[:3]}: state_placements(train_state, model, x) gives those of a state",
     )
     for name, splits in placed.items():
         if not splits:

@@ -1,0 +1,154 @@
+"""What looks right over ranks and is not: it is made right, or refused."""
+
+import pytest
+import torch
+
+import funcnet as fn
+from funcnet.distributed import (
+    axis_of,
+    column_linear,
+    mean,
+    over_parts,
+    part,
+    pipeline_state,
+    pipeline_step,
+    placements,
+    sharded,
+    state_placements,
+    sum,
+    zero,
+)
+from funcnet.parted_params import whole_params
+
+F64 = torch.float64
+ABSTRACT = {"data": 2}
+
+
+def batch():
+    x = fn.random.normal(fn.key(1), (8, 3), F64)
+    return x, x.sin() @ torch.ones(3, 2, dtype=F64)
+
+
+def overflowing(of, around):
+    """Three steps, of which the second has an infinity in the last row of the batch."""
+    mesh = fn.distributed.mesh()
+    inside = {"mean": fn.chain(mean(mesh), fn.adam()), "zero": zero(fn.adam(), mesh)}[of]
+    optimizer = {
+        "scale": lambda: fn.optimizers.dynamic_loss_scale(inside, initial=4.0),
+        "skip": lambda: fn.optimizers.apply_if_finite(inside, 5),
+    }[around]()
+    net, (x, target) = fn.linear(2), batch()
+    state = fn.init_train_state(net, optimizer, fn.key(0), x.float())
+    step = fn.train_step(net, fn.mse(), optimizer)
+    for number in range(3):
+        rows = x.float().clone()
+        rows[-1] = torch.inf if number == 1 else 1.0
+        state, _ = step(state, part((rows, target.float()), mesh))
+        if number == 0:
+            before = state.params
+        if number == 1:
+            after = state.params
+    return before, after, state.params
+
+
+@pytest.mark.parametrize("of", ["mean", "zero"])
+@pytest.mark.parametrize("around", ["scale", "skip"])
+def test_an_overflow_on_one_rank_skips_the_step_of_all(two_ranks, of, around):
+    (before, after, last), other = two_ranks(overflowing, of, around)
+    for path, leaf in fn.tree.to_dotted(before).items():
+        assert torch.equal(leaf, fn.tree.to_dotted(after)[path])
+        assert not torch.equal(leaf, fn.tree.to_dotted(last)[path])
+        assert torch.equal(fn.tree.to_dotted(last)[path], fn.tree.to_dotted(other[2])[path])
+
+
+def test_a_norm_of_the_ranks_own_gradients_is_refused():
+    clip = fn.optimizers.clip_by_global_norm(1.0)
+    for reduction in (mean(ABSTRACT), sum(ABSTRACT), zero(fn.adam(), ABSTRACT)):
+        with pytest.raises(ValueError, match="must come before 'clip_by_global_norm'"):
+            fn.chain(clip, reduction)
+    chain = fn.chain(mean(ABSTRACT), fn.adam())
+    with pytest.raises(ValueError, match=r"chain reduces them over ranks; use chain\(mean"):
+        fn.clipped_train_step(fn.linear(2), fn.mse(), chain, 1.0)
+
+
+@pytest.mark.parametrize(
+    ("layer", "message"),
+    [
+        (lambda part: fn.weight_norm(part), "weight_norm: each rank has a part of the params"),
+        (lambda part: fn.spectral_norm(part), "spectral_norm: each rank has a part"),
+        (lambda part: fn.lora(part, 2), "lora"),
+    ],
+)
+@pytest.mark.parametrize(
+    "parted", [lambda: sharded(fn.linear(4), ABSTRACT), lambda: column_linear(4, {"model": 2})]
+)
+def test_what_needs_whole_params_refuses_parts(layer, message, parted):
+    with pytest.raises(ValueError, match=message):
+        layer(parted()).init(fn.key(0), torch.ones(2, 3))
+
+
+def test_gradients_that_are_reduced_in_two_ways_are_refused():
+    model, x = fn.serial(sharded(fn.linear(4), ABSTRACT), fn.linear(2)), torch.ones(2, 3)
+    with pytest.raises(ValueError, match="'0.weight' is the mean of the ranks', and chain takes"):
+        over_parts(fn.chain(sum(ABSTRACT), fn.adam()), placements(model, x))
+
+
+def test_an_axis_that_is_none_is_refused():
+    with pytest.raises(ValueError, match="the mesh has no axis 'modle', only"):
+        mean(ABSTRACT, axis="modle")
+    with pytest.raises(ValueError, match="part: expects a number of rows that 2 ranks divide"):
+        part(torch.ones(5, 2), ABSTRACT)
+
+
+def saved(folder):
+    mesh = fn.distributed.mesh()
+    net = fn.serial(fn.freeze(sharded(fn.linear(5), mesh), "weight"), fn.linear(3))
+    x = batch()[0]
+    state = fn.init_train_state(net, zero(fn.adam(), mesh, axis="model"), fn.key(0), x)
+    with pytest.raises(ValueError, match="ranks have drifted apart.*pass placed=state_placements"):
+        fn.distributed.save(f"{folder}/parts", state, mesh)
+    placed = state_placements(state, net, x)
+    fn.distributed.save(f"{folder}/run", state, mesh, placed)
+    again = fn.distributed.load(f"{folder}/run", state, mesh, placed)
+    assert torch.equal(again.state["0"]["frozen"]["weight"], state.state["0"]["frozen"]["weight"])
+
+
+def test_parts_of_frozen_params_are_saved(two_ranks, tmp_path):
+    two_ranks(saved, str(tmp_path))
+    net = fn.serial(fn.freeze(fn.linear(5), "weight"), fn.linear(3))
+    alone = fn.init_train_state(net, fn.adam(), fn.key(0), batch()[0])
+    found = fn.load(f"{tmp_path}/run")
+    assert torch.equal(
+        fn.tree.to_dotted(found)["state.0.frozen.weight"], alone.state["0"]["frozen"]["weight"]
+    )
+
+
+def staged(inner):
+    mesh = fn.distributed.mesh(data=2, pipe=2)
+    net = fn.serial(fn.linear(4), inner(mesh), fn.tanh(), fn.linear(2))
+    clip = fn.optimizers.clip_by_global_norm(0.1)
+    optimizer = fn.chain(mean(mesh), clip, fn.adam(0.01))
+    x, target = part(batch(), mesh)
+    state = pipeline_state(net, optimizer, fn.key(0), x, mesh)
+    step = pipeline_step(net, fn.mse(), optimizer, mesh, micro_batches=2)
+    for _ in range(5):
+        state, _ = step(state, (x, target))
+    placed = placements(net, x)
+    return whole_params(state.params, placed), axis_of(mesh, "pipe").index
+
+
+def block(mesh):
+    return sharded(fn.linear(4), mesh)
+
+
+def test_stages_know_which_params_are_parts(four_ranks):
+    net = fn.serial(fn.linear(4), fn.linear(4), fn.tanh(), fn.linear(2))
+    optimizer = fn.chain(fn.optimizers.clip_by_global_norm(0.1), fn.adam(0.01))
+    state = fn.init_train_state(net, optimizer, fn.key(0), batch()[0])
+    step = fn.train_step(net, fn.mse(), optimizer)
+    for _ in range(5):
+        state, _ = step(state, batch())
+    expected = fn.tree.to_dotted(state.params)
+    for params, _ in four_ranks(staged, block):
+        for path, leaf in fn.tree.to_dotted(params).items():
+            torch.testing.assert_close(leaf, expected[path], rtol=1e-10, atol=1e-12, msg=path)
