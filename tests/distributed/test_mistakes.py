@@ -89,7 +89,7 @@ def test_what_needs_whole_params_refuses_parts(layer, message, parted):
 
 def test_gradients_that_are_reduced_in_two_ways_are_refused():
     model, x = fn.serial(sharded(fn.linear(4), ABSTRACT), fn.linear(2)), torch.ones(2, 3)
-    with pytest.raises(ValueError, match="'0.weight' is the mean of the ranks', and chain takes"):
+    with pytest.raises(ValueError, match=r"'0.weight' is the mean of the ranks', and chain takes"):
         over_parts(fn.chain(sum(ABSTRACT), fn.adam()), placements(model, x))
 
 
@@ -105,7 +105,7 @@ def saved(folder):
     net = fn.serial(fn.freeze(sharded(fn.linear(5), mesh), "weight"), fn.linear(3))
     x = batch()[0]
     state = fn.init_train_state(net, zero(fn.adam(), mesh, axis="model"), fn.key(0), x)
-    with pytest.raises(ValueError, match="ranks have drifted apart.*pass placed=state_placements"):
+    with pytest.raises(ValueError, match=r"ranks have drifted apart.*pass placed=state_placements"):
         fn.distributed.save(f"{folder}/parts", state, mesh)
     placed = state_placements(state, net, x)
     fn.distributed.save(f"{folder}/run", state, mesh, placed)
