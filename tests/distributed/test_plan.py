@@ -10,6 +10,7 @@ from funcnet import messages, tree
 from funcnet.collectives import Split
 from funcnet.core import Pullback
 from funcnet.distributed import Device, Link, Network, plan, plans
+from funcnet.distributed.planning.planned import SCHEDULES
 from funcnet.lift import stateless as layer
 from funcnet.optimizers.leaves import leafwise
 
@@ -296,3 +297,12 @@ def test_copies_of_a_repeat_are_counted_without_being_run():
 
     block = mlp(mesh, 1).children["1"]
     assert found(fn.repeat(block, 5), fn.repeat(block, 2)) == found(*[block] * 7)
+
+
+@pytest.mark.parametrize("schedule", SCHEDULES)
+@pytest.mark.parametrize("stages", [2, 4])
+def test_a_schedule_costs_what_its_simulation_does(schedule, stages):
+    made = getattr(fn.distributed, schedule)(stages, 8)
+    found, costs = fn.distributed.simulate(made), SCHEDULES[schedule]
+    assert max(found.idle) == costs.bubble(stages, 1.0, 2.0, 1.0)
+    assert found.held == tuple([costs.held(stages, 8, stage) for stage in range(stages)])
