@@ -152,3 +152,23 @@ def test_stages_know_which_params_are_parts(four_ranks):
     for params, _ in four_ranks(staged, block):
         for path, leaf in fn.tree.to_dotted(params).items():
             torch.testing.assert_close(leaf, expected[path], rtol=1e-10, atol=1e-12, msg=path)
+
+
+def unlike_stages(other):
+    mesh = fn.distributed.mesh(data=1, pipe=2)
+    net, first = fn.serial(fn.linear(4), fn.linear(2)), axis_of(mesh, "pipe").index == 0
+    state = pipeline_state(net, fn.adam(), fn.key(0), batch()[0], mesh)
+    schedule = fn.distributed.gpipe if other == "schedule" and first else fn.distributed.zero_bubble
+    count = 4 if other == "micro-batches" and first else 2
+    step = pipeline_step(net, fn.mse(), fn.adam(), mesh, micro_batches=count, schedule=schedule)
+    with pytest.raises(ValueError, match="expects the same on all stages, and stage 1 has") as told:
+        step(state, batch())
+    return str(told.value)
+
+
+@pytest.mark.parametrize(
+    ("other", "message"),
+    [("schedule", "another schedule than stage 0"), ("micro-batches", "2 micro-batches, each")],
+)
+def test_stages_that_do_not_do_the_same_are_told_before_they_begin(two_ranks, other, message):
+    assert all(message in told for told in two_ranks(unlike_stages, other))

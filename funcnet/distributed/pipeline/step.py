@@ -161,7 +161,14 @@ def pipeline_step(
     plans: dict[Any, _Plan] = {}
 
     def plan(x: Tree, target: Tree, params: Params, state: Params) -> _Plan:
-        given = told_by_all(axis, (kinds_of(params), kinds_of(state)))
+        parts = f"{micro_batches} micro-batches, each {tree.describe((x, target))}"
+        told = told_by_all(axis, ((kinds_of(params), kinds_of(state)), (parts, repr(orders))))
+        for number, (_, (others, order)) in enumerate(told):
+            alike = f"{_NAME}: expects the same on all stages, and stage {number} has"
+            first = told[0][1]
+            require(others == first[0], f"{alike} {others}; stage 0 has {first[0]}")
+            require(order == first[1], f"{alike} another schedule than stage 0")
+        given = [kinds for kinds, _ in told]
         stages = stages_of(_NAME, model, x, axis.size, boundaries, given)
         prediction = stages.each[-1].y
         value = loss.apply(prediction, tree.to_meta(target))
