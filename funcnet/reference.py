@@ -216,7 +216,7 @@ PAGES = {
             """,
         "Pipelines": """
             pipeline_step pipeline_state pipeline_stages gpipe one_f_one_b zero_bubble simulate
-            Simulation Schedule Action
+            Simulation Action
             """,
         "Checkpoints": "save load save_step latest export",
         "What a layout takes, before it runs": """

@@ -38,7 +38,7 @@ def stateless(
         name: what errors and a chain's state call it; by default the constructor's name.
         needs_all_leaves: whether what the formula gives for a leaf depends on other leaves.
         elementwise: whether what it gives for an element depends on that element alone, so that
-            ranks can update parts of a leaf; see `Optimizer`.
+            ranks can update parts of a leaf; see `funcnet.Optimizer`.
 
     >>> def clip(limit):
     ...     return fn.optimizers.stateless(lambda g, p: g.clamp(-limit, limit))
@@ -77,7 +77,7 @@ def stateful(
         name: what errors and a chain's state call it; by default the constructor's name.
         needs_all_leaves: whether what the formula gives for a leaf depends on other leaves.
         elementwise: whether what it gives for an element depends on that element alone, so that
-            ranks can update parts of a leaf; see `Optimizer`.
+            ranks can update parts of a leaf; see `funcnet.Optimizer`.
 
     Updates have the dtypes of the params, and the state those that it had before.
 

@@ -50,7 +50,7 @@ def over_parts(optimizer: Optimizer, placements: Mapping[str, Splits]) -> Optimi
     what a layer has reduced.
 
     Args:
-        optimizer: an elementwise one, if there are parts; see `Optimizer`.
+        optimizer: an elementwise one, if there are parts; see `funcnet.Optimizer`.
         placements: what `placements` gives for the model.
 
     State: that of the optimizer.

@@ -31,7 +31,7 @@ def part(batch: Tree, mesh: Mesh, *, axis: AxisName = "data", equal: bool = True
 
     Raises:
         ValueError: fewer rows than ranks; leaves of different lengths; a number of rows that the
-            ranks do not divide, unless ``equal`` is False, and under `jit` in any case.
+            ranks do not divide, unless ``equal`` is False, and under `funcnet.jit` in any case.
 
     >>> import torch
     >>> part((torch.ones(4, 2), torch.zeros(4)), {"data": 1})[0].shape

@@ -15,17 +15,19 @@ def data_parallel(
 
     Each example then has the same y, gradients and state on any number of ranks, and the state is
     the same on all ranks. Layers that treat each example by itself are as they were. Those that
-    draw numbers, such as `dropout`, draw their rows of the one draw for the whole batch, with the
-    same key on all ranks. `batch_norm` takes the mean and the variance of all ranks' examples,
-    `experts` their capacity and balance. What other layers compute of them is a sum over ranks.
+    draw numbers, such as `funcnet.dropout`, draw their rows of the one draw for the whole batch,
+    with the same key on all ranks. `funcnet.batch_norm` takes the mean and the variance of all
+    ranks' examples, `funcnet.experts` their capacity and balance. What other layers compute of them
+    is a sum over ranks.
 
     The gradients are those of the rank's own loss, and for them the ranks must call the model
     together. For losses that are means over equal parts ``fn.distributed.mean(mesh)`` makes those
     of the whole batch of them; for others ``fn.distributed.total`` and ``fn.distributed.sum``.
 
     Args:
-        model: any layer. `jit`, `remat`, `cast`, `freeze` and other functions of layers may be in
-            it or around it; what replaces functions of layers goes around ``data_parallel(model)``.
+        model: any layer. `funcnet.jit`, `funcnet.remat`, `funcnet.cast`, `funcnet.freeze` and other
+            functions of layers may be in it or around it; what replaces functions of layers goes
+            around ``data_parallel(model)``.
         mesh: over whose axis the batch is parted, in the order of its ranks; see
             `funcnet.distributed.part`.
         equal: whether all ranks have as many examples. False: each layer that draws asks the other

@@ -34,7 +34,7 @@ def mean(mesh: Mesh, *, axis: AxisName = "data", bucket_bytes: int = BUCKET_BYTE
     their gradients already, and are left as they are: `funcnet.train_step` knows them, and
     `over_parts` tells them to an optimizer in a loop of one's own.
 
-    It is the first of a `chain`, so that what follows sees the same on all ranks. With
+    It is the first of a `funcnet.chain`, so that what follows sees the same on all ranks. With
     ``train_step(micro_batches=k)``, and within `funcnet.optimizers.accumulate`, gradients are added
     up on each rank, and reduced once. Half precision is summed in float32.
 

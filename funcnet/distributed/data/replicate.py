@@ -143,7 +143,7 @@ def replicated(
     It is `mean` for the params of a layer, in the backward pass itself: as soon as the layers in it
     have made gradients for a bucket, its reduction starts, and goes on while the layers before them
     make theirs. The pullback waits for all before it returns. So the more layers are in it, the
-    less the network's time is seen: it is best put around the whole net. Under `jit` the same
+    less the network's time is seen: it is best put around the whole net. Under ``jit`` the same
     buckets are reduced one after another, where the program comes to them.
 
     Args:

@@ -104,7 +104,7 @@ def zero(optimizer: Optimizer, mesh: Mesh, *, axis: str = "data", sums: bool = F
     pieces alone. A piece is a part of the leaf as a vector.
 
     Args:
-        optimizer: an elementwise one; see `Optimizer`. Norms of all leaves, as in
+        optimizer: an elementwise one; see `funcnet.Optimizer`. Norms of all leaves, as in
             `funcnet.optimizers.clip_by_global_norm`, are those of the whole gradients.
         mesh: a DeviceMesh, or a dict of the sizes of its axes.
         axis: the name of the axis.
@@ -118,8 +118,8 @@ def zero(optimizer: Optimizer, mesh: Mesh, *, axis: str = "data", sums: bool = F
         ValueError: an optimizer that is not elementwise; params that are parts over the axis
             already, as those of `sharded`; state of other params, or of another mesh.
 
-    Source: Rajbhandari et al. 2020, *ZeRO: memory optimizations toward training trillion parameter
-    models*; ``torch.distributed.optim.ZeroRedundancyOptimizer``.
+    Source: Rajbhandari et al. 2020, "ZeRO: memory optimizations toward training trillion parameter
+    models"; ``torch.distributed.optim.ZeroRedundancyOptimizer``.
 
     >>> optimizer = zero(fn.adam(0.1), {"data": 4})
     >>> params = {"w": torch.ones(6, 3, device="meta")}
