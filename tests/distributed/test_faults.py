@@ -143,10 +143,12 @@ def differ(kind):
     data = fn.distributed.axis_of(fn.distributed.mesh(), "data")
     first = data.index == 0
     cases = {
-        "shape": lambda: data.sum(torch.ones(7 if first else 9)),
-        "dtype": lambda: data.sum(torch.ones(8, dtype=torch.float64 if first else torch.float32)),
-        "kind": lambda: data.sum(torch.ones(12)) if first else data.gather(torch.ones(12)),
-        "jit": lambda: fn.jit(lambda x: data.sum(2 * x))(torch.ones(13 if first else 14)),
+        "shape": lambda: data.sum(torch.ones(1237 if first else 1259)),
+        "dtype": lambda: data.sum(
+            torch.ones(1277, dtype=torch.float64 if first else torch.float32)
+        ),
+        "kind": lambda: data.sum(torch.ones(1279)) if first else data.gather(torch.ones(1279)),
+        "jit": lambda: fn.jit(lambda x: data.sum(2 * x))(torch.ones(1283 if first else 1289)),
     }
     with pytest.raises(PeerError, match="the ranks do not do the same") as caught:
         cases[kind]()
@@ -159,9 +161,9 @@ def differ(kind):
     ("kind", "expected"),
     [
         ("shape", ("a sum of float32 (1237,)", "a sum of float32 (1259,)")),
-        ("dtype", ("a sum of float64 (8,)", "a sum of float32 (8,)")),
-        ("kind", ("a sum of float32 (12,)", "a gather of float32 (12,)")),
-        ("jit", ("a sum of float32 (13,)", "a sum of float32 (14,)")),
+        ("dtype", ("a sum of float64 (1277,)", "a sum of float32 (1277,)")),
+        ("kind", ("a sum of float32 (1279,)", "a gather of float32 (1279,)")),
+        ("jit", ("a sum of float32 (1283,)", "a sum of float32 (1289,)")),
     ],
 )
 def test_different_collectives_are_an_error_on_both_ranks_before_they_begin(
