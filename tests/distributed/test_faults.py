@@ -142,11 +142,10 @@ def test_every_collective_is_compared_if_asked_for():
 def differ(kind):
     data = fn.distributed.axis_of(fn.distributed.mesh(), "data")
     first = data.index == 0
+    wide = torch.float64 if first else torch.float32
     cases = {
         "shape": lambda: data.sum(torch.ones(1237 if first else 1259)),
-        "dtype": lambda: data.sum(
-            torch.ones(1277, dtype=torch.float64 if first else torch.float32)
-        ),
+        "dtype": lambda: data.sum(torch.ones(1277, dtype=wide)),
         "kind": lambda: data.sum(torch.ones(1279)) if first else data.gather(torch.ones(1279)),
         "jit": lambda: fn.jit(lambda x: data.sum(2 * x))(torch.ones(1283 if first else 1289)),
     }
