@@ -2,7 +2,6 @@
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
-from math import prod
 from typing import Any
 
 import torch
@@ -34,9 +33,7 @@ class BatchAxis(Axis):
     def before(self, rows: int, device: torch.device | None = None) -> Tensor:
         """How many rows the ranks before this one have, if it has ``rows``: a 0-d int64 tensor."""
         if self.equal or self.size == 1:
-            # In eager mode a number that can be read without waiting for a device.
-            there = is_transformed() or (device is not None and device.type == "meta")
-            return self.rank(device if there else None) * rows
+            return _rank(self, device) * rows
         rank = self.rank(device)
         ranks = torch.arange(self.size, device=device)
         return torch.where(ranks < rank, self._counts(rows, device), 0).sum()
@@ -49,6 +46,12 @@ class BatchAxis(Axis):
 
     def _counts(self, rows: int, device: torch.device | None) -> Tensor:
         return self.gather(torch.full((1,), rows, dtype=torch.int64, device=device))
+
+
+def _rank(axis: Axis, device: torch.device | None) -> Tensor:
+    """The rank; in eager mode a number that can be read without waiting for a device."""
+    there = is_transformed() or (device is not None and device.type == "meta")
+    return axis.rank(device if there else None)
 
 
 def first_index(
@@ -73,11 +76,7 @@ def first_index(
     if len(shape) < dim + 1 + (dim > 0):
         form = "(batch, *)" if dim == 0 else "(tokens, batch, *)"
         raise ValueError(f"{name}: expects a part of a batch, {form}, got one of shape {shape}")
-    before, width = axis.before(shape[dim], device), prod(shape[dim + 1 :])
-    if dim == 0:
-        return before * width
-    steps = torch.arange(prod(shape[:dim]), device=device).reshape(shape[:dim])
-    return (steps * axis.total(shape[dim], device) + before.to(device)) * width
+    return first_indices(shape, {dim: (axis, None)}, device)
 
 
 def first_indices(
@@ -105,8 +104,7 @@ def first_indices(
             before, total = axis.before(extent, device), axis.total(extent, device)
         elif axis is not None:
             total = axis.size * extent if size is None else size
-            there = is_transformed() or device.type == "meta"
-            before = axis.rank(device if there else None) * extent
+            before = _rank(axis, device) * extent
         if dim < last:
             steps = torch.arange(extent, device=device) + before
             start = start + (steps * width).reshape(-1, *[1] * (last - 1 - dim))

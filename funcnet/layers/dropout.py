@@ -7,7 +7,8 @@ import torch
 from torch import Tensor
 
 from funcnet import random
-from funcnet.batch_axis import BatchAxis, first_index
+from funcnet.batch_axis import BatchAxis, first_index, first_indices
+from funcnet.collectives import Axis
 from funcnet.core import EMPTY, Forward, Key, Layer, Params, Pullback
 from funcnet.errors import require
 from funcnet.layers.spatial import NAMES, spatial
@@ -25,13 +26,14 @@ def dropout_backward(dy: Tensor, scale: float, kept: Tensor | None = None) -> Te
     return dy if kept is None else torch.where(kept, dy * scale, 0.0)
 
 
-def _dropping(
+def dropping(
     name: str,
     p: float,
     draws: Callable[[Shape], Shape],
     alpha: bool = False,
     declaration: Callable[[Tensor], Mapping[str, Param]] = require_floating,
     least: int = 1,
+    parts: tuple[Axis, int, int | None] | None = None,
 ) -> Layer:
     """``y = scale x + shift`` where it is kept, else one number, drawn for each mask element.
 
@@ -43,6 +45,8 @@ def _dropping(
             and shifted to keep mean 0 and variance 1; else 0, and the mean is kept.
         declaration: refuses an x that does not fit.
         least: the fewest dimensions of a batch.
+        parts: where x is a rank's part along another dimension than the batch: the ranks, that
+            dimension, and its whole size, None for that of all parts. It is of values then.
     """
     require(0.0 <= p <= 1.0, f"{name}: p must be in [0, 1], got {p}")
     scale, shift, dropped = (1.0 / (1.0 - p) if p < 1.0 else 0.0), 0.0, 0.0
@@ -62,9 +66,12 @@ def _dropping(
         residuals = {}
         if train and key is not None and p > 0.0:
             shape = draws(tuple(x.shape))
-            if axis is not None and draws is not _of_values:
+            if axis is not None and draws is not of_values:
                 require_batch(name, x, least, axis)
-            start = first_index(axis, name, shape, x.device) if shape else 0
+            if parts is not None:
+                start = _start_of_part(x, parts, axis)
+            else:
+                start = first_index(axis, name, shape, x.device) if shape else 0
             kept = random.bernoulli(key, 1.0 - p, shape, device=x.device, start=start)
             residuals["kept"] = kept
             scaled = x * scale + shift if alpha else x * scale
@@ -74,6 +81,17 @@ def _dropping(
     return stateful(declare(declaration), forward, keyed=p > 0.0, name=name, takes_axis=True)
 
 
+def _start_of_part(
+    x: Tensor, parts: tuple[Axis, int, int | None], axis: BatchAxis | None
+) -> int | Tensor:
+    """Where a part of the mask starts that is one along two dimensions."""
+    ranks, dim, size = parts
+    places: dict[int, tuple[Axis, int | None]] = {dim % x.dim(): (ranks, size)}
+    if axis is not None:
+        places[axis.dim] = axis, None
+    return first_indices(x.shape, places, x.device)
+
+
 def require_batch(name: str, x: Tensor, least: int, axis: BatchAxis) -> None:
     """Raise ValueError for a part of a batch that has fewer dimensions, or the batch elsewhere."""
     what = f"expects a part of a batch, of at least {least} dimensions"
@@ -81,7 +99,8 @@ def require_batch(name: str, x: Tensor, least: int, axis: BatchAxis) -> None:
     require(axis.dim == 0, f"{name}: expects the batch in dimension 0, got dim={axis.dim}")
 
 
-def _of_values(shape: Shape) -> Shape:
+def of_values(shape: Shape) -> Shape:
+    """Draws for each value one."""
     return shape
 
 
@@ -119,7 +138,7 @@ def dropout(p: float = 0.5) -> Layer:
     >>> fn.dropout(0.5).apply({}, torch.ones(6), key=fn.key(0), train=True)[0]
     tensor([0., 0., 2., 2., 0., 2.])
     """
-    return _dropping("dropout", p, _of_values)
+    return dropping("dropout", p, of_values)
 
 
 def _dropout(dims: int, p: float = 0.5) -> Layer:
@@ -159,7 +178,7 @@ def _dropout(dims: int, p: float = 0.5) -> Layer:
         return _of_channels((1, *shape))[1:] if single else _of_channels(shape)
 
     least = 3 if dims == 2 else dims + 2
-    return _dropping(f"dropout{dims}d", p, draws, declaration=declaration, least=least)
+    return dropping(f"dropout{dims}d", p, draws, declaration=declaration, least=least)
 
 
 dropout1d, dropout2d, dropout3d = (spatial(_dropout, dims) for dims in (1, 2, 3))
@@ -188,7 +207,7 @@ def alpha_dropout(p: float = 0.5) -> Layer:
     >>> fn.alpha_dropout(0.5).apply({}, torch.zeros(6), key=fn.key(0), train=True)[0]
     tensor([-0.7792, -0.7792,  0.7792,  0.7792, -0.7792,  0.7792])
     """
-    return _dropping("alpha_dropout", p, _of_values, alpha=True)
+    return dropping("alpha_dropout", p, of_values, alpha=True)
 
 
 def feature_alpha_dropout(p: float = 0.5) -> Layer:
@@ -220,7 +239,7 @@ def feature_alpha_dropout(p: float = 0.5) -> Layer:
         require(x.dim() >= 2, f"expects (batch, channels, *), got {tuple(x.shape)}")
         return EMPTY
 
-    return _dropping("feature_alpha_dropout", p, _of_channels, alpha=True, declaration=declaration)
+    return dropping("feature_alpha_dropout", p, _of_channels, alpha=True, declaration=declaration)
 
 
 def drop_path(p: float = 0.1, mode: str = "row") -> Layer:
@@ -256,4 +275,4 @@ def drop_path(p: float = 0.1, mode: str = "row") -> Layer:
         return EMPTY
 
     draws = _of_examples if mode == "row" else _of_the_batch
-    return _dropping("drop_path", p, draws, declaration=declaration)
+    return dropping("drop_path", p, draws, declaration=declaration)

@@ -7,7 +7,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from funcnet.collectives import Split
+from funcnet.collectives import Split, sum_dtype
 from funcnet.runtime import is_transformed
 
 _MOST_MESSAGES = 64
@@ -55,7 +55,7 @@ def reduced(
     Half precision is summed in float32. See `gathered` for the arguments.
     """
     kinds = [whole.dtype for whole in wholes]
-    dtypes = [torch.promote_types(kind, torch.float32) for kind in kinds]
+    dtypes = [*map(sum_dtype, kinds)]
     filled = [_Filled(1, split.part_shape[0]) for split in splits]
     rows: dict[int, Tensor] = {}
     parts: list[Any] = [None] * len(wholes)

@@ -1,23 +1,18 @@
 """Layers between the parallel ones: dropout of a part, and what is done to each token alone."""
 
-from math import prod
 from typing import Any
 
-import torch
-from torch import Tensor
-
-from funcnet import random, tree
-from funcnet.batch_axis import BatchAxis, first_indices
+from funcnet import tree
 from funcnet.checks import check_kind
 from funcnet.collectives import Axis
 from funcnet.core import Forward, Grads, Key, Layer, Params, Pullback, Tree, around, pull
 from funcnet.deferred import defers, mapped
+from funcnet.distributed.data.buckets import all_summed
 from funcnet.distributed.processes.start import Mesh
 from funcnet.distributed.tensor_parallel.parting import axis_for
 from funcnet.errors import require
-from funcnet.layers.dropout import dropout, dropout_backward
-from funcnet.lift import backward_rule, require_floating, stateful
-from funcnet.params import declare
+from funcnet.layers.dropout import dropout, dropping, of_values
+from funcnet.lift import stateful
 
 
 def parted_dropout(p: float, parts: Axis, dim: int, size: int | None = None) -> Layer:
@@ -29,32 +24,9 @@ def parted_dropout(p: float, parts: Axis, dim: int, size: int | None = None) -> 
         dim: the dimension that is parted.
         size: that of the whole; default that of all parts.
     """
-    whole = dropout(p)
-    if parts.size == 1 or not whole.takes_key:
-        return whole
-    scale = 1.0 / (1.0 - p) if p < 1.0 else 0.0
-
-    def forward(
-        params: Params,
-        x: Tensor,
-        state: Params,
-        key: Key,
-        train: bool,
-        axis: BatchAxis | None = None,
-    ) -> Forward:
-        residuals = {}
-        if train and key is not None:
-            places: Any = {dim % x.dim(): (parts, size)}
-            if axis is not None:
-                places[axis.dim] = axis, None
-            start = first_indices(x.shape, places, x.device)
-            kept = random.bernoulli(key, 1.0 - p, x.shape, device=x.device, start=start)
-            residuals["kept"] = kept
-            x = torch.where(kept, x * scale, 0.0)
-        return x, Pullback(backward_rule, residuals, (dropout_backward, scale)), state
-
-    declared = declare(require_floating)
-    return stateful(declared, forward, keyed=True, name="dropout", takes_axis=True)
+    if parts.size == 1:
+        return dropout(p)
+    return dropping("dropout", p, of_values, parts=(parts, dim, size))
 
 
 @defers
@@ -67,13 +39,7 @@ def own_tokens_rule(residuals: Any, dy: Tree, axis: Axis, *, params: bool, x: bo
 def summed(dparams: Params, residuals: None, axis: Axis) -> Params:
     """The sum of the ranks' gradients, of one layer at a time in one message."""
     leaves, treedef = tree.flatten(dparams)
-    if len({leaf.dtype for leaf in leaves}) != 1:
-        return tree.map(axis.sum, dparams)
-    total = axis.sum(torch.cat([leaf.flatten() for leaf in leaves]))
-    parts = total.split([prod(leaf.shape) for leaf in leaves])
-    return treedef.unflatten(
-        [part.reshape(leaf.shape) for part, leaf in zip(parts, leaves, strict=True)]
-    )
+    return treedef.unflatten(all_summed(axis, leaves))
 
 
 def own_tokens(layer: Layer, mesh: Mesh, *, axis: str = "model") -> Layer:
