@@ -14,6 +14,7 @@ MODULES = sorted(PACKAGE.rglob("*.py"))
 ORDER = [
     {
         "errors",
+        "file_locks",
         "reference",
         "runtime",
         "tree",

@@ -5,18 +5,12 @@ import errno
 import os
 import stat
 from collections.abc import Iterator
+from contextlib import AbstractContextManager
 from pathlib import Path
-from types import ModuleType
 from typing import IO, Any
 
+from funcnet import file_locks
 from funcnet.checkpoint.direct import Sink, opened
-
-try:
-    import fcntl as _fcntl
-
-    fcntl: ModuleType | None = _fcntl
-except ImportError:  # Windows
-    fcntl = None
 
 _BUFFER = 2**17
 """Small tensors are written together, great ones without a copy."""
@@ -64,40 +58,13 @@ def synced(path: Path) -> Iterator[Sink]:
         yield file
 
 
-@contextlib.contextmanager
-def locked(path: Path) -> Iterator[None]:
+def locked(path: Path) -> AbstractContextManager[None]:
     """A block that one process of those that share a folder has to itself, for ``path``.
 
     Raises:
         BlockingIOError: another one is in it.
     """
-    if fcntl is None:
-        yield
-        return
-    mark = path.with_name(f"{_prefix(path)}lock")
-    while True:
-        with open(mark, "ab") as file:
-            try:
-                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except BlockingIOError:
-                raise
-            except OSError:  # a file system without locks
-                yield
-                return
-            if _is_at(mark, file):
-                try:
-                    yield
-                finally:
-                    mark.unlink(missing_ok=True)
-                return
-            # Else the one who had it has just removed it.
-
-
-def _is_at(path: Path, file: IO[bytes]) -> bool:
-    try:
-        return path.stat().st_ino == os.fstat(file.fileno()).st_ino
-    except FileNotFoundError:
-        return False
+    return file_locks.locked(path.with_name(f"{_prefix(path)}lock"))
 
 
 def _sync(file: IO[bytes]) -> None:
@@ -126,9 +93,8 @@ def _file_aside(path: Path) -> tuple[IO[bytes], Path]:
     while True:
         aside = path.with_name(f"{_prefix(path)}{os.urandom(4).hex()}.part")
         file = open(aside, "xb", buffering=_BUFFER)  # noqa: SIM115
-        if fcntl is not None:
-            with contextlib.suppress(OSError):  # a file system without locks
-                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        with contextlib.suppress(OSError):  # a file system without locks
+            file_locks.lock(file)
         if aside.exists():  # else another process took it for one left behind, before the lock
             return file, aside
         file.close()
@@ -136,12 +102,12 @@ def _file_aside(path: Path) -> tuple[IO[bytes], Path]:
 
 def _remove_left_behind(path: Path) -> None:
     """Remove what processes that were killed while they wrote ``path`` left behind."""
-    if fcntl is None:
+    if not file_locks.CAN_LOCK:
         return
     names = [name for name in os.listdir(path.parent) if name.startswith(_prefix(path))]
     for name in names:
         left = path.with_name(name)
         if left.suffix == ".part":
             with contextlib.suppress(OSError), open(left, "rb") as file:
-                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                file_locks.lock(file)
                 left.unlink()

@@ -15,12 +15,8 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import IO
 
-try:
-    import fcntl
-except ImportError:  # Windows
-    fcntl = None  # type: ignore[assignment]
-
 from funcnet.compiler.errors import UnsafeCacheError, say_once
+from funcnet.file_locks import locked
 
 _DIGEST = hashlib.sha256().digest_size
 _HOUR = 60 * 60
@@ -121,16 +117,14 @@ def keep(name: str, kept: bytes) -> Path | None:
 def alone(key: str) -> Iterator[None]:
     """Wait until no other process makes what has this key: the ranks of a machine all want it.
 
-    Where there is no folder to lock a file in, each makes its own. A lock goes with its process.
+    Where there is no folder to lock a file in, each makes its own.
     """
     with contextlib.ExitStack() as stack:
         with contextlib.suppress(OSError, RuntimeError):
             folder = cache_dir()
             folder.mkdir(mode=0o700, parents=True, exist_ok=True)
-            if fcntl is not None and not _others(folder):
-                # Keys that begin alike share a file, so that there are only so many.
-                file = stack.enter_context(open(folder / f".{key[:2]}.lock", "w"))
-                fcntl.flock(file, fcntl.LOCK_EX)
+            if not _others(folder):
+                stack.enter_context(locked(folder / f".{key}.lock", wait=True))
         yield
 
 
