@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from funcnet import tree
-from funcnet.compiler.signature import recognized
+from funcnet.compiler.signature import register_node
 
 Tree = Any
 
@@ -107,13 +107,7 @@ def _unflatten(metadata: Any, children: Any) -> Any:
     return Deferred(rule, parts, static)
 
 
-optree.register_pytree_node(
-    Deferred,  # type: ignore[arg-type]
-    _flatten,
-    _unflatten,
-    namespace=optree.registry.__GLOBAL_NAMESPACE,
-)
-recognized(Deferred, ("parts",), ("rule", "static"))
+register_node(Deferred, _flatten, _unflatten, ("parts",), ("rule", "static"))
 
 
 class Defer:

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from funcnet import tree
 from funcnet.compiler import loops
-from funcnet.compiler.signature import recognized
+from funcnet.compiler.signature import register_node
 from funcnet.deferred import (
     DEFER,
     Defer,
@@ -176,13 +176,7 @@ def _register(kind: type[Pullback]) -> None:
         pullback.expected = expected
         return pullback
 
-    optree.register_pytree_node(
-        kind,  # type: ignore[arg-type]
-        flatten,
-        unflatten,
-        namespace=optree.registry.__GLOBAL_NAMESPACE,
-    )
-    recognized(kind, ("residuals",), ("rule", "static", "expected"))
+    register_node(kind, flatten, unflatten, ("residuals",), ("rule", "static", "expected"))
 
 
 _register(Pullback)

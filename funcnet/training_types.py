@@ -144,10 +144,15 @@ class Optimizer(Constructed, _OptimizerFunctions):
         "updates, opt_state = optimizer.update(grads, opt_state, params)"
     )
 
+    @property
+    def metadata(self) -> dict[str, Any]:
+        """``needs_all_leaves``, ``elementwise`` and ``reduces``, for an optimizer like this one."""
+        names = "needs_all_leaves", "elementwise", "reduces"
+        return {name: getattr(self, name) for name in names}
+
     def _replace(self, **changes: Any) -> "Optimizer":
-        more: Any = self.name, None, self.loss_scale, self.needs_all_leaves, self.elementwise
-        more = (*more, self.reduces)
-        optimizer = Optimizer(*super()._replace(**changes), *more)
+        functions = super()._replace(**changes)
+        optimizer = Optimizer(*functions, self.name, None, self.loss_scale, **self.metadata)
         optimizer.call = self.call
         return optimizer
 

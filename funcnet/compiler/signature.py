@@ -237,11 +237,25 @@ def recognizer(
 _NODES: dict[type, tuple[tuple[str, ...], tuple[str, ...]]] = {}
 
 
-def recognized(kind: type, children: tuple[str, ...], metadata: tuple[str, ...]) -> None:
-    """Let a `Recognizer` know a class of nodes, by the names of its children and its metadata.
+def register_node(
+    kind: Any,
+    flatten: Callable[[Any], tuple[Any, Any, Any]],
+    unflatten: Callable[[Any, Any], Any],
+    children: tuple[str, ...],
+    metadata: tuple[str, ...],
+) -> None:
+    """Let trees have nodes of a class, and a `Recognizer` know them.
 
     Metadata that is equal, but another object, is not recognized.
+
+    Args:
+        kind: the class.
+        flatten, unflatten: as for ``optree.register_pytree_node``.
+        children: the names of the attributes that are the node's children.
+        metadata: those of the others.
     """
+    everywhere = optree.registry.__GLOBAL_NAMESPACE
+    optree.register_pytree_node(kind, flatten, unflatten, namespace=everywhere)
     _NODES[kind] = children, metadata
 
 
@@ -249,7 +263,7 @@ def _order_check(args: Any) -> Callable[[Any], bool] | None:
     """A function that tells whether the dicts in a tree have their entries in this order.
 
     And whether the metadata of nodes is the same. None for trees with nodes other than those that
-    are `recognized`, tuples, lists, and dicts with strings as names.
+    are registered here, tuples, lists, and dicts with strings as names.
     """
     keys: list[list[str]] = []
     fixed: list[Any] = []

@@ -102,8 +102,7 @@ def inject_hyperparams(
                 updates, inner = leaves_update(made(hyperparams))(g, inner, trees)
             return updates, InjectHyperparamsState(step + 1, hyperparams, inner)
 
-        told: Any = example.needs_all_leaves, example.elementwise, example.reduces
-        return lifted(_NAME, init_state, update_leaves, *told)
+        return lifted(_NAME, init_state, update_leaves, **example.metadata)
 
     return make
 

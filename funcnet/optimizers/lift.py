@@ -39,6 +39,7 @@ def stateless(
         needs_all_leaves: whether what the formula gives for a leaf depends on other leaves.
         elementwise: whether what it gives for an element depends on that element alone, so that
             ranks can update parts of a leaf; see `funcnet.Optimizer`.
+        reduces: over which ranks it reduces the gradients, and how; see `funcnet.Optimizer`.
 
     >>> def clip(limit):
     ...     return fn.optimizers.stateless(lambda g, p: g.clamp(-limit, limit))
@@ -55,8 +56,8 @@ def stateless(
             refuse_state(name, opt_state)
         return formula(g, trees.params).to_dtypes(trees.params), {}
 
-    told: Any = needs_all_leaves, elementwise, reduces
-    return lifted(name, lambda params: {}, update_leaves, *told)
+    told: Any = {"needs_all_leaves": needs_all_leaves, "elementwise": elementwise}
+    return lifted(name, lambda params: {}, update_leaves, reduces=reduces, **told)
 
 
 def stateful(
@@ -257,8 +258,24 @@ def lifted(
         return trees.join(updates), opt_state
 
     told: Any = {"needs_all_leaves": needs_all_leaves, "elementwise": elementwise}
-    told["reduces"] = reduces
-    return Optimizer(checked_init_state, update, name, update_leaves, **told)
+    return Optimizer(checked_init_state, update, name, update_leaves, reduces=reduces, **told)
+
+
+def with_trees(name: str, optimizer: Optimizer, change: Callable[[Trees], Trees]) -> Optimizer:
+    """The optimizer, of params of which it is told more."""
+    inside = leaves_update(optimizer)
+
+    def update_leaves(g: Leaves, opt_state: Tree, trees: Trees) -> tuple[Leaves, Tree]:
+        return inside(g, opt_state, change(trees))
+
+    made = lifted(name, optimizer.init_state, update_leaves, **optimizer.metadata)
+    return with_loss_scale(made, optimizer.loss_scale)
+
+
+def with_loss_scale(optimizer: Optimizer, loss_scale: Callable[[Tree], Tensor] | None) -> Optimizer:
+    """The optimizer, whose gradients are to be those of the loss times a scale of its state's."""
+    told: Any = optimizer.update_leaves, loss_scale
+    return Optimizer(*optimizer, optimizer.name, *told, **optimizer.metadata)
 
 
 def paths(p: Any) -> Sequence[str]:

@@ -13,7 +13,7 @@ from funcnet.optimizers.checks import check_options, check_positive
 from funcnet.optimizers.choose import choose
 from funcnet.optimizers.clipping import global_norm
 from funcnet.optimizers.control import on_all_ranks
-from funcnet.optimizers.lift import around, paths, zero_step
+from funcnet.optimizers.lift import around, paths, with_loss_scale, zero_step
 
 
 class LossScaleState(NamedTuple):
@@ -104,10 +104,8 @@ def dynamic_loss_scale(
         scale = torch.where(finite, torch.where(grows, grown, scale), backoff * scale)
         return scale, torch.where(count == interval, 0, count)
 
-    made = around(optimizer, init, update, elementwise=True)
-    told: Any = made.update_leaves, lambda opt_state: opt_state.scale, True, made.elementwise
-    told = (*told, made.reduces)
-    return Optimizer(*made, name, *told)
+    made = around(optimizer, init, update, name=name, needs_all_leaves=True, elementwise=True)
+    return with_loss_scale(made, lambda opt_state: opt_state.scale)
 
 
 def check_outermost(optimizer: Optimizer, opt_state: Tree) -> None:

@@ -4,14 +4,12 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
-from torch import Tensor
 
 from funcnet import tree
 from funcnet.checks import check_kind
-from funcnet.core import Layer, Optimizer, Tree
+from funcnet.core import Layer, Optimizer
 from funcnet.errors import require
-from funcnet.optimizers.leaves import Leaves
-from funcnet.optimizers.lift import Trees, leaves_update, lifted, paths
+from funcnet.optimizers.lift import Trees, paths, with_trees
 from funcnet.parted_params import Splits, has_parts, placements
 from funcnet.runtime import untraced
 
@@ -84,30 +82,13 @@ def over_parts(optimizer: Optimizer, placements: Mapping[str, Splits]) -> Optimi
                 f"{name}: the gradient of {path!r} is the {split.reduced} of the ranks', and "
                 f"{optimizer.name} takes the {' and '.join(other)}: see `sums` of the layer",
             )
-    inside = leaves_update(optimizer)
 
-    def update_leaves(g: Leaves, opt_state: Tree, trees: Trees) -> tuple[Leaves, Tree]:
+    def told(trees: Trees) -> Trees:
         axes, before = [], trees.params.axes or [()] * len(trees.shapes)
         for path, known in zip(paths(trees.params), before, strict=True):
             if path not in axes_of:
                 raise ValueError(f"{name}: placements has no {path!r}, only {list(axes_of)}")
             axes.append((*known, *[axis for axis in axes_of[path] if axis not in known]))
-        return inside(g, opt_state, trees.over(axes))
+        return trees.over(axes)
 
-    told: Any = optimizer.needs_all_leaves, optimizer.elementwise, optimizer.reduces
-    made = lifted(name, optimizer.init_state, update_leaves, *told)
-    return with_scale_of(made, optimizer, lambda opt_state: opt_state)
-
-
-def with_scale_of(made: Optimizer, optimizer: Optimizer, state_of: Any) -> Optimizer:
-    """An optimizer around another one, with its loss scale."""
-    scale = optimizer.loss_scale
-    if scale is None:
-        return made
-
-    def loss_scale(opt_state: Tree) -> Tensor:
-        return scale(state_of(opt_state))
-
-    told: Any = made.update_leaves, loss_scale, made.needs_all_leaves, made.elementwise
-    told = (*told, made.reduces)
-    return Optimizer(*made, made.name, *told)
+    return with_trees(name, optimizer, told)

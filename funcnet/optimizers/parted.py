@@ -50,8 +50,8 @@ def masked(optimizer: Optimizer, where: Where, *, name: str = "masked") -> Optim
             updates, opt_state = inside(part.take(g), opt_state, part.trees(trees))
         return part.put(updates, g.to_dtypes(trees.params)), opt_state
 
-    told: Any = optimizer.elementwise, optimizer.reduces
-    return lifted(name, init_state, update_leaves, True, *told)
+    told = {**optimizer.metadata, "needs_all_leaves": True}
+    return lifted(name, init_state, update_leaves, **told)
 
 
 def partition(optimizers: Mapping[str, Optimizer], rules: Mapping[str, Where]) -> Optimizer:

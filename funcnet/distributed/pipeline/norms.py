@@ -5,10 +5,9 @@ from collections.abc import Mapping, Sequence
 import torch
 
 from funcnet.collectives import Axis
-from funcnet.core import Optimizer, Tree
-from funcnet.optimizers.leaves import Across, Leaves
-from funcnet.optimizers.lift import leaves_update, lifted
-from funcnet.optimizers.param_trees import Trees
+from funcnet.core import Optimizer
+from funcnet.optimizers.leaves import Across
+from funcnet.optimizers.lift import with_trees
 
 
 def over_stages(
@@ -25,14 +24,8 @@ def over_stages(
     >>> over_stages(fn.sgd(0.1), Axis("pipe", 1, ""), {}, torch.device("cpu")).name
     'sgd'
     """
-    inside = leaves_update(optimizer)
     if axis.size == 1:
         return optimizer
     elsewhere = frozenset([path for path, stages in tied.items() if stages[0] != axis.index])
     across = Across(axis, elsewhere, device)
-
-    def update_leaves(g: Leaves, opt_state: Tree, trees: Trees) -> tuple[Leaves, Tree]:
-        return inside(g, opt_state, trees.across(across))
-
-    told = optimizer.needs_all_leaves, optimizer.elementwise
-    return lifted(optimizer.name, optimizer.init_state, update_leaves, *told)
+    return with_trees(optimizer.name, optimizer, lambda trees: trees.across(across))

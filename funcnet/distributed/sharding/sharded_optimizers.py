@@ -3,21 +3,19 @@
 from functools import lru_cache
 from typing import Any
 
-import optree
 import torch
 
 from funcnet import tree
 from funcnet.checks import check_kind
 from funcnet.collectives import Axis, Split
-from funcnet.compiler.signature import recognized
+from funcnet.compiler.signature import register_node
 from funcnet.core import Optimizer, Params, Tree
 from funcnet.distributed.processes.start import Mesh, axis_of
 from funcnet.distributed.sharding.flat_messages import gathered, own_piece, reduced
 from funcnet.errors import located, require
 from funcnet.optimizers.averaging import eval_params
 from funcnet.optimizers.leaves import Leaves
-from funcnet.optimizers.lift import leaves_update, lifted, paths
-from funcnet.optimizers.over_ranks import with_scale_of
+from funcnet.optimizers.lift import leaves_update, lifted, paths, with_loss_scale
 from funcnet.optimizers.param_trees import Trees
 from funcnet.parted_params import Splits
 
@@ -83,13 +81,7 @@ def _unflatten(splits: Any, children: Any) -> Any:
     return ZeroState(children[0], splits)
 
 
-optree.register_pytree_node(
-    ZeroState,  # type: ignore[arg-type]
-    _flatten,
-    _unflatten,
-    namespace=optree.registry.__GLOBAL_NAMESPACE,
-)
-recognized(ZeroState, ("inner",), ("splits",))
+register_node(ZeroState, _flatten, _unflatten, ("inner",), ("splits",))
 
 
 def zero(optimizer: Optimizer, mesh: Mesh, *, axis: str = "data", sums: bool = False) -> Optimizer:
@@ -162,7 +154,8 @@ def zero(optimizer: Optimizer, mesh: Mesh, *, axis: str = "data", sums: bool = F
 
     reduces = (("sum" if sums else "mean", over),) if over.size > 1 else ()
     made = lifted("zero", init_state, update_leaves, True, True, reduces)
-    return with_scale_of(made, optimizer, lambda opt_state: opt_state.inner)
+    scale = optimizer.loss_scale
+    return with_loss_scale(made, scale and (lambda opt_state: scale(opt_state.inner)))
 
 
 @lru_cache(maxsize=16)
