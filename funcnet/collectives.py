@@ -19,6 +19,7 @@ from funcnet.ranks import (
     collective as collective,
     forget as forget,
     group_of as group_of,
+    peer_errors as peer_errors,
     register as register,
     sum_dtype as sum_dtype,
 )

@@ -24,7 +24,11 @@ def placements(model: Layer, x: Tree) -> dict[str, Splits]:
     >>> placements(fn.linear(2), torch.ones(5, 3))
     {'weight': (), 'bias': ()}
     """
-    found, params = placed_by_layers(model, x)
+    return placements_of(*placed_by_layers(model, x))
+
+
+def placements_of(found: Mapping[str, list[Split]], params: Params) -> dict[str, Splits]:
+    """`placements` from what `placed_by_layers` finds."""
     return {
         path: stacked(tuple(leaf.shape), found.get(path, []))
         for path, leaf in tree.to_dotted(params).items()

@@ -200,6 +200,18 @@ def _into_reduce_scatter(out: Tensor, x: Tensor, key: str) -> Tensor:
 
 
 @contextmanager
+def peer_errors(group: Group, what: str) -> Iterator[None]:
+    """What fails within is raised as an error that names the ranks at fault."""
+    try:
+        yield
+    except Exception as error:
+        raised = group.failed(what, error)
+        if raised is error:
+            raise
+        raise raised from error
+
+
+@contextmanager
 def collective(it: Collective, begins: bool = True) -> Iterator[Group]:
     """The group of its axis, to communicate within; what fails there is a `PeerError`.
 
@@ -208,13 +220,9 @@ def collective(it: Collective, begins: bool = True) -> Iterator[Group]:
     """
     group = group_of(it.key)
     try:
-        group.enters(group, it, begins)
-        yield group
-    except Exception as error:
-        raised = group.failed(f"{it.what} over {it.key}", error)
-        if raised is error:
-            raise
-        raise raised from error
+        with peer_errors(group, f"{it.what} over {it.key}"):
+            group.enters(group, it, begins)
+            yield group
     finally:
         group.leaves()
 

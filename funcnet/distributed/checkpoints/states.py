@@ -14,7 +14,7 @@ from funcnet.collectives import Split
 from funcnet.core import Layer, TrainState, Tree
 from funcnet.distributed.sharding.sharded_optimizers import ZeroState
 from funcnet.errors import require
-from funcnet.parted_params import Splits, placed_by_layers, placements, stacked
+from funcnet.parted_params import Splits, placed_by_layers, placements_of, stacked
 
 
 def state_placements(train_state: TrainState, model: Layer, x: Tree) -> dict[str, Splits]:
@@ -41,7 +41,8 @@ def state_placements(train_state: TrainState, model: Layer, x: Tree) -> dict[str
     >>> placed["params.weight"], placed["opt_state.scale_by_adam.mu.weight"]
     ((), ())
     """
-    placed, (by_layers, _) = placements(model, x), placed_by_layers(model, x)
+    by_layers, own = placed_by_layers(model, x)
+    placed = placements_of(by_layers, own)
     params = {path: tuple(leaf.shape) for path, leaf in tree.to_dotted(train_state.params).items()}
     for path, shape in params.items():
         require(path in placed, f"state_placements: the model has no parameter {path!r}")

@@ -13,9 +13,9 @@ from torch import Tensor
 from torch.distributed.device_mesh import DeviceMesh
 
 from funcnet import tree
-from funcnet.collectives import Axis, group_of, register
+from funcnet.collectives import Axis, group_of, peer_errors, register
 from funcnet.core import Tree
-from funcnet.distributed.processes.start import Mesh, group_timeout
+from funcnet.distributed.processes.start import Mesh, subgroup
 
 
 def backwards(mesh: Mesh, axis: Axis) -> str:
@@ -31,10 +31,8 @@ def backwards(mesh: Mesh, axis: Axis) -> str:
         group_of(name)
         return name
     dim = (mesh.mesh_dim_names or ()).index(axis.name)
-    for ranks in mesh.mesh.movedim(dim, -1).reshape(-1, axis.size).tolist():
-        made = dist.new_group(ranks, timeout=group_timeout())
-        if dist.get_rank() in ranks:
-            register(name, replace(group_of(axis.key), process_group=made))
+    made = subgroup(mesh.mesh, [dim])
+    register(name, replace(group_of(axis.key), process_group=made))
     return name
 
 
@@ -221,10 +219,8 @@ def own_device(device: torch.device) -> torch.device:
 
 
 def _within(key: str, function: Any, *args: Any, **options: Any) -> None:
-    try:
+    with peer_errors(group_of(key), f"a message to all over {key}"):
         function(*args, **options)
-    except Exception as error:
-        raise group_of(key).failed(f"a message to all over {key}", error) from error
 
 
 def _call(key: str, what: str, other: int, function: Any, *args: Any, **options: Any) -> Any:
@@ -233,7 +229,5 @@ def _call(key: str, what: str, other: int, function: Any, *args: Any, **options:
         options |= {"group": group.process_group, "group_src": other}
     elif function is dist.isend:
         options |= {"group": group.process_group, "group_dst": other}
-    try:
+    with peer_errors(group, f"a tensor {what} stage {other} over {key}"):
         return function(*args, **options)
-    except Exception as error:
-        raise group.failed(f"a tensor {what} stage {other} over {key}", error) from error

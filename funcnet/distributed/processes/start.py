@@ -2,7 +2,7 @@
 
 import atexit
 import os
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from datetime import timedelta
 from functools import partial
@@ -11,6 +11,7 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
+from torch import Tensor
 from torch.distributed.device_mesh import DeviceMesh
 
 from funcnet.collectives import Axis, Group, forget, register
@@ -181,17 +182,10 @@ def _made(sizes: tuple[int, ...]) -> DeviceMesh:
     """A mesh whose groups have the timeout of `initialize`; those of torch's own do not."""
     world = dist.get_world_size()
     ranks = torch.arange(world, dtype=torch.int32).reshape(sizes)
-    limit = group_timeout()
-    groups: list[Any] = []
-    for dim, size in enumerate(sizes):
-        group: Any = dist.group.WORLD
-        if size < world:
-            rows = ranks.movedim(dim, -1).reshape(-1, size).tolist()
-            try:
-                group, _ = dist.new_subgroups_by_enumeration(rows, timeout=limit)
-            except RuntimeError as error:
-                raise _failed(_rank_name, "mesh", error) from error
-        groups.append(group)
+    groups: list[Any] = [
+        dist.group.WORLD if size == world else subgroup(ranks, [dim])
+        for dim, size in enumerate(sizes)
+    ]
     kind = "cuda" if dist.get_backend() == "nccl" else "cpu"
     return DeviceMesh.from_group(groups, kind, ranks, mesh_dim_names=AXES)
 
@@ -238,17 +232,27 @@ def _joint(mesh: DeviceMesh, names: list[str]) -> Any:
     all_names = list(mesh.mesh_dim_names or ())
     key = (mesh.shape, *names)
     if key not in _JOINT:
-        dims = [all_names.index(each) for each in names]
-        last = [*range(mesh.ndim - len(dims), mesh.ndim)]
-        size = prod([mesh.shape[dim] for dim in dims])
-        rows = mesh.mesh.movedim(dims, last).reshape(-1, size)
-        _JOINT[key], _ = dist.new_subgroups_by_enumeration(rows.tolist(), timeout=group_timeout())
+        _JOINT[key] = subgroup(mesh.mesh, [all_names.index(each) for each in names])
     return _JOINT[key]
 
 
-def group_timeout() -> timedelta | None:
-    """That of `initialize`, which groups of one's own are to be given too: torch forgets it."""
-    return _TIMEOUTS[-1] if _TIMEOUTS else None
+def subgroup(ranks: Tensor, dims: Sequence[int]) -> Any:
+    """This process's group of those whose places differ along these dimensions alone.
+
+    All ranks make it together. It has the timeout of `initialize`, which torch forgets.
+
+    Args:
+        ranks: of the mesh, at their places.
+        dims: the dimensions; of several the last one's ranks are next to each other.
+    """
+    last = [*range(ranks.dim() - len(dims), ranks.dim())]
+    rows = ranks.movedim([*dims], last).reshape(-1, prod([ranks.shape[dim] for dim in dims]))
+    limit = _TIMEOUTS[-1] if _TIMEOUTS else None
+    try:
+        group, _ = dist.new_subgroups_by_enumeration(rows.tolist(), timeout=limit)
+    except RuntimeError as error:
+        raise _failed(_rank_name, "mesh", error) from error
+    return group
 
 
 def rank_name(mesh: DeviceMesh, rank: int) -> str:
