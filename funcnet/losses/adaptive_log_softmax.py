@@ -8,21 +8,24 @@ import torch
 from torch import Tensor
 
 from funcnet import runtime
+from funcnet.batch_axis import BatchAxis
 from funcnet.combinators.combine import Pull, Run, combine
 from funcnet.combinators.parallel import parallel
 from funcnet.combinators.serial import serial
 from funcnet.core import Layer, Tree, sum_cotangents
 from funcnet.errors import require
+from funcnet.global_forms import all_in_global_form
 from funcnet.layers.linear import linear, linear_to
 from funcnet.layers.softmax import log_softmax
 from funcnet.losses.checks import check_indices
 from funcnet.losses.heads import form_of, input_and_target, like_form
+from funcnet.losses.reductions import of_all_ranks
 
 _NAME = "adaptive_log_softmax"
 
 
 def adaptive_forward(
-    run: Run, x: Tree, cutoffs: tuple[int, ...]
+    run: Run, x: Tree, cutoffs: tuple[int, ...], axis: BatchAxis | None = None
 ) -> tuple[Tree, Mapping[str, Tree]]:
     """The log-probability of each target and the mean loss, or those of all classes."""
     clusters = [*pairwise(cutoffs)]
@@ -46,7 +49,11 @@ def adaptive_forward(
         local = torch.where(part["inside"], log_p.gather(1, part["class"][:, None])[:, 0], 0.0)
         output = output.index_add(0, part["rows"], local)
     residuals = {"form": form_of(x), "place": place, "parts": parts}
-    return (output.reshape(target.shape), -output.mean()), residuals
+    if axis is None:
+        loss = -output.mean()
+    else:
+        loss, residuals["n"] = of_all_ranks(axis, -output.sum(), len(output))
+    return (output.reshape(target.shape), loss), residuals
 
 
 def _part(rows: Tensor, classes: Tensor, low: int, high: int) -> dict[str, Tensor]:
@@ -68,7 +75,11 @@ def _part(rows: Tensor, classes: Tensor, low: int, high: int) -> dict[str, Tenso
 
 
 def adaptive_backward(
-    pull: Pull, dy: Tree, residuals: Mapping[str, Any], cutoffs: tuple[int, ...]
+    pull: Pull,
+    dy: Tree,
+    residuals: Mapping[str, Any],
+    cutoffs: tuple[int, ...],
+    axis: BatchAxis | None = None,
 ) -> Tree:
     """A target's cotangent goes to its class in the head, or its cluster's, and in the cluster."""
     clusters = [*pairwise(cutoffs)]
@@ -80,7 +91,10 @@ def adaptive_backward(
         return sum_cotangents(_through_head(pull, of_head), *(dx or ()))
     doutput, dloss = dy
     d = doutput.reshape(-1)
-    d = d - dloss / len(d) if len(d) else d
+    if axis is not None:
+        d = d - axis.sum(dloss) / residuals["n"]
+    elif len(d):
+        d = d - dloss / len(d)
     of_tail = []
     for part, (low, high) in zip(residuals["parts"], clusters, strict=True):
         own = torch.where(part["inside"], d[part["rows"]], 0.0)
@@ -190,7 +204,17 @@ def adaptive_log_softmax(
         "normalize": log_softmax(-1),
         "tail": parallel(*tail),
     }
-    return combine(_NAME, children, adaptive_forward, adaptive_backward, ends)
+    return _of_parts(children, ends)
+
+
+def _of_parts(
+    children: Mapping[Any, Layer], cutoffs: tuple[int, ...], axis: BatchAxis | None = None
+) -> Layer:
+    def global_form(children: Mapping[Any, Layer], axis: BatchAxis) -> Layer:
+        return _of_parts(all_in_global_form(children, axis), cutoffs, axis)
+
+    passes, told = (adaptive_forward, adaptive_backward), (cutoffs, axis)
+    return combine(_NAME, children, *passes, *told, global_form=global_form)
 
 
 def _divided(divisor: float) -> Any:

@@ -8,17 +8,19 @@ import torch
 from torch import Tensor, nn
 
 from funcnet import tree
+from funcnet.batch_axis import BatchAxis
 from funcnet.combinators.combine import Pull, Run, combine
 from funcnet.control_flow import scan
 from funcnet.core import Applied, Forward, Grads, Key, Layer, Params, Pullback, Tree, pull
 from funcnet.errors import located, refuse_state, require
+from funcnet.global_forms import all_in_global_form, in_global_form
 from funcnet.initializers import Initializer
 from funcnet.layers.linear import linear
 from funcnet.lift import stateful
 from funcnet.losses.checks import class_dim
 from funcnet.losses.classification import by_class, cross_entropy, total_weight
 from funcnet.losses.heads import form_of, input_and_target, like_form
-from funcnet.losses.reductions import divided, reduced
+from funcnet.losses.reductions import divided, of_all_ranks, reduced, summed
 
 _NAME = "linear_cross_entropy"
 
@@ -53,10 +55,11 @@ class Head(NamedTuple):
         require(not ignores, f"ignores no class of probabilities, got {self.ignore_index}")
         return given, target
 
-    def layer(self, child: Layer, reduction: str) -> Layer:
-        """The loss of a linear layer's output, all of it at once."""
+    def layer(self, child: Layer, reduction: str, axis: BatchAxis | None = None) -> Layer:
+        """The loss of a linear layer's output, all of it at once; over ranks that of all parts."""
+        axis = None if reduction == "none" else axis
 
-        def forward(run: Run, x: Tree) -> tuple[Tree, Mapping[str, Tree]]:
+        def forward(run: Run, x: Tree, axis: BatchAxis | None) -> tuple[Tree, Mapping[str, Tree]]:
             with located(f"{_NAME}:"):
                 given, target = self.checked(x)
             logits = run("linear", given)
@@ -68,24 +71,40 @@ class Head(NamedTuple):
             weight = self.weight_for(logits)
             options = (weight, self.ignored, reduction, self.label_smoothing)
             loss = cross_entropy(*options)
+            n: Any = None
             with located(f"{_NAME}:"):
-                value, pullback = loss.vjp(logits, target)
+                if axis is None:
+                    value, pullback = loss.vjp(logits, target)
+                else:
+                    assert loss.fraction is not None
+                    numerator, n, pullback = loss.fraction(logits, target)
+                    value, n = of_all_ranks(axis, numerator, n)
             residuals = {"loss": pullback, "form": form_of(x)}
+            if n is not None:
+                residuals["n"] = n
             if target.is_floating_point():
                 # The derivative of each element by the target.
                 by_target = (self.label_smoothing - 1) * logits.log_softmax(class_dim(logits))
                 if weight is not None:
                     by_target = by_target * by_class(weight, logits)
-                if reduction == "mean":
+                if reduction == "mean" and axis is None:
                     by_target = by_target * (self.shape[0] / max(logits.numel(), 1))
                 residuals["by_target"] = by_target
             return value.to(given.dtype), residuals
 
-        return combine(_NAME, {"linear": child}, forward, head_backward)
+        def global_form(children: Mapping[Any, Layer], axis: BatchAxis) -> Layer:
+            return self.layer(all_in_global_form(children, axis)["linear"], reduction, axis)
+
+        children, passes = {"linear": child}, (forward, head_backward)
+        return combine(_NAME, children, *passes, axis, global_form=global_form)
 
 
-def head_backward(pull: Pull, dy: Tensor, residuals: Mapping[str, Any]) -> Tree:
+def head_backward(
+    pull: Pull, dy: Tensor, residuals: Mapping[str, Any], axis: BatchAxis | None
+) -> Tree:
     """The cross entropy's gradient of the logits, through the linear layer."""
+    if axis is not None:
+        dy = torch.as_tensor(divided(axis.sum(dy), residuals.get("n", 1)))
     dtarget = residuals.get("by_target")
     if dtarget is not None:
         dtarget = dtarget * (dy.unsqueeze(min(1, dtarget.dim() - 1)) if dy.dim() else dy)
@@ -110,9 +129,15 @@ def in_chunks(
     return carry, ys
 
 
-def chunked(head: Head, child: Layer, options: nn.LinearCrossEntropyOptions) -> Layer:
+def chunked(
+    head: Head,
+    child: Layer,
+    options: nn.LinearCrossEntropyOptions,
+    axis: BatchAxis | None = None,
+) -> Layer:
     """The layer that computes the logits of one chunk of the rows at a time."""
-    whole, elements = head.layer(child, head.reduction), head.layer(child, "none")
+    whole, elements = head.layer(child, head.reduction, axis), head.layer(child, "none")
+    axis = None if head.reduction == "none" else axis
 
     def size_of(x: Tree) -> int:
         with located(f"{_NAME}:"):
@@ -132,7 +157,10 @@ def chunked(head: Head, child: Layer, options: nn.LinearCrossEntropyOptions) -> 
             total = values.numel()
         elif head.reduction == "mean":
             total = total_weight(target, head.weight_for(given), head.ignored, given.dtype)
-        return reduced(values, head.reduction, total)
+        if axis is None:
+            return reduced(values, head.reduction, total)
+        value, n = of_all_ranks(axis, *summed(values, head.reduction, total))
+        return value.to(values.dtype), 1 if n is None else n
 
     def apply(params: Params, x: Tree, state: Params, key: Key, train: bool) -> Applied:
         size = size_of(x)
@@ -152,7 +180,11 @@ def chunked(head: Head, child: Layer, options: nn.LinearCrossEntropyOptions) -> 
         residuals = {"params": params, "x": head.checked(x), "form": form_of(x)}
         if isinstance(n, Tensor):
             residuals["n"], n = n, 1
-        return value, Pullback(chunked_rule, residuals, (elements, size, n, head.shape[1:])), {}
+        told = (elements, size, n, head.shape[1:], axis)
+        return value, Pullback(chunked_rule, residuals, told), {}
+
+    def global_form(axis: BatchAxis) -> Layer:
+        return chunked(head, in_global_form(child, axis, "linear"), options, axis)
 
     return stateful(
         whole.init,
@@ -160,8 +192,9 @@ def chunked(head: Head, child: Layer, options: nn.LinearCrossEntropyOptions) -> 
         apply=apply,
         name=_NAME,
         children=whole.children,
-        rebuild=lambda children: chunked(head, children["linear"], options),
+        rebuild=lambda children: chunked(head, children["linear"], options, axis),
         takes_key=False,
+        global_form=global_form,
     )
 
 
@@ -172,13 +205,14 @@ def chunked_rule(
     size: int,
     n: float,
     out_features: tuple[int, ...],
+    axis: BatchAxis | None,
     *,
     params: bool,
     x: bool,
 ) -> Grads:
     """The pullback of each chunk, whose logits are computed again; the dparams are summed."""
     learned, (given, target) = residuals["params"], residuals["x"]
-    d: Any = divided(dy, residuals.get("n", n))
+    d: Any = divided(dy if axis is None else axis.sum(dy), residuals.get("n", n))
     d = d.to(dy.dtype).expand(len(given), *out_features)
 
     def body(sums: Tree, chunk: Tree) -> tuple[Tree, Tree]:

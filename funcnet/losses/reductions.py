@@ -3,6 +3,8 @@
 import torch
 from torch import Tensor
 
+from funcnet.collectives import Axis
+
 REDUCTIONS = ("none", "mean", "sum")
 
 
@@ -48,6 +50,23 @@ def summed(
     mean = elements.numel() if total is None else total
     n = {"sum": None, "mean": mean, "batchmean": batch, "half_mean": 2 * batch}[reduction]
     return wide_sum(elements), n
+
+
+def of_all_ranks(
+    ranks: Axis, numerator: Tensor, n: Tensor | float | None
+) -> tuple[Tensor, Tensor | None]:
+    """The value of the whole batch and what its sum was divided by, from those of a rank's part.
+
+    Args:
+        ranks: those that have the parts.
+        numerator: the sum over this rank's elements.
+        n: what its mean would divide that by; None for a value that is the sum.
+    """
+    if n is None:
+        return ranks.sum(numerator), None
+    count = torch.as_tensor(n, dtype=torch.float64, device=numerator.device)
+    both = ranks.sum(torch.stack((numerator.double(), count)))
+    return (both[0] / both[1]).to(numerator.dtype), both[1].to(numerator.dtype)
 
 
 def wide_sum(values: Tensor) -> Tensor:

@@ -45,6 +45,41 @@ def balanced():
     return fn.parameterless(with_balance, balance_backward, declaration=accept_any)
 
 
+def classes(*shape):
+    return fn.random.randint(fn.key(2), (SIZE, *shape), 0, 5)
+
+
+def probabilities(*shape):
+    return fn.random.uniform(fn.key(2), (SIZE, 5, *shape), F64, 0.1, 1.0)
+
+
+def input_of(x):
+    return x[0], {}, ()
+
+
+def input_backward(dy):
+    return dy, None
+
+
+def with_loss(x):
+    return x[0] + x[1], {}, ()
+
+
+def loss_backward(dy):
+    return dy, dy.sum()
+
+
+def plus(head):
+    """An output of each example plus the loss that a head gives of all of them."""
+    given = fn.parameterless(input_of, input_backward, declaration=accept_any)
+    added = fn.parameterless(with_loss, loss_backward, declaration=accept_any)
+    return fn.serial(fn.branch(fn.serial(given, fn.linear(1)), head), added)
+
+
+CHUNKS = torch.nn.LinearCrossEntropyOptions(batch_chunk_size=3)
+IGNORING = {"ignore_index": 2, "weight": torch.tensor([1.0, 2.0, 1.0, 3.0, 0.5], dtype=F64)}
+
+
 def encoder(**options):
     """Without biases, as that of the keys has a gradient of 0, which adam's steps are large for."""
     return fn.transformer_encoder_layer(2, 6, 0.3, bias=False, **options)
@@ -173,6 +208,33 @@ NETS = {
         ),
         values(2, 3),
     ),
+    "linear_cross_entropy": (
+        lambda: plus(fn.linear_cross_entropy(5, **IGNORING)),
+        (values(3), classes()),
+    ),
+    "linear_cross_entropy, summed": (
+        lambda: plus(fn.linear_cross_entropy(5, reduction="sum")),
+        (values(3), classes()),
+    ),
+    "linear_cross_entropy of probabilities": (
+        lambda: plus(fn.linear_cross_entropy(5, label_smoothing=0.1)),
+        (values(3), probabilities()),
+    ),
+    "linear_cross_entropy in chunks": (
+        lambda: plus(fn.linear_cross_entropy(5, bias=True, options=CHUNKS, **IGNORING)),
+        (values(3), classes()),
+    ),
+    "linear_cross_entropy of probabilities in chunks": (
+        lambda: plus(fn.linear_cross_entropy(5, out_features=(2,), options=CHUNKS)),
+        (values(3), probabilities(2)),
+    ),
+    "adaptive_log_softmax": (
+        lambda: fn.serial(
+            fn.adaptive_log_softmax(5, [2, 3]),
+            fn.parameterless(with_loss, loss_backward, declaration=accept_any),
+        ),
+        (values(8), classes()),
+    ),
     "fixed_point": (solved, values(3)),
     "in a loop": (in_a_loop, values(3)),
     "wrapped": (wrapped, values(3)),
@@ -190,7 +252,7 @@ def trained(net, x, reduction, transform, own=None, first=lambda grad: grad):
     """The state after five steps of adam, of the rows of a batch that ``own`` gives."""
     y, _ = net.apply(*net.init(fn.key(3), x)[:1], x, net.init(fn.key(3), x)[1])
     target = fn.random.normal(fn.key(2), y.shape, F64)
-    x, target = (own(x), own(target)) if own else (x, target)
+    x, target = fn.tree.map(own, (x, target)) if own else (x, target)
     optimizer = fn.chain(gradients_by(first), fn.adam(0.01))
     state = fn.init_train_state(net, optimizer, fn.key(3), x)
     step = fn.train_step(net, fn.mse(reduction=reduction), optimizer)

@@ -17,8 +17,9 @@ def data_parallel(
     the same on all ranks. Layers that treat each example by itself are as they were. Those that
     draw numbers, such as `funcnet.dropout`, draw their rows of the one draw for the whole batch,
     with the same key on all ranks. `funcnet.batch_norm` takes the mean and the variance of all
-    ranks' examples, `funcnet.experts` their capacity and balance. What other layers compute of them
-    is a sum over ranks.
+    ranks' examples, `funcnet.experts` their capacity and balance, and losses that are layers, such
+    as `funcnet.linear_cross_entropy`, have the value of the whole batch. What other layers compute
+    of them is a sum over ranks.
 
     The gradients are those of the rank's own loss, and for them the ranks must call the model
     together. For losses that are means over equal parts ``fn.distributed.mean(mesh)`` makes those

@@ -11,7 +11,7 @@ from funcnet.core import Fraction, Loss, LossPullback, Tree
 from funcnet.distributed.data.buckets import all_summed
 from funcnet.distributed.processes.start import AxisName, Mesh, axis_of
 from funcnet.errors import require
-from funcnet.losses.reductions import divided
+from funcnet.losses.reductions import divided, of_all_ranks
 from funcnet.metrics.core import Accumulated, Metric, summed
 
 
@@ -81,13 +81,9 @@ def total(loss: Loss, mesh: Mesh, *, axis: AxisName = "data") -> Loss:
 
     def vjp(prediction: Tree, target: Tree) -> tuple[Tensor, LossPullback]:
         numerator, n, pullback = fraction(prediction, target)
-        if n is None:
-            value = ranks.sum(numerator)
-            return value, LossPullback(total_rule, {"loss": pullback}, (), value, name)
-        count = torch.as_tensor(n, dtype=torch.float64, device=numerator.device)
-        both = ranks.sum(torch.stack((numerator.double(), count)))
-        value, n = (both[0] / both[1]).to(numerator.dtype), both[1].to(numerator.dtype)
-        return value, LossPullback(total_rule, {"loss": pullback, "n": n}, (), value, name)
+        value, n = of_all_ranks(ranks, numerator, n)
+        residuals = {"loss": pullback} if n is None else {"loss": pullback, "n": n}
+        return value, LossPullback(total_rule, residuals, (), value, name)
 
     def apply(prediction: Tree, target: Tree) -> Tensor:
         return vjp(prediction, target)[0]
