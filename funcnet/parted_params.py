@@ -1,12 +1,13 @@
 """Where the params of a model lie: which of them are parts, of what, over which ranks."""
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from itertools import count
 from typing import Any
 
 from funcnet import tree
 from funcnet.collectives import Split
 from funcnet.core import Key, Layer, Params, Tree, join_paths, map_layers
+from funcnet.errors import require
 from funcnet.random import key
 
 Splits = tuple[Split, ...]
@@ -37,7 +38,24 @@ def placements_of(found: Mapping[str, list[Split]], params: Params) -> dict[str,
 
 def has_parts(layer: Layer) -> bool:
     """Whether some params of a model are parts over ranks."""
-    return layer.placed is not None or any(map(has_parts, layer.children.values()))
+    return any([each.placed is not None for _, each in _layers(layer)])
+
+
+def refuse_parts(name: str, model: Layer) -> None:
+    """Raise ValueError for a model of parts: norms and curvature would be of this rank's alone.
+
+    >>> import funcnet as fn
+    >>> refuse_parts("kfac_train_step", fn.linear(2))
+    """
+    for path, layer in _layers(model):
+        where = f"{layer.name} at {path!r}" if path else layer.name
+        require(layer.placed is None, f"{name}: the params of {where} are parts over ranks")
+
+
+def _layers(layer: Layer, path: str = "") -> Iterator[tuple[str, Layer]]:
+    yield path, layer
+    for name, child in layer.children.items():
+        yield from _layers(child, join_paths(path, name))
 
 
 def placed_by_layers(model: Layer, x: Tree) -> tuple[dict[str, list[Split]], Params]:

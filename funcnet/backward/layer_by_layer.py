@@ -17,7 +17,7 @@ from funcnet.optimizers.checks import Number, check_options
 from funcnet.optimizers.clipping import global_norm
 from funcnet.optimizers.lift import step_params
 from funcnet.optimizers.parts import Part, SplitState
-from funcnet.parted_params import has_parts
+from funcnet.parted_params import refuse_parts
 from funcnet.random import fold_in
 from funcnet.train import Batch, Measure, forward_backward, measures
 
@@ -200,7 +200,7 @@ def clipped_train_step(
     check_kind(name, optimizer, Optimizer)
     check_options(name, max_norm=max_norm)
     _check_alone(name, optimizer)
-    require(not has_parts(model), f"{name}: params of the model are parts over ranks")
+    refuse_parts(name, model)
     measure, finish = measures(metrics)
     taken = "grad_norm" in (metrics or {})
     require(not taken, f"{name}: the metric 'grad_norm' is there already, pick another name")

@@ -172,3 +172,16 @@ def unlike_stages(other):
 )
 def test_stages_that_do_not_do_the_same_are_told_before_they_begin(two_ranks, other, message):
     assert all(message in told for told in two_ranks(unlike_stages, other))
+
+
+def test_norms_and_curvature_of_parts_are_refused():
+    inside = fn.serial(fn.linear(4), fn.residual(column_linear(4, {"model": 2})))
+    loss, error = fn.mse(), r"the params of \w+ at '1' are parts over ranks"
+    for make in (
+        lambda: fn.private_value_and_grad(inside, loss, 1.0, 0.0),
+        lambda: fn.defer_examples(inside, loss),
+        lambda: fn.clipped_train_step(inside, loss, fn.sgd(0.1), 1.0),
+        lambda: fn.kfac_train_step(inside, loss, fn.kfac(), fn.random.categorical),
+    ):
+        with pytest.raises(ValueError, match=error):
+            make()

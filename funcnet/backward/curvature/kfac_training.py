@@ -27,6 +27,7 @@ from funcnet.metrics.core import Metric
 from funcnet.optimizers.checks import check_options, check_positive
 from funcnet.optimizers.choose import choose
 from funcnet.optimizers.lift import apply_updates
+from funcnet.parted_params import refuse_parts
 from funcnet.random import fold_in
 from funcnet.train import Batch, Measure, measures
 
@@ -324,7 +325,8 @@ def kfac_train_step(
     Returns:
         a step; its metrics have ``"damping"`` beside the loss.
 
-    Linear layers whose x has not the examples in its first dimension are refused. Layers
+    Linear layers whose x has not the examples in its first dimension are refused, and those whose
+    params are parts over ranks. Layers
     that mix the examples of a batch, such as `batch_norm`, make the quadratic model less exact.
 
     Source: Martens and Grosse 2015.
@@ -341,6 +343,7 @@ def kfac_train_step(
     """
     name = "kfac_train_step"
     check_kind(name, model, Layer, "model")
+    refuse_parts(name, model)
     check_kind(name, loss, Loss, "loss")
     check_kind(name, optimizer, Optimizer, "optimizer")
     require(optimizer.name == "kfac", f"{name}: expects the optimizer kfac, got {optimizer.name}")

@@ -11,6 +11,7 @@ from funcnet.checks import check_key, check_kind
 from funcnet.core import EMPTY, Layer, Loss, Params, Tree, defer, join_paths
 from funcnet.data import pair
 from funcnet.deferred import Deferred
+from funcnet.parted_params import refuse_parts
 from funcnet.random import split
 from funcnet.runtime import is_mapped
 from funcnet.transforms.vmap import Axes, batched
@@ -41,8 +42,8 @@ def defer_examples(
         of shape (examples,), and a `Deferred` whose tensors have the axis of the examples in front,
         for `example_gradients`, `example_norms` and `weighted`.
     Raises:
-        ValueError: a layer that mixes examples, by path, such as `batch_norm`; or a state that
-            depends on them.
+        ValueError: a layer that mixes examples, by path, such as `batch_norm`, or whose params are
+            parts over ranks; or a state that depends on examples.
 
     >>> import funcnet as fn
     >>> f = defer_examples(fn.linear(1), fn.mse())
@@ -52,6 +53,7 @@ def defer_examples(
     (torch.Size([5]), torch.Size([5]))
     """
     check_kind(name, model, Layer, "model")
+    refuse_parts(name, model)
     check_kind(name, loss, Loss, "loss")
     for path, layer in mixing_layers(model):
         place = f"{model.name}[{path!r}] " if path else ""
