@@ -16,7 +16,7 @@ import torch
 
 import funcnet as fn
 
-_SECONDS = 240
+_SECONDS = 600
 
 
 def _serve(rank, size, port, pipe):
