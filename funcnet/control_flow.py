@@ -68,10 +68,7 @@ def scan(
         return carry, _empty_ys(f, carry, xs)
     if not is_recording():
         return _loop(f, carry, xs, range(length), reverse)
-    if reverse:
-        carry, ys = _recorded(f, carry, tree.map(lambda x: x.flip(0), xs), length, unroll)
-        return carry, tree.map(lambda y: y.flip(0), ys)
-    return _recorded(f, carry, xs, length, unroll)
+    return _recorded(f, carry, xs, length, unroll, reverse)
 
 
 def fori(
@@ -341,18 +338,25 @@ def _loop(f: Body, carry: Tree, xs: Tree, order: Any, reverse: bool) -> tuple[Tr
     return carry, tree.map(lambda *each: torch.stack(each), *ys)
 
 
-def _recorded(f: Body, carry: Tree, xs: Tree, length: int, unroll: int) -> tuple[Tree, Tree]:
+def _recorded(
+    f: Body, carry: Tree, xs: Tree, length: int, unroll: int, reverse: bool
+) -> tuple[Tree, Tree]:
     whole, rest = divmod(length, unroll)
     if unroll > 1:
-        head = tree.map(lambda x: x[: whole * unroll].unflatten(0, (whole, unroll)), xs)
-        carry, ys = _recorded(
-            lambda carry, x: _loop(f, carry, x, range(unroll), False), carry, head, whole, 1
-        )
+        # Those that fill no body come last: in reverse these are the first ones.
+        start, end = (rest, length) if reverse else (0, length - rest)
+        full = tree.map(lambda x: x[start:end].unflatten(0, (whole, unroll)), xs)
+
+        def several(carry: Tree, x: Tree) -> tuple[Tree, Tree]:
+            return _loop(f, carry, x, range(unroll), reverse)
+
+        carry, ys = _recorded(several, carry, full, whole, 1, reverse)
         ys = tree.map(lambda y: y.flatten(0, 1), ys)
         if rest:
-            tail = tree.map(lambda x: x[whole * unroll :], xs)
-            carry, more = _loop(f, carry, tail, range(rest), False)
-            ys = tree.map(lambda a, b: torch.cat([a, b]), ys, more)
+            left = tree.map(lambda x: x[:start] if reverse else x[end:], xs)
+            carry, more = _loop(f, carry, left, range(rest), reverse)
+            pair = (more, ys) if reverse else (ys, more)
+            ys = tree.map(lambda *parts: torch.cat(parts), *pair)
         return carry, ys
     leaves, treedef = tree.flatten(carry)
     x_leaves, x_treedef = tree.flatten(xs)
@@ -365,7 +369,7 @@ def _recorded(f: Body, carry: Tree, xs: Tree, length: int, unroll: int) -> tuple
         y_leaves, y_treedef = tree.flatten(y)
         return [*treedef.flatten_up_to(after), *y_leaves]
 
-    results = record_loop(leaves, x_leaves, length, body)
+    results = record_loop(leaves, x_leaves, length, body, reverse=reverse)
     ys = y_treedef.unflatten(results[len(leaves) :])
     return treedef.unflatten(results[: len(leaves)]), ys
 

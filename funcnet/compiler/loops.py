@@ -11,7 +11,7 @@ condition never holds.
 """
 
 import threading
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
@@ -50,6 +50,7 @@ class Loop:
         length: the number of iterations.
         carried: how many tensors are carried.
         inner: what an iteration sees of each operand.
+        reverse: whether it goes from the last slices to the first.
         outer: the results of the whole loop.
     """
 
@@ -57,12 +58,20 @@ class Loop:
     length: int
     carried: int
     inner: list[Spec]
+    reverse: bool = False
     outer: list[Spec] = field(default_factory=list)
 
     def __str__(self) -> str:
         name = "map" if self.is_map else "scan"
         carries = f", {self.carried} carried" if self.carried else ""
-        return f"{name} of {self.length} iterations{carries}"
+        order = ", from the last to the first" if self.reverse else ""
+        return f"{name} of {self.length} iterations{carries}{order}"
+
+    @property
+    def iterations(self) -> Iterable[int]:
+        """The index of the slices of each iteration."""
+        indices = range(self.length)
+        return reversed(indices) if self.reverse else indices
 
     def signature(self) -> str:
         """What an iteration takes, and what the loop gives."""
@@ -203,11 +212,12 @@ def record_loop(
     body: Callable[[list[Tensor]], list[Tensor]],
     *,
     is_map: bool = False,
+    reverse: bool = False,
 ) -> list[Tensor]:
     """Record a loop: ``body(carry + slices) -> new carry + what is stacked``; see `Loop`."""
     inner = [spec_of(leaf) for leaf in carry]
     inner += [Spec(tuple(x.shape[1:]), x.dtype, x.device) for x in xs]
-    loop = Loop(is_map, length, len(carry), inner)
+    loop = Loop(is_map, length, len(carry), inner, reverse)
     index = _added(loop)
     results = body(torch.ops.funcnet.begin([*carry, *xs], index))
     for position, result in enumerate(results):

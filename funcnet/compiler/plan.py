@@ -215,6 +215,7 @@ class Plan:
             Iterate(
                 index,
                 loop.length,
+                loop.reverse,
                 base,
                 frame.address(offset),
                 stride if parallel else 0,

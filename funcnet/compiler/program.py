@@ -119,6 +119,8 @@ class _Writer:
     def _iterate(self, loop: Iterate) -> list[str]:
         counter, base = loop.counter, loop.base
         head = f"for (int64_t {counter} = 0; {counter} < {loop.length}; ++{counter}) {{"
+        if loop.reverse:
+            head = f"for (int64_t {counter} = {loop.length}; {counter}-- > 0;) {{"
         around, self._threads = self._threads, loop.threads
         body = self._lines(loop.body)
         if around != loop.threads:

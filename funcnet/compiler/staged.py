@@ -209,7 +209,7 @@ class Staged:
         # A carry may become batched in the first iteration: let it be so from the start.
         carry = [_expand(value, lengths) for value in operands[: loop.carried]]
         stacks: list[list[_Value]] = [[] for _ in loop.outer[loop.carried :]]
-        for iteration in range(loop.length):
+        for iteration in loop.iterations:
             inner = dict(values)
             for index, node in step.slices.items():
                 value = carry[index] if index < loop.carried else operands[index]
@@ -227,6 +227,7 @@ class Staged:
                 values[node] = carry[index]
                 continue
             members = [result.tensor for result in stacks[index - loop.carried]]
+            members = members[::-1] if loop.reverse else members
             if members:
                 whole = torch.stack(members, len(lengths))
             else:

@@ -34,6 +34,7 @@ class Iterate(NamedTuple):
     Attributes:
         counter: the name of its index.
         length: how many iterations it has.
+        reverse: whether the index goes down, from the last.
         base: the name of an iteration's workspace.
         workspace: its address, for the first thread.
         stride: how far apart the threads' are.
@@ -44,6 +45,7 @@ class Iterate(NamedTuple):
 
     counter: str
     length: int
+    reverse: bool
     base: str
     workspace: Address
     stride: int
