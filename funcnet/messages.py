@@ -19,6 +19,9 @@ Finish = Callable[[], Any]
 SMALL = 1 << 19
 """So many bytes are received at most where each rank gets all tensors, and adds them up itself."""
 
+_PIECE = 1 << 22
+"""About so many bytes are received at once of the parts that a rank adds up."""
+
 _REDUCTIONS = {"sum": dist.ReduceOp.SUM, "max": dist.ReduceOp.MAX} if dist.is_available() else {}
 
 
@@ -61,9 +64,30 @@ def start_reduce_scatter(x: Tensor, out: Tensor, group: Any) -> Finish:
         return dist.reduce_scatter_tensor(
             out.flatten(), x.flatten(), group=group, async_op=True
         ).wait
-    received = torch.empty_like(x)
-    work = dist.all_to_all_single(received.flatten(), x.flatten(), group=group, async_op=True)
-    return _then(work.wait, lambda: torch.sum(received, 0, dtype=x.dtype, out=out))
+    parts, sums = x.flatten(1), out.flatten()
+    size = max(_PIECE // (len(parts) * x.element_size()), 1)
+    starts = iter(range(0, sums.numel(), size))
+
+    def start() -> tuple[int, Tensor, Finish] | None:
+        """The next piece of all parts, which is on its way."""
+        first = next(starts, None)
+        if first is None:
+            return None
+        piece = parts[:, first : first + size]
+        return (first, *_start_exchange(piece, group))
+
+    coming = start()
+
+    def add() -> None:
+        nonlocal coming
+        while coming is not None:
+            first, received, finish = coming
+            finish()
+            coming = start()
+            own = sums[first : first + size]
+            torch.sum(received, 0, dtype=x.dtype, out=own)
+
+    return add
 
 
 def _is_small(x: Tensor, group: Any) -> bool:
@@ -72,7 +96,12 @@ def _is_small(x: Tensor, group: Any) -> bool:
 
 def _start_all_to_all(x: Tensor, group: Any) -> tuple[Tensor, Finish]:
     """Start to bring the ranks' tensors to all of them, stacked."""
-    sent = x.expand(group.size(), *x.shape).contiguous()
+    return _start_exchange(x.expand(group.size(), *x.shape), group)
+
+
+def _start_exchange(parts: Tensor, group: Any) -> tuple[Tensor, Finish]:
+    """Start to bring each rank its part of the ranks' tensors, stacked."""
+    sent = parts.contiguous()
     received = torch.empty_like(sent)
     work = dist.all_to_all_single(received.flatten(), sent.flatten(), group=group, async_op=True)
     return received, work.wait
