@@ -185,3 +185,104 @@ def test_norms_and_curvature_of_parts_are_refused():
     ):
         with pytest.raises(ValueError, match=error):
             make()
+
+
+def drawn_in(dim):
+    """Whether the ranks' parts of a draw along a dimension are those of one process."""
+    axis, dropout = axis_of(fn.distributed.mesh(), "data"), fn.dropout(0.5)
+    x, options = torch.ones(4, 6, 3), {"key": fn.key(1), "train": True}
+    whole, _ = dropout.apply({}, x, **options)
+    own = fn.distributed.data_parallel(dropout, fn.distributed.mesh(), dim=dim)
+    part_of_it, _ = own.apply({}, axis.part(x, dim).contiguous(), **options)
+    return torch.equal(axis.gather(part_of_it.contiguous(), dim), whole)
+
+
+def test_a_batch_is_in_a_dimension_counted_from_the_front(two_ranks):
+    assert two_ranks(drawn_in, 0) == two_ranks(drawn_in, 1) == [True, True]
+    with pytest.raises(ValueError, match=r"data_parallel: dim must be an integer >= 0, got -2"):
+        fn.distributed.data_parallel(fn.dropout(0.5), ABSTRACT, dim=-2)
+
+
+def test_an_axis_in_the_place_of_a_flag_is_refused():
+    with pytest.raises(TypeError, match="sharded: keep must be a bool, got 'model'"):
+        sharded(fn.linear(3), ABSTRACT, "model")
+    with pytest.raises(TypeError, match="data_parallel: equal must be a bool, got 'data'"):
+        fn.distributed.data_parallel(fn.linear(3), ABSTRACT, "data")
+
+
+def other_names():
+    """What is said of meshes of one's own without an axis "data"."""
+    found = []
+    for names in (("dp",), ("dp", "model"), None):
+        sizes = (2,) if names is None else (2, 1)[: len(names)]
+        mesh = torch.distributed.init_device_mesh("cpu", sizes, mesh_dim_names=names)
+        try:
+            mean(mesh)
+        except ValueError as error:
+            found.append(str(error))
+    mesh = torch.distributed.init_device_mesh("cpu", (2,), mesh_dim_names=("dp",))
+    return found, axis_of(mesh, "dp").sum(torch.ones(())).item()
+
+
+def test_a_mesh_with_other_names_is_not_one_of_a_single_rank(two_ranks):
+    told, total = two_ranks(other_names)[0]
+    assert told[:2] == [
+        "the mesh has no axis 'data', only ['dp']; its name is the argument `axis`",
+        "the mesh has no axis 'data', only ['dp', 'model']; its name is the argument `axis`",
+    ]
+    assert told[2].startswith("expects a DeviceMesh whose axes have names")
+    assert total == 2.0
+
+
+def in_micro_batches(parallel):
+    """The params after three steps of two micro-batches, of layers that mix or draw."""
+    mesh, (x, target) = fn.distributed.mesh(), batch()
+    net = fn.serial(fn.linear(4), fn.batch_norm(), fn.dropout(0.5), fn.linear(2))
+    loss, optimizer, rows = fn.mse(), fn.sgd(0.1), (x, target)
+    if parallel:
+        net, optimizer = fn.distributed.data_parallel(net, mesh), fn.chain(mean(mesh), optimizer)
+        rows = part(rows, mesh, micro_batches=2)
+    state = fn.init_train_state(net, optimizer, fn.key(0), x)
+    step = fn.train_step(net, loss, optimizer, micro_batches=2)
+    for _ in range(3):
+        state, _ = step(state, rows)
+    return state.params
+
+
+def test_micro_batches_of_ranks_are_parts_of_those_of_one_process(two_ranks):
+    one = two_ranks(in_micro_batches, False)[0]
+    for params in two_ranks(in_micro_batches, True):
+        torch.testing.assert_close(params, one, rtol=1e-12, atol=1e-12)
+    with pytest.raises(ValueError, match="8 micro-batches of 2 ranks divide, got 8"):
+        part(torch.ones(8), ABSTRACT, micro_batches=8)
+
+
+def tied_over_stages(parallel):
+    """The params after three steps of a model of parts whose head is its embedding, or of one."""
+    d, mesh = fn.distributed, fn.distributed.mesh(data=1, model=2, pipe=2)
+    tokens = fn.random.randint(fn.key(1), (4, 6), 0, 7)
+    rows = tokens, tokens.roll(1, 1)
+    options = {"dropout": 0.0, "batch_first": True}
+    block = (
+        d.parallel_encoder_layer(2, mesh, 9, **options)
+        if parallel
+        else fn.transformer_encoder_layer(2, 9, **options)
+    )
+    head = fn.linear(7, bias=False, weight_init=fn.initializers.normal(0.1), dtype=F64)
+    parts = {"embed": fn.embedding(7, 8, dtype=F64), "block": block, "head": head}
+    net = fn.tie(fn.serial(**parts, classes=fn.permute(0, 2, 1)), {"head.weight": "embed.weight"})
+    optimizer, loss = fn.sgd(0.1), fn.cross_entropy()
+    if not parallel:
+        state = fn.init_train_state(net, optimizer, fn.key(0), tokens)
+        step = fn.train_step(net, loss, optimizer, micro_batches=2)
+    else:
+        state = pipeline_state(net, optimizer, fn.key(0), tokens, mesh)
+        step = pipeline_step(net, loss, optimizer, mesh, micro_batches=2)
+    for _ in range(3):
+        state, metrics = step(state, rows)
+    return metrics["loss"].item()
+
+
+def test_leaves_are_tied_across_stages_of_parts(four_ranks):
+    expected = four_ranks(tied_over_stages, False)
+    assert four_ranks(tied_over_stages, True) == pytest.approx(expected, rel=1e-12)

@@ -4,7 +4,7 @@ from funcnet.batch_axis import BatchAxis
 from funcnet.checks import check_kind
 from funcnet.core import Layer
 from funcnet.distributed.processes.start import AxisName, Mesh, axis_of
-from funcnet.errors import located
+from funcnet.errors import check_count, located, require
 from funcnet.global_forms import in_global_form
 
 
@@ -21,6 +21,9 @@ def data_parallel(
     as `funcnet.linear_cross_entropy`, have the value of the whole batch. What other layers compute
     of them is a sum over ranks.
 
+    In evaluation too, ranks must call layers that mix examples, or are losses, equally often. With
+    ``train_step(micro_batches=k)``, `part` is to be told the k.
+
     The gradients are those of the rank's own loss, and for them the ranks must call the model
     together. For losses that are means over equal parts ``fn.distributed.mean(mesh)`` makes those
     of the whole batch of them; for others ``fn.distributed.total`` and ``fn.distributed.sum``.
@@ -33,8 +36,9 @@ def data_parallel(
             `funcnet.distributed.part`.
         equal: whether all ranks have as many examples. False: each layer that draws asks the other
             ranks how many they have, which takes a small gather.
-        dim: the dimension of the batch in x of every layer that draws. Attention, transformers and
-            recurrent layers know their own.
+        dim: the dimension of the batch in x of every layer that draws: 0, or one behind which x has
+            others, counted from the front. Attention, transformers and recurrent layers know their
+            own.
         axis: the name of the axis.
 
     Returns:
@@ -53,6 +57,9 @@ def data_parallel(
     ValueError: data_parallel: clip_cotangent at '1' mixes the examples of a batch, and ...
     """
     check_kind("data_parallel", model, Layer)
+    flag = f"data_parallel: equal must be a bool, got {equal!r}"
+    require(isinstance(equal, bool), flag, TypeError)
+    check_count("data_parallel", least=0, dim=dim)
     found = axis_of(mesh, axis)
     if found.size == 1:
         return model

@@ -232,6 +232,7 @@ def _with_ties(layer: Layer, ties: Mapping[str, str]) -> Layer:
         ties_backward,
         pairs,
         rebuild=lambda layer: _with_ties(layer, ties),
+        of_parts=True,
     )
 
 

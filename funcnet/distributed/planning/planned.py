@@ -16,6 +16,8 @@ from funcnet.distributed.planning.traffic import Traffic, merged, recorded, seco
 from funcnet.distributed.processes.start import Mesh, axis_of
 from funcnet.errors import check_count, located, require
 from funcnet.optimizers.lift import step_params
+from funcnet.optimizers.over_ranks import over_parts
+from funcnet.parted_params import has_parts, placements
 
 
 class Waits(NamedTuple):
@@ -317,6 +319,9 @@ def _figures(
     found, held = of_copies(run, layer), 0
     with recorded(sizes) as update:
         if optimizer is not None:
+            # As a training step does, which knows what of the model is a part.
+            if has_parts(layer):
+                optimizer = over_parts(optimizer, placements(layer, x))
             opt_state = optimizer.init_state(params)
             held = tree.bytes(opt_state)
             step_params(optimizer, Box([tree.map(torch.empty_like, params)]), opt_state, params)

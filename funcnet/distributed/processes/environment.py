@@ -8,6 +8,7 @@ from funcnet.errors import require
 
 _TORCHRUN = ("RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
 _SLURM = ("SLURM_PROCID", "SLURM_NTASKS", "SLURM_STEP_NODELIST", "SLURM_JOB_ID")
+_MPI = ("OMPI_COMM_WORLD_SIZE", "PMI_SIZE")
 # Ports that Linux gives to nobody by itself, of which a job takes one by its number.
 _PORTS = range(61440, 65536)
 
@@ -49,6 +50,12 @@ def place(env: Mapping[str, str] = os.environ) -> Place:
     # A batch script, and a shell of salloc, have variables of the job too, but are no step of it.
     if "SLURM_STEP_NODELIST" in env and env.get("SLURM_NTASKS", "1") != "1":
         return _of_slurm(env)
+    for name in _MPI:
+        require(
+            env.get(name, "1") == "1",
+            f"initialize: {name} says that MPI has started several processes; start them by "
+            f"torchrun, or set {', '.join(_TORCHRUN)} and LOCAL_RANK for each",
+        )
     return Place(0, 1, int(env.get("LOCAL_RANK", "0")))
 
 

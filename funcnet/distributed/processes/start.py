@@ -59,7 +59,8 @@ def initialize(
             takes a millisecond; else only of those that are new to a rank.
 
     Raises:
-        ValueError: variables are missing, or are not numbers that fit.
+        ValueError: variables are missing, or are not numbers that fit; processes that mpirun
+            started, which have other ones.
         PeerError: not all ranks came within the timeout.
 
     >>> import funcnet as fn
@@ -69,6 +70,8 @@ def initialize(
     ('pipe', 'data', 'model')
     >>> fn.distributed.finalize()
     """
+    given = isinstance(timeout, (int, float)) and timeout > 0
+    require(given, f"initialize: timeout must be a number of seconds > 0, got {timeout!r}")
     place = environment.place()
     kind = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu")).type
     where = torch.device(kind)
@@ -193,6 +196,8 @@ def _made(sizes: tuple[int, ...]) -> DeviceMesh:
 def axis_of(mesh: Mesh, name: AxisName) -> Axis:
     """An axis of a mesh, by name; one of a single rank, if the mesh has no such axis.
 
+    A mesh whose axes have names of one's own, such as "dp", has no others.
+
     Several names are one axis, of all their ranks, those of the last name next to each other. All
     ranks ask for it together, the first time.
 
@@ -206,15 +211,20 @@ def axis_of(mesh: Mesh, name: AxisName) -> Axis:
     """
     if isinstance(mesh, DeviceMesh):
         # No mesh of its own for an axis, since torch makes tensors for that: this may be traced.
-        sizes = dict(zip(mesh.mesh_dim_names or (), mesh.shape, strict=False))
+        named = mesh.mesh_dim_names or ()
+        require(named, "expects a DeviceMesh whose axes have names, as mesh_dim_names=('data',)")
+        sizes = dict(zip(named, mesh.shape, strict=True))
     elif isinstance(mesh, Mapping):
         sizes = {**mesh}
     else:
         raise TypeError(f"expects a mesh, such as fn.distributed.mesh(), got {type(mesh).__name__}")
     asked = (name,) if isinstance(name, str) else name
-    unknown = [each for each in asked if each not in (*AXES, *sizes, "")]
+    # Where axes are called otherwise, one that is not there is not one of a single rank.
+    known = {"", *sizes, *(AXES if {*sizes} <= {*AXES} else ())}
+    unknown = [each for each in asked if each not in known]
     if unknown:
-        raise ValueError(f"the mesh has no axis {unknown[0]!r}, only {[*sizes]}")
+        hint = "; its name is the argument `axis`" if sizes else ""
+        raise ValueError(f"the mesh has no axis {unknown[0]!r}, only {[*sizes]}{hint}")
     names = [each for each in sizes if each in asked and sizes[each] > 1]
     size, called = prod([sizes[each] for each in names]), " x ".join(names or asked[:1])
     if size == 1:

@@ -29,6 +29,7 @@ from funcnet.core import (
 from funcnet.deferred import Defer, defers, mapped
 from funcnet.distributed.processes.start import Mesh, axis_of
 from funcnet.distributed.sharding.flat_messages import gathered, reduced
+from funcnet.errors import require
 from funcnet.lift import stateful
 from funcnet.random import key as key_of
 from funcnet.runtime import is_batched, is_transformed, storage_id, untraced
@@ -61,8 +62,9 @@ def sharded(
 
     Params:
         those of the layer, under their names; each leaf is a vector, this rank's part of it, with
-        zeros at the end where the ranks do not divide it. `over_parts` makes clipping by the norm
-        of all of them right.
+        zeros at the end where the ranks do not divide it. So what goes by a leaf's shape, such as
+        weight decay of matrices alone, is to go by its name. `over_parts` makes clipping by the
+        norm of all of them right.
     State:
         that of the layer, whole.
     VJP:
@@ -83,6 +85,7 @@ def sharded(
     (torch.Size([5, 4]), ['weight'])
     """
     check_kind("sharded", layer, Layer)
+    require(isinstance(keep, bool), f"sharded: keep must be a bool, got {keep!r}", TypeError)
     over = axis_of(mesh, axis)
     if over.size == 1:
         return layer
