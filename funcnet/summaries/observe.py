@@ -66,13 +66,6 @@ def summary(model: Layer, x: Tree, *, train: bool = True) -> Summary:
     return Summary(tuple(rows), total)
 
 
-def residual_bytes(model: Layer, params: Params, example: Tree, state: Params, key: Any) -> int:
-    """What a training step keeps, as a `summary` counts it; all on the meta device."""
-    sizes = _Sizes(params, state)
-    sizes.run(model, params, example, state, key=key, train=True)
-    return sum([row.residual_bytes for row in sizes.rows.values()])
-
-
 class _Run:
     """A layer that runs: what its children have so far."""
 

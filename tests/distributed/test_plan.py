@@ -84,7 +84,29 @@ def in_pieces(mesh):
     return fn.Optimizer(init_state, update, name="in_pieces")
 
 
-OPTIMIZERS = {"mean": lambda mesh: fn.chain(mean(mesh), fn.adam()), "pieces": in_pieces}
+def of_parts(mesh):
+    """Layers of the library whose params are parts over one axis or the other."""
+    d = fn.distributed
+    parted = fn.serial(d.column_linear(4 * WIDTH, mesh), fn.gelu(), d.row_linear(WIDTH, mesh))
+    return fn.serial(d.sharded(fn.linear(WIDTH), mesh), fn.residual(parted), fn.linear(3))
+
+
+def clipped(mesh):
+    clip = fn.optimizers.clip_by_global_norm(1.0)
+    return fn.chain(fn.distributed.mean(mesh), clip, fn.adam())
+
+
+def zero(mesh):
+    return fn.distributed.zero(fn.adam(), mesh)
+
+
+# Each with the model that it is for.
+OPTIMIZERS = {
+    "mean": (mlp, lambda mesh: fn.chain(mean(mesh), fn.adam())),
+    "pieces": (mlp, in_pieces),
+    "zero": (mlp, zero),
+    "parts": (of_parts, clipped),
+}
 
 COUNTED = {
     "start_all_reduce": ("all_reduce", 0),
@@ -119,7 +141,7 @@ def own_bytes(kept, others):
 def measured(sizes, optimizer_name, micro_batches):
     """What a rank sends in a step and holds, counted where it is sent."""
     mesh = fn.distributed.mesh(**sizes)
-    model, optimizer = mlp(mesh), OPTIMIZERS[optimizer_name](mesh)
+    model, optimizer = [make(mesh) for make in OPTIMIZERS[optimizer_name]]
     loss, part = fn.mse(), BATCH // sizes["data"]
     x, target = torch.ones(part, WIDTH), torch.ones(part, 3)
     start = fn.init_train_state(model, optimizer, fn.key(0), x)
@@ -157,13 +179,14 @@ def test_bytes_and_memory_are_those_of_processes(ranks, optimizer, micro_batches
     layouts = [(ranks.size, 1), (1, ranks.size), *([(2, 2)] if ranks.size == 4 else [])]
     for data, model in layouts:
         sizes = {"pipe": 1, "data": data, "model": model}
+        planned, planned_optimizer = [make(sizes) for make in OPTIMIZERS[optimizer]]
         found = plan(
-            mlp(sizes),
+            planned,
             torch.ones(BATCH, WIDTH),
             sizes,
             loss=fn.mse(),
             target=torch.ones(BATCH, 3),
-            optimizer=OPTIMIZERS[optimizer](sizes),
+            optimizer=planned_optimizer,
             micro_batches=micro_batches,
         )
         counts = Counter()
@@ -173,7 +196,9 @@ def test_bytes_and_memory_are_those_of_processes(ranks, optimizer, micro_batches
         memory = {name: getattr(found.memory, name) for name in found.memory._fields}
         for counted, held in ranks(measured, sizes, optimizer, micro_batches):
             assert counted == dict(counts), sizes
-            assert {name: memory[name] for name in held} == held, sizes
+            # Params that were gathered have zeros at their end.
+            planned_memory = {name: memory[name] for name in held}
+            assert held == pytest.approx(planned_memory, rel=1e-3), sizes
 
 
 def line(stages, **options):
@@ -227,7 +252,7 @@ def test_time_is_rounds_times_alpha_and_bytes_times_beta():
         mlp({"data": 4}),
         torch.ones(BATCH, WIDTH),
         {"data": 4},
-        optimizer=OPTIMIZERS["mean"]({"data": 4}),
+        optimizer=fn.chain(mean({"data": 4}), fn.adam()),
         network=Network(8, Link(1.0, 0.5), Link(0.0, 0.0)),
     )
     leaves = 12
@@ -242,7 +267,8 @@ def test_layouts_are_all_there_and_those_that_fit_come_first():
     def make(mesh, sharding):
         if mesh["pipe"] > 2:
             raise ValueError("it has two stages")
-        optimizer = OPTIMIZERS["pieces" if sharding == "zero" else "mean"](mesh)
+        _, optimizer = OPTIMIZERS["pieces" if sharding == "zero" else "mean"]
+        optimizer = optimizer(mesh)
         return {"model": [mlp(mesh, 1)] * mesh["pipe"], "optimizer": optimizer}
 
     def peaks(found):

@@ -10,7 +10,7 @@ from funcnet import runtime, tree
 from funcnet.combinators.repeat import repeat
 from funcnet.core import Layer, Loss, Tree, defer, map_layers
 from funcnet.distributed.planning.traffic import Traffic, merged, recorded
-from funcnet.summaries.observe import flop_counter, residual_bytes
+from funcnet.summaries.observe import flop_counter
 
 
 class Passes(NamedTuple):
@@ -54,9 +54,9 @@ def passes_of(
     """
     key = meta_key()
     params, state = layer.init(key, x)
-    residuals = residual_bytes(layer, params, x, state, key)
     with flop_counter() as flops, recorded(sizes) as forward:
         y, pullback, _ = layer.vjp(params, x, state, key=key, train=True)
+        residuals = _own_bytes(pullback, (params, state))
         dy = y
         loss, target = judged
         if loss is not None:

@@ -317,11 +317,11 @@ def _figures(
         return passes_of(layer, x, judged, sizes, is_first=is_first, splits=splits)
 
     found, held = of_copies(run, layer), 0
+    if optimizer is not None and has_parts(layer):
+        # As a training step does, which knows what of the model is a part.
+        optimizer = over_parts(optimizer, placements(layer, x))
     with recorded(sizes) as update:
         if optimizer is not None:
-            # As a training step does, which knows what of the model is a part.
-            if has_parts(layer):
-                optimizer = over_parts(optimizer, placements(layer, x))
             opt_state = optimizer.init_state(params)
             held = tree.bytes(opt_state)
             step_params(optimizer, Box([tree.map(torch.empty_like, params)]), opt_state, params)

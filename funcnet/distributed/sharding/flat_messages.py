@@ -33,7 +33,8 @@ def gathered(parts: list[Any], splits: Sequence[Split], most: float = inf) -> li
         ranks = axis.gather(sent).unflatten(0, (axis.size, sum(sizes)))
         del sent
         for index, each in zip(message, ranks.split(sizes, 1), strict=True):
-            wholes[index] = splits[index].trimmed(each.reshape(-1))
+            # Not a view that would keep all of a message, as that of a few numbers.
+            wholes[index] = splits[index].trimmed(each.contiguous().view(-1))
     return wholes
 
 
