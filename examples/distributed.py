@@ -35,8 +35,8 @@ import funcnet as fn
 
 LAYOUTS = ("data", "zero", "sharded", "tensor", "pipeline")
 RATE, WEIGHT_DECAY, NORM = 3e-3, 0.1, 1.0
-MICRO_BATCH = 2
-"""The examples that a pipeline's stages pass on at once."""
+MICRO_BATCHES = 4
+"""The parts of a batch that a pipeline's stages pass on one after another."""
 
 
 class Size(NamedTuple):
@@ -119,18 +119,17 @@ def step_of(
 ) -> Step:
     """A step, on a batch that is a function of the key and of the number of the step."""
     data = fn.distributed.axis_of(mesh, "data")
-    loss = fn.cross_entropy()
+    loss, count = fn.cross_entropy(), MICRO_BATCHES if options.layout == "pipeline" else 1
 
     def own_batch(state: fn.TrainState, text: Tensor) -> tuple[Tensor, Tensor]:
         """This rank's rows of the batch that all ranks draw."""
         key = fn.fold_in(fn.fold_in(state.key, "batches"), state.step)
         first = fn.random.randint(key, (size.batch, 1), 0, len(text) - size.context)
-        first = fn.distributed.part(first, mesh)
+        first = fn.distributed.part(first, mesh, micro_batches=count)
         windows = text[first + torch.arange(size.context + 1, device=text.device)]
         return windows[:, :-1], windows[:, 1:]
 
     if options.layout == "pipeline":
-        count = size.batch // data.size // MICRO_BATCH
         staged = fn.distributed.pipeline_step(
             net, loss, optimizer, mesh, micro_batches=count, jit=not options.eager
         )
