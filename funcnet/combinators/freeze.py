@@ -23,7 +23,7 @@ def freeze(layer: Layer, predicate: Where) -> Layer:
     Args:
         layer: any layer.
         predicate: which parameters: a function of the dotted path, or a path of a leaf or of a
-            layer, or several of them.
+            layer, or several of them. A leaf to which others are tied is frozen at all places.
 
     Learned params:
         those of the layer that are left.

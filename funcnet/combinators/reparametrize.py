@@ -130,12 +130,31 @@ def reparametrize_rule(
     return mapped(backward, dparams, own, *static) if params else None, dx
 
 
+def ties_of(layer: Layer) -> Mapping[str, str]:
+    """Of a `tie`, which leaves are others; nothing for any other layer."""
+    return layer.call.values["paths"] if layer.name == "tie" and layer.call is not None else {}
+
+
+def _all_ties(layer: Layer, path: str = "") -> dict[str, str]:
+    """The same of all ties in a layer, by the dotted paths in it."""
+    found = {join_paths(path, a): join_paths(path, b) for a, b in ties_of(layer).items()}
+    for name, child in layer.children.items():
+        found |= _all_ties(child, join_paths(path, name))
+    return found
+
+
 def learn_only(layer: Layer, learns: Callable[[str], bool]) -> Layer:
     """The layer, whose pullback computes the gradients of some of its leaves alone.
 
     Of a layer none of whose leaves learns, the half of the pullback that makes dparams does not
-    run at all.
+    run at all. A leaf that is tied to another learns where that one does.
     """
+    ties = _all_ties(layer)
+
+    def learned_at(path: str) -> bool:
+        while path in ties:
+            path = ties[path]
+        return learns(path)
 
     def only(path: str, layer: Layer) -> Layer:
         if layer.children:
@@ -144,7 +163,7 @@ def learn_only(layer: Layer, learns: Callable[[str], bool]) -> Layer:
         def forward(params: Params, x: Tree, state: Params, key: Key, train: bool) -> Forward:
             y, pullback, state = layer.forward(params, x, state, key, train)
             names = tuple(tree.to_dotted(params))
-            learned = tuple([name for name in names if learns(join_paths(path, name))])
+            learned = tuple([name for name in names if learned_at(join_paths(path, name))])
             if learned != names:
                 pullback = Pullback(learn_only_rule, {"": pullback}, (learned,))
             return y, pullback, state

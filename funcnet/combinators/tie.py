@@ -64,8 +64,9 @@ def tie(layer: Layer, paths: Mapping[str, str]) -> Layer:
 
 
 def tie_backward(dparams: Params, residuals: Any, pairs: tuple[tuple[str, str], ...]) -> Params:
-    """``dleaf = sum of the gradients of all that are that leaf``."""
+    """``dleaf = sum of the gradients of all that are that leaf``; none of a frozen one."""
     flat = tree.to_dotted(dparams)
     for target, source in pairs:
-        flat[source] = flat[source] + flat.pop(target)
+        if target in flat:
+            flat[source] = flat[source] + flat.pop(target)
     return tree.from_dotted(flat)

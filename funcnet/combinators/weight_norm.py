@@ -93,7 +93,9 @@ def weight_norm_backward(
 ) -> Params:
     """``dg = sum dw u``, ``dv = g / |v| (dw - u sum dw u)`` with ``u = v / |v|``."""
     g, v, length = residuals["g"], residuals["v"], residuals["n"]
-    dweight, u = tree.to_dotted(dparams)[name], v / length
+    dweight, u = tree.to_dotted(dparams).get(name), v / length
+    if dweight is None:  # it is frozen
+        return dparams
     dg = (dweight * u).sum_to_size(g.shape)
     return _replaced(dparams, name, {g_path: dg, v_path: g / length * (dweight - u * dg)})
 
@@ -189,7 +191,9 @@ def spectral_norm(
 
 def spectral_norm_backward(dparams: Params, residuals: Any, name: str, path: str) -> Params:
     """``dW = (dw - <dw, W / s> u v^T) / s``."""
-    dweight = tree.to_dotted(dparams)[name]
+    dweight = tree.to_dotted(dparams).get(name)
+    if dweight is None:  # it is frozen
+        return dparams
     along = (dweight * residuals["weight"]).sum() * residuals["outer"]
     return _replaced(dparams, name, {path: (dweight - along) / residuals["scale"]})
 

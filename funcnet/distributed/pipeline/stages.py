@@ -11,7 +11,7 @@ from torch import Tensor
 from funcnet import tree
 from funcnet.checks import check_kind
 from funcnet.combinators.combine import output_on_meta
-from funcnet.combinators.reparametrize import reparametrize
+from funcnet.combinators.reparametrize import reparametrize, ties_of
 from funcnet.core import Layer, Params, Tree, rebuilt
 from funcnet.errors import require
 from funcnet.random import key
@@ -203,9 +203,9 @@ def _on_meta(layer: Layer) -> Layer:
 def _serial_in(name: str, model: Layer) -> tuple[Layer, Mapping[str, str]]:
     """The serial that a model is, and which of its leaves are others of them."""
     check_kind(name, model, Layer, "model")
-    inner, ties = model, {}
+    inner, ties = model, ties_of(model)
     if model.name == "tie" and model.call is not None:
-        inner, ties = model.children[""], model.call.values["paths"]
+        inner = model.children[""]
     is_serial = inner.name == "serial" and inner.rebuild is not None
     require(is_serial, f"{name}: expects a serial, or a tie of one, got {model!r}", TypeError)
     return inner, ties
