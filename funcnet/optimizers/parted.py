@@ -11,7 +11,7 @@ from funcnet.optimizers.chains import check_states, present
 from funcnet.optimizers.leaves import Leaves
 from funcnet.optimizers.lift import leaves_update, lifted
 from funcnet.optimizers.param_trees import Trees
-from funcnet.optimizers.parts import Parts
+from funcnet.optimizers.parts import Parts, some_of
 from funcnet.tree import Where, chosen_leaves
 
 
@@ -42,11 +42,13 @@ def masked(optimizer: Optimizer, where: Where, *, name: str = "masked") -> Optim
     parts = Parts(name, lambda paths: {"": chosen_leaves(where, paths) if paths else ()})
 
     def init_state(params: Params) -> Tree:
-        return optimizer.init_state(parts(tree.flatten(params)[1])[""].of(params))
+        part = parts(tree.flatten(params)[1])[""]
+        with some_of(part.whole):
+            return optimizer.init_state(part.of(params))
 
     def update_leaves(g: Leaves, opt_state: Tree, trees: Trees) -> tuple[Leaves, Tree]:
         part = parts(trees.treedef)[""]
-        with located(name):
+        with located(name), some_of(part.whole):
             updates, opt_state = inside(part.take(g), opt_state, part.trees(trees))
         return part.put(updates, g.to_dtypes(trees.params)), opt_state
 
@@ -95,17 +97,18 @@ def partition(optimizers: Mapping[str, Optimizer], rules: Mapping[str, Where]) -
     updates_of = {label: leaves_update(each) for label, each in optimizers.items()}
 
     def init_state(params: Params) -> Params:
-        found = parts(tree.flatten(params)[1])
-        return present(
-            {label: each.init_state(found[label].of(params)) for label, each in optimizers.items()}
-        )
+        found, states = parts(tree.flatten(params)[1]), {}
+        for label, each in optimizers.items():
+            with some_of(found[label].whole):
+                states[label] = each.init_state(found[label].of(params))
+        return present(states)
 
     def update_leaves(g: Leaves, opt_state: Params, trees: Trees) -> tuple[Leaves, Params]:
         check_states("partition", optimizers, opt_state)
         found, states, result = parts(trees.treedef), {}, Leaves([*g], True)
         for label, update in updates_of.items():
             part = found[label]
-            with located(f"partition[{label!r}]"):
+            with located(f"partition[{label!r}]"), some_of(part.whole):
                 updates, states[label] = update(
                     part.take(g), opt_state.get(label, EMPTY), part.trees(trees)
                 )

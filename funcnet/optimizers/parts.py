@@ -1,6 +1,8 @@
 """Some of the leaves of the params as a tree of their own, for an optimizer of those alone."""
 
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from contextvars import ContextVar
 from typing import Any
 
 import optree
@@ -11,6 +13,22 @@ from funcnet.errors import located
 from funcnet.optimizers.leaves import Leaves
 from funcnet.optimizers.param_trees import Trees
 
+_whole: ContextVar[tuple[str, ...] | None] = ContextVar("_whole", default=None)
+
+
+@contextmanager
+def some_of(paths: Sequence[str] | None) -> Iterator[None]:
+    """Where optimizers choose leaves by path, they choose among these, whichever the params have.
+
+    For a rank that has some of the params of a model: a choice must be one in the whole model, and
+    may be of no leaf of this rank. None: the params are all there are.
+    """
+    token = _whole.set(None if paths is None else tuple(paths))
+    try:
+        yield
+    finally:
+        _whole.reset(token)
+
 
 class Part:
     """Some of the leaves: their indices among all, and the structure of the tree of them alone.
@@ -18,8 +36,12 @@ class Part:
     The tree is sparse: it has no empty dicts.
     """
 
-    def __init__(self, indices: Mapping[str, Any]) -> None:
-        """Take the index of each chosen leaf, by its dotted path."""
+    def __init__(self, indices: Mapping[str, Any], whole: Sequence[str] | None = None) -> None:
+        """Take the index of each chosen leaf, by its dotted path.
+
+        ``whole`` are the chosen leaves of the whole model, where a rank has some of its params.
+        """
+        self.whole = whole
         nested: Any = tree.from_dotted({**indices})
         self.indices: list[int]
         self.indices, self.treedef = tree.flatten(nested)
@@ -107,17 +129,21 @@ class Parts:
             find: ``paths -> {label: paths}``; may raise ValueError.
         """
         self.name, self.find = name, find
-        self._seen: tuple[optree.PyTreeSpec | None, dict[str, Part]] = (None, {})
+        self._seen: tuple[Any, Any, dict[str, Part]] = (None, None, {})
 
     def __call__(self, treedef: optree.PyTreeSpec) -> dict[str, Part]:
-        seen, parts = self._seen
-        if treedef is not seen and treedef != seen:
+        seen, known, parts = self._seen
+        whole = _whole.get()
+        if (treedef is not seen and treedef != seen) or whole != known:
             indices = tree.to_dotted(treedef.unflatten(range(treedef.num_leaves)))
             with located(f"{self.name}:"):
-                found = self.find(indices)
+                found = self.find(indices if whole is None else dict.fromkeys(whole, 0))
             parts = {
-                label: Part({path: indices[path] for path in paths})
+                label: Part(
+                    {path: indices[path] for path in paths if path in indices},
+                    None if whole is None else tuple(paths),
+                )
                 for label, paths in found.items()
             }
-            self._seen = (treedef, parts)
+            self._seen = (treedef, whole, parts)
         return parts

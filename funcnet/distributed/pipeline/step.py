@@ -12,7 +12,7 @@ from funcnet.collectives import Axis
 from funcnet.core import Layer, Loss, Optimizer, Params, TrainState, Tree
 from funcnet.data import leading_extent, on_device, pair
 from funcnet.distributed.pipeline.actions import Schedule, check_schedule
-from funcnet.distributed.pipeline.norms import over_stages
+from funcnet.distributed.pipeline.optimizers import choosing_of_all, over_stages
 from funcnet.distributed.pipeline.programs import Programs, Pullbacks, programs_of
 from funcnet.distributed.pipeline.schedules import one_f_one_b
 from funcnet.distributed.pipeline.stages import (
@@ -76,13 +76,16 @@ def pipeline_state(
     """
     axis = axis_of(mesh, "pipe")
     example = on_device(None)(x)
-    stage = stages_of("pipeline_state", model, example, axis.size, boundaries).each[axis.index]
+    check_kind("pipeline_state", optimizer, Optimizer, "optimizer")
+    stages = stages_of("pipeline_state", model, example, axis.size, boundaries)
+    stage = stages.each[axis.index]
     if params is not None:
         params = own_params(stage, params)
     if state is not None:
         state = {child: each for child, each in state.items() if child in stage.names}
     made = init_of(model, stage)
-    return init_train_state(made, optimizer, key, example, params=params, state=state)
+    known = choosing_of_all(optimizer, stages)
+    return init_train_state(made, known, key, example, params=params, state=state)
 
 
 def pipeline_step(
@@ -111,9 +114,9 @@ def pipeline_step(
             which each has them then, and their gradients are summed.
         loss, metrics: as for `funcnet.train_step`; the last stage computes them.
         optimizer: the same on all ranks. Norms of all gradients, as of
-            `funcnet.optimizers.clip_by_global_norm`, are those of all stages. Otherwise it sees the
-            leaves of its stage alone, so that a rule of `funcnet.optimizers.partition` is to be a
-            function of the path: the path of another stage's leaf is that of none.
+            `funcnet.optimizers.clip_by_global_norm`, are those of all stages, and
+            `funcnet.optimizers.masked` and `funcnet.optimizers.partition` choose among the leaves
+            of the whole model. Otherwise it sees the leaves of its stage alone.
         mesh: whose ranks along "pipe" are the stages. Along "data" and "model" it is as with
             `funcnet.train_step`: all ranks of a stage do the same.
         micro_batches: k, into how many parts the batch is cut.
@@ -181,7 +184,7 @@ def pipeline_step(
         known = optimizer
         if has_parts(model):
             known = over_parts(optimizer, placements(model, x))
-        updated_by = over_stages(known, axis, stages.tied, tree.device_of((x, target)))
+        updated_by = over_stages(known, axis, stages, tree.device_of((x, target)))
         programs = programs_of(
             own, loss if last else None, measure, updated_by, jit=jit, donate=donate
         )
