@@ -38,7 +38,8 @@ def evaluate(
     is in one batch; and of ``reduction="sum"`` it is the mean of the batches' sums. Losses with
     ``reduction="none"`` are the mean over all their elements, those that are ignored as well.
     `funcnet.metrics.perplexity` has ``ignore_index``; and `funcnet.distributed.total` of a loss is
-    that of all that counts, whatever it divides by.
+    that of all that counts, whatever it divides by. For a model whose layers are on several ranks
+    there is `funcnet.distributed.pipeline_evaluate`.
 
     Args:
         model, loss: as for `train_step`.
@@ -69,15 +70,7 @@ def evaluate(
     >>> evaluation(state)
     {'loss': tensor(9., dtype=torch.float64), 'r2': tensor(0., dtype=torch.float64)}
     """
-    check_kind("evaluate", model, Layer, "model")
-    check_kind("evaluate", loss, Loss, "loss")
-    if metrics is not None and not isinstance(metrics, Mapping):
-        raise TypeError(f"evaluate: expects a dict of metrics, got {type(metrics).__name__}")
-    if metrics and "loss" in metrics:
-        raise ValueError("evaluate: the metric 'loss' is there already, pick another name")
-    _check_batches(batches)
-    measured = {"loss": loss, **(metrics or {})}
-    parts = {name: _weighted(name, part) for name, part in measured.items()}
+    parts = measured_over_batches("evaluate", model, loss, metrics, batches)
 
     def add(accs: Any, params: Params, state: Params, x: Tree, target: Tree) -> Any:
         prediction, _ = model.apply(params, x, state, train=False)
@@ -90,14 +83,9 @@ def evaluate(
     run = compiled(add) if jit else add
 
     def evaluation(train_state: TrainState) -> dict[str, Tensor]:
-        if not isinstance(train_state, TrainState):
-            got = tree.describe(train_state)
-            raise TypeError(f"evaluate: expects a TrainState, got {got}")
-        params = train_state.params
-        if averaged:
-            params = eval_params(train_state.opt_state, params)
+        params = evaluated_params("evaluate", train_state, averaged)
         accs = None
-        for x, target in _on_device(batches, params):
+        for x, target in pairs_on("evaluate", on_device_of(params), batches):
             if accs is None:
                 device = tree.device_of(x)
                 accs = {name: part.init(device) for name, part in parts.items()}
@@ -109,43 +97,66 @@ def evaluate(
     return evaluation
 
 
-def _check_batches(batches: Any) -> None:
+def measured_over_batches(
+    caller: str, model: Layer, loss: Loss, metrics: Any, batches: Any
+) -> dict[str, Metric]:
+    """The loss and the metrics, each as a metric of several batches; see `_weighted`.
+
+    Raises TypeError or ValueError, with the caller's name, for what `evaluate` does not take.
+    """
+    check_kind(caller, model, Layer, "model")
+    check_kind(caller, loss, Loss, "loss")
+    if metrics is not None and not isinstance(metrics, Mapping):
+        raise TypeError(f"{caller}: expects a dict of metrics, got {type(metrics).__name__}")
+    if metrics and "loss" in metrics:
+        raise ValueError(f"{caller}: the metric 'loss' is there already, pick another name")
     if hasattr(batches, "__next__"):
         raise TypeError(
-            "evaluate: expects batches that can be gone over again, such as a list or a "
+            f"{caller}: expects batches that can be gone over again, such as a list or a "
             f"DataLoader, got {type(batches).__name__}, whose end is its end"
         )
     iterable = hasattr(batches, "__iter__") or hasattr(batches, "__getitem__")
     if not iterable or isinstance(batches, (Tensor, Mapping, str)):
         got = tree.describe(batches)
-        raise TypeError(f"evaluate: expects a list of batches or the like, got {got}")
+        raise TypeError(f"{caller}: expects a list of batches or the like, got {got}")
+    measured = {"loss": loss, **(metrics or {})}
+    return {name: _weighted(caller, name, part) for name, part in measured.items()}
 
 
-def _weighted(name: str, part: Any) -> Metric:
+def evaluated_params(caller: str, train_state: Any, averaged: bool) -> Params:
+    """The params of a train state, or those that its optimizer keeps for evaluation."""
+    if not isinstance(train_state, TrainState):
+        raise TypeError(f"{caller}: expects a TrainState, got {tree.describe(train_state)}")
+    params = train_state.params
+    return eval_params(train_state.opt_state, params) if averaged else params
+
+
+def _weighted(caller: str, name: str, part: Any) -> Metric:
     """A metric whose update also takes the number of examples, for what has no counts itself."""
     if isinstance(part, Loss) and part.over_batches is not None:
         part = part.over_batches
     if isinstance(part, Metric):
         add = part.update
         return part._replace(update=lambda acc, y, target, examples: add(acc, y, target))
-    function = batch_function(part, f"evaluate: metric {name!r}:")
+    function = batch_function(part, f"{caller}: metric {name!r}:")
     mean = summed(name, lambda prediction, target, keep: prediction, mean_value, **MEAN)
 
     def update(acc: Any, prediction: Tree, target: Tree, examples: int) -> Any:
         value = function(prediction, target)
         if not isinstance(value, Tensor):
             got = type(value).__name__
-            raise TypeError(f"evaluate: metric {name!r}: expects a tensor, got {got}")
+            raise TypeError(f"{caller}: metric {name!r}: expects a tensor, got {got}")
         return mean.update(acc, sum_and_count(value, examples), None)
 
     return mean._replace(update=update)
 
 
-def _on_device(batches: Iterable[Any], params: Params) -> Iterator[tuple[Tree, Tree]]:
-    """The batches as pairs of trees of tensors, on the device of the params."""
-    move = on_device_of(params)
+def pairs_on(
+    caller: str, move: Callable[[Any], Tree], batches: Iterable[Any]
+) -> Iterator[tuple[Tree, Tree]]:
+    """The batches as pairs of trees of tensors, each where ``move`` takes it."""
     for batch in batches:
-        x, target = pair("evaluate", batch)
-        with located("evaluate:"):
+        x, target = pair(caller, batch)
+        with located(f"{caller}:"):
             x, target = move((x, target))
         yield x, target

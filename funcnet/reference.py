@@ -215,8 +215,8 @@ PAGES = {
             vocabulary_embedding vocabulary_cross_entropy
             """,
         "Pipelines": """
-            pipeline_step pipeline_state pipeline_stages gpipe one_f_one_b zero_bubble simulate
-            Simulation Action
+            pipeline_step pipeline_state pipeline_evaluate pipeline_stages gpipe one_f_one_b
+            zero_bubble simulate Simulation Action
             """,
         "Checkpoints": "save load save_step latest export",
         "What a layout takes, before it runs": """

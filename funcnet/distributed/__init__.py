@@ -23,6 +23,7 @@ from funcnet.distributed.pipeline import (
     Simulation as Simulation,
     gpipe as gpipe,
     one_f_one_b as one_f_one_b,
+    pipeline_evaluate as pipeline_evaluate,
     pipeline_stages as pipeline_stages,
     pipeline_state as pipeline_state,
     pipeline_step as pipeline_step,

@@ -1,6 +1,7 @@
 """Pipelines: the layers of a model on the ranks of an axis, and the batch in parts."""
 
 from funcnet.distributed.pipeline.actions import Action as Action, Schedule as Schedule
+from funcnet.distributed.pipeline.evaluation import pipeline_evaluate as pipeline_evaluate
 from funcnet.distributed.pipeline.schedules import (
     gpipe as gpipe,
     one_f_one_b as one_f_one_b,

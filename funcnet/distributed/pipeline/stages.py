@@ -140,6 +140,12 @@ def stages_of(
     return Stages(tuple(made), several)
 
 
+def kind_of(values: Tree) -> Any:
+    """What is the same of trees of one structure, with tensors of the same kinds."""
+    leaves, treedef = tree.flatten(values)
+    return treedef, tuple([(leaf.shape, leaf.dtype, leaf.device) for leaf in leaves])
+
+
 def kinds_of(params: Params) -> Kinds:
     """The shapes and dtypes of params, or of state."""
     return {path: (tuple(leaf.shape), leaf.dtype) for path, leaf in tree.to_dotted(params).items()}

@@ -19,6 +19,7 @@ from funcnet.distributed.pipeline.stages import (
     Boundaries,
     Stages,
     init_of,
+    kind_of,
     kinds_of,
     own_params,
     stages_of,
@@ -59,7 +60,8 @@ def pipeline_state(
     """`funcnet.init_train_state` of a stage: on each rank that of its layers alone.
 
     Params have the dotted paths, and the numbers, that they have in a single process. No rank makes
-    those of another stage, but for leaves to which some of its own are tied.
+    those of another stage, but for leaves to which some of its own are tied. The train state
+    is for `pipeline_step` and `pipeline_evaluate`.
 
     Args:
         model, optimizer, key: see `pipeline_step`.
@@ -197,7 +199,7 @@ def pipeline_step(
         params, state, opt_state, key, count = train_state
         x, target = pair(_NAME, batch)
         parts = _parts((x, target), micro_batches)
-        kind = _kind((parts[0], params, state))
+        kind = kind_of((parts[0], params, state))
         if kind not in plans:
             plans[kind] = plan(*parts[0], params, state)
         own = plans[kind]
@@ -219,11 +221,6 @@ def _parts(batch: Batch, count: int) -> list[Batch]:
     leaves, treedef = tree.flatten(batch)
     rows = [leaf.unflatten(0, (count, size // count)).unbind() for leaf in leaves]
     return [treedef.unflatten(each) for each in zip(*rows, strict=True)]
-
-
-def _kind(values: Tree) -> Any:
-    leaves, treedef = tree.flatten(values)
-    return treedef, tuple([(leaf.shape, leaf.dtype, leaf.device) for leaf in leaves])
 
 
 def _stacked(measured: list[Measured]) -> Measured:
