@@ -114,6 +114,9 @@ def pipeline_step(
     Args:
         model: a `funcnet.serial`, or `funcnet.tie` of one: leaves may be tied across stages, of
             which each has them then, and their gradients are summed.
+            A layer in `funcnet.cast` holds a copy of its params in the other dtype for each
+            micro-batch whose backward pass is still to come; ``remat(cast(layer, dtype))`` holds
+            none, and computes the layer twice.
         loss, metrics: as for `funcnet.train_step`; the last stage computes them.
         optimizer: the same on all ranks. Norms of all gradients, as of
             `funcnet.optimizers.clip_by_global_norm`, are those of all stages, and
