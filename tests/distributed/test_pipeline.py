@@ -326,3 +326,18 @@ def test_a_dead_peer_is_an_error_that_names_the_stage(two_ranks):
     for other, (kind, message) in zip((1, 0), two_ranks(with_a_dead_peer), strict=True):
         assert kind == "PeerError"
         assert f"received from stage {other} over pipe of (" in message
+
+
+@pytest.mark.parametrize(
+    ("around", "options"),
+    [(fn.cast, (torch.bfloat16,)), (fn.freeze, ("0",)), (fn.lora, (2,)), (fn.remat, ())],
+)
+def test_a_pipeline_says_where_what_is_around_a_serial_belongs(around, options):
+    net = around(fn.serial(fn.linear(3), fn.linear(2)), *options)
+    inside = f"put {around.__name__} around the layers in the serial, as in serial"
+    with pytest.raises(TypeError, match=inside):
+        fn.distributed.pipeline_state(net, fn.adam(), fn.key(0), torch.ones(4, 3), {"pipe": 1})
+    with pytest.raises(TypeError, match=r"or a tie of one, got linear\(2\)$"):
+        fn.distributed.pipeline_state(
+            fn.linear(2), fn.adam(), fn.key(0), torch.ones(4, 3), {"pipe": 1}
+        )

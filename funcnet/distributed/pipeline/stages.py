@@ -22,6 +22,9 @@ Kinds = dict[str, tuple[tuple[int, ...], torch.dtype]]
 Boundaries = Sequence[str | int]
 """The children at which the second stage and those after it begin, by name or index."""
 
+_AROUND_LAYERS = ("cast", "freeze", "lora", "remat")
+"""What may as well be around each layer of a serial as around the serial."""
+
 
 @dataclass(frozen=True)
 class Stage:
@@ -213,7 +216,12 @@ def _serial_in(name: str, model: Layer) -> tuple[Layer, Mapping[str, str]]:
     if model.name == "tie" and model.call is not None:
         inner = model.children[""]
     is_serial = inner.name == "serial" and inner.rebuild is not None
-    require(is_serial, f"{name}: expects a serial, or a tie of one, got {model!r}", TypeError)
+    hint = ""
+    if inner.name in _AROUND_LAYERS:
+        around = inner.name
+        hint = f"; put {around} around the layers in the serial, as in serial({around}(a, ...), b)"
+    expected = f"{name}: expects a serial, or a tie of one"
+    require(is_serial, f"{expected}, got {model!r}{hint}", TypeError)
     return inner, ties
 
 
