@@ -7,9 +7,10 @@ from itertools import count
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, distributed as dist
 
 from funcnet import checkpoint as checkpoints, tree
+from funcnet.checkpoint.loading import open_checkpoint
 from funcnet.core import TrainState, Tree
 from funcnet.data import on_device_of
 from funcnet.errors import check_count, require
@@ -34,7 +35,7 @@ def fit(
     validate_every: int | None = None,
     callbacks: Sequence[Callback] | Callback = (),
     early_stopping: Mapping[str, EarlyStopping] | None = None,
-    checkpoint: str | os.PathLike[str] | None = None,
+    checkpoint: str | os.PathLike[str] | checkpoints.RunFolder | None = None,
     every: int | None = None,
     keep: int | None = 3,
     resume: bool = False,
@@ -61,7 +62,8 @@ def fit(
             True or "stop" ends the run. Reading a value waits for the device. With a step that
             donates, the state is theirs until the next step only.
         early_stopping: from the name of a value, such as "val_loss", to `funcnet.early_stopping`.
-        checkpoint: a folder for checkpoints of this run; see `funcnet.checkpoint.save_step`.
+        checkpoint: a folder for checkpoints of this run; see `funcnet.checkpoint.save_step`. For
+            a run on several ranks, `funcnet.distributed.run_folder`.
         every: the steps between checkpoints; by default they are at the end of each epoch. One
             more is at the end of the run. Those right after a validation have, as their score, the
             value that is first in ``early_stopping``, or "val_loss". Where one cannot be written,
@@ -107,17 +109,15 @@ def fit(
         raise ValueError("fit: a source without steps_per_epoch needs steps, the number of steps")
     states = {name: stopping.init() for name, stopping in stoppers.items()}
     history, ended = History(), 0
-    if checkpoint is not None:
-        os.makedirs(checkpoint, exist_ok=True)  # what cannot be a folder is an error at once
-        found = checkpoints.latest(checkpoint)
-        if found is not None and not resume:
+    folder = None if checkpoint is None else _run_folder(checkpoint)
+    if folder is not None and (found := folder.latest()) is not None:
+        if not resume:
             raise ValueError(
-                f"fit: {checkpoint} has checkpoints of another run, the last {found.name}: pass "
+                f"fit: {found.parent} has checkpoints of another run, the last {found.name}: pass "
                 "resume=True to go on from it, or take another folder"
             )
-        if found is not None:
-            train_state, states, history, ended = _load(found, train_state, states)
-            taken = _number(train_state.step)
+        train_state, states, history, ended = _load(folder, found, train_state, states)
+        taken = _number(train_state.step)
     saved = taken if taken > begin else None
     validated = int(history.parts["val_step"][0][-1]) if "val_step" in history.parts else None
     values: Logs = {}
@@ -143,13 +143,13 @@ def fit(
 
     def save() -> None:
         nonlocal saved
-        if checkpoint is None or saved == taken:
+        if folder is None or saved == taken:
             return
         score = values.get(next(iter(stoppers), "val_loss")) if validated == taken else None
         parts = train_state, states, history.stacked(), ended
         content = dict(zip(_PARTS, parts, strict=True))
         try:
-            checkpoints.save_step(checkpoint, taken, content, keep=keep, score=score)
+            folder.save(taken, content, keep=keep, score=score)
         except OSError as error:
             # What is in memory would be lost with the error; the last checkpoint is there whole.
             message = f"fit: no checkpoint of step {taken}, and the run goes on: {error}"
@@ -204,15 +204,32 @@ _PARTS = ("train_state", "early_stopping", "history", "epochs")
 """What is in a checkpoint."""
 
 
+def _run_folder(
+    checkpoint: str | os.PathLike[str] | checkpoints.RunFolder,
+) -> checkpoints.RunFolder:
+    """What `fit` is given as ``checkpoint``; a path is a folder of one process."""
+    if isinstance(checkpoint, checkpoints.RunFolder):
+        return checkpoint
+    ranks = dist.get_world_size() if dist.is_available() and dist.is_initialized() else 1
+    require(
+        ranks == 1,
+        f"fit: checkpoint={str(checkpoint)!r} is a folder of one process, and there are {ranks}, "
+        "which would write over each other's parts; pass checkpoint=fn.distributed.run_folder("
+        f"{str(checkpoint)!r}, mesh, fn.distributed.state_placements(train_state, net, x))",
+    )
+    os.makedirs(checkpoint, exist_ok=True)  # what cannot be a folder is an error at once
+    return checkpoints.run_folder(checkpoint)
+
+
 def _load(
-    path: Any, train_state: TrainState, states: Tree
+    folder: checkpoints.RunFolder, path: Any, train_state: TrainState, states: Tree
 ) -> tuple[TrainState, Tree, History, int]:
     """The parts of a checkpoint."""
-    parts = checkpoints.load(path)
-    if not isinstance(parts, Mapping) or parts.keys() != set(_PARTS):
+    tensors, rest = open_checkpoint(path, lazily=True)
+    if {name.partition(".")[0] for name in (*tensors, *rest.values, *rest.nodes)} != set(_PARTS):
         raise ValueError(f"fit: {path} is no checkpoint of fn.fit, which have {list(_PARTS)}")
     begin = train_state
-    train_state = checkpoints.load(path, like=train_state, at="train_state")
+    train_state = folder.load(path, train_state, at="train_state")
     if not torch.equal(begin.key, train_state.key):
         raise ValueError(f"fit: {path} is of a run with another key: take another folder")
     if (begin.step > train_state.step).any():
@@ -221,8 +238,9 @@ def _load(
             "resume with the train state that the run began with, or take another folder"
         )
     if states:
-        states = checkpoints.load(path, like=states, at="early_stopping")
-    return train_state, states, History(parts["history"]), parts["epochs"]
+        states = folder.load(path, states, at="early_stopping")
+    history = History(checkpoints.load(path, at="history"))
+    return train_state, states, history, checkpoints.load(path, at="epochs")
 
 
 def _passes(

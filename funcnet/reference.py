@@ -195,7 +195,7 @@ PAGES = {
     },
     "funcnet.checkpoint": {
         "One file": "save load",
-        "A folder of a run": "save_step latest best steps",
+        "A folder of a run": "save_step latest best steps run_folder RunFolder",
     },
     "funcnet.interop": {
         "Modules": "from_module to_module from_state_dict to_state_dict export",
@@ -218,7 +218,7 @@ PAGES = {
             pipeline_step pipeline_state pipeline_evaluate pipeline_stages gpipe one_f_one_b
             zero_bubble simulate Simulation Action
             """,
-        "Checkpoints": "save load save_step latest export",
+        "Checkpoints": "save load save_step latest run_folder export",
         "What a layout takes, before it runs": """
             plan plans Plan Plans Layout Stage Memory Traffic Network Link Device link_of
             """,

@@ -2,8 +2,10 @@
 
 from funcnet import reference as _reference
 from funcnet.checkpoint.folder import (
+    RunFolder as RunFolder,
     best as best,
     latest as latest,
+    run_folder as run_folder,
     save_step as save_step,
     steps as steps,
 )

@@ -3,16 +3,39 @@
 import math
 import os
 import re
+from collections.abc import Callable
+from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from torch import Tensor
 
-from funcnet.checkpoint.loading import open_checkpoint
+from funcnet.checkpoint.loading import load, open_checkpoint
 from funcnet.checkpoint.saving import write
 from funcnet.checkpoint.shards import remove_shards
 from funcnet.checkpoint.structure import Structure
 from funcnet.errors import require
+
+
+class RunFolder(NamedTuple):
+    """A folder of a run's checkpoints, as `funcnet.fit` writes and reads it: three functions.
+
+    `run_folder` makes it for one process, `funcnet.distributed.run_folder` for several.
+
+    >>> run_folder("a/new/run").latest() is None
+    True
+    """
+
+    latest: Callable[[], Path | None]
+    """``latest() -> path`` of the last whole checkpoint; None if there is none."""
+
+    save: Callable[..., Path]
+    """``save(step, tree, *, keep, score) -> path``, as `save_step`. The tree is a dict, with the
+    train state at "train_state"."""
+
+    load: Callable[..., Any]
+    """``load(path, like, *, at) -> tree``, as `load`, of one entry of the dict that was saved."""
+
 
 _NAME = re.compile(r"step_(\d+)\.safetensors(?:\.index\.json)?")
 
@@ -56,6 +79,19 @@ def save_step(
     write(path, tree, max_shard_bytes=max_shard_bytes, checksum=checksum, score=score)
     remove_old(path.parent, keep)
     return path
+
+
+def run_folder(folder: str | os.PathLike[str]) -> RunFolder:
+    """The checkpoints of a run of one process.
+
+    >>> import tempfile
+    >>> with tempfile.TemporaryDirectory() as folder:
+    ...     run = run_folder(folder)
+    ...     path = run.save(3, {"train_state": torch.ones(2)}, keep=1, score=None)
+    ...     run.load(path, torch.zeros(2), at="train_state")
+    tensor([1., 1.])
+    """
+    return RunFolder(partial(latest, folder), partial(save_step, folder), load)
 
 
 def step_path(

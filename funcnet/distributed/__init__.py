@@ -9,6 +9,7 @@ from funcnet.distributed.checkpoints.loading import load as load
 from funcnet.distributed.checkpoints.runs import (
     export as export,
     latest as latest,
+    run_folder as run_folder,
     save_step as save_step,
 )
 from funcnet.distributed.checkpoints.saving import save as save

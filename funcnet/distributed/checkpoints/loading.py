@@ -18,6 +18,7 @@ from funcnet.checkpoint.loading import (
 )
 from funcnet.checkpoint.parted import Stored
 from funcnet.checkpoint.regions import piece_of
+from funcnet.checkpoint.structure import below
 from funcnet.core import EMPTY
 from funcnet.distributed.checkpoints.agreement import everyone
 from funcnet.distributed.checkpoints.states import as_single, divisions_of, leaves_of
@@ -27,7 +28,12 @@ from funcnet.tree import describe
 
 
 def load(
-    path: str | os.PathLike[str], like: Any, mesh: Mesh, placed: Mapping[str, Splits] = EMPTY
+    path: str | os.PathLike[str],
+    like: Any,
+    mesh: Mesh,
+    placed: Mapping[str, Splits] = EMPTY,
+    *,
+    at: str = "",
 ) -> Any:
     """This rank's parts of a checkpoint that `save`, or `funcnet.save`, wrote.
 
@@ -40,6 +46,7 @@ def load(
             meta too, as for `funcnet.load`.
         mesh: of all ranks that load; all of them call it.
         placed: how the leaves of ``like`` are parted, as for `save`.
+        at: the dotted path of the part to load, such as "params"; paths in ``placed`` are below it.
 
     Raises:
         ValueError: a checkpoint of other layers or shapes, or a damaged one: on all ranks, naming
@@ -54,7 +61,7 @@ def load(
     {'w': tensor([1., 1.])}
     """
     ranks = everyone(mesh)
-    (leaves, found), told = ranks.agree("load", lambda: _find(path, like, placed))
+    (leaves, found), told = ranks.agree("load", lambda: _find(path, like, placed, at))
     target = Path(path)
     faults = {name: fault for each in told for name, fault in each["wrong"].items()}
     wanted = {name for each in told for name in each["wanted"]}
@@ -67,12 +74,15 @@ def load(
     return optree.tree_structure(like).unflatten(parts)
 
 
-def _find(path: Any, like: Any, placed: Mapping[str, Splits]) -> tuple[Any, dict[str, Any]]:
+def _find(
+    path: Any, like: Any, placed: Mapping[str, Splits], at: str
+) -> tuple[Any, dict[str, Any]]:
     """This rank's leaves, and what a checkpoint has; and what the other ranks must know of it."""
     check_path("load", path)
     leaves = leaves_of(as_single(like), placed)
     tensors, structure = open_checkpoint(Path(path), lazily=True)
-    found: dict[str, Any] = {**tensors, **structure.values}
+    stored: dict[str, Any] = {**tensors, **structure.values}
+    found = {key: stored[name] for key, name in below(at, stored).items()}
     wrong = {name: _fault(name, leaf, placed.get(name, ()), found) for name, leaf in leaves.items()}
     return (leaves, found), {
         "wrong": {name: fault for name, fault in wrong.items() if fault},

@@ -2,6 +2,7 @@
 
 import os
 from collections.abc import Iterator, Mapping
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -10,7 +11,7 @@ from torch import Tensor
 
 from funcnet.checkpoint import safetensors
 from funcnet.checkpoint.files import check_path, replaced
-from funcnet.checkpoint.folder import latest as newest, remove_old, step_path
+from funcnet.checkpoint.folder import RunFolder, latest as newest, remove_old, step_path
 from funcnet.checkpoint.loading import explained, open_checkpoint
 from funcnet.checkpoint.parted import Stored
 from funcnet.checkpoint.regions import Range, piece_of
@@ -18,6 +19,7 @@ from funcnet.checkpoint.saving import check_size, unchanged
 from funcnet.checkpoint.shards import remove_shards
 from funcnet.checkpoint.structure import encode
 from funcnet.distributed.checkpoints.agreement import everyone
+from funcnet.distributed.checkpoints.loading import load
 from funcnet.distributed.checkpoints.saving import write
 from funcnet.distributed.processes.start import Mesh
 from funcnet.parted_params import Splits
@@ -97,6 +99,58 @@ def latest(folder: str | os.PathLike[str], mesh: Mesh) -> Path | None:
 
     _, names = ranks.agree("latest", look)
     return None if names[0] is None else Path(folder) / names[0]
+
+
+def run_folder(
+    folder: str | os.PathLike[str], mesh: Mesh, placed: Mapping[str, Splits]
+) -> RunFolder:
+    """The checkpoints of a run on several ranks, for `funcnet.fit`.
+
+        fn.fit(step, state, batches, checkpoint=fn.distributed.run_folder("run", mesh, placed))
+
+    They are those of `save_step`: another number of ranks, another layout or a single process can
+    go on from them. Each rank writes its parts of the train state; the history and the values of
+    early stopping are the first rank's, and all ranks have them after ``resume=True``.
+
+    Args:
+        folder: of this run alone, and one that all ranks share.
+        mesh: of all ranks of the run. Runs that have nothing to do with one another, each of one
+            process in a folder of its own, have ``{"data": 1}``.
+        placed: how the leaves of the train state are parted, as `state_placements` gives it.
+
+    Raises:
+        as `save_step`, `latest` and `load`.
+
+    >>> import tempfile
+    >>> net, x, mesh = fn.linear(1), torch.ones(4, 2), {"data": 1}
+    >>> optimizer = fn.distributed.zero(fn.adam(), mesh)
+    >>> start = fn.init_train_state(net, optimizer, fn.key(0), x)
+    >>> placed = fn.distributed.state_placements(start, net, x)
+    >>> with tempfile.TemporaryDirectory() as folder:
+    ...     state, _ = fn.fit(
+    ...         fn.train_step(net, fn.mse(), optimizer), start, [(x, torch.ones(4, 1))], epochs=3,
+    ...         checkpoint=run_folder(folder, mesh, placed),
+    ...     )
+    ...     [*fn.checkpoint.steps(folder)]
+    [1, 2, 3]
+    """
+    first = everyone(mesh).place == 0
+
+    def save(
+        step: int | Tensor, tree: Mapping[str, Any], *, keep: int | None, score: float | None
+    ) -> Path:
+        own = tree if first else {name: tree[name] for name in tree if name not in _FIRST}
+        below = {f"train_state.{path}": splits for path, splits in placed.items()}
+        return save_step(folder, step, own, mesh, below, keep=keep, score=score)
+
+    def read(path: Path, like: Any, *, at: str) -> Any:
+        return load(path, like, mesh, placed if at == "train_state" else {}, at=at)
+
+    return RunFolder(partial(latest, folder, mesh), save, read)
+
+
+_FIRST = ("history", "early_stopping")
+"""What the first rank alone writes of a run: losses may be of a rank's own part of the batch."""
 
 
 def export(checkpoint: str | os.PathLike[str], path: str | os.PathLike[str]) -> None:
