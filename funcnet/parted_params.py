@@ -4,6 +4,8 @@ from collections.abc import Iterator, Mapping
 from itertools import count
 from typing import Any
 
+import optree
+
 from funcnet import tree
 from funcnet.collectives import Split
 from funcnet.core import Key, Layer, Params, Tree, join_paths, map_layers
@@ -12,6 +14,30 @@ from funcnet.random import key
 
 Splits = tuple[Split, ...]
 """How a tensor came to be a part: parted by the first, that part by the second, and so on."""
+
+
+class PartedState:
+    """A node of a tree that holds this rank's parts of tensors, such as the state of `zero`."""
+
+    __slots__ = ()
+
+    splits: tuple[tuple[str, Split], ...]
+    """Dotted paths, and how the tensors there are parted."""
+
+
+def refuse_parted_state(tree: Tree) -> None:
+    """Raise ValueError for a tree that holds this rank's parts of what several ranks have.
+
+    >>> refuse_parted_state({"w": torch.ones(2)})
+    """
+    for node in optree.tree_leaves(tree, is_leaf=lambda node: isinstance(node, PartedState)):
+        sizes = [s.axis.size for _, s in node.splits] if isinstance(node, PartedState) else []
+        ranks = max(sizes, default=1)
+        require(
+            ranks == 1,
+            f"a {type(node).__name__} has this rank's parts alone, of {ranks} ranks; use "
+            "fn.distributed.save or save_step, with placed=state_placements(train_state, net, x)",
+        )
 
 
 def placements(model: Layer, x: Tree) -> dict[str, Splits]:

@@ -17,6 +17,7 @@ from funcnet.checkpoint.files import check_path, replaced, synced
 from funcnet.checkpoint.shards import index_of, remove_shards, shard_paths
 from funcnet.checkpoint.structure import Structure, encode, parts_by_path
 from funcnet.errors import located, require
+from funcnet.parted_params import refuse_parted_state
 
 
 def save(
@@ -75,6 +76,7 @@ def write(
             max_shard_bytes is None or max_shard_bytes >= 1,
             f"max_shard_bytes must be >= 1, got {max_shard_bytes}",
         )
+        refuse_parted_state(tree)
         tensors, structure = prepared(tree, score)
         if checksum:
             sums = {name: safetensors.crc32(tensor) for name, tensor in tensors.items()}

@@ -79,3 +79,17 @@ def refused(folder):
 def test_a_folder_of_one_process_is_refused(two_ranks, tmp_path):
     two_ranks(refused, str(tmp_path / "run"))
     assert not (tmp_path / "run").exists()
+
+
+def saved_alone(folder):
+    start = run_of("zero")[2]
+    message = r"save: a ZeroState has this rank's parts alone, of 2 ranks; use fn\.distributed"
+    with pytest.raises(ValueError, match=message):
+        fn.save(f"{folder}/state", start)
+    with pytest.raises(ValueError, match=message):
+        fn.checkpoint.save_step(folder, 0, start.opt_state)
+
+
+def test_one_ranks_part_of_zeros_state_is_not_saved_alone(two_ranks, tmp_path):
+    two_ranks(saved_alone, str(tmp_path / "run"))
+    assert not (tmp_path / "run").exists()

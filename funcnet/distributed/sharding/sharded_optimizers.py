@@ -17,13 +17,13 @@ from funcnet.optimizers.averaging import eval_params
 from funcnet.optimizers.leaves import Leaves
 from funcnet.optimizers.lift import leaves_update, lifted, paths, with_loss_scale
 from funcnet.optimizers.param_trees import Trees
-from funcnet.parted_params import Splits
+from funcnet.parted_params import PartedState, Splits
 
 _MESSAGE = 2**22
 """The bytes of a message of `zero`, which are there a few times beside the gradients."""
 
 
-class ZeroState:
+class ZeroState(PartedState):
     """The state of an optimizer of this rank's pieces; as a pytree, a node around that state.
 
     In ``inner``, what is like the params has a piece, a vector, in the place of each leaf.
