@@ -1,16 +1,21 @@
 """Where the params of a model lie: which of them are parts, of what, over which ranks."""
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from functools import lru_cache
 from itertools import count
-from typing import Any
+from typing import Any, TypeVar
 
 import optree
+import torch
 
 from funcnet import tree
 from funcnet.collectives import Split
 from funcnet.core import Key, Layer, Params, Tree, join_paths, map_layers
 from funcnet.errors import require
 from funcnet.random import key
+from funcnet.runtime import untraced
+
+Found = TypeVar("Found")
 
 Splits = tuple[Split, ...]
 """How a tensor came to be a part: parted by the first, that part by the second, and so on."""
@@ -60,6 +65,30 @@ def placements_of(found: Mapping[str, list[Split]], params: Params) -> dict[str,
         path: stacked(tuple(leaf.shape), found.get(path, []))
         for path, leaf in tree.to_dotted(params).items()
     }
+
+
+def for_each_form(function: Callable[[Tree], Found]) -> Callable[[Tree], Found]:
+    """A function of the shapes and dtypes of x, called once for each of the last ones.
+
+    It gets tensors on meta, and no operator of it is recorded.
+
+    >>> width = for_each_form(lambda x: x.shape[-1])
+    >>> width(torch.ones(5, 3)), width(torch.zeros(5, 2))
+    (3, 2)
+    """
+
+    @lru_cache(maxsize=16)
+    def found(treedef: Any, kinds: Any) -> Found:
+        examples = [torch.empty(shape, dtype=dtype, device="meta") for shape, dtype in kinds]
+        return function(treedef.unflatten(examples))
+
+    def of(x: Tree) -> Found:
+        leaves, treedef = tree.flatten(x)
+        kinds = tuple([(leaf.shape, leaf.dtype) for leaf in leaves])
+        with untraced():
+            return found(treedef, kinds)
+
+    return of
 
 
 def has_parts(layer: Layer) -> bool:

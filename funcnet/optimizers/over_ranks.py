@@ -3,15 +3,11 @@
 from collections.abc import Callable, Mapping
 from typing import Any
 
-import torch
-
-from funcnet import tree
 from funcnet.checks import check_kind
 from funcnet.core import Layer, Optimizer
 from funcnet.errors import require
 from funcnet.optimizers.lift import Trees, paths, with_trees
-from funcnet.parted_params import Splits, has_parts, placements
-from funcnet.runtime import untraced
+from funcnet.parted_params import Splits, for_each_form, has_parts, placements
 
 
 def knowing_parts(optimizer: Optimizer, model: Layer) -> Callable[[Any], Optimizer]:
@@ -23,20 +19,8 @@ def knowing_parts(optimizer: Optimizer, model: Layer) -> Callable[[Any], Optimiz
     """
     if not has_parts(model):
         return lambda batch: optimizer
-    found: dict[Any, Optimizer] = {}
-
-    def of(batch: Any) -> Optimizer:
-        (x, _) = batch
-        leaves, treedef = tree.flatten(x)
-        kinds = tuple([(leaf.shape, leaf.dtype) for leaf in leaves])
-        if (treedef, kinds) not in found:
-            with untraced():
-                meta = [torch.empty(shape, dtype=dtype, device="meta") for shape, dtype in kinds]
-                placed = placements(model, treedef.unflatten(meta))
-            found[treedef, kinds] = over_parts(optimizer, placed)
-        return found[treedef, kinds]
-
-    return of
+    of = for_each_form(lambda x: over_parts(optimizer, placements(model, x)))
+    return lambda batch: of(batch[0])
 
 
 def over_parts(optimizer: Optimizer, placements: Mapping[str, Splits]) -> Optimizer:

@@ -1,5 +1,6 @@
 """`replicated`: a layer whose gradients are summed over ranks while its backward pass goes on."""
 
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import optree
@@ -22,22 +23,25 @@ from funcnet.core import (
     pull,
 )
 from funcnet.distributed.data.buckets import BUCKET_BYTES, Summed
+from funcnet.distributed.data.gradients import axes_of
 from funcnet.distributed.processes.start import AxisName, Mesh, axis_of
 from funcnet.errors import check_count, require
 from funcnet.lift import stateful
+from funcnet.parted_params import Splits, for_each_form, has_parts, placements
 
 
 class Place:
     """Where the reduced gradients of one leaf of the params come; several, if it is used again."""
 
-    __slots__ = ("gradients",)
+    __slots__ = ("gradients", "is_part")
 
     def __init__(self) -> None:
         self.gradients: list[Tensor] = []
+        self.is_part = False
+        """Whether it is a part over these ranks, whose gradients are reduced already."""
 
     def taken(self) -> Tensor:
         """The sum of what came."""
-        require(self.gradients, "replicated: a leaf of the params got no gradient", RuntimeError)
         first, *others = self.gradients
         for each in others:
             first = first + each
@@ -63,7 +67,7 @@ class Buckets:
 
     def take(self, place: Place, gradient: Tensor) -> None:
         """Put a gradient into the bucket of its dtype and device."""
-        if not gradient.numel():
+        if place.is_part or not gradient.numel():
             place.gradients.append(gradient)
             return
         kind = sum_dtype(gradient.dtype), gradient.device
@@ -115,6 +119,7 @@ def replicated_rule(
     axis: Axis,
     factor: float,
     bucket_bytes: int,
+    parts: tuple[str, ...],
     *,
     params: bool,
     x: bool,
@@ -122,12 +127,14 @@ def replicated_rule(
     """The layer's own pullback, with the sums of its dparams over the ranks, times a factor."""
     if not params:
         return pull(residuals, "", dy, params=False, x=x)
-    places = [Place() for _ in range(treedef.num_leaves)]
+    total = treedef.unflatten([Place() for _ in range(treedef.num_leaves)])
+    places: dict[str, Any] = tree.to_dotted(total)
+    for path in parts:
+        places[path].is_part = True
     buckets = Buckets(axis, factor, bucket_bytes)
-    reduced = Reduced(treedef.unflatten(places), buckets)
-    _, dx = pull(residuals, "", dy, params=reduced, x=x)
+    _, dx = pull(residuals, "", dy, params=Reduced(total, buckets), x=x)
     buckets.finish()
-    return treedef.unflatten([place.taken() for place in places]), dx
+    return optree.tree_map(Place.taken, total), dx
 
 
 def replicated(
@@ -154,11 +161,17 @@ def replicated(
         reduction: "mean", or "sum" for a `total` loss.
         bucket_bytes: about how many bytes are reduced at once.
 
+    Params that are parts over these ranks, such as those of `sharded` layers, have the mean of
+    their gradients already, and are left as they are.
+
     With ``train_step(micro_batches=k)`` it reduces k times, where `mean` does it once.
 
     Params, State, key: those of the layer.
     VJP:
         that of the layer, with ``dparams = (dparams_0 + ... + dparams_{n-1}) / n``.
+    Raises:
+        ValueError: layers in it sum the gradients of their parts, and it takes means, or the
+            other way round.
 
     Source: Li et al. 2020, "PyTorch Distributed"; ``DistributedDataParallel``.
 
@@ -176,6 +189,10 @@ def replicated(
     ranks = axis_of(mesh, axis)
     factor = 1.0 / ranks.size if reduction == "mean" else 1.0
 
+    several = axes_of(mesh, axis)
+    parts_of = for_each_form(lambda x: _parts_over(ranks, several, reduction, placements(layer, x)))
+    parted = has_parts(layer)
+
     def apply(params: Params, x: Tree, state: Params, key: Key, train: bool) -> Any:
         return layer.apply(params, x, state, key=key, train=train)
 
@@ -184,10 +201,33 @@ def replicated(
         if ranks.size == 1:
             return y, pullback, state
         treedef = tree.flatten(params)[1]
-        static = treedef, ranks, factor, bucket_bytes
+        static = treedef, ranks, factor, bucket_bytes, parts_of(x) if parted else ()
         return y, Pullback(replicated_rule, {"": pullback}, static), state
 
     def again(layer: Layer) -> Layer:
         return replicated(layer, mesh, axis=axis, reduction=reduction, bucket_bytes=bucket_bytes)
 
     return stateful(layer.init, forward, apply=apply, name="replicated", **around(layer, again))
+
+
+def _parts_over(
+    ranks: Axis, several: Sequence[Axis], reduction: str, placed: Mapping[str, Splits]
+) -> tuple[str, ...]:
+    """The paths of the params that are parts over these ranks, as their layers reduced them."""
+    found = []
+    for path, splits in placed.items():
+        for split in splits:
+            if split.axis.size == 1 or split.axis not in (ranks, *several):
+                continue
+            require(
+                split.axis == ranks,
+                f"replicated: {path!r} is a part over {split.axis.name!r} alone, and the gradients "
+                f"are reduced over {ranks.name!r}: use mean in the optimizer's chain",
+            )
+            require(
+                split.reduced in ("", reduction),
+                f"replicated: the gradient of {path!r} is the {split.reduced} of the ranks', and "
+                f"reduction is {reduction!r}: see `sums` of the layer",
+            )
+            found.append(path)
+    return tuple(found)

@@ -2,7 +2,6 @@
 
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
-from functools import lru_cache
 from typing import Any, NamedTuple
 
 import torch
@@ -31,8 +30,9 @@ from funcnet.distributed.processes.start import Mesh, axis_of
 from funcnet.distributed.sharding.flat_messages import gathered, reduced
 from funcnet.errors import require
 from funcnet.lift import stateful
+from funcnet.parted_params import for_each_form
 from funcnet.random import key as key_of
-from funcnet.runtime import is_batched, is_transformed, storage_id, untraced
+from funcnet.runtime import is_batched, is_transformed, storage_id
 
 Named = tuple[tuple[str, Split], ...]
 """The dotted path of each leaf of a layer's params, and how it is parted."""
@@ -90,17 +90,7 @@ def sharded(
     if over.size == 1:
         return layer
 
-    @lru_cache(maxsize=16)
-    def shards_for(treedef: Any, kinds: Any) -> _Shards:
-        examples = [torch.empty(shape, dtype=dtype, device="meta") for shape, dtype in kinds]
-        return _Shards.of(over, layer.init(key_of(0), treedef.unflatten(examples))[0])
-
-    def shards_of(x: Tree) -> _Shards:
-        """How the params for x are parted; found on meta tensors, once for each form of x."""
-        leaves, treedef = tree.flatten(x)
-        kinds = tuple([(leaf.shape, leaf.dtype) for leaf in leaves])
-        with untraced():
-            return shards_for(treedef, kinds)
+    shards_of = for_each_form(lambda x: _Shards.of(over, layer.init(key_of(0), x)[0]))
 
     def init(key: Tensor, x: Tree) -> tuple[Params, Params]:
         params, state = layer.init(key, x)
