@@ -60,3 +60,35 @@ def test_replicated_refuses_parts_that_are_reduced_otherwise(net, options, messa
     params, _ = layer.init(fn.key(0), x)
     with pytest.raises(ValueError, match=message):
         layer.vjp(params, x)
+
+
+FEW = {
+    "a layer": lambda net: fn.freeze(net, "0"),
+    "a leaf": lambda net: fn.freeze(net, "0.weight"),
+    "lora": lambda net: fn.lora(net, 2),
+}
+
+
+def learns_few(which):
+    mesh, data = fn.distributed.mesh(), batch()
+    net = fn.serial(fn.linear(4), fn.tanh(), fn.linear(2))
+    found = []
+    for model, rows in (
+        (FEW[which](replicated(net, mesh)), part(data, mesh)),
+        (replicated(FEW[which](net), mesh), part(data, mesh)),
+        (FEW[which](net), data),
+    ):
+        optimizer = fn.adam(0.1)
+        state = fn.init_train_state(model, optimizer, fn.key(0), data[0])
+        step = fn.train_step(model, fn.mse(), optimizer)
+        for _ in range(3):
+            state, _ = step(state, rows)
+        found.append(fn.tree.to_dotted(state.params))
+    return found
+
+
+@pytest.mark.parametrize("which", FEW)
+def test_replicated_may_be_inside_what_learns_few_params(two_ranks, which):
+    for inside, outside, expected in two_ranks(learns_few, which):
+        torch.testing.assert_close(inside, expected, rtol=1e-10, atol=1e-12)
+        torch.testing.assert_close(outside, expected, rtol=1e-10, atol=1e-12)

@@ -108,7 +108,9 @@ class Reduced(Sums):
 
     def plus(self, dparams: Tree) -> Tree:
         """The places, to which the gradients of a layer come later."""
-        optree.tree_map_(self.buckets.take, self.total, dparams)
+        places: dict[str, Any] = tree.to_dotted(self.total)
+        for path, gradient in tree.to_dotted(dparams).items():
+            self.buckets.take(places[path], gradient)
         return self.total
 
 
@@ -134,6 +136,10 @@ def replicated_rule(
     buckets = Buckets(axis, factor, bucket_bytes)
     _, dx = pull(residuals, "", dy, params=Reduced(total, buckets), x=x)
     buckets.finish()
+    # Inside `freeze` and `lora` some leaves have none.
+    reached = {path: place for path, place in places.items() if place.gradients}
+    if len(reached) < len(places):
+        total = tree.from_dotted(reached)
     return optree.tree_map(Place.taken, total), dx
 
 
