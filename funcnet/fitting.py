@@ -82,6 +82,13 @@ def fit(
     Ctrl-C ends the run after the step that is being taken, with a checkpoint, and what is there is
     returned; once more, it is a KeyboardInterrupt at once.
 
+    On several ranks each calls it, and all must stop after the same step. So what `early_stopping`
+    watches, and what a callback decides by, must be the same on all ranks, such as the value of a
+    metric in `funcnet.distributed.everywhere`, not the loss of a rank's own part of the batch; and
+    Ctrl-C (SIGINT) must reach all ranks within the same step. If one rank stops alone, the others
+    wait for it until their timeout, and then raise `funcnet.distributed.PeerError`. Each rank has a
+    bar and a log of its own: give ``progress`` and ``log_dir`` on one rank alone.
+
     Returns:
         The last train state, and the history: for each metric its values at all steps, (steps,
         ...); the values of the validations, "val_...", and at which steps they were, "val_step".
