@@ -241,6 +241,18 @@ X, INDEX = torch.ones(3, 4, device="meta"), torch.ones(3, dtype=torch.int64, dev
             "parallel_attention: expects a number of features that 8 heads divide, got 4",
         ),
         (lambda: D.parallel_encoder_layer(4, MESH, activation="no"), ValueError, "parallel_encod"),
+        (
+            lambda: D.parallel_encoder_layer(4, MESH, activation=fn.prelu()),
+            ValueError,
+            r"_layer: expects an activation without params and state, got prelu\(\)",
+        ),
+        (
+            lambda: D.parallel_encoder_layer(
+                4, MESH, activation=fn.serial(fn.relu(), fn.dropout(0.5))
+            ),
+            ValueError,
+            r"an activation that draws no numbers, got serial\(relu\(\), dropout.*dropout=p",
+        ),
         (lambda: D.vocabulary_embedding(7, 2, MESH, 9), ValueError, "padding_idx must be within 7"),
         (
             lambda: D.vocabulary_embedding(7, 2, MESH).init(fn.random.key(0), X),

@@ -4,12 +4,14 @@ from typing import Any
 
 import torch
 
+from funcnet import random
 from funcnet.core import Layer
 from funcnet.distributed.processes.start import Mesh
 from funcnet.distributed.tensor_parallel.heads import parallel_attention
 from funcnet.distributed.tensor_parallel.linears import column_linear, row_linear
 from funcnet.distributed.tensor_parallel.parting import axis_for
 from funcnet.distributed.tensor_parallel.pieces import own_tokens, parted_dropout
+from funcnet.errors import require
 from funcnet.initializers import Initializer
 from funcnet.layers.dropout import dropout as dropping
 from funcnet.layers.layer_norm import layer_norm
@@ -49,7 +51,9 @@ def parallel_encoder_layer(
         dim_feedforward: the features between the two linear layers, of all ranks; they need not
             be divided by ranks.
         dropout, activation, layer_norm_eps, batch_first, norm_first, bias: of
-            `funcnet.transformer_encoder_layer`; the activation is of each number alone.
+            `funcnet.transformer_encoder_layer`. Each rank applies the activation to its own
+            features, so it must work on each number alone, without params and without draws.
+            Softmax and norms, which mix features, would silently mix those of a rank.
         axis: the axis of the mesh over which the layer is parted.
         sequence: whether each rank has some of the tokens of x and y, which ranks divide: sums
             become as many sums of parts and gathers, and norms are of own tokens (`own_tokens`).
@@ -66,7 +70,8 @@ def parallel_encoder_layer(
     VJP:
         the children's.
     Raises:
-        ValueError: heads that the ranks do not divide; the children's errors.
+        ValueError: heads that the ranks do not divide; an activation that has params or state, or
+            draws numbers; the children's errors.
 
     Source: Shoeybi et al. 2019, "Megatron-LM"; sequence: Korthikanti et al. 2022.
 
@@ -105,10 +110,26 @@ def parallel_encoder_layer(
     }
     parts = Parts(
         column_linear(dim_feedforward, mesh, bias, **linear),
-        activation_of(name, activation),
+        _of_each_number(name, activation_of(name, activation), dim_feedforward),
         parted_dropout(dropout, ranks, -1, dim_feedforward),
         row_linear(None, mesh, bias, dim_feedforward, **linear),
         own_tokens(norm, mesh, axis=axis) if sequence else norm,
         parted_dropout(dropout, ranks, tokens) if sequence else dropping(dropout),
     )
     return block_of(told, {"self_attn": attention}, parts, batch_first)
+
+
+def _of_each_number(name: str, activation: Layer, features: int) -> Layer:
+    """The activation; ValueError for what would silently differ between ranks.
+
+    Each rank would sum a param's gradient over its own features only, and draw the numbers that the
+    other ranks draw for theirs.
+    """
+    words = f"{name}: expects an activation that draws no numbers"
+    told = "for dropout after the activation pass dropout=p"
+    require(not activation.takes_key, f"{words}, got {activation}; {told}")
+    kept = activation.init(random.key(0), torch.empty(1, 1, features, device="meta"))
+    words = f"{name}: expects an activation without params and state"
+    told = "each rank has other features, and would change them in another way"
+    require(not any(kept), f"{words}, got {activation}: {told}")
+    return activation

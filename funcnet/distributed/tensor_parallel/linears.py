@@ -65,9 +65,12 @@ def column_linear(
 ) -> Layer:
     """`funcnet.linear`, each rank with some of the output: ``y_r = x weight_r^T + bias_r``.
 
-    Its weight, transposed as in the formula, is parted by columns. What follows may work on each
-    feature alone, such as an activation, up to a `row_linear`, or to a
-    `vocabulary_cross_entropy`.
+    Its weight, transposed as in the formula, is parted by columns. What follows, up to a
+    `row_linear` or a `vocabulary_cross_entropy`, sees this rank's features only. So only functions
+    of each number alone may follow, without params and without draws, such as `funcnet.relu`.
+    Nothing detects another layer: `funcnet.softmax` and norms would silently be of the rank's
+    features, ranks would learn different params, and `funcnet.dropout` would draw the same mask for
+    different features. With ``gather`` any layer may follow.
 
     Args:
         out_features: the features of all ranks. Where ranks do not divide them, the last ones have
@@ -174,7 +177,8 @@ def row_linear(
     """`funcnet.linear`, each rank with some of the input: ``y = sum_r x_r weight_r^T + bias``.
 
     Its weight, transposed as in the formula, is parted by rows. It ends what a `column_linear`
-    began: y is the same on all ranks.
+    began: y is the same on all ranks. Between the two only functions of each number alone may
+    stand, without params and without draws; see `column_linear`.
 
     Args:
         out_features: the size of the last dimension of y, or None, as in `funcnet.linear`.
