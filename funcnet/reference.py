@@ -212,7 +212,7 @@ PAGES = {
             """,
         "Layers in parts": """
             column_linear row_linear parallel_attention parallel_encoder_layer own_tokens
-            vocabulary_embedding vocabulary_cross_entropy
+            parted_dropout vocabulary_embedding vocabulary_cross_entropy
             """,
         "Pipelines": """
             pipeline_step pipeline_state pipeline_evaluate pipeline_stages gpipe one_f_one_b

@@ -69,7 +69,10 @@ from funcnet.distributed.tensor_parallel.linears import (
     column_linear as column_linear,
     row_linear as row_linear,
 )
-from funcnet.distributed.tensor_parallel.pieces import own_tokens as own_tokens
+from funcnet.distributed.tensor_parallel.pieces import (
+    own_tokens as own_tokens,
+    parted_dropout as parted_dropout,
+)
 from funcnet.distributed.tensor_parallel.vocabulary import (
     vocabulary_embedding as vocabulary_embedding,
 )

@@ -193,6 +193,7 @@ def test_over_one_rank_a_layer_is_that_of_a_single_process():
     fn.testing.check_layer(fn.distributed.row_linear(3, one), normal(0, 4, 2))
     fn.testing.check_layer(fn.distributed.parallel_attention(2, one), normal(0, 5, 3, 4))
     fn.testing.check_layer(fn.distributed.own_tokens(fn.layer_norm(), one), normal(0, 5, 4))
+    fn.testing.check_layer(fn.distributed.parted_dropout(0.3, one), normal(0, 5, 4))
     table = fn.distributed.vocabulary_embedding(7, 2, one, dtype=FLOAT)
     fn.testing.check_layer(table, tokens(0, 5, vocabulary=7))
     loss = fn.distributed.vocabulary_cross_entropy(one, label_smoothing=0.1)
@@ -259,7 +260,28 @@ X, INDEX = torch.ones(3, 4, device="meta"), torch.ones(3, dtype=torch.int64, dev
             TypeError,
             "vocabulary_embedding: expects int32 or int64 indices",
         ),
-        (lambda: D.own_tokens(fn.dropout(), MESH), ValueError, "that draws no numbers, got dropou"),
+        (
+            lambda: D.own_tokens(fn.dropout(), MESH),
+            ValueError,
+            r"that draws no numbers, got dropout; .* use parted_dropout\(p, mesh, dim=",
+        ),
+        (lambda: D.parted_dropout(2, MESH), ValueError, r"parted_dropout: p must be in \[0, 1\]"),
+        (lambda: D.parted_dropout(0.5, MESH, size=-1), ValueError, "parted_dropout: size must be"),
+        (
+            lambda: D.parted_dropout(0.5, MESH, dim=0.5),
+            TypeError,
+            "dim must be an integer, got 0",
+        ),
+        (
+            lambda: D.parted_dropout(0.5, MESH, dim=2).init(fn.random.key(0), X),
+            ValueError,
+            r"parted_dropout: expects a dimension 2, got \(3, 4\)",
+        ),
+        (
+            lambda: D.parted_dropout(0.5, MESH, size=25).init(fn.random.key(0), X),
+            ValueError,
+            r"parted_dropout: expects 7 of 25 in dimension -1, got \(3, 4\)",
+        ),
         (lambda: D.vocabulary_cross_entropy(MESH, label_smoothing=2), ValueError, "label_smooth"),
         (lambda: D.vocabulary_cross_entropy(MESH, "sum"), TypeError, "vocabulary_cross_entropy"),
         (

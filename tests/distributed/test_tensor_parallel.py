@@ -38,6 +38,30 @@ def gathered(mesh=None):
     return fn.serial(first, fn.softmax(), fn.linear(3)), fn.mse()
 
 
+def dropped(mesh=None, sequence=None):
+    """A hidden layer of which each rank drops its part."""
+    if mesh is None:
+        return fn.serial(fn.linear(25), fn.sigmoid(), fn.dropout(0.3), fn.linear(3)), fn.mse()
+    d = fn.distributed
+    first = d.column_linear(25, mesh, sequence=sequence)
+    last = d.row_linear(3, mesh, in_features=25, sequence=sequence)
+    return fn.serial(first, fn.sigmoid(), d.parted_dropout(0.3, mesh, size=25), last), fn.mse()
+
+
+def dropped_tokens(mesh=None):
+    """The same between layers that drop values of each rank's tokens, in dimension 1."""
+    hidden, loss = dropped(mesh, 1)
+    norm, drop = fn.layer_norm(None), fn.dropout(0.3)
+    if mesh is None:
+        embed, head = fn.embedding(7, 6, dtype=FLOAT), fn.linear(5)
+    else:
+        d = fn.distributed
+        norm, drop = d.own_tokens(norm, mesh), d.parted_dropout(0.3, mesh, dim=1)
+        embed = d.vocabulary_embedding(7, 6, mesh, dtype=FLOAT, sequence=1)
+        head = d.column_linear(5, mesh, gather=True, sequence=1)
+    return fn.serial(embed, drop, norm, hidden, drop, head), loss
+
+
 def close(found, expected):
     torch.testing.assert_close(found, expected, rtol=1e-12, atol=1e-13, equal_nan=True)
 
@@ -76,13 +100,18 @@ def gradients(net, loss, state, x, target):
     return value, pullback(of_loss(), x=False)[0]
 
 
-@pytest.mark.parametrize("make", [mlp, gathered])
+@pytest.mark.parametrize("make", [mlp, gathered, dropped])
 def test_a_small_net(ranks, make):
     ranks(same_training, make, normal(0, 4, 5), normal(1, 4, 3))
 
 
-def test_a_small_net_under_jit(two_ranks):
-    two_ranks(same_training, mlp, normal(0, 4, 5), normal(1, 4, 3), "jit")
+@pytest.mark.parametrize("make", [mlp, pytest.param(dropped, marks=pytest.mark.whole)])
+def test_a_small_net_under_jit(two_ranks, make):
+    two_ranks(same_training, make, normal(0, 4, 5), normal(1, 4, 3), "jit")
+
+
+def test_dropout_of_parts_of_tokens(ranks):
+    ranks(same_training, dropped_tokens, tokens(0, 3, 8, vocabulary=7), normal(1, 3, 8, 5))
 
 
 def gpt(mesh=None, tied=False, sequence=False, dropout=0.0, **options):

@@ -9,7 +9,6 @@ from funcnet.core import Layer
 from funcnet.distributed.processes.start import Mesh
 from funcnet.distributed.tensor_parallel.heads import parallel_attention
 from funcnet.distributed.tensor_parallel.linears import column_linear, row_linear
-from funcnet.distributed.tensor_parallel.parting import axis_for
 from funcnet.distributed.tensor_parallel.pieces import own_tokens, parted_dropout
 from funcnet.errors import require
 from funcnet.initializers import Initializer
@@ -82,7 +81,7 @@ def parallel_encoder_layer(
     (torch.Size([5, 4]), torch.Size([4, 5]))
     """
     name = "parallel_encoder_layer"
-    ranks, tokens = axis_for(name, mesh, axis), -2 if batch_first else 0
+    tokens = -2 if batch_first else 0
     attention = parallel_attention(
         nhead,
         mesh,
@@ -111,10 +110,10 @@ def parallel_encoder_layer(
     parts = Parts(
         column_linear(dim_feedforward, mesh, bias, **linear),
         _of_each_number(name, activation_of(name, activation), dim_feedforward),
-        parted_dropout(dropout, ranks, -1, dim_feedforward),
+        parted_dropout(dropout, mesh, size=dim_feedforward, axis=axis),
         row_linear(None, mesh, bias, dim_feedforward, **linear),
         own_tokens(norm, mesh, axis=axis) if sequence else norm,
-        parted_dropout(dropout, ranks, tokens) if sequence else dropping(dropout),
+        parted_dropout(dropout, mesh, dim=tokens, axis=axis) if sequence else dropping(dropout),
     )
     return block_of(told, {"self_attn": attention}, parts, batch_first)
 

@@ -67,10 +67,11 @@ def column_linear(
 
     Its weight, transposed as in the formula, is parted by columns. What follows, up to a
     `row_linear` or a `vocabulary_cross_entropy`, sees this rank's features only. So only functions
-    of each number alone may follow, without params and without draws, such as `funcnet.relu`.
-    Nothing detects another layer: `funcnet.softmax` and norms would silently be of the rank's
-    features, ranks would learn different params, and `funcnet.dropout` would draw the same mask for
-    different features. With ``gather`` any layer may follow.
+    of each number alone may follow, without params and without draws, such as `funcnet.relu`;
+    and `parted_dropout` for dropout. Nothing detects another layer: `funcnet.softmax` and norms
+    would silently be of the rank's features, ranks would learn different params, and
+    `funcnet.dropout` would draw the same mask for different features. With ``gather`` any layer may
+    follow.
 
     Args:
         out_features: the features of all ranks. Where ranks do not divide them, the last ones have
@@ -178,7 +179,7 @@ def row_linear(
 
     Its weight, transposed as in the formula, is parted by rows. It ends what a `column_linear`
     began: y is the same on all ranks. Between the two only functions of each number alone may
-    stand, without params and without draws; see `column_linear`.
+    stand, without params and without draws, and `parted_dropout`; see `column_linear`.
 
     Args:
         out_features: the size of the last dimension of y, or None, as in `funcnet.linear`.

@@ -1,32 +1,77 @@
 """Layers between the parallel ones: dropout of a part, and what is done to each token alone."""
 
+from collections.abc import Mapping
 from typing import Any
+
+from torch import Tensor
 
 from funcnet import tree
 from funcnet.checks import check_kind
 from funcnet.collectives import Axis
-from funcnet.core import Forward, Grads, Key, Layer, Params, Pullback, Tree, around, pull
+from funcnet.core import EMPTY, Forward, Grads, Key, Layer, Params, Pullback, Tree, around, pull
 from funcnet.deferred import defers, mapped
 from funcnet.distributed.data.buckets import all_summed
 from funcnet.distributed.processes.start import Mesh
 from funcnet.distributed.tensor_parallel.parting import axis_for
-from funcnet.errors import require
-from funcnet.layers.dropout import dropout, dropping, of_values
-from funcnet.lift import stateful
+from funcnet.errors import check_count, require
+from funcnet.layers.dropout import dropping, of_values
+from funcnet.lift import require_floating, stateful
+from funcnet.params import Param
 
 
-def parted_dropout(p: float, parts: Axis, dim: int, size: int | None = None) -> Layer:
-    """`dropout` of a rank's part of x along a dimension: its part of what all of x draws.
+def parted_dropout(
+    p: float, mesh: Mesh, *, dim: int = -1, size: int | None = None, axis: str = "model"
+) -> Layer:
+    """`funcnet.dropout` of a rank's part of x: its part of the mask that the whole x would draw.
+
+    ``y_r = x_r [kept_r] / (1 - p)``. Ranks draw from one key, so `funcnet.dropout` would give each
+    part the same mask. With this layer, and the same key on all ranks, the numbers are those of a
+    single process. With ``train=False`` it is the identity.
+
+    It stands between a `column_linear` and a `row_linear`, of which each rank has some of the
+    features; and, with ``dim`` the dimension of tokens, where ``sequence`` gives each rank some of
+    them.
 
     Args:
-        p: the probability to drop.
-        parts: the ranks.
-        dim: the dimension that is parted.
-        size: that of the whole; default that of all parts.
+        p: the probability that a value is dropped.
+        mesh: the ranks; see `mesh` and `axis_of`.
+        dim: the dimension of x that is parted.
+        size: the size of this dimension in the whole x, as in ``column_linear(25, mesh)``,
+            ``parted_dropout(0.5, mesh, size=25)``. Default: that of all parts together, which is
+            more where ranks do not divide it.
+        axis: the axis of the mesh over which x is parted.
+
+    Inputs:
+        x of any shape, floating, a rank's part; a key, the same on all ranks, when ``train=True``.
+    VJP:
+        ``dx_r = dy_r [kept_r] / (1 - p)``; the residual is the mask.
+    Raises:
+        ValueError: without a key; an x without this dimension, or with another size of it.
+
+    Source: `funcnet.dropout`; Shoeybi et al. 2019, "Megatron-LM", which draws other numbers.
+
+    >>> import funcnet as fn
+    >>> layer = parted_dropout(0.5, {"model": 1})
+    >>> layer.apply({}, torch.ones(6), key=fn.key(0), train=True)[0]
+    tensor([0., 0., 2., 2., 0., 2.])
     """
-    if parts.size == 1:
-        return dropout(p)
-    return dropping("dropout", p, of_values, parts=(parts, dim, size))
+    name = "parted_dropout"
+    number = isinstance(dim, int) and not isinstance(dim, bool)
+    require(number, f"{name}: dim must be an integer, got {dim!r}", TypeError)
+    if size is not None:
+        check_count(name, 0, size=size)
+    ranks = axis_for(name, mesh, axis)
+
+    def declaration(x: Tensor) -> Mapping[str, Param]:
+        require_floating(x)
+        got = tuple(x.shape)
+        require(-x.dim() <= dim < x.dim(), f"expects a dimension {dim}, got {got}")
+        own = x.shape[dim] if size is None else -(-size // ranks.size)
+        require(x.shape[dim] == own, f"expects {own} of {size} in dimension {dim}, got {got}")
+        return EMPTY
+
+    parts = None if ranks.size == 1 else (ranks, dim, size)
+    return dropping(name, p, of_values, declaration=declaration, parts=parts)
 
 
 @defers
@@ -49,7 +94,8 @@ def own_tokens(layer: Layer, mesh: Mesh, *, axis: str = "model") -> Layer:
     ``sequence``. Its params are whole on all ranks, and stay the same.
 
     Args:
-        layer: any layer that neither draws numbers nor mixes tokens.
+        layer: any layer that neither draws numbers nor mixes tokens; for dropout see
+            `parted_dropout`.
         mesh: the ranks; see `mesh` and `axis_of`.
         axis: the axis of the mesh over which tokens are parted.
 
@@ -68,8 +114,9 @@ def own_tokens(layer: Layer, mesh: Mesh, *, axis: str = "model") -> Layer:
     """
     name = "own_tokens"
     check_kind(name, layer, Layer)
-    drawn = f"{name}: expects a layer that draws no numbers, got {layer.name}"
-    require(not layer.takes_key, drawn)
+    words = f"{name}: expects a layer that draws no numbers, got {layer.name}"
+    told = "for dropout of tokens use parted_dropout(p, mesh, dim=the dimension of tokens)"
+    require(not layer.takes_key, f"{words}; {told}")
     return _own_tokens(layer, axis_for(name, mesh, axis))
 
 
