@@ -93,7 +93,7 @@ def for_each_form(function: Callable[[Tree], Found]) -> Callable[[Tree], Found]:
 
 def has_parts(layer: Layer) -> bool:
     """Whether some params of a model are parts over ranks."""
-    return any([each.placed is not None for _, each in _layers(layer)])
+    return any([each.placed is not None for _, each in layers_of(layer)])
 
 
 def refuse_parts(name: str, model: Layer) -> None:
@@ -102,15 +102,21 @@ def refuse_parts(name: str, model: Layer) -> None:
     >>> import funcnet as fn
     >>> refuse_parts("kfac_train_step", fn.linear(2))
     """
-    for path, layer in _layers(model):
-        where = f"{layer.name} at {path!r}" if path else layer.name
+    for path, layer in layers_of(model):
+        where = place_of(layer, path)
         require(layer.placed is None, f"{name}: the params of {where} are parts over ranks")
 
 
-def _layers(layer: Layer, path: str = "") -> Iterator[tuple[str, Layer]]:
+def place_of(layer: Layer, path: str) -> str:
+    """What an error calls a layer inside a model, such as ``linear at '1.0'``."""
+    return f"{layer.name} at {path!r}" if path else layer.name
+
+
+def layers_of(layer: Layer, path: str = "") -> Iterator[tuple[str, Layer]]:
+    """A model and all layers that it is made of, with their paths."""
     yield path, layer
     for name, child in layer.children.items():
-        yield from _layers(child, join_paths(path, name))
+        yield from layers_of(child, join_paths(path, name))
 
 
 def placed_by_layers(model: Layer, x: Tree) -> tuple[dict[str, list[Split]], Params]:

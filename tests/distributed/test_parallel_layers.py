@@ -265,6 +265,21 @@ X, INDEX = torch.ones(3, 4, device="meta"), torch.ones(3, dtype=torch.int64, dev
             ValueError,
             r"that draws no numbers, got dropout; .* use parted_dropout\(p, mesh, dim=",
         ),
+        (
+            lambda: D.own_tokens(fn.sinusoidal_positions(), MESH),
+            ValueError,
+            "own_tokens: expects a layer of each token alone, got sinusoidal_positions, which",
+        ),
+        (
+            lambda: D.own_tokens(fn.serial(fn.linear(3), fn.learned_positions(8)), MESH),
+            ValueError,
+            r"got learned_positions at '1', .* or vocabulary_embedding\(sequence=\)",
+        ),
+        (
+            lambda: D.own_tokens(fn.transformer_encoder_layer(2, dropout=0.0), MESH),
+            ValueError,
+            r"got scaled_dot_product_attention at 'self_attn.attention', .* use parallel_attention",
+        ),
         (lambda: D.parted_dropout(2, MESH), ValueError, r"parted_dropout: p must be in \[0, 1\]"),
         (lambda: D.parted_dropout(0.5, MESH, size=-1), ValueError, "parted_dropout: size must be"),
         (

@@ -62,6 +62,17 @@ def dropped_tokens(mesh=None):
     return fn.serial(embed, drop, norm, hidden, drop, head), loss
 
 
+def with_positions(mesh=None):
+    """Learned positions of tokens in parts: an embedding of the position numbers."""
+    if mesh is None:
+        of, head = (lambda size: fn.embedding(size, 6, dtype=FLOAT)), fn.linear(5)
+    else:
+        d, along = fn.distributed, {"sequence": 1}
+        of = lambda size: d.vocabulary_embedding(size, 6, mesh, dtype=FLOAT, **along)  # noqa: E731
+        head = d.column_linear(5, mesh, gather=True, **along)
+    return fn.serial(fn.parallel(of(7), of(9)), fn.add(), head), fn.mse()
+
+
 def close(found, expected):
     torch.testing.assert_close(found, expected, rtol=1e-12, atol=1e-13, equal_nan=True)
 
@@ -112,6 +123,11 @@ def test_a_small_net_under_jit(two_ranks, make):
 
 def test_dropout_of_parts_of_tokens(ranks):
     ranks(same_training, dropped_tokens, tokens(0, 3, 8, vocabulary=7), normal(1, 3, 8, 5))
+
+
+def test_positions_of_parts_of_tokens(two_ranks):
+    x = tokens(0, 3, 8, vocabulary=7), torch.arange(8).expand(3, 8)
+    two_ranks(same_training, with_positions, x, normal(1, 3, 8, 5))
 
 
 def gpt(mesh=None, tied=False, sequence=False, dropout=0.0, **options):

@@ -56,6 +56,8 @@ def parallel_encoder_layer(
         axis: the axis of the mesh over which the layer is parted.
         sequence: whether each rank has some of the tokens of x and y, which ranks divide: sums
             become as many sums of parts and gathers, and norms are of own tokens (`own_tokens`).
+            Attention sees all tokens and their positions, so rotary and alibi are as without; for
+            positions that are added to x see `vocabulary_embedding`.
         is_causal, num_kv_heads, window, rotary, alibi, cache: of `parallel_attention`.
         weight_init, dtype: of `funcnet.transformer_encoder_layer`.
 

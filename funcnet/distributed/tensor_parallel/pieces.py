@@ -17,6 +17,13 @@ from funcnet.errors import check_count, require
 from funcnet.layers.dropout import dropping, of_values
 from funcnet.lift import require_floating, stateful
 from funcnet.params import Param
+from funcnet.parted_params import layers_of, place_of
+
+_OF_SEQUENCES = (
+    *("learned_positions", "sinusoidal_positions", "rotary"),
+    "scaled_dot_product_attention",
+)
+"""Layers whose y for a token depends on its position, or on other tokens."""
 
 
 def parted_dropout(
@@ -94,8 +101,10 @@ def own_tokens(layer: Layer, mesh: Mesh, *, axis: str = "model") -> Layer:
     ``sequence``. Its params are whole on all ranks, and stay the same.
 
     Args:
-        layer: any layer that neither draws numbers nor mixes tokens; for dropout see
-            `parted_dropout`.
+        layer: any layer of each token alone: it draws no numbers (for dropout see
+            `parted_dropout`), mixes no tokens, and does not depend on a token's position, which it
+            would count from this rank's first token. For learned positions see
+            `vocabulary_embedding`.
         mesh: the ranks; see `mesh` and `axis_of`.
         axis: the axis of the mesh over which tokens are parted.
 
@@ -103,7 +112,8 @@ def own_tokens(layer: Layer, mesh: Mesh, *, axis: str = "model") -> Layer:
     VJP:
         that of the layer; ``dparams = sum over ranks dparams_r``.
     Raises:
-        ValueError: a layer that draws numbers.
+        ValueError: a layer that draws numbers; positions or attention, also inside the layer.
+            Other layers that mix tokens are not detected.
 
     Source: Korthikanti et al. 2022, "Reducing Activation Recomputation in Large Transformer
     Models".
@@ -117,6 +127,13 @@ def own_tokens(layer: Layer, mesh: Mesh, *, axis: str = "model") -> Layer:
     words = f"{name}: expects a layer that draws no numbers, got {layer.name}"
     told = "for dropout of tokens use parted_dropout(p, mesh, dim=the dimension of tokens)"
     require(not layer.takes_key, f"{words}; {told}")
+    told = (
+        "which would see this rank's tokens alone; use parallel_attention(sequence=True), with "
+        "rotary= or alibi=, or vocabulary_embedding(sequence=) of position numbers"
+    )
+    for path, each in layers_of(layer):
+        words = f"{name}: expects a layer of each token alone, got {place_of(each, path)}"
+        require(each.name not in _OF_SEQUENCES, f"{words}, {told}")
     return _own_tokens(layer, axis_for(name, mesh, axis))
 
 

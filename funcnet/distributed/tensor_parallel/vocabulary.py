@@ -62,7 +62,10 @@ def vocabulary_embedding(
         padding_idx: a row that starts as zeros and gets no gradient.
         axis: the axis of the mesh over which the weight is parted.
         sequence: the dimension of y along which each rank gets some of the tokens; ranks divide
-            them. Default: each rank gets the whole y.
+            them. Default: each rank gets the whole y. Layers that count positions, such as
+            `funcnet.learned_positions`, would count from the first token of each rank: use rotary
+            or alibi of `parallel_encoder_layer`, or add a second ``vocabulary_embedding``, with the
+            same ``sequence``, whose x are the position numbers.
         weight_init, dtype: those of `funcnet.embedding`.
 
     Inputs:
