@@ -117,6 +117,11 @@ def vocabulary_cross_entropy(
     The ranks exchange three numbers for each example, never the logits: the greatest of them, the
     sum of their exponentials and their product with q.
 
+    A net for this loss gives each rank the logits of its own classes only. Metrics and other
+    losses, such as `funcnet.metrics.accuracy` and `funcnet.cross_entropy`, would read them as all
+    classes there are. For these make the net with ``column_linear(..., gather=True)``: it takes the
+    same params, and its loss is `funcnet.cross_entropy`.
+
     Args:
         mesh: the ranks; see `mesh` and `axis_of`.
         weight: of each class of all ranks, shape (classes,).

@@ -78,7 +78,8 @@ def column_linear(
             zeros in place of the missing features, whose params stay zero.
         mesh: the ranks; see `mesh` and `axis_of`.
         bias: whether a bias is learned.
-        gather: whether y has the features of all ranks.
+        gather: whether y has the features of all ranks, as metrics, such as
+            `funcnet.metrics.accuracy`, and all losses but `vocabulary_cross_entropy` need it.
         axis: the axis of the mesh over which the weight is parted.
         sequence: the dimension of x along which each rank has some of the tokens; y has all of
             them. Default: each rank has the whole x.
