@@ -39,6 +39,7 @@ class Told(NamedTuple):
     cache: int | None
     kdim: int | None
     vdim: int | None
+    name: str = _NAME
 
     @property
     def extra(self) -> int:
@@ -124,14 +125,14 @@ def masks_backward(
 def multihead_forward(run: Run, x: Tree, told: Told) -> tuple[Tree, Mapping[str, Tree]]:
     """Projections into the heads, attention in each, a projection of all of them."""
     heads, places = told.heads, {}
-    with located(f"{_NAME}:"):
+    with located(f"{told.name}:"):
         parts, form = parts_of(x, NAMES, 1)
         inputs = inputs_of(told, parts)
     is_self = not parts.keys() & {"key", "value"}
     projected = run(PROJECTION, inputs[0] if is_self else inputs)
     query, key, value = map(heads.split, projected, (heads.queries, heads.keys, heads.keys))
     masks = {name: parts[name] for name in MASKS if name in parts}
-    with located(f"{_NAME}:"):
+    with located(f"{told.name}:"):
         spread = spread_out(masks, (*query.shape[:-1], key.shape[-2]), query.dtype)
     mask = merged(told, spread, query, key)
     if told.cache is not None:
@@ -283,7 +284,7 @@ def multihead_attention(
     >>> layer.apply(params, torch.ones(3, 5, 4))[0].shape
     torch.Size([3, 5, 4])
     """
-    check_options(num_heads, num_kv_heads, is_causal, cache, dropout)
+    check_options(_NAME, num_heads, num_kv_heads, is_causal, cache, dropout)
     beside = not (add_bias_kv or add_zero_attn)
     require(not alibi or beside, f"{_NAME}: alibi goes with neither add_bias_kv nor add_zero_attn")
     wrong = f"{_NAME}: a cache goes with neither add_bias_kv nor add_zero_attn"
@@ -318,17 +319,22 @@ def multihead_attention(
 
 
 def check_options(
-    num_heads: int, num_kv_heads: int | None, is_causal: bool, cache: int | None, dropout: float
+    name: str,
+    num_heads: int,
+    num_kv_heads: int | None,
+    is_causal: bool,
+    cache: int | None,
+    dropout: float,
 ) -> None:
-    """ValueError for options of `multihead_attention` that do not fit each other."""
-    require(0.0 <= dropout <= 1.0, f"{_NAME}: dropout must be in [0, 1], got {dropout}")
+    """ValueError, with this name in front, for options that do not fit each other."""
+    require(0.0 <= dropout <= 1.0, f"{name}: dropout must be in [0, 1], got {dropout}")
     whole = isinstance(num_heads, int) and num_heads >= 1
-    require(whole, f"{_NAME}: num_heads must be an integer of at least 1, got {num_heads}")
+    require(whole, f"{name}: num_heads must be an integer of at least 1, got {num_heads}")
     keys = num_heads if num_kv_heads is None else num_kv_heads
     divides = keys >= 1 and num_heads % keys == 0
-    require(divides, f"{_NAME}: num_kv_heads must divide {num_heads} heads, got {num_kv_heads}")
+    require(divides, f"{name}: num_kv_heads must divide {num_heads} heads, got {num_kv_heads}")
     in_order = cache is None or (is_causal and cache >= 1)
-    require(in_order, f"{_NAME}: a cache must be at least 1, with is_causal=True, got {cache}")
+    require(in_order, f"{name}: a cache must be at least 1, with is_causal=True, got {cache}")
 
 
 def children_of(

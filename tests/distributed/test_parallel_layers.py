@@ -52,6 +52,29 @@ def test_attention_of_several_inputs_with_masks(two_ranks):
     two_ranks(all_attentions)
 
 
+def masks_of_all_tokens():
+    """With ``sequence`` a rank has a part of the query, and masks are whole."""
+    axis, dy = fn.distributed.axis_of(mesh(), "model"), normal(3, 2, 6, 8)
+    query, masks = normal(0, 2, 6, 8), (normal(1, 2, 6), normal(2, 6, 6))
+    single = fn.multihead_attention(4, batch_first=True)
+    layer = fn.distributed.parallel_attention(4, mesh(), batch_first=True, sequence=True)
+
+    def given(query):
+        return {"query": query, "key_padding_mask": masks[0], "attn_mask": masks[1]}
+
+    params, _ = single.init(fn.random.key(1), query)
+    own, _ = layer.init(fn.random.key(1), axis.part(query, 1))
+    y, pullback, _ = single.vjp(params, given(query))
+    own_y, own_pullback, _ = layer.vjp(own, given(axis.part(query, 1)))
+    close(axis.gather(own_y, 1), y)
+    own_dx = own_pullback(axis.part(dy, 1))[1]
+    close({**own_dx, "query": axis.gather(own_dx["query"], 1)}, pullback(dy)[1])
+
+
+def test_masks_stay_whole_where_tokens_are_in_parts(two_ranks):
+    two_ranks(masks_of_all_tokens)
+
+
 def decoded():
     layer = fn.distributed.parallel_attention(
         4, mesh(), batch_first=True, is_causal=True, cache=6, rotary=fn.rotary()
@@ -201,6 +224,16 @@ def test_over_one_rank_a_layer_is_that_of_a_single_process():
 
 
 D = fn.distributed
+
+
+def attended(sequence=False, **inputs):
+    """The y of 3 examples of 8 tokens, which with ``sequence`` are a rank's tokens."""
+    layer = D.parallel_attention(8, MESH, batch_first=True, sequence=sequence)
+    x = {"query": torch.ones(3, 8, 16, device="meta"), **inputs}
+    return layer.init(fn.random.key(0), x)
+
+
+HIDDEN = torch.zeros(3, 8, dtype=torch.bool, device="meta")
 X, INDEX = torch.ones(3, 4, device="meta"), torch.ones(3, dtype=torch.int64, device="meta")
 
 
@@ -240,6 +273,31 @@ X, INDEX = torch.ones(3, 4, device="meta"), torch.ones(3, dtype=torch.int64, dev
             lambda: D.parallel_attention(8, MESH).init(fn.random.key(0), X),
             ValueError,
             "parallel_attention: expects a number of features that 8 heads divide, got 4",
+        ),
+        (
+            lambda: D.parallel_attention(8, MESH, dropout=2),
+            ValueError,
+            "^parallel_attention: dropout",
+        ),
+        (
+            lambda: attended(key_padding_mask=HIDDEN[:, :5]),
+            ValueError,
+            r"^parallel_attention: expects key_padding_mask of shape \(3, 8\), got \(3, 5\)",
+        ),
+        (
+            lambda: attended(True, key_padding_mask=HIDDEN),
+            ValueError,
+            r"^parallel_attention: expects key_padding_mask of shape \(3, 32\), got \(3, 8\)",
+        ),
+        (
+            lambda: attended(attn_mask=HIDDEN[None, None]),
+            ValueError,
+            "^parallel_attention: expects one attn_mask",
+        ),
+        (
+            lambda: attended(key=torch.ones(3, 8, device="meta")),
+            ValueError,
+            "^parallel_attention: expects inputs of shape",
         ),
         (lambda: D.parallel_encoder_layer(4, MESH, activation="no"), ValueError, "parallel_encod"),
         (

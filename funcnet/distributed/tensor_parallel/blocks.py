@@ -62,7 +62,8 @@ def parallel_encoder_layer(
         weight_init, dtype: of `funcnet.transformer_encoder_layer`.
 
     Inputs:
-        those of `funcnet.transformer_encoder_layer`, the same on all ranks. A key, the same on all
+        those of `funcnet.transformer_encoder_layer`, the same on all ranks; with ``sequence`` src
+        is a rank's tokens, and masks are those of the tokens of all ranks. A key, the same on all
         ranks, when ``train=True`` and dropout > 0.
     Returns:
         y of the shape of src, the same on all ranks.

@@ -14,7 +14,7 @@ from funcnet.deferred import for_dx
 from funcnet.distributed.processes.start import Mesh
 from funcnet.distributed.tensor_parallel.linears import row_linear_to
 from funcnet.distributed.tensor_parallel.parting import Region, axis_for
-from funcnet.errors import locate, located, require
+from funcnet.errors import located, require
 from funcnet.initializers import Initializer
 from funcnet.layers.arguments import parts_of
 from funcnet.layers.attention import attention_over
@@ -160,6 +160,8 @@ def parallel_attention(
 
     Inputs:
         those of `funcnet.multihead_attention`, the same on all ranks; attn_mask is (tokens, keys).
+        With ``sequence`` query, key and value are a rank's tokens, and masks are those of the
+        tokens of all ranks: key_padding_mask (batch, keys) and attn_mask stay whole.
     Returns:
         y of the shape of the query, the same on all ranks.
     Learned params:
@@ -182,11 +184,7 @@ def parallel_attention(
     {'in_proj_weight': (12, 8), 'in_proj_bias': (12,), 'out_proj.weight': (8, 4),
      'out_proj.bias': (8,)}
     """
-    try:
-        check_options(num_heads, num_kv_heads, is_causal, cache, dropout)
-    except ValueError as error:
-        locate(error, f"{_NAME}:")
-        raise
+    check_options(_NAME, num_heads, num_kv_heads, is_causal, cache, dropout)
     region = Region(axis_for(_NAME, mesh, axis), (-2 if batch_first else 0) if sequence else None)
     ranks, keys = region.axis.size, num_heads if num_kv_heads is None else num_kv_heads
     for option, heads in (("num_heads", num_heads), ("num_kv_heads", keys)):
@@ -195,7 +193,18 @@ def parallel_attention(
     whole = Heads(num_heads, keys, batch_first)
     own = Heads(num_heads // ranks, keys // ranks, batch_first, ranks)
     told = Told(
-        own, is_causal, window, False, True, False, False, rotary is not None, cache, None, None
+        heads=own,
+        is_causal=is_causal,
+        window=window,
+        need_weights=False,
+        average_attn_weights=True,
+        add_bias_kv=False,
+        add_zero_attn=False,
+        rotary=rotary is not None,
+        cache=cache,
+        kdim=None,
+        vdim=None,
+        name=_NAME,
     )
     attention = attention_over(
         region.axis,
