@@ -38,6 +38,15 @@ def gathered(mesh=None):
     return fn.serial(first, fn.softmax(), fn.linear(3)), fn.mse()
 
 
+def one_slope(mesh=None):
+    """A param that is for the features of all ranks."""
+    if mesh is None:
+        return fn.serial(fn.linear(25), fn.prelu(), fn.linear(3)), fn.mse()
+    d = fn.distributed
+    first, last = d.column_linear(25, mesh), d.row_linear(3, mesh, in_features=25)
+    return fn.serial(first, d.own_tokens(fn.prelu(), mesh), last), fn.mse()
+
+
 def dropped(mesh=None, sequence=None):
     """A hidden layer of which each rank drops its part."""
     if mesh is None:
@@ -111,7 +120,7 @@ def gradients(net, loss, state, x, target):
     return value, pullback(of_loss(), x=False)[0]
 
 
-@pytest.mark.parametrize("make", [mlp, gathered, dropped])
+@pytest.mark.parametrize("make", [mlp, gathered, one_slope, dropped])
 def test_a_small_net(ranks, make):
     ranks(same_training, make, normal(0, 4, 5), normal(1, 4, 3))
 

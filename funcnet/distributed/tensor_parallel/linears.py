@@ -66,12 +66,16 @@ def column_linear(
     """`funcnet.linear`, each rank with some of the output: ``y_r = x weight_r^T + bias_r``.
 
     Its weight, transposed as in the formula, is parted by columns. What follows, up to a
-    `row_linear` or a `vocabulary_cross_entropy`, sees this rank's features only. So only functions
-    of each number alone may follow, without params and without draws, such as `funcnet.relu`;
-    and `parted_dropout` for dropout. Nothing detects another layer: `funcnet.softmax` and norms
-    would silently be of the rank's features, ranks would learn different params, and
-    `funcnet.dropout` would draw the same mask for different features. With ``gather`` any layer may
-    follow.
+    `row_linear` or a `vocabulary_cross_entropy`, sees this rank's features only. It may be
+
+    - a function of each number alone, without params and without draws, such as `funcnet.relu`;
+    - `parted_dropout`, for dropout;
+    - inside `own_tokens`, which sums gradients over ranks, a layer of each number alone whose
+      params are for all features alike, such as `funcnet.prelu` with one slope.
+
+    Nothing detects another layer: `funcnet.softmax` and norms would be of the rank's features,
+    params would become different ones on each rank, and `funcnet.dropout` would draw the same mask
+    for different features. With ``gather`` any layer may follow.
 
     Args:
         out_features: the features of all ranks. Where ranks do not divide them, the last ones have
@@ -179,8 +183,8 @@ def row_linear(
     """`funcnet.linear`, each rank with some of the input: ``y = sum_r x_r weight_r^T + bias``.
 
     Its weight, transposed as in the formula, is parted by rows. It ends what a `column_linear`
-    began: y is the same on all ranks. Between the two only functions of each number alone may
-    stand, without params and without draws, and `parted_dropout`; see `column_linear`.
+    began: y is the same on all ranks. Between the two may stand functions of each number alone,
+    without params and without draws, and `parted_dropout`; see `column_linear` for the rest.
 
     Args:
         out_features: the size of the last dimension of y, or None, as in `funcnet.linear`.

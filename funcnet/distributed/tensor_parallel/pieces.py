@@ -98,7 +98,9 @@ def own_tokens(layer: Layer, mesh: Mesh, *, axis: str = "model") -> Layer:
     """The layer, of a rank's tokens: its gradients are summed over ranks.
 
     For a norm, or another layer that works on each token alone, between parallel layers with
-    ``sequence``. Its params are whole on all ranks, and stay the same.
+    ``sequence``. Its params are whole on all ranks, and stay the same. It serves as well between
+    `column_linear` and `row_linear`, where features are in parts, for a layer of each number alone
+    whose params are for all features alike, such as `funcnet.prelu` with one slope.
 
     Args:
         layer: any layer of each token alone: it draws no numbers (for dropout see
