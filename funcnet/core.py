@@ -23,7 +23,7 @@
 A batch is ``(x, target)``. The key of a step is ``fold_in(train_state.key, train_state.step)``.
 """
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any, NamedTuple
 
 from torch import Tensor
@@ -253,6 +253,18 @@ def join_paths(path: str, name: str | tuple[str, ...]) -> str:
     'body'
     """
     return ".".join([part for part in (path, name) if part and isinstance(part, str)])
+
+
+def place_of(layer: Layer, path: str) -> str:
+    """What an error calls a layer inside a model, such as ``linear at '1.0'``."""
+    return f"{layer.name} at {path!r}" if path else layer.name
+
+
+def layers_of(layer: Layer, path: str = "") -> Iterator[tuple[str, Layer]]:
+    """A model and all layers that it is made of, with their paths."""
+    yield path, layer
+    for name, child in layer.children.items():
+        yield from layers_of(child, join_paths(path, name))
 
 
 def wrap(layer: Layer, functions: Callable[[Layer], Layer]) -> Layer:

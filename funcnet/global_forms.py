@@ -3,7 +3,7 @@
 from collections.abc import Mapping
 
 from funcnet.batch_axis import BatchAxis
-from funcnet.core import Layer, join_paths, rebuilt
+from funcnet.core import Layer, join_paths, place_of, rebuilt
 from funcnet.errors import located, require
 
 
@@ -25,7 +25,7 @@ def in_global_form(layer: Layer, axis: BatchAxis, path: str = "") -> Layer:
     ...
     ValueError: clip_cotangent at '1' mixes the examples of a batch, and has no global form; ...
     """
-    where = f"{layer.name} at {path!r}" if path else layer.name
+    where = place_of(layer, path)
     if layer.global_form is not None:
         with located(f"{where}:"):
             made = layer.global_form(axis)

@@ -1,6 +1,6 @@
 """Where the params of a model lie: which of them are parts, of what, over which ranks."""
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from functools import lru_cache
 from itertools import count
 from typing import Any, TypeVar
@@ -10,7 +10,16 @@ import torch
 
 from funcnet import tree
 from funcnet.collectives import Split
-from funcnet.core import Key, Layer, Params, Tree, join_paths, map_layers
+from funcnet.core import (
+    Key,
+    Layer,
+    Params,
+    Tree,
+    join_paths,
+    layers_of,
+    map_layers,
+    place_of,
+)
 from funcnet.errors import require
 from funcnet.random import key
 from funcnet.runtime import untraced
@@ -105,18 +114,6 @@ def refuse_parts(name: str, model: Layer) -> None:
     for path, layer in layers_of(model):
         where = place_of(layer, path)
         require(layer.placed is None, f"{name}: the params of {where} are parts over ranks")
-
-
-def place_of(layer: Layer, path: str) -> str:
-    """What an error calls a layer inside a model, such as ``linear at '1.0'``."""
-    return f"{layer.name} at {path!r}" if path else layer.name
-
-
-def layers_of(layer: Layer, path: str = "") -> Iterator[tuple[str, Layer]]:
-    """A model and all layers that it is made of, with their paths."""
-    yield path, layer
-    for name, child in layer.children.items():
-        yield from layers_of(child, join_paths(path, name))
 
 
 def placed_by_layers(model: Layer, x: Tree) -> tuple[dict[str, list[Split]], Params]:

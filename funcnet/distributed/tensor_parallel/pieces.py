@@ -8,7 +8,20 @@ from torch import Tensor
 from funcnet import tree
 from funcnet.checks import check_kind
 from funcnet.collectives import Axis
-from funcnet.core import EMPTY, Forward, Grads, Key, Layer, Params, Pullback, Tree, around, pull
+from funcnet.core import (
+    EMPTY,
+    Forward,
+    Grads,
+    Key,
+    Layer,
+    Params,
+    Pullback,
+    Tree,
+    around,
+    layers_of,
+    place_of,
+    pull,
+)
 from funcnet.deferred import defers, mapped
 from funcnet.distributed.data.buckets import all_summed
 from funcnet.distributed.processes.start import Mesh
@@ -17,7 +30,6 @@ from funcnet.errors import check_count, require
 from funcnet.layers.dropout import dropping, of_values
 from funcnet.lift import require_floating, stateful
 from funcnet.params import Param
-from funcnet.parted_params import layers_of, place_of
 
 _OF_SEQUENCES = (
     *("learned_positions", "sinusoidal_positions", "rotary"),
