@@ -39,7 +39,10 @@ def test_it_is_the_loop(length, reverse):
     assert_equal((carry, ys), (expected_carry, expected_ys))
 
 
-@pytest.mark.parametrize("options", [{}, {"unroll": 3}, {"unroll": True}, {"reverse": True}])
+@pytest.mark.parametrize(
+    "options",
+    [{}, {"unroll": 3}, {"unroll": True}, {"reverse": True}, {"reverse": True, "unroll": 3}],
+)
 def test_the_compiled_loop_equals_the_python_loop(options):
     xs = fn.random.normal(fn.key(0), (7, 3))
     run = fn.jit(lambda carry, xs: fn.scan(accumulate, carry, xs, **options))

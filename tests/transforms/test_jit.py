@@ -584,6 +584,23 @@ def test_a_staged_population_views_memory_of_other_layouts(monkeypatch, tmp_path
     assert_same(fn.jit(fn.vmap(run))(keys), fn.vmap(run)(keys))
 
 
+@pytest.mark.usefixtures("interpreted")
+@pytest.mark.cpu_only
+@pytest.mark.parametrize("unroll", [1, 2])
+def test_a_staged_scan_in_reverse_gives_the_same(unroll, monkeypatch, tmp_path):
+    monkeypatch.setenv("FUNCNET_CACHE_DIR", str(tmp_path))
+
+    def run(xs):
+        def body(carry, x):
+            return torch.sin(carry) + x, (carry * x, x)
+
+        return fn.scan(body, torch.zeros(3), xs, reverse=True, unroll=unroll)
+
+    xs = fn.random.normal(fn.key(0), (2, 5, 3))
+    assert_same(fn.jit(run)(xs[0]), run(xs[0]))
+    assert_same(fn.jit(fn.vmap(run))(xs), fn.vmap(run)(xs))
+
+
 def test_views_of_what_it_closes_over_and_of_results():
     weight = fn.random.normal(fn.key(0), (4, 3))
     turned = fn.random.normal(fn.key(1), (3, 4)).T
