@@ -66,25 +66,19 @@ def start_reduce_scatter(x: Tensor, out: Tensor, group: Any) -> Finish:
         ).wait
     parts, sums = x.flatten(1), out.flatten()
     size = max(_PIECE // (len(parts) * x.element_size()), 1)
-    starts = iter(range(0, sums.numel(), size))
-
-    def start() -> tuple[int, Tensor, Finish] | None:
-        """The next piece of all parts, which is on its way."""
-        first = next(starts, None)
-        if first is None:
-            return None
-        piece = parts[:, first : first + size]
-        return (first, *_start_exchange(piece, group))
-
-    coming = start()
+    # A piece is on its way while the one before is added up.
+    started = (
+        (sums[first : first + size], *_start_exchange(parts[:, first : first + size], group))
+        for first in range(0, sums.numel(), size)
+    )
+    coming = next(started, None)
 
     def add() -> None:
         nonlocal coming
         while coming is not None:
-            first, received, finish = coming
+            own, received, finish = coming
             finish()
-            coming = start()
-            own = sums[first : first + size]
+            coming = next(started, None)
             torch.sum(received, 0, dtype=x.dtype, out=own)
 
     return add

@@ -21,6 +21,7 @@ from funcnet.core import (
     Tree,
     around,
     join_paths,
+    layers_of,
     map_layers,
     pull,
 )
@@ -135,21 +136,17 @@ def ties_of(layer: Layer) -> Mapping[str, str]:
     return layer.call.values["paths"] if layer.name == "tie" and layer.call is not None else {}
 
 
-def _all_ties(layer: Layer, path: str = "") -> dict[str, str]:
-    """The same of all ties in a layer, by the dotted paths in it."""
-    found = {join_paths(path, a): join_paths(path, b) for a, b in ties_of(layer).items()}
-    for name, child in layer.children.items():
-        found |= _all_ties(child, join_paths(path, name))
-    return found
-
-
 def learn_only(layer: Layer, learns: Callable[[str], bool]) -> Layer:
     """The layer, whose pullback computes the gradients of some of its leaves alone.
 
     Of a layer none of whose leaves learns, the half of the pullback that makes dparams does not
     run at all. A leaf that is tied to another learns where that one does.
     """
-    ties = _all_ties(layer)
+    ties = {
+        join_paths(path, one): join_paths(path, other)
+        for path, each in layers_of(layer)
+        for one, other in ties_of(each).items()
+    }
 
     def learned_at(path: str) -> bool:
         while path in ties:

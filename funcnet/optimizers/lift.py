@@ -56,8 +56,7 @@ def stateless(
             refuse_state(name, opt_state)
         return formula(g, trees.params).to_dtypes(trees.params), {}
 
-    told: Any = {"needs_all_leaves": needs_all_leaves, "elementwise": elementwise}
-    return lifted(name, lambda params: {}, update_leaves, reduces=reduces, **told)
+    return lifted(name, lambda params: {}, update_leaves, needs_all_leaves, elementwise, reduces)
 
 
 def stateful(
@@ -257,8 +256,8 @@ def lifted(
         updates, opt_state = update_leaves(g, opt_state, trees)
         return trees.join(updates), opt_state
 
-    told: Any = {"needs_all_leaves": needs_all_leaves, "elementwise": elementwise}
-    return Optimizer(checked_init_state, update, name, update_leaves, reduces=reduces, **told)
+    told = needs_all_leaves, elementwise, reduces
+    return Optimizer(checked_init_state, update, name, update_leaves, None, *told)
 
 
 def with_trees(name: str, optimizer: Optimizer, change: Callable[[Trees], Trees]) -> Optimizer:

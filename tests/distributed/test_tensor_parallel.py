@@ -74,12 +74,12 @@ def dropped_tokens(mesh=None):
 def with_positions(mesh=None):
     """Learned positions of tokens in parts: an embedding of the position numbers."""
     if mesh is None:
-        of, head = (lambda size: fn.embedding(size, 6, dtype=FLOAT)), fn.linear(5)
+        tables, head = [fn.embedding(size, 6, dtype=FLOAT) for size in (7, 9)], fn.linear(5)
     else:
         d, along = fn.distributed, {"sequence": 1}
-        of = lambda size: d.vocabulary_embedding(size, 6, mesh, dtype=FLOAT, **along)  # noqa: E731
+        tables = [d.vocabulary_embedding(size, 6, mesh, dtype=FLOAT, **along) for size in (7, 9)]
         head = d.column_linear(5, mesh, gather=True, **along)
-    return fn.serial(fn.parallel(of(7), of(9)), fn.add(), head), fn.mse()
+    return fn.serial(fn.parallel(*tables), fn.add(), head), fn.mse()
 
 
 def close(found, expected):

@@ -326,8 +326,8 @@ def kfac_train_step(
         a step; its metrics have ``"damping"`` beside the loss.
 
     Linear layers whose x has not the examples in its first dimension are refused, and those whose
-    params are parts over ranks. Layers
-    that mix the examples of a batch, such as `batch_norm`, make the quadratic model less exact.
+    params are parts over ranks. Layers that mix the examples of a batch, such as `batch_norm`, make
+    the quadratic model less exact.
 
     Source: Martens and Grosse 2015.
 

@@ -1,7 +1,5 @@
 """The optimizer of one stage, which knows that other stages have other params."""
 
-from collections.abc import Sequence
-
 import torch
 
 from funcnet import tree
@@ -39,9 +37,8 @@ def choosing_of_all(optimizer: Optimizer, stages: Stages) -> Optimizer:
     What `funcnet.optimizers.masked` chooses may all be on other stages, and a choice of no leaf of
     the model is the same error on all of them.
     """
-    paths: Sequence[str] = [
-        *dict.fromkeys([path for stage in stages.each for path in tree.to_dotted(stage.params)])
-    ]
+    all_paths = [path for stage in stages.each for path in tree.to_dotted(stage.params)]
+    paths = tuple(dict.fromkeys(all_paths))
     inside = leaves_update(optimizer)
 
     def init_state(params: Params) -> Tree:

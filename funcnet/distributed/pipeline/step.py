@@ -36,8 +36,7 @@ from funcnet.distributed.pipeline.transport import (
 from funcnet.distributed.processes.start import Mesh, axis_of
 from funcnet.errors import check_count, require
 from funcnet.metrics.core import Metric
-from funcnet.optimizers.over_ranks import over_parts
-from funcnet.parted_params import has_parts, placements
+from funcnet.optimizers.over_ranks import knowing_parts
 from funcnet.random import fold_in
 from funcnet.run_start import init_train_state
 from funcnet.runtime import is_transformed
@@ -186,9 +185,7 @@ def pipeline_step(
             f"loss: expects a scalar value to train on, got {tuple(value.shape)}; {scalar}",
         )
         own, last = stages.each[axis.index], axis.index == axis.size - 1
-        known = optimizer
-        if has_parts(model):
-            known = over_parts(optimizer, placements(model, x))
+        known = knowing_parts(optimizer, model)((x, target))
         updated_by = over_stages(known, axis, stages, tree.device_of((x, target)))
         programs = programs_of(
             own, loss if last else None, measure, updated_by, jit=jit, donate=donate

@@ -16,8 +16,7 @@ from funcnet.distributed.planning.traffic import Traffic, merged, recorded, seco
 from funcnet.distributed.processes.start import Mesh, axis_of
 from funcnet.errors import check_count, located, require
 from funcnet.optimizers.lift import step_params
-from funcnet.optimizers.over_ranks import over_parts
-from funcnet.parted_params import has_parts, placements
+from funcnet.optimizers.over_ranks import knowing_parts
 
 
 class Waits(NamedTuple):
@@ -317,9 +316,8 @@ def _figures(
         return passes_of(layer, x, judged, sizes, is_first=is_first, splits=splits)
 
     found, held = of_copies(run, layer), 0
-    if optimizer is not None and has_parts(layer):
-        # As a training step does, which knows what of the model is a part.
-        optimizer = over_parts(optimizer, placements(layer, x))
+    if optimizer is not None:
+        optimizer = knowing_parts(optimizer, layer)((x, None))
     with recorded(sizes) as update:
         if optimizer is not None:
             opt_state = optimizer.init_state(params)

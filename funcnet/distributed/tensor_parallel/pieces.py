@@ -31,10 +31,8 @@ from funcnet.layers.dropout import dropping, of_values
 from funcnet.lift import require_floating, stateful
 from funcnet.params import Param
 
-_OF_SEQUENCES = (
-    *("learned_positions", "sinusoidal_positions", "rotary"),
-    "scaled_dot_product_attention",
-)
+_POSITIONS = ("learned_positions", "sinusoidal_positions", "rotary")
+_OF_SEQUENCES = (*_POSITIONS, "scaled_dot_product_attention")
 """Layers whose y for a token depends on its position, or on other tokens."""
 
 
